@@ -1,0 +1,23 @@
+"""Decoding of the Jacobi family; needs torch and a backbone, nothing else.
+
+>>> from sjd2_lightning.decoding import DecodingConfig, decode
+>>> output = decode(backbone, ["red heart"], [0], DecodingConfig("sjd2", num_levels=1), backbone.layout(64, 64))
+"""
+
+from sjd2_lightning.decoding.loop import Observer, decode
+from sjd2_lightning.decoding.methods import DecodingConfig
+from sjd2_lightning.decoding.probs import Sampling
+from sjd2_lightning.decoding.reference import decode_reference
+from sjd2_lightning.decoding.stats import DecodeOutput, DecodeStats, Iteration, NearTies
+
+__all__ = [
+    "DecodeOutput",
+    "DecodeStats",
+    "DecodingConfig",
+    "Iteration",
+    "NearTies",
+    "Observer",
+    "Sampling",
+    "decode",
+    "decode_reference",
+]

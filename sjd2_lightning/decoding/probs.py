@@ -1,0 +1,93 @@
+"""From logits to the law that tokens are drawn from: one path for every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What turns logits into the law of a slot.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest codes; 0 keeps all.
+        top_p: keep the smallest set of likeliest codes with this mass.
+        guidance_scale: classifier-free guidance on logits; 1 is off and needs no unconditional rows.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance_scale: float = 1.0
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a sentence each."""
+        found = []
+        if self.temperature < 0:
+            found.append(f"sampling.temperature must be >= 0 (0 is greedy), got {self.temperature}")
+        if self.top_k < 0:
+            found.append(f"sampling.top_k must be >= 0 (0 keeps all), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            found.append(f"sampling.top_p must lie in (0, 1], got {self.top_p}")
+        if self.guidance_scale < 0:
+            found.append(f"sampling.guidance_scale must be >= 0 (1 is off), got {self.guidance_scale}")
+        return found
+
+
+def guided(logits: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance `u + s (c - u)` on logits of stacked rows: conditional ones, then unconditional.
+
+    Returns:
+        (B, ...) float32 of logits (2B, ...); with scale 1 the logits (B, ...) themselves.
+    """
+    if guidance_scale == 1:
+        return logits.float()
+    conditional, unconditional = logits.float().chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def log_law(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Unnormalised log-probabilities (..., K) float32 after temperature, top-k, top-p; -inf where cut off.
+
+    Ties at the top-k threshold are all kept. Greedy leaves the first maximum.
+    """
+    if sampling.temperature == 0:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
+    scores = logits / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[-1]:
+        threshold = scores.topk(sampling.top_k, dim=-1).values[..., -1:]
+        scores = scores.masked_fill(scores < threshold, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = scores.sort(dim=-1, descending=True)
+        probs = ordered.softmax(-1)
+        cut = probs.cumsum(-1) - probs >= sampling.top_p  # the first code is always kept
+        scores = scores.masked_fill(torch.empty_like(cut).scatter_(-1, order, cut), -torch.inf)
+    return scores
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Codes (...,) drawn from weights (..., K) by inversion of the cumulative sum.
+
+    Weights need not be normalised; codes of weight zero are never drawn.
+
+    Args:
+        probs: non-negative weights with a positive sum.
+        uniform: (...,) in (0, 1).
+    """
+    sums = probs.cumsum(-1)
+    target = uniform[..., None] * sums[..., -1:]
+    drawn = torch.searchsorted(sums, target, right=True).squeeze(-1)
+    # rounding may push the target onto the last sum: fall back to the last code with weight
+    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).to(torch.uint8).argmax(-1)
+    return torch.minimum(drawn, last)
+
+
+def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
+    """Weights `(target - draft)+` (..., K); where nothing is left, the target itself (Leviathan et al. 2023)."""
+    rest = (target_probs - draft_probs).clamp_min(0)
+    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, target_probs)

@@ -1,0 +1,76 @@
+"""Random numbers that belong to (prompt seed, slot, purpose, draw), not to the order of calls.
+
+A counter-based generator: SplitMix64 (Steele, Lea, Flood 2014) over a mixed key, in integer tensor
+operations. So the numbers of a prompt do not depend on its batch, its window or the device, and nothing has
+to be kept between iterations.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+class Purpose(IntEnum):
+    """What a number is drawn for; one stream each."""
+
+    GUMBEL = 1
+    INITIAL = 2
+    NOISE = 3
+    ACCEPT = 4
+    RESIDUAL = 5
+    FRESH = 6
+    KEEP = 7
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical shift of a signed integer
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def keys(seeds: Tensor, slots: Tensor, purpose: Purpose, draw: int = 0) -> Tensor:
+    """Stream keys, int64, of seeds and slots (broadcast against each other)."""
+    key = _mix(seeds + _GOLDEN)
+    for part in (slots, torch.tensor(int(purpose)), torch.tensor(draw)):
+        key = _mix(key + (part + 1) * _GOLDEN)
+    return key
+
+
+def _bits(key: Tensor, count: int) -> Tensor:
+    steps = torch.arange(1, count + 1, device=key.device) * _GOLDEN
+    return _shift(_mix(key[..., None] + steps), 40)  # 24 bits: what float32 holds
+
+
+def uniform(key: Tensor, count: int) -> Tensor:
+    """(..., count) float32 in the open interval (0, 1)."""
+    return (_bits(key, count).float() + 0.5) * 2.0**-24
+
+
+def gumbel(key: Tensor, count: int) -> Tensor:
+    """(..., count) standard Gumbel numbers, float32."""
+    return -torch.log(-torch.log(uniform(key, count)))
+
+
+def normal(key: Tensor, count: int) -> Tensor:
+    """(..., count) standard normal numbers, float32 (Box-Muller)."""
+    half = (count + 1) // 2
+    u, v = uniform(key, 2 * half).chunk(2, dim=-1)
+    radius, angle = torch.sqrt(-2 * torch.log(u)), 2 * math.pi * v
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[..., :count]
+
+
+def integers(key: Tensor, bound: int) -> Tensor:
+    """(...,) int64 uniform in [0, bound)."""
+    return (uniform(key, 1)[..., 0].double() * bound).long().clamp_max(bound - 1)

@@ -1,0 +1,96 @@
+"""What decoding counted: no times here, see metrics/efficiency for those."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DecodeStats:
+    """Counts of a batch, on the CPU.
+
+    Attributes:
+        committed: (iterations, B) slots that each forward pass committed; 0 once a row is done.
+        settled_iteration: (B, N) forward pass (from 0) that committed each slot.
+    """
+
+    committed: Tensor
+    settled_iteration: Tensor
+
+    @property
+    def nfe(self) -> Tensor:
+        """(B,) forward passes of each image, prefill excluded."""
+        return (self.committed > 0).sum(0)
+
+    @property
+    def num_generated(self) -> int:
+        """N, slots of an image."""
+        return self.settled_iteration.shape[1]
+
+    @property
+    def step_compression(self) -> Tensor:
+        """(B,) generated tokens a forward pass."""
+        return self.num_generated / self.nfe
+
+    @property
+    def accepted(self) -> list[list[int]]:
+        """For each image, the slots that each of its passes committed."""
+        return [row[row > 0].tolist() for row in self.committed.T]
+
+
+@dataclass(frozen=True)
+class DecodeOutput:
+    """Decoded images as ids: `slot_ids` (B, N) with structural tokens, `image_ids` (B, H, W), both int64."""
+
+    slot_ids: Tensor
+    image_ids: Tensor
+    stats: DecodeStats
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What an observer sees after each forward pass; tensors live on the device and are not copies.
+
+    Attributes:
+        index: of the forward pass, from 0.
+        rows: (R,) which images of the batch the rows are; finished ones have left.
+        heads: (R,) first slot of the window.
+        num_committed: (R,) slots that this pass committed.
+        tokens: (R, W) what verification gave in every slot.
+        levels: (R, W) noise levels that the slots were fed with.
+        scores: (R, W, K) unnormalised log-probabilities of this pass.
+        gumbel: (R, W, K) the slots' Gumbel noise in replay mode, else None.
+    """
+
+    index: int
+    rows: Tensor
+    heads: Tensor
+    num_committed: Tensor
+    tokens: Tensor
+    levels: Tensor
+    scores: Tensor
+    gumbel: Tensor | None
+
+
+class NearTies:
+    """Observer: counts committed slots whose two best perturbed scores lie within `tolerance` (replay).
+
+    Rounding may decide such a slot, so two decodings of the same seed may differ from there on.
+    """
+
+    def __init__(self, tolerance: float = 1e-5) -> None:
+        self.tolerance = tolerance
+        self.slots: list[tuple[int, int]] = []
+
+    def __call__(self, iteration: Iteration) -> None:
+        """Notes (image, slot) of each near tie."""
+        if iteration.gumbel is None:
+            raise ValueError("near ties are defined in replay mode only: set acceptance to 'replay'")
+        best = (iteration.scores + iteration.gumbel).topk(2, dim=-1).values
+        width = torch.arange(best.shape[1], device=best.device)
+        close = (best[..., 0] - best[..., 1] <= self.tolerance) & (width < iteration.num_committed[:, None])
+        for row, slot in close.nonzero().tolist():
+            self.slots.append((int(iteration.rows[row]), int(iteration.heads[row]) + slot))

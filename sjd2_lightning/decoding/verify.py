@@ -1,0 +1,61 @@
+"""Which drafts stand: the acceptance rules. Each is a function of one iteration's laws and nothing else."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sjd2_lightning.decoding.probs import draw, residual
+
+
+class Verdict(NamedTuple):
+    """What a rule says of every slot, as if all slots to its left stood.
+
+    Attributes:
+        tokens: (B, W) what the slot holds if it is reached: its draft, or the token drawn in its place.
+        accept_mask: (B, W) True = the draft stands.
+    """
+
+    tokens: Tensor
+    accept_mask: Tensor
+
+
+def verify_replay(draft_tokens: Tensor, target_scores: Tensor, gumbel: Tensor) -> Verdict:
+    """Replay (ours): a slot's token is the maximum of its law perturbed by the slot's own Gumbel vector.
+
+    Autoregression with the same vectors takes the same maximum, so a draft that equals it is its token.
+
+    Args:
+        draft_tokens: (B, W).
+        target_scores: (B, W, K) unnormalised log-probabilities.
+        gumbel: (B, W, K), fixed for a slot's lifetime.
+    """
+    tokens = (target_scores + gumbel).argmax(-1)
+    return Verdict(tokens, tokens == draft_tokens)
+
+
+def verify_speculative(
+    draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, accept_u: Tensor, residual_u: Tensor
+) -> Verdict:
+    """Speculative sampling: accept with probability `min(1, target / draft)`, else draw from the residual.
+
+    Source: Leviathan et al. 2023, alg. 1; in every slot at once it is a maximal coupling of the two laws.
+    A draft of recorded probability zero is rejected.
+
+    Args:
+        draft_tokens: (B, W).
+        draft_probs: (B, W, K) the laws that the drafts were really drawn from.
+        target_probs: (B, W, K).
+        accept_u, residual_u: (B, W) independent uniform numbers.
+    """
+    chosen = draft_tokens[..., None]
+    target, draft = (p.gather(-1, chosen).squeeze(-1) for p in (target_probs, draft_probs))
+    accept_mask = (accept_u * draft < target) & (draft > 0)
+    replacement = draw(residual(target_probs, draft_probs), residual_u)
+    return Verdict(draft_tokens.where(accept_mask, replacement), accept_mask)
+
+
+def num_leading(mask: Tensor) -> Tensor:
+    """(B,) length of the run of True at the left end of each row (B, W)."""
+    return mask.long().cumprod(-1).sum(-1)

@@ -1,0 +1,134 @@
+"""What a pretrained text-to-image model contributes: ids, layout, embeddings, trunk, head, image decoder.
+
+Three kinds of ids: `image_ids` count codes of the image tokenizer, `token_ids` entries of the model's
+vocabulary, and `slot_ids` what fills a slot of the image sequence: codes 0..K-1, then the structural tokens
+(row ends) from K on. The arithmetic between them lives in the adapters, nowhere else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sjd2_lightning.models.cache import KVCache
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """The slots of one image size.
+
+    Attributes:
+        height, width: of the image, in codes.
+        forced: for each of the N slots -1 where a code is drawn, else the slot id that stands there.
+        pixels: (height, width) of the image in pixels.
+    """
+
+    height: int
+    width: int
+    forced: tuple[int, ...]
+    pixels: tuple[int, int]
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.forced)
+
+    @property
+    def code_slots(self) -> Tensor:
+        """(height * width,) indices of the slots that hold codes, in raster order."""
+        return (torch.tensor(self.forced) < 0).nonzero().squeeze(1)
+
+    def image_ids(self, slot_ids: Tensor) -> Tensor:
+        """(B, height, width) codes of slot ids (B, N)."""
+        return slot_ids[:, self.code_slots.to(slot_ids.device)].view(-1, self.height, self.width)
+
+    def slot_ids(self, image_ids: Tensor) -> Tensor:
+        """(B, N) slot ids of codes (B, height, width).
+
+        Raises:
+            ValueError: if the codes have another size than this layout.
+        """
+        if tuple(image_ids.shape[1:]) != (self.height, self.width):
+            raise ValueError(f"image_ids of size {tuple(image_ids.shape[1:])} do not fit {self.height}x{self.width}")
+        slots = torch.tensor(self.forced, device=image_ids.device).repeat(len(image_ids), 1)
+        slots[:, self.code_slots.to(image_ids.device)] = image_ids.flatten(1)
+        return slots
+
+
+def rows_with_newlines(height: int, width: int, newline: int, pixels: tuple[int, int]) -> ImageLayout:
+    """Layout of Lumina-mGPT and Emu3: every row of codes but the last ends in a newline token."""
+    row = (*[-1] * width, newline)
+    return ImageLayout(height, width, (row * height)[:-1], pixels)
+
+
+class Backbone(nn.Module, ABC):
+    """An autoregressive text-to-image model as training and decoding see it.
+
+    Attributes:
+        num_codes: K, size of the image vocabulary.
+        hidden_size: D, width of an embedding.
+    """
+
+    num_codes: int
+    hidden_size: int
+
+    @abstractmethod
+    def layout(self, height: int, width: int) -> ImageLayout:
+        """Slots of an image of (height, width) pixels; raises ValueError for a size the model cannot draw."""
+
+    @abstractmethod
+    def prompt_ids(self, prompt: str, layout: ImageLayout) -> list[int]:
+        """Token ids of everything in front of the first slot; raises ValueError for an empty prompt."""
+
+    @abstractmethod
+    def unconditional_ids(self, layout: ImageLayout) -> list[int]:
+        """Token ids in front of the first slot on the unconditional side of guidance."""
+
+    @abstractmethod
+    def embed_tokens(self, token_ids: Tensor) -> Tensor:
+        """(..., D) embeddings of token ids."""
+
+    @abstractmethod
+    def slot_table(self) -> Tensor:
+        """(K + structural tokens, D): what the trunk is fed for each slot id."""
+
+    @abstractmethod
+    def forward(
+        self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        """Hidden states (B, L, D) of embeddings (B, L, D) under a boolean mask (B, 1, L, S)."""
+
+    @abstractmethod
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the K codes, (..., K), of hidden states (..., D)."""
+
+    @abstractmethod
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty cache for `batch` rows of at most `max_len` columns."""
+
+    @abstractmethod
+    def decode_images(self, image_ids: Tensor) -> Tensor:
+        """Images (B, 3, h, w) in [0, 1] of codes (B, H, W)."""
+
+    @abstractmethod
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes weights and everything needed to load them again into a local folder."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+def right_aligned(rows: Sequence[Sequence[int]], pad_to: int = 0) -> tuple[Tensor, Tensor]:
+    """Ragged id lists as one block, padded on the left with id 0.
+
+    Returns:
+        ids (B, P) int64, and the column (B,) at which each row starts.
+    """
+    width = max(pad_to, *(len(row) for row in rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    return ids, torch.tensor([width - len(row) for row in rows])

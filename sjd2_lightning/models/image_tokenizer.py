@@ -1,0 +1,112 @@
+"""Pixels to image ids and back, on top of ``diffusers.VQModel``.
+
+VQModel is the kept class whose layers fit the taming VQGAN that Lumina-mGPT decodes with, so the tiny
+default and the 7B model share this file. A model with more than three input channels sees space-to-depth
+patches (``in_channels = 3 * patch**2``), which makes small tokenizers cheap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from diffusers import VQModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ImageTokenizer(Protocol):
+    """What sampling and shard writing need of an image tokenizer."""
+
+    num_codes: int
+    downsample: int
+
+    @property
+    def identity(self) -> str: ...
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, image_ids: Tensor) -> Tensor: ...
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [0, 1], (B, 3, h, w) float, as (B, h, w, 3) uint8 on the CPU.
+
+    Raises:
+        ValueError: if a value is not finite or lies outside [0, 1] by more than rounding.
+    """
+    if not torch.isfinite(images).all() or images.min() < -1e-3 or images.max() > 1 + 1e-3:
+        raise ValueError("images must be finite and lie in [0, 1]; clamp what the image decoder returns")
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+class VQImageTokenizer(nn.Module):
+    """``diffusers.VQModel`` with ids in and out; images are floats in [0, 1]."""
+
+    def __init__(self, vq: VQModel) -> None:
+        super().__init__()
+        self.vq = vq
+        self.patch = round((vq.config.in_channels / 3) ** 0.5)
+        self.num_codes = int(vq.config.num_vq_embeddings)
+        self.downsample = self.patch * 2 ** (len(vq.config.block_out_channels) - 1)
+
+    @property
+    def identity(self) -> str:
+        """Hash of the weights: shards say with it which tokenizer made them."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.vq.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a ``diffusers`` folder in half precision."""
+        half = VQModel.from_config(self.vq.config)
+        half.load_state_dict(self.vq.state_dict())
+        half.half().save_pretrained(folder, safe_serialization=True)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Continuous latents (B, C, H, W) of images (B, 3, h, w) in [0, 1]."""
+        return self.vq.encode(F.pixel_unshuffle(images * 2 - 1, self.patch)).latents
+
+    def pixels(self, quantised: Tensor) -> Tensor:
+        """Images (B, 3, h, w), not clamped, of quantised latents (B, C, H, W)."""
+        decoded = self.vq.decoder(self.vq.post_quant_conv(quantised))
+        return (F.pixel_shuffle(decoded, self.patch) + 1) / 2
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Image ids (B, H, W) int64 of images (B, 3, h, w) in [0, 1]."""
+        latents = self.latents(images)
+        _, _, (_, _, ids) = self.vq.quantize(latents)
+        return ids.view(latents.shape[0], *latents.shape[-2:])
+
+    @torch.no_grad()
+    def decode(self, image_ids: Tensor) -> Tensor:
+        """Images (B, 3, h, w) in [0, 1] of image ids (B, H, W).
+
+        Raises:
+            ValueError: if an id lies outside the codebook.
+        """
+        if image_ids.numel() and (image_ids.min() < 0 or image_ids.max() >= self.num_codes):
+            raise ValueError(f"image ids must lie in [0, {self.num_codes}); got {image_ids.min()}..{image_ids.max()}")
+        return self.pixels(self.vq.quantize.embedding(image_ids).permute(0, 3, 1, 2)).clamp(0, 1)
+
+
+def load_image_tokenizer(folder: str | Path) -> VQImageTokenizer:
+    """The tokenizer in a local ``diffusers`` folder (config.json + safetensors), in fp32 and eval mode.
+
+    Raises:
+        ValueError: if the folder holds no VQModel.
+    """
+    folder = Path(folder)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if not weights.is_file():
+        raise ValueError(
+            f"no image tokenizer in {folder}: {weights.name} is missing; "
+            "train the tiny one with `python train.py experiment=tiny_tokenizer`"
+        )
+    vq = VQModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
+    return VQImageTokenizer(vq).eval().requires_grad_(False)

@@ -1,0 +1,176 @@
+"""LightningModule: batch -> noise -> backbone -> loss. No maths of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.noise import RampLaw, draw_levels, timesteps
+from sjd2_lightning.objective import TokenLoss, next_clean_token_loss
+from sjd2_lightning.sequence import NoisyCodes, code_logits, trunk_input
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Noise of training.
+
+    Attributes:
+        num_levels: (fewest, most) levels; the grid size is drawn per batch, so that one checkpoint serves
+            decoding with any number in between (not in the paper; our choice).
+        schedule, t_min, rho: grid of t, see `noise.timesteps`.
+        ramp: law of the segments.
+        enabled: False is ordinary autoregressive training.
+    """
+
+    num_levels: tuple[int, int] = (1, 8)
+    schedule: str = "linear"
+    t_min: float = 0.02
+    rho: float = 7.0
+    ramp: RampLaw = field(default_factory=RampLaw)
+    enabled: bool = True
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay to `final_lr_share * lr`."""
+
+    lr: float = 2e-4
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_steps: int = 50
+    final_lr_share: float = 0.05
+
+
+class CodeBatch(Protocol):
+    """What training reads of a batch: captions, and codes (B, height, width)."""
+
+    @property
+    def captions(self) -> Sequence[str]: ...
+
+    @property
+    def image_ids(self) -> Tensor: ...
+
+
+class SJD2Module(L.LightningModule):
+    """Fine-tunes a backbone to predict clean next tokens from noisy ones.
+
+    Args:
+        backbone: the model; frozen parts by `freeze`.
+        noise: noise of training; `enabled=False` gives plain next-token training.
+        optimizer: AdamW and its schedule.
+        image_size: (height, width) of the images in pixels.
+        prompt_dropout: share of training prompts replaced by the unconditional context, for guidance.
+        val_levels: grid size of the validation losses at noise.
+        freeze: prefixes of parameter names of the backbone that are not trained.
+        seed: of levels, noise and prompt dropout; they depend on (seed, global step, rank) alone.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        noise: NoiseConfig,
+        optimizer: OptimizerConfig,
+        image_size: tuple[int, int] = (64, 64),
+        prompt_dropout: float = 0.1,
+        val_levels: int = 4,
+        freeze: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.noise = noise
+        self.optimizer_config = optimizer
+        self.prompt_dropout = prompt_dropout
+        self.val_levels = val_levels
+        self.seed = seed
+        self.image_layout: ImageLayout = backbone.layout(*image_size)
+        for name, parameter in backbone.named_parameters():
+            if name.startswith(tuple(freeze)):
+                parameter.requires_grad_(False)
+
+    def _rng(self, purpose: int, index: int) -> torch.Generator:
+        """A CPU generator for one batch: resuming at any step finds the noise of that step."""
+        key = (self.seed, self.global_rank, purpose, index)
+        return torch.Generator().manual_seed(hash(key) % 2**63)
+
+    def _prompts(self, captions: Sequence[str], rng: torch.Generator | None) -> list[list[int]]:
+        drop = torch.zeros(len(captions)) if rng is None else torch.rand(len(captions), generator=rng)
+        share = 0.0 if rng is None else self.prompt_dropout
+        empty = self.backbone.unconditional_ids(self.image_layout)
+        return [
+            empty if drop[row] < share else self.backbone.prompt_ids(caption, self.image_layout)
+            for row, caption in enumerate(captions)
+        ]
+
+    def _noisy(self, levels: Tensor, num_levels: int, rng: torch.Generator) -> NoisyCodes:
+        grid = timesteps(num_levels, self.noise.schedule, self.noise.t_min, self.noise.rho)
+        eps = torch.randn(*levels.shape, self.backbone.hidden_size, generator=rng)
+        return NoisyCodes(levels, grid, eps)
+
+    def losses(self, batch: CodeBatch, prompts: Sequence[Sequence[int]], noise: NoisyCodes | None) -> TokenLoss:
+        """Next-clean-token loss of a batch in nats a code."""
+        fed = trunk_input(self.backbone, prompts, batch.image_ids, self.image_layout, noise)
+        logits = code_logits(self.backbone, fed, self.image_layout)
+        return next_clean_token_loss(logits, batch.image_ids.flatten(1))
+
+    def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
+        # global_step does not move inside gradient accumulation, batch_idx does
+        rng = self._rng(0, self.global_step * 1_000_003 + batch_idx)
+        prompts = self._prompts(batch.captions, rng)
+        noise = None
+        if self.noise.enabled:
+            fewest, most = self.noise.num_levels
+            num_levels = int(torch.randint(fewest, most + 1, (), generator=rng))
+            batch_size, num_codes = len(batch.image_ids), batch.image_ids[0].numel()
+            levels = draw_levels(batch_size, num_codes, num_levels, self.noise.ramp, rng)
+            noise = self._noisy(levels, num_levels, rng)
+        loss = self.losses(batch, prompts, noise).total
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.image_ids))
+        return loss
+
+    def validation_step(self, batch: CodeBatch, batch_idx: int) -> None:
+        """Logs the loss of clean input, and of noisy input by the level of the token predicted from.
+
+        `low` are levels up to half of the grid, `high` is the top level; levels follow the ramps of training.
+        """
+        prompts = self._prompts(batch.captions, None)
+        rng = self._rng(1, batch_idx)
+        size = len(prompts)
+        clean = self.losses(batch, prompts, None).total
+        self.log("val/loss_clean", clean, prog_bar=True, sync_dist=True, batch_size=size)
+        ramp = replace(self.noise.ramp, clean_share=0.0)
+        levels = draw_levels(size, batch.image_ids[0].numel(), self.val_levels, ramp, rng)
+        per_token = self.losses(batch, prompts, self._noisy(levels, self.val_levels, rng)).per_token
+        levels = levels.roll(1, dims=1)  # the token left of a code is what the code is predicted from
+        levels[:, 0] = 0
+        bands = {"low": (levels > 0) & (levels <= self.val_levels // 2), "high": levels == self.val_levels}
+        for band, chosen in bands.items():
+            loss = per_token[chosen.to(per_token.device)].mean()
+            self.log(f"val/loss_{band}", loss, sync_dist=True, batch_size=size)
+
+    def configure_optimizers(self) -> Any:
+        config = self.optimizer_config
+        trained = [p for p in self.parameters() if p.requires_grad]
+        # biases and gains are not decayed
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+
+        def share(step: int) -> float:
+            if step < config.warmup_steps:
+                return (step + 1) / config.warmup_steps
+            done = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
+            return config.final_lr_share + (1 - config.final_lr_share) * 0.5 * (1 + math.cos(math.pi * done))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,80 @@
+"""One training batch as the trunk sees it: timestep tokens, prompts, noisy slots, mask, targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sjd2_lightning.embedding import EmbeddingSpace
+from sjd2_lightning.masks import attention_mask
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, right_aligned
+from sjd2_lightning.noise import perturb
+
+
+class NoisyCodes(NamedTuple):
+    """Noise of one batch: levels (B, height * width) on the CPU, grid of t, and eps (B, height * width, D)."""
+
+    levels: Tensor
+    timesteps: Tensor
+    eps: Tensor
+
+
+class TrunkInput(NamedTuple):
+    """Columns: timestep tokens, prompts, slots but the last; `num_side` timestep tokens, `prompt_len` columns."""
+
+    embeddings: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    num_side: int
+    prompt_len: int
+
+
+def trunk_input(
+    backbone: Backbone,
+    prompt_ids: Sequence[Sequence[int]],
+    image_ids: Tensor,
+    layout: ImageLayout,
+    noise: NoisyCodes | None,
+) -> TrunkInput:
+    """Builds what the trunk is fed for teacher forcing; a noise of `None` or all-clean levels adds nothing.
+
+    Args:
+        prompt_ids: B lists of token ids in front of the first slot.
+        image_ids: (B, height, width) clean codes.
+        noise: levels and noise of the codes; structural slots and prompts stay clean.
+    """
+    device = image_ids.device
+    slots = layout.slot_ids(image_ids)[:, :-1]  # nothing is predicted from the last slot
+    table = backbone.slot_table()
+    slot_embeddings = torch.nn.functional.embedding(slots, table)
+    levels = torch.zeros_like(slots)
+    side = slot_embeddings.new_zeros(0, slot_embeddings.shape[-1])
+    if noise is not None and bool(noise.levels.any()):  # levels are on the CPU: no wait for the device
+        space = EmbeddingSpace(table[: backbone.num_codes])
+        fed = layout.code_slots[:-1].to(device)
+        code_levels = noise.levels[:, :-1].to(device)
+        t = noise.timesteps.to(device, slot_embeddings.dtype)[code_levels][..., None]
+        clean = slot_embeddings[:, fed]
+        noisy = space.denormalise(perturb(space.normalise(clean), t, noise.eps[:, :-1].to(clean)))
+        slot_embeddings = slot_embeddings.index_copy(1, fed, torch.where(t > 0, noisy, clean))
+        levels = levels.index_copy(1, fed, code_levels)
+        side = space.timestep_tokens(noise.timesteps[1:].to(device, slot_embeddings.dtype))
+    ids, starts = right_aligned(prompt_ids)
+    ids, starts = ids.to(device), starts.to(device)
+    num_side, prompt_len, batch = len(side), ids.shape[1], len(ids)
+    embeddings = torch.cat([side.expand(batch, -1, -1), backbone.embed_tokens(ids), slot_embeddings], dim=1)
+    columns = torch.arange(embeddings.shape[1], device=device).expand(batch, -1)
+    first = num_side + starts
+    levels = torch.cat([levels.new_zeros(batch, num_side + prompt_len), levels], dim=1)
+    mask = attention_mask(columns, levels, first, embeddings.shape[1])
+    return TrunkInput(embeddings, (columns - first[:, None]).clamp_min(0), mask, num_side, prompt_len)
+
+
+def code_logits(backbone: Backbone, fed: TrunkInput, layout: ImageLayout) -> Tensor:
+    """Logits (B, height * width, K) for every code, read at the column to its left."""
+    hidden = backbone(fed.embeddings, fed.position_ids, fed.attention_mask)
+    before_slot = layout.code_slots.to(hidden.device) + fed.num_side + fed.prompt_len - 1
+    return backbone.image_logits(hidden[:, before_slot])

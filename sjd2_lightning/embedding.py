@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,26 +20,26 @@ class EmbeddingSpace:
         table: (K, D) embeddings of the image codes, as the trunk is fed them.
     """
 
-    def __init__(self, table: Tensor) -> None:
+    def __init__(self, table: Float[Tensor, "K D"]) -> None:
         table = table.detach()
         self.mean = table.mean(0)
         self.std = table.std(0, correction=0).clamp_min(1e-6)
         self.table = table
 
-    def normalise(self, embeddings: Tensor) -> Tensor:
+    def normalise(self, embeddings: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """(..., D) embeddings of the trunk, normalised."""
         return (embeddings - self.mean) / self.std
 
-    def denormalise(self, normalised: Tensor) -> Tensor:
+    def denormalise(self, normalised: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """(..., D) normalised embeddings, as the trunk is fed them."""
         return normalised * self.std + self.mean
 
-    def nearest_ids(self, normalised: Tensor) -> Tensor:
+    def nearest_ids(self, normalised: Float[Tensor, "*batch D"]) -> Int[Tensor, "*batch"]:
         """Codes (...,) whose normalised embeddings are nearest by cosine (paper: drafts of noisy slots)."""
         rows = F.normalize(self.normalise(self.table), dim=-1)
         return (F.normalize(normalised, dim=-1) @ rows.T).argmax(-1)
 
-    def timestep_tokens(self, t: Tensor) -> Tensor:
+    def timestep_tokens(self, t: Float[Tensor, " T"]) -> Float[Tensor, "T D"]:
         """Side tokens (T, D) for the amounts of noise t (T,).
 
         Sinusoidal encodings put through the same normalisation (paper): standardised over their dimensions,

@@ -6,10 +6,16 @@ on the left), then the slots of the image. So slot i has the same column in ever
 
 from __future__ import annotations
 
+from jaxtyping import Bool, Int
 from torch import Tensor, arange
 
 
-def attention_mask(query_columns: Tensor, levels: Tensor, first_column: Tensor, num_columns: int) -> Tensor:
+def attention_mask(
+    query_columns: Int[Tensor, "B L"],
+    levels: Int[Tensor, "B L"],
+    first_column: Int[Tensor, " B"],
+    num_columns: int,
+) -> Bool[Tensor, "B 1 L S"]:
     """Which columns each query sees: itself, what came before it in its row, and its level's timestep token.
 
     Source: paper, section on timestep injection; placement of the side tokens ours. A clean token sees no

@@ -114,7 +114,9 @@ class SJD2Module(L.LightningModule):
         eps = torch.randn(*levels.shape, self.backbone.hidden_size, generator=rng)
         return NoisyCodes(levels, grid, eps)
 
-    def losses(self, batch: CodeBatch, prompts: Sequence[Sequence[int]], noise: NoisyCodes | None) -> TokenLoss:
+    def losses(
+        self, batch: CodeBatch, prompts: Sequence[Sequence[int]], noise: NoisyCodes | None
+    ) -> TokenLoss:
         """Next-clean-token loss of a batch in nats a code."""
         fed = trunk_input(self.backbone, prompts, batch.image_ids, self.image_layout, noise)
         logits = code_logits(self.backbone, fed, self.image_layout)

@@ -10,12 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 SCHEDULES = ("linear", "karras")
 
 
-def timesteps(num_levels: int, kind: str = "linear", t_min: float = 0.02, rho: float = 7.0) -> Tensor:
+def timesteps(
+    num_levels: int, kind: str = "linear", t_min: float = 0.02, rho: float = 7.0
+) -> Float[Tensor, " grid"]:
     """The grid of t: `timesteps[0] == 0`, `timesteps[num_levels] == 1`, increasing.
 
     Source: paper ("can follow Karras": EDM, Karras et al. 2022, eq. 5, between 1 and `t_min`, then 0); the
@@ -44,12 +47,19 @@ def timesteps(num_levels: int, kind: str = "linear", t_min: float = 0.02, rho: f
     raise ValueError(f"unknown noise schedule {kind!r}; known: {', '.join(SCHEDULES)}")
 
 
-def perturb(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+def perturb(
+    x0: Float[Tensor, "*batch D"], t: Float[Tensor, "*#batch #D"], eps: Float[Tensor, "*batch D"]
+) -> Float[Tensor, "*batch D"]:
     """`x_t = (1 - t) x_0 + t eps` (paper, flow matching); `t` broadcasts against `x0` (..., D)."""
     return (1 - t) * x0 + t * eps
 
 
-def denoise(xt: Tensor, x0_hat: Tensor, t: Tensor, s: Tensor) -> Tensor:
+def denoise(
+    xt: Float[Tensor, "*batch D"],
+    x0_hat: Float[Tensor, "*batch D"],
+    t: Float[Tensor, "*#batch #D"],
+    s: Float[Tensor, "*#batch #D"],
+) -> Float[Tensor, "*batch D"]:
     """`x_s = (s / t) x_t + (1 - s / t) x0_hat` for s < t (paper, in the form that holds at t = 1 too).
 
     At s = 0 it is `x0_hat`: an ordinary Jacobi update. Where t = 0 it returns `x0_hat` as well.
@@ -79,7 +89,9 @@ class RampLaw:
     clean_share: float = 0.1
 
 
-def draw_levels(batch: int, length: int, num_levels: int, law: RampLaw, rng: torch.Generator) -> Tensor:
+def draw_levels(
+    batch: int, length: int, num_levels: int, law: RampLaw, rng: torch.Generator
+) -> Int[Tensor, "batch length"]:
     """Levels (batch, length) int64 of a batch, drawn on the CPU (paper, segment-wise multi-level noise)."""
     levels = torch.zeros(batch, length, dtype=torch.long)
     if num_levels == 0:

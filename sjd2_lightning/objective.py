@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,7 +16,7 @@ class TokenLoss(NamedTuple):
     per_token: Tensor
 
 
-def next_clean_token_loss(logits: Tensor, image_ids: Tensor) -> TokenLoss:
+def next_clean_token_loss(logits: Float[Tensor, "B n K"], image_ids: Int[Tensor, "B n"]) -> TokenLoss:
     """Plain cross-entropy at every image position; no regression term, no weight by t (paper).
 
     The law is normalised over the image codes, which is the law that decoding draws from (ours): logits of

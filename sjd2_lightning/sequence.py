@@ -15,7 +15,7 @@ from sjd2_lightning.noise import perturb
 
 
 class NoisyCodes(NamedTuple):
-    """Noise of one batch: levels (B, height * width) on the CPU, grid of t, and eps (B, height * width, D)."""
+    """Noise of one batch: levels (B, n) of the n codes, on the CPU; grid of t; and eps (B, n, D)."""
 
     levels: Tensor
     timesteps: Tensor
@@ -23,7 +23,7 @@ class NoisyCodes(NamedTuple):
 
 
 class TrunkInput(NamedTuple):
-    """Columns: timestep tokens, prompts, slots but the last; `num_side` timestep tokens, `prompt_len` columns."""
+    """Columns: `num_side` timestep tokens, `prompt_len` prompt tokens, slots but the last."""
 
     embeddings: Tensor
     position_ids: Tensor

@@ -58,7 +58,9 @@ def words(caption: str) -> set[str]:
 
 
 def _captions() -> dict[str, str]:
-    names = {k.replace("\ufe0f", ""): v["en"].strip(":").replace("_", " ") for k, v in emoji.EMOJI_DATA.items()}
+    names = {
+        k.replace("\ufe0f", ""): v["en"].strip(":").replace("_", " ") for k, v in emoji.EMOJI_DATA.items()
+    }
     captions = {}
     for path in sorted(_image_folder().glob("*.png")):
         points = [int(point, 16) for point in path.stem.split("-")]

@@ -1,7 +1,8 @@
 """Decoding of the Jacobi family; needs torch and a backbone, nothing else.
 
 >>> from sjd2_lightning.decoding import DecodingConfig, decode
->>> output = decode(backbone, ["red heart"], [0], DecodingConfig("sjd2", num_levels=1), backbone.layout(64, 64))
+>>> method = DecodingConfig("sjd2", num_levels=1)
+>>> output = decode(backbone, ["red heart"], [0], method, backbone.layout(64, 64))
 """
 
 from sjd2_lightning.decoding.loop import Observer, decode

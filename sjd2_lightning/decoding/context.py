@@ -1,4 +1,4 @@
-"""The cached part of a batch: timestep tokens, prompts, committed tokens; one forward over it and the window."""
+"""The cached part of a batch: timestep tokens, prompts, committed tokens; and one forward over the window."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sjd2_lightning.decoding.context import Context
 from sjd2_lightning.decoding.methods import DecodingConfig
 from sjd2_lightning.decoding.probs import log_law
-from sjd2_lightning.decoding.randomness import Purpose, keys, uniform
+from sjd2_lightning.decoding.randomness import Purpose, stream, uniform
 from sjd2_lightning.decoding.refine import REFINERS, Laws
 from sjd2_lightning.decoding.stats import DecodeOutput, DecodeStats, Iteration
 from sjd2_lightning.decoding.verify import Verdict, num_leading, verify_replay, verify_speculative
@@ -30,18 +30,18 @@ _LEAVE_SHARE = 0.25  # finished rows leave the batch once they are this share of
 
 
 def judge(
-    slots: Slots, source: SlotSource, seeds: Tensor, positions: Tensor, scores: Tensor, draw: int
+    slots: Slots, source: SlotSource, forced: Tensor, scores: Tensor, draw: int
 ) -> tuple[Verdict, Tensor, Tensor | None]:
     """Verdict on every slot of the window, refined drafts and the law that those were drawn from.
 
     Args:
         slots: the window.
         source: of the slots; holds the method.
-        seeds: (B,); positions: (B, W) absolute slots; draw: number of the iteration.
+        forced: (B, W) structural slot ids, -1 where a code is drawn.
         scores: (B, W, K) unnormalised log-probabilities.
+        draw: number of the iteration.
     """
     config = source.config
-    forced = source.forced[positions]
     codes = slots.tokens.where(forced < 0, 0)
     if slots.gumbel is not None:
         verdict = verify_replay(codes, scores, slots.gumbel)
@@ -52,15 +52,23 @@ def judge(
         if config.acceptance == "paper" and slots.noisy is not None:
             codes = source.space.nearest_ids(slots.noisy).where(noisy, codes)
         law = scores.softmax(-1)
-        u = [
-            uniform(keys(seeds[:, None], positions, purpose, draw), 1)[..., 0]
-            for purpose in (Purpose.ACCEPT, Purpose.RESIDUAL, Purpose.FRESH)
-        ]
-        verdict = verify_speculative(codes, slots.draft_probs, law, u[0], u[1])
-        refined = REFINERS[config.refiner](Laws(codes, slots.draft_probs, law, noisy), verdict, u[2])
+        accept_u, residual_u, fresh_u = uniform(stream(slots.keys, Purpose.VERDICT, draw), 3).unbind(-1)
+        verdict = verify_speculative(codes, slots.draft_probs, law, accept_u, residual_u)
+        refined = REFINERS[config.refiner](Laws(codes, slots.draft_probs, law, noisy), verdict, fresh_u)
     # structural slots have a one-hot law on the token they start with: they always stand
     tokens = verdict.tokens.where(forced < 0, forced)
     return Verdict(tokens, verdict.accept_mask | (forced >= 0)), refined.where(forced < 0, forced), law
+
+
+def runs(verdict: Verdict, levels: Tensor, acceptance: str) -> tuple[Tensor, Tensor]:
+    """Lengths (B,) of two runs at the left of the window: slots that stand, and entries of the cache that do.
+
+    An entry stands if its slot and all before it were fed as the clean embeddings of what they are now. The
+    paper's rule lets drafts of noisy slots stand too; they are fed again.
+    """
+    clean = verdict.accept_mask & (levels == 0)
+    cached = num_leading(clean[:, :-1])  # the last slot was not fed
+    return (num_leading(verdict.accept_mask[:, :-1]) if acceptance == "paper" else cached), cached
 
 
 @torch.inference_mode()
@@ -85,17 +93,16 @@ def decode(
         observer: called after each forward pass.
 
     Raises:
-        ValueError: for bad config values, an empty prompt or lists of unequal length; before the first forward.
+        ValueError: before the first forward, for bad values, an empty prompt or lists of unequal length.
     """
     config.check()
     if len(prompts) != len(seeds) or not prompts:
-        raise ValueError(f"need as many seeds as prompts and at least one; got {len(prompts)} and {len(seeds)}")
+        raise ValueError(f"need one seed a prompt and at least one; got {len(prompts)} and {len(seeds)}")
     device, window, num_slots = backbone.device, config.window, layout.num_slots
     source = SlotSource(config, layout, backbone.slot_table(), backbone.num_codes)
     side = source.space.timestep_tokens(source.timesteps[1:])
-    max_refeed = window if config.acceptance == "paper" else 1
-    scale = config.sampling.guidance_scale
-    context = Context(backbone, prompts, layout, side, window, max_refeed, scale)
+    refeed = window if config.acceptance == "paper" else 1
+    context = Context(backbone, prompts, layout, side, window, refeed, config.sampling.guidance_scale)
 
     rows = torch.arange(len(prompts), device=device)  # which image each row is; finished ones leave
     seed = torch.tensor(list(seeds), device=device)
@@ -105,33 +112,33 @@ def decode(
     ids = torch.zeros(len(prompts), num_slots + window, dtype=torch.long, device=device)
     settled_at = torch.zeros_like(ids)
     committed_log: list[Tensor] = []
-    first_head, last_head, num_refeed, index = 0, 0, 1, 0
+    first_head, last_head, refeed, index = 0, 0, 1, 0
     while first_head < num_slots:
-        recent = ids[rows].gather(1, (heads[:, None] + span[:num_refeed] - num_refeed).clamp_min(0))
+        recent = ids[rows].gather(1, (heads[:, None] + span[:refeed] - refeed).clamp_min(0))
         fed = source.embeddings(slots)[:, :-1]
         logits = context.logits(heads, source.table[recent], fed, slots.levels[:, :-1], last_head)
         scores = log_law(logits, config.sampling)
         positions = heads[:, None] + span
-        verdict, refined, law = judge(slots, source, seed, positions.clamp_max(num_slots), scores, index)
+        verdict, refined, law = judge(slots, source, source.forced[positions], scores, index)
 
-        fed_clean = slots.levels == 0
-        valid = num_leading((verdict.accept_mask & fed_clean)[:, :-1])  # entries of the cache that stay true
-        stands = valid if config.acceptance != "paper" else num_leading(verdict.accept_mask[:, :-1])
-        committed = (stands + 1).minimum(num_slots - heads)
+        run, cached = runs(verdict, slots.levels, config.acceptance)
+        committed = (run + 1).minimum(num_slots - heads)  # the slot behind the run was judged rightly too
         ids[rows[:, None], positions] = verdict.tokens  # slots past the run are overwritten when they settle
         settled_at[rows[:, None], positions] = index
-        committed_log.append(torch.zeros(len(prompts), dtype=torch.long, device=device).index_copy(0, rows, committed))
+        committed_log.append(rows.new_zeros(len(prompts)).index_copy(0, rows, committed))
         if observer is not None:
-            observer(Iteration(index, rows, heads, committed, verdict.tokens, slots.levels, scores, slots.gumbel))
+            seen = (heads, committed, verdict.tokens, slots.levels, scores, slots.gumbel)
+            observer(Iteration(index, rows, *seen))
 
         heads = heads + committed
         index += 1
         done = heads >= num_slots
-        summary = torch.stack([heads.min(), heads.max(), committed.max(), (committed - valid).max(), done.sum()])
+        uncached = (committed - cached).max()
+        summary = torch.stack([heads.min(), heads.max(), committed.max(), uncached, done.sum()])
         first_head, last_head, most, refeed, num_done = summary.tolist()  # the only wait for the device
         if first_head >= num_slots:
             break
-        num_refeed = max(1, refeed)
+        refeed = max(1, refeed)
         slots = source.renew(slots, refined, law)
         entering = source.new(seed, (heads[:, None] + span[window - most :]).clamp_max(num_slots))
         slots = advance(slots, committed, entering)
@@ -139,7 +146,7 @@ def decode(
             left = (~done).nonzero().squeeze(1)
             context.keep_rows(left, len(rows))
             rows, seed, heads = rows[left], seed[left], heads[left]
-            slots = slots.map(lambda field, left=left: field[left])
+            slots = slots.keep_rows(left)
 
     slot_ids = ids[:, :num_slots]
     stats = DecodeStats(torch.stack(committed_log).cpu(), settled_at[:, :num_slots].cpu())

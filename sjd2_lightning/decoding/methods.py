@@ -44,7 +44,7 @@ class DecodingConfig:
 
     @property
     def lossless(self) -> bool:
-        """Whether samples follow the law of autoregression with the loaded weights (algorithm: module docs)."""
+        """Whether samples follow the law of autoregression with the loaded weights."""
         return self.acceptance != "paper"
 
     def problems(self) -> list[str]:

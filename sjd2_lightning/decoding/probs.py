@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -38,8 +39,8 @@ class Sampling:
         return found
 
 
-def guided(logits: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance `u + s (c - u)` on logits of stacked rows: conditional ones, then unconditional.
+def guided(logits: Float[Tensor, "rows *slots K"], guidance_scale: float) -> Float[Tensor, "B *slots K"]:
+    """Classifier-free guidance `u + s (c - u)` on logits of stacked rows: conditional, then unconditional.
 
     Returns:
         (B, ...) float32 of logits (2B, ...); with scale 1 the logits (B, ...) themselves.
@@ -50,7 +51,7 @@ def guided(logits: Tensor, guidance_scale: float) -> Tensor:
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def log_law(logits: Tensor, sampling: Sampling) -> Tensor:
+def log_law(logits: Float[Tensor, "*slots K"], sampling: Sampling) -> Float[Tensor, "*slots K"]:
     """Unnormalised log-probabilities (..., K) float32 after temperature, top-k, top-p; -inf where cut off.
 
     Ties at the top-k threshold are all kept. Greedy leaves the first maximum.
@@ -70,7 +71,7 @@ def log_law(logits: Tensor, sampling: Sampling) -> Tensor:
     return scores
 
 
-def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+def draw(probs: Float[Tensor, "*slots K"], uniform: Float[Tensor, "*slots"]) -> Int[Tensor, "*slots"]:
     """Codes (...,) drawn from weights (..., K) by inversion of the cumulative sum.
 
     Weights need not be normalised; codes of weight zero are never drawn.
@@ -87,7 +88,9 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(drawn, last)
 
 
-def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
-    """Weights `(target - draft)+` (..., K); where nothing is left, the target itself (Leviathan et al. 2023)."""
+def residual(
+    target_probs: Float[Tensor, "*slots K"], draft_probs: Float[Tensor, "*slots K"]
+) -> Float[Tensor, "*slots K"]:
+    """Weights `(target - draft)+`; where nothing is left, the target itself (Leviathan et al. 2023)."""
     rest = (target_probs - draft_probs).clamp_min(0)
     return torch.where(rest.sum(-1, keepdim=True) > 0, rest, target_probs)

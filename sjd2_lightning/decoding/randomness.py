@@ -11,6 +11,7 @@ import math
 from enum import IntEnum
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -24,10 +25,7 @@ class Purpose(IntEnum):
     GUMBEL = 1
     INITIAL = 2
     NOISE = 3
-    ACCEPT = 4
-    RESIDUAL = 5
-    FRESH = 6
-    KEEP = 7
+    VERDICT = 4
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -40,30 +38,33 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def keys(seeds: Tensor, slots: Tensor, purpose: Purpose, draw: int = 0) -> Tensor:
-    """Stream keys, int64, of seeds and slots (broadcast against each other)."""
-    key = _mix(seeds + _GOLDEN)
-    for part in (slots, torch.tensor(int(purpose)), torch.tensor(draw)):
-        key = _mix(key + (part + 1) * _GOLDEN)
-    return key
+def slot_keys(seeds: Tensor, slots: Tensor) -> Tensor:
+    """Keys, int64, of slots of images; seeds and slots broadcast against each other."""
+    return _mix(_mix(seeds + _GOLDEN) + (slots + 1) * _GOLDEN)
+
+
+def stream(slot_key: Tensor, purpose: Purpose, draw: int = 0) -> Tensor:
+    """The key of one stream of a slot: what it is for, and in which iteration it is drawn."""
+    step = ((int(purpose) << 32) + draw + 1) * _GOLDEN
+    return _mix(slot_key + ((step + 2**63) % 2**64 - 2**63))
 
 
 def _bits(key: Tensor, count: int) -> Tensor:
     steps = torch.arange(1, count + 1, device=key.device) * _GOLDEN
-    return _shift(_mix(key[..., None] + steps), 40)  # 24 bits: what float32 holds
+    return _shift(_mix(key[..., None] + steps), 41)  # 23 bits: with the half of `uniform`, what float32 holds
 
 
-def uniform(key: Tensor, count: int) -> Tensor:
+def uniform(key: Int[Tensor, "*slots"], count: int) -> Float[Tensor, "*slots count"]:
     """(..., count) float32 in the open interval (0, 1)."""
-    return (_bits(key, count).float() + 0.5) * 2.0**-24
+    return (_bits(key, count).float() + 0.5) * 2.0**-23
 
 
-def gumbel(key: Tensor, count: int) -> Tensor:
+def gumbel(key: Int[Tensor, "*slots"], count: int) -> Float[Tensor, "*slots count"]:
     """(..., count) standard Gumbel numbers, float32."""
     return -torch.log(-torch.log(uniform(key, count)))
 
 
-def normal(key: Tensor, count: int) -> Tensor:
+def normal(key: Int[Tensor, "*slots"], count: int) -> Float[Tensor, "*slots count"]:
     """(..., count) standard normal numbers, float32 (Box-Muller)."""
     half = (count + 1) // 2
     u, v = uniform(key, 2 * half).chunk(2, dim=-1)
@@ -71,6 +72,6 @@ def normal(key: Tensor, count: int) -> Tensor:
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[..., :count]
 
 
-def integers(key: Tensor, bound: int) -> Tensor:
+def integers(key: Int[Tensor, "*slots"], bound: int) -> Int[Tensor, "*slots"]:
     """(...,) int64 uniform in [0, bound)."""
     return (uniform(key, 1)[..., 0].double() * bound).long().clamp_max(bound - 1)

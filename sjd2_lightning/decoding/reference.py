@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sjd2_lightning.decoding.probs import Sampling, guided, log_law
-from sjd2_lightning.decoding.randomness import Purpose, gumbel, keys
+from sjd2_lightning.decoding.randomness import Purpose, gumbel, slot_keys, stream
 from sjd2_lightning.masks import attention_mask
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 
@@ -16,15 +16,21 @@ def _next_logits(backbone: Backbone, prompt_ids: list[int], slots: list[int]) ->
     drawn = backbone.slot_table()[torch.tensor(slots, dtype=torch.long, device=backbone.device)]
     embeddings = torch.cat([embeddings, drawn[None]], dim=1)
     columns = torch.arange(embeddings.shape[1], device=backbone.device)[None]
-    mask = attention_mask(columns, torch.zeros_like(columns), torch.zeros_like(columns[:, 0]), columns.shape[1])
+    clean = torch.zeros_like(columns)
+    mask = attention_mask(columns, clean, clean[:, 0], columns.shape[1])
     return backbone.image_logits(backbone(embeddings, columns, mask)[:, -1])
 
 
 @torch.inference_mode()
 def decode_reference(
-    backbone: Backbone, prompt: str, seed: int, sampling: Sampling, layout: ImageLayout, num_slots: int | None = None
+    backbone: Backbone,
+    prompt: str,
+    seed: int,
+    sampling: Sampling,
+    layout: ImageLayout,
+    num_slots: int | None = None,
 ) -> Tensor:
-    """Slot ids (N,) of one image, one full forward a token; token = argmax(log law + the slot's Gumbel vector).
+    """Slot ids (N,) of one image: a full forward a token, token = argmax(log law + the slot's Gumbel vector).
 
     Args:
         num_slots: stop after so many slots; all by default.
@@ -39,6 +45,6 @@ def decode_reference(
             continue
         logits = torch.cat([_next_logits(backbone, ids, slots) for ids in contexts])
         scores = log_law(guided(logits, sampling.guidance_scale)[0], sampling)
-        key = keys(torch.tensor(seed), torch.tensor(slot), Purpose.GUMBEL).to(scores.device)
+        key = stream(slot_keys(torch.tensor(seed), torch.tensor(slot)), Purpose.GUMBEL).to(scores.device)
         slots.append(int((scores + gumbel(key, backbone.num_codes)).argmax()))
     return torch.tensor(slots)

@@ -92,5 +92,8 @@ class NearTies:
         best = (iteration.scores + iteration.gumbel).topk(2, dim=-1).values
         width = torch.arange(best.shape[1], device=best.device)
         close = (best[..., 0] - best[..., 1] <= self.tolerance) & (width < iteration.num_committed[:, None])
+        close &= (
+            iteration.tokens < iteration.scores.shape[-1]
+        )  # structural slots are forced: nothing to decide
         for row, slot in close.nonzero().tolist():
             self.slots.append((int(iteration.rows[row]), int(iteration.heads[row]) + slot))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sjd2_lightning.decoding.probs import draw, residual
@@ -17,11 +18,13 @@ class Verdict(NamedTuple):
         accept_mask: (B, W) True = the draft stands.
     """
 
-    tokens: Tensor
-    accept_mask: Tensor
+    tokens: Int[Tensor, "B W"]
+    accept_mask: Bool[Tensor, "B W"]
 
 
-def verify_replay(draft_tokens: Tensor, target_scores: Tensor, gumbel: Tensor) -> Verdict:
+def verify_replay(
+    draft_tokens: Int[Tensor, "B W"], target_scores: Float[Tensor, "B W K"], gumbel: Float[Tensor, "B W K"]
+) -> Verdict:
     """Replay (ours): a slot's token is the maximum of its law perturbed by the slot's own Gumbel vector.
 
     Autoregression with the same vectors takes the same maximum, so a draft that equals it is its token.
@@ -36,7 +39,11 @@ def verify_replay(draft_tokens: Tensor, target_scores: Tensor, gumbel: Tensor) -
 
 
 def verify_speculative(
-    draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, accept_u: Tensor, residual_u: Tensor
+    draft_tokens: Int[Tensor, "B W"],
+    draft_probs: Float[Tensor, "B W K"],
+    target_probs: Float[Tensor, "B W K"],
+    accept_u: Float[Tensor, "B W"],
+    residual_u: Float[Tensor, "B W"],
 ) -> Verdict:
     """Speculative sampling: accept with probability `min(1, target / draft)`, else draw from the residual.
 
@@ -56,6 +63,6 @@ def verify_speculative(
     return Verdict(draft_tokens.where(accept_mask, replacement), accept_mask)
 
 
-def num_leading(mask: Tensor) -> Tensor:
+def num_leading(mask: Bool[Tensor, "B W"]) -> Int[Tensor, " B"]:
     """(B,) length of the run of True at the left end of each row (B, W)."""
     return mask.long().cumprod(-1).sum(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sjd2_lightning.decoding.methods import DecodingConfig
-from sjd2_lightning.decoding.randomness import Purpose, gumbel, integers, keys, normal
+from sjd2_lightning.decoding.randomness import Purpose, gumbel, integers, normal, slot_keys, stream
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.noise import denoise, timesteps
@@ -16,9 +16,10 @@ from sjd2_lightning.noise import denoise, timesteps
 
 @dataclass
 class Slots:
-    """Contents of some slots; every field (B, n, ...) and aligned. A field that a method has no use for is None.
+    """Contents of some slots, (B, n, ...) each. A field that a method has no use for is None.
 
     Attributes:
+        keys: (B, n) of the slots' random numbers.
         tokens: (B, n) drafts, as slot ids.
         levels: (B, n) noise level; 0 = fed as the clean embedding of its draft.
         noisy: (B, n, D) normalised noisy embedding; its value matters where the level is above 0.
@@ -26,17 +27,20 @@ class Slots:
         gumbel: (B, n, K) the slot's noise (replay).
     """
 
+    keys: Tensor
     tokens: Tensor
     levels: Tensor
     noisy: Tensor | None
     draft_probs: Tensor | None
     gumbel: Tensor | None
 
-    def map(self, change: object) -> Slots:
-        """Applies a function to every field that is there."""
-        assert callable(change)
-        fields = (self.tokens, self.levels, self.noisy, self.draft_probs, self.gumbel)
-        return Slots(*(None if f is None else change(f) for f in fields))
+    def fields(self) -> tuple[Tensor | None, ...]:
+        """All fields in order."""
+        return (self.keys, self.tokens, self.levels, self.noisy, self.draft_probs, self.gumbel)
+
+    def keep_rows(self, rows: Tensor) -> Slots:
+        """The slots of some rows, (R,) int64."""
+        return Slots(*(None if field is None else field[rows] for field in self.fields()))  # type: ignore[arg-type]
 
 
 class SlotSource:
@@ -65,24 +69,24 @@ class SlotSource:
         code (SJD). Structural slots start, and stay, at their token.
         """
         config, num_codes = self.config, self.num_codes
-        seeds = seeds[:, None]
+        keys = slot_keys(seeds[:, None], slots)
         noise = None
         if config.acceptance == "replay":
-            noise = gumbel(keys(seeds, slots, Purpose.GUMBEL), num_codes)
+            noise = gumbel(stream(keys, Purpose.GUMBEL), num_codes)
         if config.draft_init == "gumbel" and noise is not None:
             tokens = noise.argmax(-1)
         else:
-            tokens = integers(keys(seeds, slots, Purpose.INITIAL), num_codes)
+            tokens = integers(stream(keys, Purpose.INITIAL), num_codes)
         probs = None
         if config.acceptance != "replay":
             probs = torch.full((*slots.shape, num_codes), 1 / num_codes, device=slots.device)
         levels = torch.full_like(slots, config.num_levels)
         noisy = None
         if config.num_levels:
-            noisy = normal(keys(seeds, slots, Purpose.NOISE), self.table.shape[1]).to(self.table)
+            noisy = normal(stream(keys, Purpose.NOISE), self.table.shape[1]).to(self.table)
         forced = self.forced[slots]
         tokens, levels = tokens.where(forced < 0, forced), levels.where(forced < 0, 0)
-        return Slots(tokens, levels, noisy, probs, noise)
+        return Slots(keys, tokens, levels, noisy, probs, noise)
 
     def embeddings(self, slots: Slots) -> Tensor:
         """(B, n, D) what the trunk is fed."""
@@ -100,7 +104,7 @@ class SlotSource:
             x0_hat = self.space.normalise(self.table[tokens])
             t, s = (self.timesteps[step][..., None] for step in (slots.levels, levels))
             noisy = denoise(noisy, x0_hat, t, s)
-        return Slots(tokens, levels, noisy, probs, slots.gumbel)
+        return Slots(slots.keys, tokens, levels, noisy, probs, slots.gumbel)
 
 
 def advance(slots: Slots, num_committed: Tensor, entering: Slots) -> Slots:
@@ -123,9 +127,6 @@ def advance(slots: Slots, num_committed: Tensor, entering: Slots) -> Slots:
         tail = tail.where(stays[:, window - num_new :].view(-1, num_new, *extra), new)
         return torch.cat([kept, tail], dim=1)
 
-    pairs = zip(
-        (slots.tokens, slots.levels, slots.noisy, slots.draft_probs, slots.gumbel),
-        (entering.tokens, entering.levels, entering.noisy, entering.draft_probs, entering.gumbel),
-        strict=True,
-    )
-    return Slots(*(None if old is None else shift(old, new) for old, new in pairs))
+    pairs = zip(slots.fields(), entering.fields(), strict=True)
+    fields = (None if old is None or new is None else shift(old, new) for old, new in pairs)
+    return Slots(*fields)  # type: ignore[arg-type]

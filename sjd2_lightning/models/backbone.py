@@ -53,7 +53,9 @@ class ImageLayout:
             ValueError: if the codes have another size than this layout.
         """
         if tuple(image_ids.shape[1:]) != (self.height, self.width):
-            raise ValueError(f"image_ids of size {tuple(image_ids.shape[1:])} do not fit {self.height}x{self.width}")
+            raise ValueError(
+                f"image_ids of size {tuple(image_ids.shape[1:])} do not fit {self.height}x{self.width}"
+            )
         slots = torch.tensor(self.forced, device=image_ids.device).repeat(len(image_ids), 1)
         slots[:, self.code_slots.to(image_ids.device)] = image_ids.flatten(1)
         return slots

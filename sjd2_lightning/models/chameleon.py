@@ -39,6 +39,8 @@ class ChameleonBackbone(Backbone):
     `ChameleonForConditionalGeneration.forward` masks every image logit, so trunk and head are called apart.
     """
 
+    slot_token_ids: Tensor
+
     def __init__(
         self,
         model: ChameleonForConditionalGeneration,
@@ -76,7 +78,7 @@ class ChameleonBackbone(Backbone):
 
     def prompt_ids(self, prompt: str, layout: ImageLayout) -> list[int]:
         if not prompt.strip():
-            raise ValueError("empty prompt: give at least one word, or set the guidance scale to use no prompt")
+            raise ValueError("empty prompt: give at least one word")
         height, width = layout.pixels
         text = self.tokens.template.format(width=width, height=height, prompt=prompt)
         text_ids = self.text_tokenizer.encode(text, add_special_tokens=False)
@@ -128,10 +130,14 @@ class ChameleonBackbone(Backbone):
         self.model.save_pretrained(folder / "trunk", state_dict=state, safe_serialization=True)
         self.text_tokenizer.save_pretrained(folder / "text")
         self.image_tokenizer.save(folder / "tokenizer")
-        (folder / "backbone.json").write_text(json.dumps({"family": "chameleon", **asdict(self.tokens)}, indent=2))
+        (folder / "backbone.json").write_text(
+            json.dumps({"family": "chameleon", **asdict(self.tokens)}, indent=2)
+        )
 
 
-def load_chameleon(folder: str | Path, trunk: str = "trunk", dtype: torch.dtype = torch.float32) -> ChameleonBackbone:
+def load_chameleon(
+    folder: str | Path, trunk: str = "trunk", dtype: torch.dtype = torch.float32
+) -> ChameleonBackbone:
     """Loads a local folder: `backbone.json`, `trunk/`, `text/`, `tokenizer/`.
 
     Args:
@@ -144,9 +150,13 @@ def load_chameleon(folder: str | Path, trunk: str = "trunk", dtype: torch.dtype 
     """
     folder = Path(folder)
     trunk_folder = folder / trunk if (folder / trunk).is_dir() else Path(trunk)
-    for needed in (folder / "backbone.json", trunk_folder / "model.safetensors", folder / "text" / "tokenizer.json"):
+    for needed in (
+        folder / "backbone.json",
+        trunk_folder / "model.safetensors",
+        folder / "text" / "tokenizer.json",
+    ):
         if not needed.is_file():
-            raise ValueError(f"no backbone in {folder}: {needed} is missing; check model.path and model.trunk")
+            raise ValueError(f"no backbone in {folder}: {needed} is missing; set model.path and model.trunk")
     fields = json.loads((folder / "backbone.json").read_text())
     if fields.pop("family", None) != "chameleon":
         raise ValueError(f"{folder / 'backbone.json'} is not of a Chameleon-type model")
@@ -154,4 +164,6 @@ def load_chameleon(folder: str | Path, trunk: str = "trunk", dtype: torch.dtype 
         trunk_folder, dtype=dtype, use_safetensors=True, local_files_only=True, attn_implementation="sdpa"
     )
     text = PreTrainedTokenizerFast.from_pretrained(folder / "text", local_files_only=True)
-    return ChameleonBackbone(model, text, load_image_tokenizer(folder / "tokenizer"), ChameleonTokens(**fields))
+    return ChameleonBackbone(
+        model, text, load_image_tokenizer(folder / "tokenizer"), ChameleonTokens(**fields)
+    )

@@ -91,7 +91,9 @@ class VQImageTokenizer(nn.Module):
             ValueError: if an id lies outside the codebook.
         """
         if image_ids.numel() and (image_ids.min() < 0 or image_ids.max() >= self.num_codes):
-            raise ValueError(f"image ids must lie in [0, {self.num_codes}); got {image_ids.min()}..{image_ids.max()}")
+            raise ValueError(
+                f"image ids must lie in [0, {self.num_codes}); got {image_ids.min()}..{image_ids.max()}"
+            )
         return self.pixels(self.vq.quantize.embedding(image_ids).permute(0, 3, 1, 2)).clamp(0, 1)
 
 
@@ -108,5 +110,11 @@ def load_image_tokenizer(folder: str | Path) -> VQImageTokenizer:
             f"no image tokenizer in {folder}: {weights.name} is missing; "
             "train the tiny one with `python train.py experiment=tiny_tokenizer`"
         )
-    vq = VQModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
+    vq = VQModel.from_pretrained(
+        folder,
+        torch_dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        low_cpu_mem_usage=False,  # needs a further package, and saves nothing at this size
+    )
     return VQImageTokenizer(vq).eval().requires_grad_(False)

@@ -24,6 +24,8 @@ class TokenizerModule(L.LightningModule):
     no latent chose for `revive_every` steps are moved onto random latents.
     """
 
+    uses: Tensor
+
     def __init__(
         self,
         num_codes: int = 512,
@@ -97,7 +99,9 @@ class TokenizerModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01)
         total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=total + 1, pct_start=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.lr, total_steps=total + 1, pct_start=0.05
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_end(self) -> None:

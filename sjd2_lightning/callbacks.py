@@ -1,0 +1,214 @@
+"""Lightning callback that decodes fixed prompts during validation, by autoregression and by faster methods.
+
+Source: ours. It is `evaluate_methods` on few prompts: the same decoding, timing, figures and files.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from sjd2_lightning.comparison import BASELINE, EvaluationResult, measure_methods
+from sjd2_lightning.decoding.methods import DecodingConfig
+from sjd2_lightning.evaluation import decode_methods, run_identity
+from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.prompts import PromptItem, check_prompts
+from sjd2_lightning.quality import QualityMeter, QualityMetrics
+from sjd2_lightning.records import RecordStore, write_atomic
+from sjd2_lightning.references import ReferenceSet
+from sjd2_lightning.report.figures import acceptance_histogram, image_grid, save_figure
+from sjd2_lightning.report.wandb_log import media_row, scalar_row
+
+
+class SamplingCallback(Callback):
+    """Decodes prompts at the end of validation; logs figures and images to all loggers and to `out_dir`.
+
+    In `out_dir`: `metrics.jsonl` and `metrics.csv` with one line a validation, and `step_<n>/` with images,
+    records, `grid.png` and `acceptance.png`. Under the key `val/...` the figures of the first method that is
+    not the baseline are logged plainly (`val/nfe`, `val/fd_EffNetLite0`), those of the others with their name
+    behind (`val/nfe_ar`). W&B gets figures and media in one row; loggers without images get the figures.
+
+    Decoding is in eval mode, with the averaged weights if a `WeightAveraging` callback comes later in the
+    list, shared by all ranks, and leaves modes and global random states as they were. The baseline's images
+    are decoded again only when the weights have changed. The sanity check is skipped.
+
+    Args:
+        prompts: fixed prompts with their seeds, e.g. `held_out_prompts(8)`.
+        methods: by name; "ar" is the baseline.
+        out_dir: e.g. `<run_dir>/samples`.
+        every_n_validations: decode at every n-th validation, the first one included.
+        batch_size: prompts decoded together.
+        metrics: what to measure quality with; None measures speed alone.
+        reference: real images for the distances.
+        num_shown: prompts in the image grid.
+
+    Raises:
+        ValueError: unusable prompts, methods or numbers; at `setup`, a module without `backbone` and
+            `image_layout`, or a `WeightAveraging` callback in front of this one.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[PromptItem],
+        methods: Mapping[str, DecodingConfig],
+        out_dir: str | Path,
+        *,
+        every_n_validations: int = 1,
+        batch_size: int = 4,
+        metrics: QualityMetrics | None = None,
+        reference: ReferenceSet | None = None,
+        num_shown: int = 8,
+    ) -> None:
+        super().__init__()
+        check_prompts(prompts)
+        for name, number in {"every_n_validations": every_n_validations, "batch_size": batch_size}.items():
+            if number < 1:
+                raise ValueError(f"{name} is {number}; it must be at least 1")
+        if not methods:
+            raise ValueError("there are no methods; give at least one, for example ar")
+        for config in methods.values():
+            config.check()
+        self.prompts = tuple(prompts)
+        self.methods = dict(methods)
+        self.out_dir = Path(out_dir)
+        self.every_n_validations = every_n_validations
+        self.batch_size = batch_size
+        self.metrics = metrics or QualityMetrics()
+        self.reference = reference
+        self.num_shown = num_shown
+        self._num_validations = 0
+        self._warm = False
+        self._meter: QualityMeter | None = None
+        self._previous: tuple[str, RecordStore] | None = None  # weights and records of the last decoding
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses a set-up that would decode other weights than those validated."""
+        if not isinstance(getattr(pl_module, "backbone", None), Backbone):
+            raise ValueError(
+                f"SamplingCallback needs a module with a `backbone`; {type(pl_module).__name__} has none"
+            )
+        callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+        before = callbacks[: callbacks.index(self)] if self in callbacks else []
+        if any(isinstance(callback, WeightAveraging) for callback in before):
+            raise ValueError(
+                "SamplingCallback must come before the weight averaging in the list of callbacks: "
+                "averaging takes its weights back before later callbacks run"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of validations seen, so that a resumed run decodes at the same ones."""
+        return {"num_validations": self._num_validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self._num_validations = int(state_dict["num_validations"])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Decodes, measures and logs, if it is this validation's turn."""
+        if trainer.sanity_checking:
+            return
+        number = self._num_validations
+        self._num_validations += 1
+        if number % self.every_n_validations:
+            return
+        with isolate_rng():
+            result = self._sample(trainer, pl_module)
+        row = None if result is None else scalar_row(result)
+        # All ranks log what rank 0 measured: checkpoints may be chosen by it on any rank.
+        row = trainer.strategy.broadcast(row)
+        assert row is not None
+        pl_module.log_dict(row, logger=False, sync_dist=trainer.world_size > 1)
+        if result is not None:
+            self._log(trainer, result, row)
+
+    def _sample(self, trainer: Trainer, pl_module: LightningModule) -> EvaluationResult | None:
+        backbone, layout = _model_of(pl_module)
+        prompts = self.prompts[:1] if trainer.fast_dev_run else self.prompts  # type: ignore[attr-defined]
+        folder = Path(trainer.strategy.broadcast(str(self.out_dir / f"step_{trainer.global_step:08d}")))
+        if trainer.is_global_zero:
+            self._reuse_baseline(backbone, layout, prompts, folder)
+        trainer.strategy.barrier()
+        decoded = decode_methods(
+            backbone,
+            self.methods,
+            prompts,
+            layout,
+            folder,
+            batch_size=self.batch_size,
+            warm_up=not self._warm,
+            replace=True,
+            progress=False,
+        )
+        self._warm = True
+        if decoded is None:
+            return None
+        self._previous = (decoded.store.identity["weights"], decoded.store)
+        if self._meter is None:
+            self._meter = QualityMeter(self.metrics, self.reference)
+        self._meter.forget_images()
+        return measure_methods(decoded.store, self.methods, prompts, self._meter, ties=decoded.ties)
+
+    def _reuse_baseline(
+        self, backbone: Backbone, layout: ImageLayout, prompts: Sequence[PromptItem], folder: Path
+    ) -> None:
+        """Copies the baseline's images of the last decoding into a new folder, if no weight has changed."""
+        if self._previous is None or BASELINE not in self.methods or folder.exists():
+            return
+        weights, store = self._previous
+        identity = run_identity(backbone, self.methods, prompts, layout, self.batch_size)
+        if identity["weights"] == weights:
+            records = [record for record in store.load() if record.method == BASELINE]
+            RecordStore(folder, identity).append(records, store.images(records))
+
+    def _log(self, trainer: Trainer, result: EvaluationResult, row: Mapping[str, float]) -> None:
+        step, folder = trainer.global_step, result.store.folder
+        save_figure(image_grid(result, self.num_shown), folder / "grid.png")
+        save_figure(acceptance_histogram(list(result.methods.values())), folder / "acceptance.png")
+        histograms = {name: method.acceptance_counts for name, method in result.methods.items()}
+        line = {"step": step, "epoch": trainer.current_epoch, "num_images": len(result.prompts), **row}
+        _append_line(self.out_dir / "metrics.jsonl", {**line, "acceptance_counts": histograms})
+        _append_csv(self.out_dir / "metrics.csv", line)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                media = media_row(result, num_prompts=self.num_shown)
+                # The experiment itself: `log_metrics` would do, but one row must carry figures and images.
+                logger.experiment.log({**media, "trainer/global_step": step})
+            else:
+                logger.log_metrics(dict(row), step)
+
+
+def _model_of(pl_module: LightningModule) -> tuple[Backbone, ImageLayout]:
+    module: Any = pl_module
+    return module.backbone, module.image_layout
+
+
+def _append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _append_csv(path: Path, entry: Mapping[str, Any]) -> None:
+    """Adds a row; the header grows when a validation brings a new figure."""
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    rows.append(dict(entry))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,155 @@
+"""Models and data from the typed configuration, by explicit calls."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from sjd2_lightning.config_groups import ModelConfig, SharedConfig, TrainConfig, shipped
+from sjd2_lightning.data.datamodule import CodeDataModule
+from sjd2_lightning.data.emoji import load_emoji_index
+from sjd2_lightning.metrics.alignment import load_clip_scorer
+from sjd2_lightning.metrics.features import load_feature_extractor
+from sjd2_lightning.models.backbone import Backbone
+from sjd2_lightning.models.image_tokenizer import ImageTokenizer
+from sjd2_lightning.models.registry import load_backbone
+from sjd2_lightning.models.tiny import build_tiny
+from sjd2_lightning.module import NoiseConfig, OptimizerConfig, SJD2Module
+from sjd2_lightning.prompts import PromptItem, held_out_prompts, read_prompts
+from sjd2_lightning.quality import QualityMetrics
+from sjd2_lightning.recipes.clip import ClipModule, EmojiPairs
+from sjd2_lightning.recipes.tokenizer import EmojiPictureData, TokenizerModule
+from sjd2_lightning.references import ReferenceSet, held_out_emoji, image_folder
+
+
+def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataModule]:
+    """The module and the data of `task`."""
+    side, data = config.model.image_size[0], config.data
+    if config.task == "tokenizer" and config.tokenizer is not None:
+        tokenizer = TokenizerModule(
+            **config.tokenizer.model_dump(), lr=config.optimizer.lr, out_dir=recipe_dir(config)
+        )
+        return tokenizer, EmojiPictureData(data.batch_size, side, config.seed, data.num_workers)
+    if config.task == "clip" and config.clip is not None:
+        sizes = config.clip.model_dump() | {"text_dir": str(shipped(config.clip.text_dir))}
+        clip = ClipModule(
+            **sizes,
+            image_size=side,
+            lr=config.optimizer.lr,
+            weight_decay=config.optimizer.weight_decay,
+            out_dir=recipe_dir(config),
+        )
+        return clip, EmojiPairs(data.batch_size, side, config.seed, data.num_workers)
+    backbone = build_backbone(config.model)
+    return build_module(config, backbone), build_data(config, backbone)
+
+
+def build_backbone(model: ModelConfig, path: Path | None = None) -> Backbone:
+    """The backbone of a configuration: loaded, or with random weights.
+
+    Args:
+        model: its group.
+        path: a folder to load instead of `model.path`.
+    """
+    if model.scratch is not None:
+        sizes = model.scratch.model_dump() | {"image_tokenizer": shipped(model.scratch.image_tokenizer)}
+        return build_tiny([item.caption for item in load_emoji_index()], **sizes)
+    return load_backbone(model.family, path or shipped(model.path), model.trunk, getattr(torch, model.dtype))
+
+
+def load_trained(backbone: Backbone, ckpt_path: str | Path) -> None:
+    """Puts the weights of a Lightning checkpoint of fine-tuning into a backbone.
+
+    Raises:
+        ValueError: the file is no such checkpoint, or of another model.
+    """
+    try:
+        state = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
+        prefix = "backbone."
+        backbone.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        )
+    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"ckpt_path={ckpt_path}: this is no checkpoint of the model in model.path ({error})"
+        ) from error
+
+
+def build_module(config: TrainConfig, backbone: Backbone) -> SJD2Module:
+    """Next-clean-token training of a backbone."""
+    noise = config.noise.model_dump(exclude={"val_levels", "ramp"})
+    return SJD2Module(
+        backbone,
+        NoiseConfig(**noise, ramp=config.noise.ramp),
+        OptimizerConfig(**config.optimizer.model_dump(exclude={"freeze"})),
+        image_size=config.model.image_size,
+        prompt_dropout=config.data.prompt_dropout,
+        val_levels=config.noise.val_levels,
+        freeze=config.optimizer.freeze,
+        seed=config.seed,
+    )
+
+
+def build_data(config: TrainConfig, backbone: Backbone) -> CodeDataModule:
+    """Shards of image codes, made by the backbone's own tokenizer where they are missing."""
+    taken = {"data_dir", "batch_size", "val_batch_size", "num_workers", "max_bad_samples", "shuffle_buffer"}
+    taken |= {"num_train_samples", "views", "max_images", "verify_shards"}
+    tokenizer = image_tokenizer_of(backbone) if config.data.prepare else None
+    return CodeDataModule(**config.data.model_dump(include=taken), seed=config.seed, tokenizer=tokenizer)
+
+
+def image_tokenizer_of(backbone: Backbone) -> ImageTokenizer | None:
+    """The backbone's encoder and decoder of images, if it has both."""
+    return getattr(backbone, "image_tokenizer", None)
+
+
+def build_metrics(config: SharedConfig, device: str | torch.device = "cpu") -> QualityMetrics:
+    """What images are measured with."""
+    metrics = config.metrics
+    clip = None
+    if metrics.clip is not None:
+        clip = load_clip_scorer(
+            shipped(metrics.clip) if "/" in metrics.clip else metrics.clip, metrics.clip_pretrained, device
+        )
+    return QualityMetrics(
+        extractors=[
+            load_feature_extractor(name, device, metrics.inception_dir, metrics.allow_download)
+            for name in metrics.features
+        ],
+        clip=clip,
+        num_resamples=metrics.num_resamples,
+        num_distance_resamples=metrics.num_distance_resamples,
+        cache_dir=metrics.cache_dir,
+    )
+
+
+def build_reference(config: SharedConfig) -> ReferenceSet | None:
+    """Real images for the distances; None where no features are asked for."""
+    if not config.metrics.features:
+        return None
+    height, width = config.model.image_size
+    if config.data.reference_dir is not None:
+        return image_folder(config.data.reference_dir, (height, width))
+    return held_out_emoji(height)
+
+
+def build_prompts(config: SharedConfig, num_prompts: int) -> list[PromptItem]:
+    """The first prompts of `data.prompt_file`, or of the held-out names."""
+    if config.data.prompt_file is not None:
+        return read_prompts(config.data.prompt_file, config.seed)[:num_prompts]
+    return held_out_prompts(num_prompts, config.seed)
+
+
+def recipe_dir(config: TrainConfig) -> str:
+    """Where a recipe leaves its weights; a trial run must not touch the real ones."""
+    return str(Path(config.run_dir) / "model") if config.trainer.fast_dev_run else config.export_dir
+
+
+def export_model(config: TrainConfig, module: L.LightningModule) -> None:
+    """Writes the backbone folder after fine-tuning; recipes write their own weights."""
+    if isinstance(module, SJD2Module):
+        dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
+        module.backbone.save(config.export_dir, dtype)

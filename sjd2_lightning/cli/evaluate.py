@@ -1,0 +1,145 @@
+"""`evaluate.py`: decoding methods side by side on the same prompts and seeds."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from sjd2_lightning.cli.launch import launch
+from sjd2_lightning.config import evaluate_config, save_config
+from sjd2_lightning.config_groups import EvaluateConfig, shipped
+
+if TYPE_CHECKING:
+    from sjd2_lightning.comparison import EvaluationResult
+    from sjd2_lightning.report.writing import ReportFiles
+
+log = logging.getLogger(__name__)
+
+SHIPPED_MODEL = "weights/tiny"
+EXPORTS = "outputs/train/*/model/backbone.json"  # what plain `python train.py` leaves; sweeps lie deeper
+
+
+def main() -> None:
+    """Entry point of `evaluate.py` and `sjd2-evaluate`."""
+    launch("evaluate", evaluate)
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Decodes the prompts by every method of `compare`, measures the images and writes the report.
+
+    Args:
+        cfg: composed from `conf/evaluate.yaml`.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        ConfigError: the configuration has problems (all of them, before anything is loaded).
+        ValueError: weights, prompts or the folder of images cannot be used.
+    """
+    config = evaluate_config(cfg)
+    run_dir = Path(config.run_dir)
+    save_config(config, run_dir / "evaluate.yaml")
+    weights = weights_folder(config)
+
+    import torch
+
+    from sjd2_lightning.cli.building import (
+        build_backbone,
+        build_metrics,
+        build_prompts,
+        build_reference,
+        image_tokenizer_of,
+        load_trained,
+    )
+    from sjd2_lightning.evaluation import evaluate_methods
+    from sjd2_lightning.prompts import repeat_prompts
+    from sjd2_lightning.report.provenance import collect_provenance, redact
+    from sjd2_lightning.report.writing import report_object, write_report
+
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+    prompts = repeat_prompts(build_prompts(config, config.num_prompts), config.samples_per_prompt)
+    backbone = build_backbone(config.model, weights)
+    if config.ckpt_path is not None:
+        load_trained(backbone, config.ckpt_path)
+    backbone.to(device)
+    result = evaluate_methods(
+        backbone,
+        {name: config.methods[name] for name in config.compare},
+        prompts,
+        backbone.layout(*config.model.image_size),
+        run_dir,
+        batch_size=config.batch_size,
+        metrics=build_metrics(config, device),
+        reference=build_reference(config),
+        image_tokenizer=image_tokenizer_of(backbone),
+        warm_up=config.warm_up,
+        replace=config.replace_images,
+    )
+    if result is None:  # rank 0 reports
+        return {}
+    provenance = collect_provenance(
+        backbone,
+        redact(config.model_dump(mode="json")),
+        {item.key: item.seed for item in prompts},
+        {"weights": str(config.ckpt_path or weights)},
+    )
+    files = write_report(result, provenance)
+    publish(config, result, provenance)
+    show(config, result, weights, files)
+    return report_object(result, provenance)
+
+
+def weights_folder(config: EvaluateConfig) -> Path:
+    """The folder whose weights are measured; see `weights` in conf/evaluate.yaml."""
+    if config.weights not in ("auto", "model"):
+        return Path(config.weights)
+    exports = sorted(Path().glob(EXPORTS), key=lambda path: path.stat().st_mtime)
+    if config.weights == "auto" and config.model.path == SHIPPED_MODEL and exports:
+        return exports[-1].parent
+    return shipped(config.model.path)
+
+
+def pick_device(device: str) -> str:
+    """The device by name; `auto` is the best there is."""
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def publish(config: EvaluateConfig, result: EvaluationResult, provenance: dict[str, Any]) -> None:
+    """Logs the evaluation to W&B, if that is asked for."""
+    from sjd2_lightning.report.wandb_log import log_to_wandb
+
+    if config.logger.wandb is None:
+        return
+    settings = config.logger.wandb.model_dump(include={"mode", "project", "name", "group", "tags"})
+    folder = log_to_wandb(result, provenance, config.run_dir, **settings)
+    if folder is not None:
+        log.info("W&B run: %s (kept offline unless asked; send it with: wandb sync <folder>)", folder)
+
+
+def show(config: EvaluateConfig, result: EvaluationResult, weights: Path, files: ReportFiles) -> None:
+    """Prints the table and where things lie."""
+    from rich.console import Console
+
+    from sjd2_lightning.report.table import console_table
+
+    console = Console()
+    console.print(console_table(result))
+    for warning in result.warnings:
+        console.print(f"[yellow]{warning}[/yellow]")
+    for name, place in {
+        "weights": config.ckpt_path or weights,
+        "images": result.store.folder / "images",
+        "grid": files.grid,
+        "report": files.json,
+        "page": files.html,
+    }.items():
+        console.print(f"{name + ':':<9}{place}", soft_wrap=True, highlight=False)

@@ -1,0 +1,85 @@
+"""Hydra around a job: one clear message for a wrong configuration, a folder for each run."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from sjd2_lightning.config import conf_dir
+
+_MISSPELT = re.compile(r"Could not override '(?P<key>[^']+)'")
+
+
+def launch(script: str, job: Callable[[DictConfig], object]) -> None:
+    """Runs a job under Hydra, as the command line asks: once, or once for each point of a sweep (`-m`).
+
+    Args:
+        script: "train" or "evaluate", a root of `conf/`.
+        job: gets the composed configuration, whose `run_dir` is the run's own folder.
+
+    A wrong configuration, and any other ValueError that a job raises, ends in its message and exit status 2.
+    """
+
+    def run(cfg: DictConfig) -> None:
+        with open_dict(cfg):
+            cfg.run_dir = HydraConfig.get().runtime.output_dir
+        job(cfg)
+
+    os.environ.setdefault(
+        "HYDRA_FULL_ERROR", "1"
+    )  # Hydra would print, cut short, and exit before the lines below
+    # sjd2_lightning.config builds no job from these values before they are checked
+    start = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=script)(run)
+    try:
+        start()
+    except HydraException as error:
+        sys.exit(_fail(_with_suggestion(script, error)))
+    except ValueError as error:
+        if os.environ.get("SJD2_TRACEBACK"):
+            raise
+        sys.exit(_fail(f"{error}"))
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """The folder of the run, made if it is missing."""
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _fail(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
+
+
+def _with_suggestion(script: str, error: HydraException) -> str:
+    message = str(error).strip()
+    misspelt = _MISSPELT.search(message)
+    if misspelt is None:
+        return message
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        known = list(_keys(OmegaConf.to_container(compose(script), resolve=False)))
+    key = misspelt["key"]
+    close = difflib.get_close_matches(key, known, n=3)
+    hint = (
+        f"did you mean {' or '.join(f'`{name}`' for name in close)}?" if close else "see the files in conf/"
+    )
+    return f"The configuration has a problem:\n  - {key}: unknown key; {hint}"
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield f"{prefix}{name}"
+            yield from _keys(value, f"{prefix}{name}.")

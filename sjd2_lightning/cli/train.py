@@ -1,0 +1,123 @@
+"""`train.py`: fine-tuning, and the recipes of the shipped weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from sjd2_lightning.cli.launch import launch
+from sjd2_lightning.config import save_config, train_config
+from sjd2_lightning.config_groups import TrainConfig
+
+if TYPE_CHECKING:
+    import lightning as L
+
+
+def main() -> None:
+    """Entry point of `train.py` and `sjd2-train`."""
+    launch("train", train)
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Trains what a configuration describes.
+
+    Args:
+        cfg: composed from `conf/train.yaml`.
+
+    Returns:
+        The last value of every logged metric; `start/<name>` are those before training.
+
+    Raises:
+        ConfigError: the configuration has problems (all of them, before anything is loaded).
+        ValueError: weights, data or the checkpoint to go on from cannot be used.
+    """
+    config = train_config(cfg)
+    run_dir = Path(config.run_dir)
+    save_config(config, run_dir / "train.yaml")
+    ckpt_path = resume_path(config.ckpt_path, run_dir)
+
+    import lightning as L
+
+    from sjd2_lightning.cli.building import build_task, export_model
+    from sjd2_lightning.cli.monitoring import build_callbacks, build_loggers, finish_loggers
+
+    L.seed_everything(config.seed, workers=True)
+    module, data = build_task(config)
+    loggers = build_loggers(config)
+    try:
+        trainer = build_trainer(config, loggers, build_callbacks(config, module))
+        start = start_metrics(trainer, module, data) if config.validate_first and ckpt_path is None else {}
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        metrics = start | {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        if not config.trainer.fast_dev_run:
+            if config.callbacks.checkpoint is not None:
+                trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+            if trainer.is_global_zero:
+                export_model(config, module)
+    finally:
+        finish_loggers(loggers)
+    if trainer.is_global_zero:
+        show(config, metrics)
+    return metrics
+
+
+def start_metrics(
+    trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule
+) -> dict[str, float]:
+    """Validation before training, so that what training changes can be stated."""
+    trainer.validate(module, data, verbose=False)
+    return {f"start/{name}": float(value) for name, value in sorted(trainer.callback_metrics.items())}
+
+
+def build_trainer(config: TrainConfig, loggers: list[Any], callbacks: list[Any]) -> L.Trainer:
+    """The trainer of a configuration."""
+    import lightning as L
+
+    return L.Trainer(
+        **config.trainer.model_dump(),
+        logger=loggers or False,
+        callbacks=callbacks,
+        enable_checkpointing=config.callbacks.checkpoint is not None,
+        enable_progress_bar=config.callbacks.progress_bar is not None,
+        enable_model_summary=False,
+        default_root_dir=config.run_dir,
+    )
+
+
+def resume_path(ckpt_path: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint to go on from; see `ckpt_path` in conf/train.yaml.
+
+    Raises:
+        ValueError: for `last` where no run left one.
+    """
+    if ckpt_path is None:
+        return None
+    own = run_dir / "checkpoints" / "last.ckpt"
+    if ckpt_path not in ("auto", "last"):
+        return Path(ckpt_path)
+    if own.is_file():
+        return own
+    if ckpt_path == "auto":
+        return None
+    others = sorted(run_dir.parent.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not others:
+        raise ValueError(f"ckpt_path=last: no run in {run_dir.parent} has checkpoints/last.ckpt; give a path")
+    return others[-1]
+
+
+def show(config: TrainConfig, metrics: dict[str, float]) -> None:
+    """Prints the metrics and where things lie."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", "before", "after", title="training")
+    for name in sorted(name for name in metrics if not name.startswith("start/")):
+        before = metrics.get(f"start/{name}")
+        table.add_row(name, "" if before is None else f"{before:.4f}", f"{metrics[name]:.4f}")
+    console = Console()
+    console.print(table)
+    console.print(f"run: {config.run_dir}", soft_wrap=True)
+    if not config.trainer.fast_dev_run:
+        console.print(f"weights: {config.export_dir}", soft_wrap=True)

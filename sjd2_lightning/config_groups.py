@@ -1,0 +1,366 @@
+"""The typed groups of the configuration: what every key of `conf/` may be.
+
+Values live in `conf/`; there are no defaults here. Source: ours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from sjd2_lightning.decoding.methods import DecodingConfig
+from sjd2_lightning.noise import RampLaw
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped(path: str | Path) -> Path:
+    """A path as it is if it exists, else where the checkout or the installed package ships it."""
+    roots = (Path(), _PACKAGE.parent, _PACKAGE)
+    return next((root / path for root in roots if (root / path).exists()), Path(path))
+
+
+def several(problems: list[str]) -> PydanticCustomError:
+    """One validation error that carries several problems, each a line that starts with its key."""
+    return PydanticCustomError("several", "{lines}", {"lines": "\n".join(problems)})
+
+
+class Group(BaseModel):
+    """A part of the configuration: no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def problems(self) -> list[str]:
+        """What is wrong between fields that are right each by itself; a line each, starting with the key."""
+        return []
+
+    @model_validator(mode="after")
+    def _no_problems(self) -> Group:
+        if found := self.problems():
+            raise several(found)
+        return self
+
+
+def _no_decoding_problems(config: DecodingConfig) -> DecodingConfig:
+    if found := config.problems():
+        raise several([problem.removeprefix("decoding.") for problem in found])
+    return config
+
+
+def _is_checkpoint(path: str) -> str:
+    if not Path(path).is_file():
+        raise several([f"={path}: there is no such checkpoint; give the path of a .ckpt file"])
+    return path
+
+
+def _is_start(path: str) -> str:
+    return path if path in ("auto", "last") else _is_checkpoint(path)
+
+
+def _is_export(path: str) -> str:
+    if path not in ("auto", "model") and not (Path(path) / "backbone.json").is_file():
+        raise several(
+            [
+                f"={path}: there is no backbone.json; run train.py with the same experiment first, or use "
+                "weights=model for the weights without fine-tuning"
+            ]
+        )
+    return path
+
+
+Decoding = Annotated[DecodingConfig, AfterValidator(_no_decoding_problems)]
+Checkpoint = Annotated[str, AfterValidator(_is_checkpoint)]
+Start = Annotated[str, AfterValidator(_is_start)]
+Export = Annotated[str, AfterValidator(_is_export)]
+
+
+class DataConfig(Group):
+    """Captioned images: shards of image codes for training, prompts and reference images for measuring."""
+
+    data_dir: str
+    prepare: bool
+    views: Count
+    max_images: Count | None
+    batch_size: Count
+    val_batch_size: Count
+    num_workers: Natural
+    shuffle_buffer: Natural
+    num_train_samples: Count | None
+    max_bad_samples: Natural
+    verify_shards: bool
+    prompt_dropout: Share
+    prompt_file: str | None
+    reference_dir: str | None
+
+    def problems(self) -> list[str]:
+        """Named files that are not there."""
+        found = []
+        if self.prompt_file and not Path(self.prompt_file).is_file():
+            found.append(
+                f"prompt_file={self.prompt_file}: there is no such file; give a .txt or .json of prompts"
+            )
+        if self.reference_dir and not Path(self.reference_dir).is_dir():
+            found.append(
+                f"reference_dir={self.reference_dir}: there is no such folder; give a folder of images"
+            )
+        return found
+
+
+class ScratchConfig(Group):
+    """Sizes of a tiny trunk with random weights."""
+
+    image_tokenizer: str
+    text_vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_layers: Count
+    num_heads: Count
+
+    def problems(self) -> list[str]:
+        """Heads that do not divide the width, a missing image tokenizer."""
+        found = []
+        if self.hidden_size % self.num_heads:
+            found.append(f"hidden_size={self.hidden_size}: must be a multiple of num_heads={self.num_heads}")
+        if not (shipped(self.image_tokenizer) / "config.json").is_file():
+            found.append(
+                f"image_tokenizer={self.image_tokenizer}: there is no image tokenizer; train it with "
+                "`python train.py experiment=tiny_tokenizer`"
+            )
+        return found
+
+
+class ModelConfig(Group):
+    """The backbone: its family, its local folder, and the size of the images."""
+
+    family: str
+    path: str
+    trunk: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    image_size: tuple[Count, Count]
+    scratch: ScratchConfig | None
+
+    def problems(self) -> list[str]:
+        """A backbone folder that is not there."""
+        if self.scratch is None and not (shipped(self.path) / "backbone.json").is_file():
+            return [
+                f"path={self.path}: there is no backbone.json; give a backbone folder, such as an export_dir"
+            ]
+        return []
+
+
+class NoiseSettings(Group):
+    """Noise of training, and the grid of t that decoding shares."""
+
+    enabled: bool
+    num_levels: tuple[Count, Count]
+    val_levels: Count
+    schedule: Literal["linear", "karras"]
+    t_min: Annotated[float, Field(gt=0, lt=1)]
+    rho: Positive
+    ramp: RampLaw
+
+    def problems(self) -> list[str]:
+        """Bounds in the wrong order."""
+        bounds = {"num_levels": (1, self.num_levels)} | {
+            f"ramp.{name}": (least, getattr(self.ramp, name))
+            for name, least in (("clean_run", 1), ("segment", 1), ("top_run", 0))
+        }
+        found = [
+            f"{name}=[{low}, {high}]: must be [fewest, most] with {least} <= fewest <= most"
+            for name, (least, (low, high)) in bounds.items()
+            if not least <= low <= high
+        ]
+        if not 0 <= self.ramp.clean_share <= 1:
+            found.append(f"ramp.clean_share={self.ramp.clean_share}: must lie in [0, 1]")
+        return found
+
+
+class OptimizerSettings(Group):
+    """AdamW with linear warm-up and cosine decay, and which weights it trains."""
+
+    lr: Positive
+    weight_decay: Annotated[float, Field(ge=0)]
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    warmup_steps: Natural
+    final_lr_share: Share
+    freeze: tuple[str, ...]
+
+
+class TrainerConfig(Group):
+    """Arguments of `lightning.Trainer`."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps"]
+    devices: Count | Literal["auto"]
+    num_nodes: Count
+    strategy: str
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
+    max_steps: Annotated[int, Field(ge=-1)]
+    max_epochs: Annotated[int, Field(ge=-1)] | None
+    max_time: str | None
+    val_check_interval: Count | Annotated[float, Field(gt=0, le=1)] | None
+    check_val_every_n_epoch: Count | None
+    limit_train_batches: Natural | Share
+    limit_val_batches: Natural | Share
+    num_sanity_val_steps: Annotated[int, Field(ge=-1)]
+    gradient_clip_val: Positive | None
+    accumulate_grad_batches: Count
+    log_every_n_steps: Count
+    reload_dataloaders_every_n_epochs: Natural
+    fast_dev_run: bool | Count
+    deterministic: bool | Literal["warn"]
+
+
+class WandbConfig(Group):
+    """Weights & Biases."""
+
+    mode: Literal["offline", "online", "disabled"]
+    project: Annotated[str, Field(min_length=1)]
+    entity: str | None
+    name: str | None
+    group: str | None
+    tags: tuple[str, ...]
+
+
+class LoggerConfig(Group):
+    """Where metrics go beside the console."""
+
+    csv: bool
+    wandb: WandbConfig | None
+
+
+class TokenizerRecipe(Group):
+    """`recipes.tokenizer.TokenizerModule`."""
+
+    num_codes: Count
+    code_dim: Count
+    channels: tuple[Count, ...]
+    patch: Count
+    warmup_steps: Natural
+    revive_every: Count
+
+
+class ClipRecipe(Group):
+    """`recipes.clip.ClipModule`."""
+
+    text_dir: str
+    name: str
+    patch_size: Count
+    vision_width: Count
+    vision_layers: Count
+    text_width: Count
+    text_layers: Count
+    head_width: Count
+    embed_dim: Count
+    context_length: Count
+    patch_dropout: Share
+    warmup_share: Share
+
+
+class MetricsConfig(Group):
+    """What images are measured with."""
+
+    features: tuple[Literal["EffNetLite0", "InceptionCleanFID"], ...]
+    inception_dir: str | None
+    allow_download: bool
+    clip: str | None
+    clip_pretrained: str | None
+    num_resamples: Count
+    num_distance_resamples: Natural
+    cache_dir: str | None
+
+    def problems(self) -> list[str]:
+        """A CLIP folder that is not there."""
+        is_folder = self.clip is not None and "/" in self.clip and not self.clip.startswith("hf-hub:")
+        if is_folder and not shipped(str(self.clip)).is_dir():
+            return [
+                f"clip={self.clip}: there is no such folder; train it with "
+                "`python train.py experiment=tiny_clip`, or set clip to null"
+            ]
+        return []
+
+
+class CheckpointConfig(Group):
+    """Lightning's ModelCheckpoint in `<run_dir>/checkpoints`, and `last.ckpt` beside it."""
+
+    every_n_train_steps: Count | None
+    monitor: str | None
+    mode: Literal["min", "max"]
+    save_top_k: Annotated[int, Field(ge=-1)]
+
+
+class SamplingConfig(Group):
+    """Decoding of fixed prompts during validation."""
+
+    num_prompts: Count
+    batch_size: Count
+    every_n_validations: Count
+
+
+class CallbacksConfig(Group):
+    """What happens beside training steps."""
+
+    sampling: SamplingConfig | None
+    checkpoint: CheckpointConfig | None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
+    lr_monitor: bool
+    progress_bar: Literal["rich", "tqdm"] | None
+    extra: list[dict[str, Any]]
+
+
+class SharedConfig(Group):
+    """What train.py and evaluate.py have in common."""
+
+    seed: Natural
+    run_dir: str
+    data: DataConfig
+    model: ModelConfig
+    noise: NoiseSettings
+    metrics: MetricsConfig
+    logger: LoggerConfig
+    compare: Annotated[tuple[str, ...], Field(min_length=1)]
+    methods: dict[str, Decoding]
+
+
+class TrainConfig(SharedConfig):
+    """The whole configuration of train.py."""
+
+    ckpt_path: Start | None
+    task: Literal["finetune", "tokenizer", "clip"]
+    export_dir: str
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None
+    validate_first: bool
+    tokenizer: TokenizerRecipe | None
+    clip: ClipRecipe | None
+    optimizer: OptimizerSettings
+    trainer: TrainerConfig
+    callbacks: CallbacksConfig
+
+    def problems(self) -> list[str]:
+        """A recipe without its sizes, a checkpoint that is not there."""
+        found = []
+        if self.task in ("tokenizer", "clip") and getattr(self, self.task) is None:
+            found.append(
+                f"task={self.task}: needs the group of keys `{self.task}`; use experiment=tiny_{self.task}"
+            )
+        return found
+
+
+class EvaluateConfig(SharedConfig):
+    """The whole configuration of evaluate.py."""
+
+    ckpt_path: Checkpoint | None
+    weights: Export
+    num_prompts: Count
+    samples_per_prompt: Count
+    batch_size: Count
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    warm_up: bool
+    replace_images: bool

@@ -1,0 +1,161 @@
+"""The Lightning data module over shards of image codes.
+
+Source: ours.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from sjd2_lightning.data.loader import Batch, CodeDataset, CodeLoader
+from sjd2_lightning.data.prepare import SOURCE, prepare_emoji
+from sjd2_lightning.data.shards import INDEX_NAME, ShardIndex
+from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
+
+__all__ = ["Batch", "CodeDataModule"]
+
+logger = logging.getLogger(__name__)
+
+
+class CodeDataModule(L.LightningDataModule):
+    """Batches of captioned image codes from ``<data_dir>/codes/{train,val}``.
+
+    With a tokenizer, `prepare_data` builds the emoji shards when they are missing or stale; shards of
+    another source are used as they are. Before anything long starts, missing shards and codes of another
+    tokenizer or codebook than the model's are refused.
+
+    Args:
+        data_dir: Folder of the shards.
+        batch_size: Training samples a step on every rank.
+        num_workers: Reading processes on every rank; 0 reads in the training process.
+        seed: Of the training order.
+        val_batch_size: Validation samples a step on every rank; None: as `batch_size`.
+        max_bad_samples: Unusable samples an epoch of a rank may skip before the run stops.
+        shuffle_buffer: Samples among which a worker draws its next one.
+        num_train_samples: Train on the first so many samples only; None for all.
+        tokenizer: Image tokenizer or its folder, for preparing; None uses shards that are there.
+        views: Views of a training picture, for preparing.
+        max_images: Pictures of each split, for preparing; None for all.
+        verify_shards: Compare the shards with their sha256 before training and warn of differences.
+
+    Raises:
+        ValueError: An argument is out of range (all problems at once).
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_batch_size: int | None = None,
+        max_bad_samples: int = 10,
+        shuffle_buffer: int = 2048,
+        num_train_samples: int | None = None,
+        tokenizer: ImageTokenizer | str | Path | None = None,
+        views: int = 4,
+        max_images: int | None = None,
+        verify_shards: bool = True,
+    ) -> None:
+        super().__init__()
+        limits = {
+            "batch_size": (batch_size, 1),
+            "num_workers": (num_workers, 0),
+            "val_batch_size": (val_batch_size, 1),
+            "max_bad_samples": (max_bad_samples, 0),
+            "shuffle_buffer": (shuffle_buffer, 0),
+            "num_train_samples": (num_train_samples, 1),
+            "views": (views, 1),
+            "max_images": (max_images, 1),
+        }
+        problems = [
+            f"data.{name} is {value}, the least is {least}"
+            for name, (value, least) in limits.items()
+            if value is not None and value < least
+        ]
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
+        self.data_dir = Path(data_dir)
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.num_workers, self.seed, self.max_bad_samples = num_workers, seed, max_bad_samples
+        self.shuffle_buffer, self.num_train_samples = shuffle_buffer, num_train_samples
+        self.tokenizer, self.views, self.max_images = tokenizer, views, max_images
+        self.verify_shards = verify_shards
+
+    def prepare_data(self) -> None:
+        """Build missing or stale shards, and warn of damaged ones; runs on one process of a machine."""
+        train = self.data_dir / "codes" / "train"
+        foreign = (train / INDEX_NAME).is_file() and ShardIndex.load(train).meta.source != SOURCE
+        if self.tokenizer is not None and not foreign:
+            tokenizer = self.tokenizer
+            if isinstance(tokenizer, (str, Path)):
+                tokenizer = load_image_tokenizer(tokenizer)
+            num_codes, _ = self._model_facts()
+            if num_codes not in (None, tokenizer.num_codes):
+                raise ValueError(
+                    f"data.tokenizer has a codebook of {tokenizer.num_codes}, the model's has {num_codes}; "
+                    "choose the image tokenizer that belongs to the model."
+                )
+            prepare_emoji(self.data_dir, tokenizer, self.views, max_images=self.max_images)
+        for split in ("train", "val"):
+            index = self.index(split)
+            for name in index.damaged_shards() if self.verify_shards else ():
+                logger.warning(
+                    "%s is not as it was written; up to %d unusable samples will be skipped "
+                    "(data.max_bad_samples). Delete the folder to build it again.",
+                    index.folder / name,
+                    self.max_bad_samples,
+                )
+
+    def setup(self, stage: str) -> None:
+        """Refuse data that do not fit the model the trainer holds."""
+        for split in ("train", "val"):
+            self.index(split).check_model(*self._model_facts())
+
+    def _model_facts(self) -> tuple[int | None, str | None]:
+        """Codebook size and tokenizer identity of the trainer's model, as far as it has them."""
+        backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
+        tokenizer = getattr(backbone, "image_tokenizer", None)
+        return getattr(backbone, "num_codes", None), getattr(tokenizer, "identity", None)
+
+    def index(self, split: str) -> ShardIndex:
+        """The checked index of a split's code shards.
+
+        Raises:
+            ValueError: The shards are missing, or are not code shards of that split.
+        """
+        index = ShardIndex.load(self.data_dir / "codes" / split)
+        if (index.meta.kind, index.meta.split) != ("codes", split):
+            raise ValueError(
+                f"{index.folder} holds {index.meta.kind} shards of split {index.meta.split!r}, "
+                f"not codes of {split!r}; correct data.data_dir."
+            )
+        index.check_files()
+        return index
+
+    def train_dataloader(self) -> CodeLoader:
+        """Shuffled full batches, another order every epoch, equally many on every rank."""
+        return self._loader("train", self.batch_size, num_samples=self.num_train_samples)
+
+    def val_dataloader(self) -> CodeLoader:
+        """Every validation sample once over the ranks, in order."""
+        return self._loader("val", self.val_batch_size)
+
+    def _loader(self, split: str, batch_size: int, **options: Any) -> CodeLoader:
+        dataset = CodeDataset(
+            self.index(split),
+            batch_size=batch_size,
+            train=split == "train",
+            seed=self.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+            shuffle_buffer=self.shuffle_buffer,
+            max_bad_samples=self.max_bad_samples,
+            **options,
+        )
+        return CodeLoader(dataset, self.num_workers, pin_memory=torch.cuda.is_available())

@@ -1,0 +1,230 @@
+"""CLIP score over open_clip: how well an image fits its caption.
+
+Source: Hessel et al. 2021 (CLIPScore), with the factor 100 that the text-to-image field reports:
+100 * max(cos(image, caption), 0). The number means something only next to the model's name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
+from sjd2_lightning.metrics.features import Images
+
+CONFIG_FILE = "open_clip_config.json"
+
+
+class CLIPScorer:
+    """Scores images against captions with one CLIP.
+
+    Args:
+        model: an open_clip model; put into evaluation mode.
+        preprocess: its evaluation transform, PIL image -> (3, h, w).
+        tokenize: captions -> token ids (B, context).
+        name: of the weights; part of every metric's name.
+        device: where the model runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Callable[[Image.Image], Tensor],
+        tokenize: Callable[[list[str]], Tensor],
+        name: str,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.model: Any = model.to(self.device).eval().requires_grad_(False)
+        self.preprocess = preprocess
+        self.tokenize = tokenize
+        self.name = name
+
+    @property
+    def metric_name(self) -> str:
+        return f"clip_score_{self.name}"
+
+    @torch.no_grad()
+    def embed_images(self, images: Images, batch_size: int = 64) -> Tensor:
+        """Unit embeddings (N, D) of uint8 images, (N, h, w, 3) or N times (h, w, 3).
+
+        Raises:
+            ValueError: an image is not uint8 (h, w, 3).
+        """
+        parts = []
+        for start in range(0, len(images), batch_size):
+            prepared = [self.preprocess(_pil(image)) for image in images[start : start + batch_size]]
+            parts.append(self.model.encode_image(torch.stack(prepared).to(self.device), normalize=True))
+        return torch.cat(parts).float().cpu()
+
+    @torch.no_grad()
+    def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Unit embeddings (N, D) of captions."""
+        parts = []
+        for start in range(0, len(captions), batch_size):
+            ids = self.tokenize(list(captions[start : start + batch_size]))
+            parts.append(self.model.encode_text(ids.to(self.device), normalize=True))
+        return torch.cat(parts).float().cpu()
+
+    def score(self, images: Images, captions: Sequence[str], batch_size: int = 64) -> Tensor:
+        """100 * max(cos, 0) of each image with its caption, (N,) float32 (Hessel et al. 2021, eq. 1).
+
+        Raises:
+            ValueError: no images, or not as many captions as images.
+        """
+        if len(images) != len(captions) or len(images) == 0:
+            raise ValueError(f"{len(images)} images for {len(captions)} captions; give one caption an image")
+        return own_scores(self.embed_images(images, batch_size), self.embed_captions(captions))
+
+    def result(
+        self, images: Images, captions: Sequence[str], num_resamples: int = 2000, seed: int = 0
+    ) -> MetricResult:
+        """Mean score with its bootstrap interval over images; raises as `score` does."""
+        scores = self.score(images, captions).numpy()
+        return mean_result(self.metric_name, scores, f"open_clip {self.name}", num_resamples, seed)
+
+
+def own_scores(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """CLIP scores (N,) of images with their own captions, unit embeddings (N, D) each."""
+    return (image_embeds * text_embeds).sum(-1).clamp(min=0).mul(100)
+
+
+def scores_of_others(image_embeds: Tensor, text_embeds: Tensor, captions: Sequence[str]) -> Tensor:
+    """CLIP score (N,) of each image averaged over all captions that differ from its own (ours).
+
+    The mean that one shuffled caption an image estimates, without the noise of the shuffle.
+
+    Raises:
+        ValueError: all captions are equal.
+    """
+    _, label = np.unique(np.array(captions), return_inverse=True)
+    labels = torch.from_numpy(label)
+    if labels.max() == 0:
+        raise ValueError("all captions are equal, so no image has another's; add images of other captions")
+    means = []
+    for rows, own in zip(image_embeds.split(1024), labels.split(1024), strict=True):
+        other = own[:, None] != labels[None, :]
+        means.append(((rows @ text_embeds.T).clamp(min=0).mul(100) * other).sum(1) / other.sum(1))
+    return torch.cat(means)
+
+
+def matched_minus_shuffled(
+    scorer: CLIPScorer, images: Images, captions: Sequence[str], num_resamples: int = 2000, seed: int = 0
+) -> MetricResult:
+    """Score with the own caption minus the mean score with the others', paired by image (ours).
+
+    What a CLIP score is worth: near 0, the scorer does not read captions, or the images do not show them.
+
+    Raises:
+        ValueError: all captions are equal, or their number is not that of the images.
+    """
+    if len(images) != len(captions):
+        raise ValueError(f"{len(images)} images for {len(captions)} captions; give one caption an image")
+    embedded, texts = scorer.embed_images(images), scorer.embed_captions(captions)
+    matched, shuffled = own_scores(embedded, texts), scores_of_others(embedded, texts, captions)
+    name = f"{scorer.metric_name}_matched_minus_shuffled"
+    protocol = f"open_clip {scorer.name}, mean over all other captions"
+    return paired_difference(name, matched.numpy(), shuffled.numpy(), protocol, num_resamples, seed)
+
+
+class CLIPScore(Metric):
+    """Mean CLIP score as a torchmetrics accumulator: sums over batches and over ranks."""
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    num_images: Tensor
+
+    def __init__(self, scorer: CLIPScorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, images: Images, captions: Sequence[str]) -> None:
+        """Adds uint8 images (B, h, w, 3) with their captions."""
+        self.total += self.scorer.score(images, captions).double().sum().to(self.total.device)
+        self.num_images += len(captions)
+
+    def compute(self) -> Tensor:
+        """Mean over all images seen, scalar float64."""
+        return self.total / self.num_images
+
+
+def load_clip_scorer(
+    source: str | Path, pretrained: str | Path | None = None, device: str | torch.device = "cpu"
+) -> CLIPScorer:
+    """A scorer from a local folder, a hub name, or an open_clip architecture with weights (open_clip).
+
+    Args:
+        source: a folder (open_clip_config.json, weights and, if it names one, a tokenizer: never any
+            network), "hf-hub:owner/model", or an architecture such as "ViT-B-32".
+        pretrained: with an architecture: a weight file, read with weights_only, or open_clip's tag of the
+            weights ("openai"), which is downloaded when it is not cached.
+        device: where the model runs.
+
+    Raises:
+        ValueError: the folder is incomplete, the architecture unknown, the weights missing or unreadable.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        identifier, name = f"local-dir:{folder}", _check_folder(folder)
+        if pretrained is not None:
+            raise ValueError(f"pretrained={pretrained} has no meaning for the folder {folder}; leave it out")
+    else:
+        identifier = str(source)
+        name = _check_identifier(identifier, pretrained)
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            identifier, pretrained=None if pretrained is None else str(pretrained), weights_only=True
+        )
+        tokenize = open_clip.get_tokenizer(identifier)
+    except Exception as error:  # open_clip, safetensors, the unpickler and the hub raise many kinds
+        raise ValueError(
+            f"CLIP {identifier} (pretrained={pretrained}) cannot be loaded: {error}; check the files, or "
+            f"fetch the weights on a machine with a network and give their path"
+        ) from error
+    return CLIPScorer(model, preprocess, tokenize, name, device)
+
+
+def _check_folder(folder: Path) -> str:
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        raise ValueError(f"no {CONFIG_FILE} in {folder}; train one with experiment=tiny_clip")
+    if not any(path.suffix in {".safetensors", ".bin", ".pth"} for path in folder.iterdir()):
+        raise ValueError(f"no weights (*.safetensors) in {folder}, open_clip would draw them; add the file")
+    try:
+        return str(json.loads(config.read_text()).get("name", folder.name))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{config} is not JSON ({error}); write the folder anew") from error
+
+
+def _check_identifier(identifier: str, pretrained: str | Path | None) -> str:
+    if identifier.startswith("hf-hub:"):
+        return identifier.removeprefix("hf-hub:").replace("/", "-")
+    if identifier.replace("/", "-") not in open_clip.list_models():
+        raise ValueError(f"{identifier} is no folder, no hf-hub: name and no architecture of open_clip")
+    if pretrained is None:
+        raise ValueError(f"{identifier} without weights is random; set pretrained to a weight file or a tag")
+    if "/" in str(pretrained) and not Path(pretrained).is_file():
+        raise ValueError(f"CLIP weights {pretrained} do not exist; correct the path")
+    weights = Path(pretrained).stem if Path(pretrained).is_file() else str(pretrained)
+    return f"{identifier.replace('/', '-')}-{weights}"
+
+
+def _pil(image: Tensor) -> Image.Image:
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(
+            f"CLIP score needs uint8 images (h, w, 3) in 0..255; got {image.dtype} {tuple(image.shape)}"
+        )
+    return Image.fromarray(image.cpu().numpy())

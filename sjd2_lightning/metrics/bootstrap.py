@@ -1,0 +1,164 @@
+"""Metric results and their bootstrap intervals over images or prompts.
+
+Source: Efron and Tibshirani, "An Introduction to the Bootstrap", percentile intervals, by scipy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """One number with what is needed to read it.
+
+    `protocol` says how it was measured (extractor, resize, reference size); `flags` are sentences on what
+    the number must not be used for; `interval` is None when no resampling was asked for or possible.
+    """
+
+    name: str
+    value: float
+    interval: Interval | None
+    num_images: int
+    protocol: str
+    flags: tuple[str, ...] = ()
+    confidence: float = 0.95
+
+
+def mean_result(
+    name: str,
+    values: ArrayLike,
+    protocol: str,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> MetricResult:
+    """Mean of per-image values with its bootstrap interval (ours).
+
+    Args:
+        name: name of the result.
+        values: (N,) one value an image.
+        protocol: how the values were measured.
+        num_resamples: bootstrap resamples; 0 leaves the interval out.
+        seed: of the resampling; the same seed resamples the same images.
+        confidence: coverage aimed at.
+
+    Returns:
+        The mean as a `MetricResult`.
+
+    Raises:
+        ValueError: no values, or values that are not finite.
+    """
+    sample = _checked(name, values)
+    interval = _interval((sample,), np.mean, num_resamples, seed, confidence)
+    return MetricResult(name, float(sample.mean()), interval, len(sample), protocol, (), confidence)
+
+
+def paired_difference(
+    name: str,
+    first: ArrayLike,
+    second: ArrayLike,
+    protocol: str,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> MetricResult:
+    """Mean of first - second over the same images, with its paired bootstrap interval (ours).
+
+    Args and Raises as in `mean_result`; `first` and `second` are (N,), row by row of the same image.
+    """
+    minuend, subtrahend = _checked_pair(name, first, second)
+    return mean_result(name, minuend - subtrahend, protocol, num_resamples, seed, confidence)
+
+
+def ratio_of_totals(
+    name: str,
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    protocol: str,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> MetricResult:
+    """sum(numerators) / sum(denominators), with an interval that resamples the pairs (ours).
+
+    Args and Raises as in `mean_result`; both are (N,), row by row of the same prompt, denominators positive.
+    """
+    above, below = _checked_pair(name, numerators, denominators)
+    if (below <= 0).any():
+        raise ValueError(f"{name}: denominator {int(below.argmin())} is {below.min()}; it must be positive")
+
+    def ratio(a: NDArray[Any], b: NDArray[Any], axis: int = -1) -> NDArray[Any]:
+        return a.sum(axis=axis) / b.sum(axis=axis)
+
+    interval = _interval((above, below), ratio, num_resamples, seed, confidence)
+    value = float(above.sum() / below.sum())
+    return MetricResult(name, value, interval, len(above), protocol, (), confidence)
+
+
+def resample_counts(num_items: int, num_resamples: int, seed: int) -> NDArray[np.int64]:
+    """How often each item occurs in each bootstrap resample, (num_resamples, num_items).
+
+    For statistics that are cheaper by weight than by index, and that must not take a repeated image for
+    two similar ones (Frechet and kernel distance).
+    """
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(num_items, np.full(num_items, 1 / num_items), size=num_resamples)
+
+
+def percentile_interval(replicates: ArrayLike, confidence: float = 0.95) -> Interval:
+    """The central `confidence` share of the bootstrap replicates (R,)."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.asarray(replicates, dtype=np.float64), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _interval(
+    samples: tuple[NDArray[Any], ...],
+    statistic: Callable[..., Any],
+    num_resamples: int,
+    seed: int,
+    confidence: float,
+) -> Interval | None:
+    if num_resamples == 0 or len(samples[0]) < 2:
+        return None
+    found = stats.bootstrap(
+        samples,
+        statistic,
+        paired=len(samples) > 1,
+        vectorized=True,
+        n_resamples=num_resamples,
+        # Bounds the resampled matrix at about 40 MB, whatever the number of images.
+        batch=max(1, 5_000_000 // len(samples[0])),
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _checked(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 1 or len(sample) == 0:
+        raise ValueError(f"{name}: needs a non-empty list of numbers; got shape {sample.shape}")
+    if not np.isfinite(sample).all():
+        where = int(np.flatnonzero(~np.isfinite(sample))[0])
+        raise ValueError(f"{name}: sample {where} is {sample[where]}; find where it comes from")
+    return sample
+
+
+def _checked_pair(
+    name: str, first: ArrayLike, second: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    one, other = _checked(name, first), _checked(name, second)
+    if len(one) != len(other):
+        raise ValueError(f"{name}: {len(one)} samples against {len(other)}; pair them by key")
+    return one, other

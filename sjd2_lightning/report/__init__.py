@@ -1,0 +1,1 @@
+"""Tables, figures, pages and logs of an evaluation."""

@@ -1,0 +1,150 @@
+"""The table of an evaluation, for a console and as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from sjd2_lightning.comparison import BASELINE, EvaluationResult, MethodResult
+from sjd2_lightning.metrics.bootstrap import MetricResult
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of the table: its key, heading and number of decimals."""
+
+    key: str
+    heading: str
+    decimals: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value and, below it or in brackets, its interval ("" if there is none)."""
+
+    value: str
+    interval: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a method, or a set of real images."""
+
+    name: str
+    kind: str
+    equal: str
+    num_images: int
+    cells: tuple[Cell, ...]
+    is_reference: bool
+
+
+_SPEED = (
+    Column("nfe", "passes", 1),
+    Column("step_compression", "tokens / pass", 2),
+    Column("speedup", "speedup", 2),
+    Column("seconds_per_image", "s / image", 2),
+)
+_QUALITY = (("clip_score", 2), ("clip_gain", 2), ("fd", 1), ("kid", 3))
+
+
+def columns(result: EvaluationResult) -> tuple[Column, ...]:
+    """Columns that hold at least one figure; quality figures are headed by their full names."""
+    names: dict[str, str] = {}
+    for figures in _all_figures(result):
+        names |= {key: figure.name for key, figure in figures.items() if key not in names}
+    names["clip_gain"] = "CLIP gain" if "clip_gain" in names else ""
+    quality = [Column(key, names[key], decimals) for key, decimals in _QUALITY if names.get(key)]
+    quality += [
+        Column(key, name, 3 if key.startswith("kid") else 1)
+        for key, name in names.items()
+        if key.startswith(("fd_", "kid_"))
+    ]
+    return (*(column for column in _SPEED if column.key in names), *quality)
+
+
+def rows(result: EvaluationResult) -> list[Row]:
+    """Methods in the order given, then the reference rows."""
+    shown = columns(result)
+    found = []
+    for name, method in result.methods.items():
+        cells = tuple(cell(method.figures, column) for column in shown)
+        found.append(Row(name, acceptance_text(method), equal_text(method), method.num_images, cells, False))
+    for name, (count, quality) in result.references.items():
+        cells = tuple(cell(quality.figures, column) for column in shown)
+        title = "real" if name == "real" else f"real, {name.replace('_', ' ')}"
+        found.append(Row(title, MISSING, MISSING, count, cells, True))
+    return found
+
+
+def cell(figures: Mapping[str, MetricResult], column: Column) -> Cell:
+    """The text of one figure."""
+    figure = figures.get(column.key)
+    if figure is None:
+        return Cell(MISSING)
+    digits = column.decimals
+    interval = ""
+    if figure.interval is not None:
+        low, high = figure.interval
+        interval = f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return Cell(f"{figure.value:.{digits}f}", interval)
+
+
+def acceptance_text(method: MethodResult) -> str:
+    """Acceptance mode of a method, marked where it changes the law of the samples."""
+    return method.config.acceptance if method.config.lossless else f"{method.config.acceptance} (lossy)"
+
+
+def equal_text(method: MethodResult) -> str:
+    """Share of images whose tokens equal the baseline's, never rounded up to all."""
+    if method.equal_to_ar is None or method.name == BASELINE:
+        return MISSING
+    return f"{math.floor(100 * method.equal_to_ar)} %"
+
+
+def console_table(result: EvaluationResult) -> Table:
+    """The table for rich's console: value, and its interval on the line below."""
+    counts = sorted({row.num_images for row in rows(result)})
+    images = " or ".join(map(str, counts))
+    table = Table(caption=f"{images} images a row; in brackets: 95 % bootstrap intervals", padding=(0, 0, 0, 1))
+    table.add_column("method", no_wrap=True)
+    table.add_column("accept")
+    table.add_column("= ar", justify="right")
+    shown = [place for place, column in enumerate(columns(result)) if column.key != "seconds_per_image"]
+    for place in shown:
+        heading = columns(result)[place].heading
+        table.add_column(heading.replace("clip_score_", "CLIP\n").replace("_", "\n", 1), justify="right")
+    previous: Row | None = None
+    for row in rows(result):
+        if previous is not None and row.is_reference and not previous.is_reference:
+            table.add_section()
+        cells = [row.cells[place] for place in shown]
+        texts = [f"{c.value}\n[dim]\\{c.interval}[/dim]" if c.interval else c.value for c in cells]
+        table.add_row(row.name, row.kind.replace(" ", "\n"), row.equal, *texts, style="dim" if row.is_reference else "")
+        previous = row
+    return table
+
+
+def markdown_table(result: EvaluationResult) -> str:
+    """The table in Markdown, intervals in brackets behind the values."""
+    headings = ["method", "acceptance", "= ar", *(column.heading for column in columns(result)), "N"]
+    lines = [_line(headings), _line(["---", "---", *["---:"] * (len(headings) - 2)])]
+    for row in rows(result):
+        cells = [f"{c.value} {c.interval}".strip() for c in row.cells]
+        lines.append(_line([row.name, row.kind, row.equal, *cells, str(row.num_images)]))
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+
+
+def _all_figures(result: EvaluationResult) -> list[Mapping[str, MetricResult]]:
+    return [
+        *(method.figures for method in result.methods.values()),
+        *(quality.figures for _, quality in result.references.values()),
+    ]

@@ -1,0 +1,148 @@
+"""An evaluation in Weights & Biases: figures, images, histograms and a table per prompt, in one step."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import wandb
+
+from sjd2_lightning.comparison import EvaluationResult, MethodResult
+from sjd2_lightning.report.figures import acceptance_maps, figure_pixels, image_grid
+from sjd2_lightning.report.provenance import redact
+
+INIT_TIMEOUT_S = 15
+_MAX_TABLE_ROWS = 100
+_MODES = ("online", "offline", "disabled")
+
+
+def scalar_row(result: EvaluationResult, prefix: str = "val/") -> dict[str, float]:
+    """Every figure as one number under its log key.
+
+    The first method that is not the baseline has the plain keys, such as `val/nfe` and `val/fd_EffNetLite0`;
+    the others have their name behind them, such as `val/nfe_ar`.
+    """
+    names = list(result.methods)
+    main = next((name for name in names if name != "ar"), names[0])
+    row = {}
+    for name, method in result.methods.items():
+        suffix = "" if name == main else f"_{name}"
+        for key, figure in method.figures.items():
+            # Distances carry their extractor in the name; scores their scorer only in the report.
+            log_key = figure.name if key.startswith(("fd", "kid")) else key
+            row[f"{prefix}{log_key}{suffix}"] = figure.value
+        if method.equal_to_ar is not None and name != "ar":
+            row[f"{prefix}equal_to_ar{suffix}"] = method.equal_to_ar
+    return row
+
+
+def media_row(result: EvaluationResult, prefix: str = "val/", num_prompts: int = 8) -> dict[str, Any]:
+    """Figures, image grid, acceptance histograms, maps of passes and the table, for one call of `run.log`.
+
+    One call, because W&B drops what is logged to a step that it has left.
+    """
+    row: dict[str, Any] = dict(scalar_row(result, prefix))
+    row[f"{prefix}images"] = wandb.Image(figure_pixels(image_grid(result, num_prompts)))
+    row[f"{prefix}passes"] = wandb.Image(figure_pixels(acceptance_maps(result, min(num_prompts, 6))))
+    for name, method in result.methods.items():
+        row[f"{prefix}acceptance/{name}"] = _histogram(method)
+    row[f"{prefix}prompts"] = _table(result)
+    return row
+
+
+def log_to_wandb(
+    result: EvaluationResult,
+    provenance: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    mode: str = "offline",
+    project: str = "sjd2-lightning",
+    name: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+) -> str | None:
+    """Logs an evaluation as a W&B run of its own.
+
+    `WANDB_MODE` overrides `mode`. Online needs a login; without one, or when the server does not answer in
+    15 s, the run is kept offline and a warning says how to send it later.
+
+    Args:
+        result: of `evaluate_methods`.
+        provenance: becomes the run's config, with secrets blanked.
+        folder: W&B writes below `<folder>/wandb`.
+        mode: "online", "offline" or "disabled".
+        project, name, group, tags: of the run.
+
+    Returns:
+        The folder of the run's files; None when disabled.
+
+    Raises:
+        ValueError: unknown mode.
+    """
+    mode = os.environ.get("WANDB_MODE") or mode
+    if mode not in _MODES:
+        raise ValueError(f"W&B mode {mode!r} is unknown; choose one of {', '.join(_MODES)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {
+        "dir": str(folder),
+        "project": project,
+        "name": name,
+        "group": group,
+        "tags": list(tags),
+        "config": redact(dict(provenance)),
+        "job_type": "evaluate",
+    }
+    run = _start(mode, settings)
+    try:
+        run.log(media_row(result, prefix="eval/"))
+        for key, value in scalar_row(result, prefix="eval/").items():
+            run.summary[key] = value
+        return None if run.disabled else str(Path(run.dir).parent)
+    finally:
+        run.finish()
+
+
+def _start(mode: str, settings: dict[str, Any]) -> Any:
+    if mode == "online":
+        reason = "nobody is logged in (`wandb login`)"
+        if wandb.login(prompt=False):
+            try:
+                return wandb.init(
+                    mode="online", settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S), **settings
+                )
+            except wandb.errors.Error as error:
+                reason = f"the server cannot be used ({error})"
+        warnings.warn(
+            f"W&B stays offline: {reason}. "
+            f"Send the run later with `wandb sync {settings['dir']}/wandb/offline-run-*`",
+            stacklevel=3,
+        )
+        mode = "offline"
+    return wandb.init(mode="disabled" if mode == "disabled" else "offline", **settings)
+
+
+def _histogram(method: MethodResult) -> wandb.Histogram:
+    counts = np.array(method.acceptance_counts[1:] or (0,))
+    return wandb.Histogram(np_histogram=(counts, np.arange(len(counts) + 1) + 0.5))
+
+
+def _table(result: EvaluationResult) -> wandb.Table:
+    methods = list(result.methods.values())
+    columns = ["key", "prompt", "seed"]
+    for method in methods:
+        columns += [f"{method.name} {part}" for part in ("image", "nfe", "tokens / pass", "CLIP score")]
+    table = wandb.Table(columns=columns)
+    for place, item in enumerate(result.prompts[:_MAX_TABLE_ROWS]):
+        row: list[Any] = [item.key, item.prompt, item.seed]
+        for method in methods:
+            record = method.records[place]
+            score = method.clip_scores[place] if method.clip_scores else None
+            image = wandb.Image(str(result.store.image_path(record)))
+            row += [image, record.nfe, record.num_generated / record.nfe, score]
+        table.add_data(*row)
+    return table

@@ -1,0 +1,1 @@
+"""Tests of sjd2_lightning; the folders mirror the package."""

@@ -1,0 +1,40 @@
+"""What every test shares: one thread, no network, shapes checked at run time."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported: more threads than cores make small models slower, and no test may reach a network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["WDS_SECURE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+REPO = Path(__file__).resolve().parent.parent
+
+# Parts whose signatures carry jaxtyping shapes; their calls are checked with beartype in every test.
+CHECKED = ["noise", "embedding", "objective", "decoding", "models"]
+
+
+def pytest_configure() -> None:
+    """Check types and shapes of the tensor parts, before any of them is imported."""
+    from jaxtyping import install_import_hook
+
+    import tests.typecheck  # noqa: F401  the hook looks it up as an attribute of `tests`
+
+    install_import_hook([f"sjd2_lightning.{name}" for name in CHECKED], "tests.typecheck.checked")
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the repository."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(repo: Path) -> Path:
+    """The folder of the shipped weights."""
+    return repo / "weights" / "tiny"

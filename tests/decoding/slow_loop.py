@@ -1,0 +1,162 @@
+"""The decoding loop once more: one image, Python lists, no cache, no batch. The fast one is held to it.
+
+Written from the description of the algorithm, with the package's random numbers and nothing else of its
+decoder: laws come from `enumeration.code_law`, masks from a loop over pairs of columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sjd2_lightning.decoding import DecodingConfig
+from sjd2_lightning.decoding.randomness import Purpose, gumbel, integers, normal, slot_keys, stream, uniform
+from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.noise import timesteps
+from tests.decoding.enumeration import code_law
+
+
+@dataclass
+class Slot:
+    """One slot of the window."""
+
+    token: int
+    level: int
+    noisy: Tensor
+    draft_law: np.ndarray
+
+
+def draw_by_inversion(weights: np.ndarray, number: float) -> int:
+    """The first code at which the running sum exceeds `number` times the whole sum."""
+    sums = np.cumsum(weights)
+    return int(np.nonzero(sums > number * sums[-1])[0][0])
+
+
+class SlowDecoder:
+    """Decodes one image; `settled` holds the iteration that settled each slot."""
+
+    def __init__(self, backbone: Backbone, prompt: str, seed: int, config: DecodingConfig, layout: ImageLayout):
+        self.backbone, self.config, self.layout, self.seed = backbone, config, layout, torch.tensor(seed)
+        self.contexts = [backbone.prompt_ids(prompt, layout), backbone.unconditional_ids(layout)]
+        table = backbone.slot_table().detach()
+        self.table = table
+        codes = table[: backbone.num_codes]
+        self.mean, self.std = codes.mean(0), codes.std(0, correction=0).clamp_min(1e-6)
+        self.grid = timesteps(config.num_levels, config.schedule, config.t_min, config.rho).tolist()
+        self.tokens: list[int] = []
+        self.settled: list[int] = []
+
+    def key(self, slot: int, purpose: Purpose, draw: int = 0) -> Tensor:
+        return stream(slot_keys(self.seed, torch.tensor(slot)), purpose, draw)
+
+    def new_slot(self, slot: int) -> Slot:
+        num_codes, config = self.backbone.num_codes, self.config
+        flat = np.full(num_codes, 1 / num_codes)
+        noisy = normal(self.key(slot, Purpose.NOISE), self.table.shape[1])
+        if self.layout.forced[slot] >= 0:
+            return Slot(self.layout.forced[slot], 0, noisy, flat)
+        token = int(integers(self.key(slot, Purpose.INITIAL), num_codes))
+        if config.draft_init == "gumbel":
+            token = int(gumbel(self.key(slot, Purpose.GUMBEL), num_codes).argmax())
+        return Slot(token, config.num_levels, noisy, flat)
+
+    def side_tokens(self) -> Tensor:
+        """Sinusoids of 1000 t, standardised over the width, on the scale of the embeddings."""
+        width = len(self.mean)
+        half = (width + 1) // 2
+        rows = []
+        for t in self.grid[1:]:
+            angles = 1000 * t * torch.exp(-np.log(10_000) * torch.arange(half) / half)
+            row = torch.cat([angles.sin(), angles.cos()])[:width]
+            rows.append((row - row.mean()) / torch.sqrt(row.var(correction=0) + 1e-5) * self.std + self.mean)
+        return torch.stack(rows) if rows else torch.zeros(0, width)
+
+    def logits(self, context: list[int], window: list[Slot]) -> np.ndarray:
+        """Logits (W, K) of one full forward: side tokens, context, settled slots, window."""
+        fed = [self.table[slot.token] if slot.level == 0 else slot.noisy * self.std + self.mean for slot in window]
+        side = self.side_tokens()
+        prompt = self.backbone.embed_tokens(torch.tensor(context))
+        embeddings = torch.cat([side, prompt, self.table[torch.tensor(self.tokens, dtype=torch.long)], torch.stack(fed)])
+        levels = [0] * (len(embeddings) - len(window)) + [slot.level for slot in window]
+        size = len(embeddings)
+        mask = torch.zeros(size, size, dtype=torch.bool)
+        for query in range(size):
+            for column in range(query + 1):
+                if column < len(side):
+                    mask[query, column] = column == query or levels[query] == column + 1
+                else:
+                    mask[query, column] = True
+        positions = [max(0, column - len(side)) for column in range(size)]
+        hidden = self.backbone(embeddings[None], torch.tensor([positions]), mask[None, None])
+        logits = self.backbone.image_logits(hidden)[0].double().numpy()
+        return logits[size - len(window) - 1 : size - 1]
+
+    def laws(self, window: list[Slot]) -> np.ndarray:
+        sides = [self.logits(context, window) for context in self.contexts]
+        greedy = self.config.sampling.temperature == 0
+        if not greedy:
+            return code_law(*sides, self.config.sampling)
+        scale = self.config.sampling.guidance_scale
+        return np.eye(self.backbone.num_codes)[(sides[1] + scale * (sides[0] - sides[1])).argmax(-1)]
+
+    def nearest_code(self, noisy: Tensor) -> int:
+        rows = (self.table[: self.backbone.num_codes] - self.mean) / self.std
+        return int(torch.cosine_similarity(rows, noisy[None], dim=-1).argmax())
+
+    def judge(self, number: int, slot: Slot, law: np.ndarray, iteration: int) -> tuple[int, bool, int]:
+        """What the slot holds if reached, whether its draft stands, and its next draft if not reached."""
+        config = self.config
+        if self.layout.forced[number] >= 0:
+            return slot.token, True, slot.token
+        if config.acceptance == "replay":
+            with np.errstate(divide="ignore"):
+                noise = gumbel(self.key(number, Purpose.GUMBEL), len(law)).double().numpy()
+                token = int((np.log(law) + noise).argmax())
+            return token, token == slot.token, token
+        draft = slot.token
+        if config.acceptance == "paper" and slot.level > 0:
+            draft = self.nearest_code(slot.noisy)
+        u = uniform(self.key(number, Purpose.VERDICT, iteration), 3).tolist()
+        accepted = u[0] < law[draft] / slot.draft_law[draft] if slot.draft_law[draft] > 0 else False
+        rest = np.maximum(law - slot.draft_law, 0)
+        token = draft if accepted else draw_by_inversion(rest if rest.sum() > 0 else law, u[1])
+        fresh = draw_by_inversion(law, u[2])
+        if config.refiner == "couple":
+            return token, accepted, token
+        if config.refiner == "keep" and slot.level == 0 and law[draft] >= 0.5 * slot.draft_law[draft]:
+            return token, accepted, draft
+        return token, accepted, fresh
+
+    @torch.no_grad()
+    def decode(self) -> list[int]:
+        config, num_slots = self.config, self.layout.num_slots
+        window: list[Slot] = []
+        iteration = 0
+        while len(self.tokens) < num_slots:
+            head = len(self.tokens)
+            while len(window) < min(config.window, num_slots - head):
+                window.append(self.new_slot(head + len(window)))
+            laws = self.laws(window)
+            verdicts = [self.judge(head + i, slot, laws[i], iteration) for i, slot in enumerate(window)]
+            num = 1
+            while num < len(window):
+                stands = verdicts[num - 1][1]
+                if config.acceptance != "paper":
+                    stands = stands and window[num - 1].level == 0
+                if not stands:
+                    break
+                num += 1
+            self.tokens += [verdict[0] for verdict in verdicts[:num]]
+            self.settled += [iteration] * num
+            for slot, verdict, law in zip(window, verdicts, laws, strict=True):
+                x0_hat = (self.table[verdict[2]] - self.mean) / self.std
+                if slot.level > 0:
+                    ratio = self.grid[slot.level - 1] / self.grid[slot.level]
+                    slot.noisy = ratio * slot.noisy + (1 - ratio) * x0_hat
+                slot.token, slot.level, slot.draft_law = verdict[2], max(0, slot.level - 1), law
+            window = window[num:]
+            iteration += 1
+        return self.tokens

@@ -1,0 +1,102 @@
+"""The fast loop against the slow one, token by token and pass by pass, for every rule."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
+from tests.decoding.slow_loop import SlowDecoder
+from tests.tiny_backbones import RAGGED_PROMPTS, TableBackbone, tiny_chameleon
+
+GUIDED = Sampling(guidance_scale=2.0, top_k=5, temperature=1.1)
+RULES = {
+    "ar": DecodingConfig("ar", window=1),
+    "sjd": DecodingConfig("sjd", window=5, acceptance="exact", refiner="resample"),
+    "mc_sjd": DecodingConfig("mc_sjd", window=7, acceptance="exact"),
+    "sjd-replay": DecodingConfig("sjd", window=7, draft_init="gumbel"),
+    "sjd2-replay": DecodingConfig("sjd2", window=6, num_levels=2),
+    "sjd2-replay-karras": DecodingConfig("sjd2", window=40, num_levels=3, schedule="karras", t_min=0.1, rho=5.0),
+    "sjd2-exact": DecodingConfig("sjd2", window=6, num_levels=3, acceptance="exact"),
+    "sjd2-exact-resample": DecodingConfig("sjd2", window=6, num_levels=1, acceptance="exact", refiner="resample"),
+    "paper": DecodingConfig("sjd2", window=8, num_levels=2, acceptance="paper", refiner="keep"),
+    "paper-couple": DecodingConfig("sjd2", window=8, num_levels=4, acceptance="paper"),
+    "paper-window-1": DecodingConfig("sjd2", window=1, num_levels=2, acceptance="paper", refiner="keep"),
+    "paper-clean": DecodingConfig("sjd2", window=30, num_levels=0, acceptance="paper", refiner="keep"),
+}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_chameleon(num_codes=7, seed=3, scale=0.4)
+
+
+@pytest.mark.parametrize("sampling", [GUIDED, Sampling(top_p=0.9)], ids=["guided", "plain"])
+@pytest.mark.parametrize("rule", RULES)
+def test_fast_loop_is_the_slow_one(backbone, rule, sampling):
+    config = replace(RULES[rule], sampling=sampling)
+    layout = backbone.layout(8, 6)
+    seeds = [11, 12, 13, 14]
+    output = decode(backbone, RAGGED_PROMPTS, seeds, config, layout)
+    for row, (prompt, seed) in enumerate(zip(RAGGED_PROMPTS, seeds, strict=True)):
+        slow = SlowDecoder(backbone, prompt, seed, config, layout)
+        assert output.slot_ids[row].tolist() == slow.decode()
+        assert output.stats.settled_iteration[row].tolist() == slow.settled
+        assert int(output.stats.nfe[row]) == slow.settled[-1] + 1
+        assert output.stats.accepted[row] == [slow.settled.count(i) for i in range(slow.settled[-1] + 1)]
+
+
+def test_counts_agree_with_each_other(backbone):
+    layout = backbone.layout(8, 6)
+    output = decode(backbone, RAGGED_PROMPTS, [0, 1, 2, 3], DecodingConfig("sjd2", window=5, num_levels=1), layout)
+    stats = output.stats
+    assert stats.num_generated == layout.num_slots == 4 * 4 - 1
+    assert stats.committed.sum(0).tolist() == [layout.num_slots] * 4
+    assert (stats.settled_iteration.diff(dim=1) >= 0).all()
+    assert stats.nfe.tolist() == [len(passes) for passes in stats.accepted]
+    assert torch.allclose(stats.step_compression, layout.num_slots / stats.nfe)
+    assert output.image_ids.shape == (4, 4, 3)
+    assert torch.equal(layout.slot_ids(output.image_ids), output.slot_ids)
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 40])
+@pytest.mark.parametrize("num_levels", [0, 1, 3])
+def test_passes_of_a_law_without_surprises(window, num_levels):
+    """One code has all the mass: a slot's draft is right after its first pass, whatever it started with."""
+    logits = torch.full((1, 10, 10, 8), -1e4)
+    logits[..., 5] = 0.0
+    backbone = TableBackbone(logits)
+    layout = backbone.layout(4, 5)
+    config = DecodingConfig("sjd2", window=window, num_levels=num_levels)
+    output = decode(backbone, ["p0"] * 50, range(50), config, layout)
+    assert (output.image_ids == 5).all()
+    expected = passes_without_surprises(layout.forced, window, num_levels)
+    assert output.stats.nfe.max() == expected
+    if num_levels:  # without levels a first draft may be right by chance
+        assert output.stats.nfe.min() == expected
+
+
+def passes_without_surprises(forced: tuple[int, ...], window: int, num_levels: int) -> int:
+    """Passes when a draft is right, and its slot clean, from pass `num_levels + 1` in the window on (>= 1)."""
+    age: list[int] = []
+    head, passes = 0, 0
+    while head < len(forced):
+        age += [0] * (min(window, len(forced) - head) - len(age))
+        num = 1
+        while num < len(age) and (forced[head + num - 1] >= 0 or age[num - 1] >= max(1, num_levels)):
+            num += 1
+        head, passes, age = head + num, passes + 1, [a + 1 for a in age[num:]]
+    return passes
+
+
+def test_bad_input_is_named_before_any_forward(backbone):
+    layout = backbone.layout(8, 6)
+    good = DecodingConfig("sjd2", window=4, num_levels=1)
+    with pytest.raises(ValueError, match="as many seeds as prompts"):
+        decode(backbone, ["red cat"], [1, 2], good, layout)
+    with pytest.raises(ValueError, match="at least one"):
+        decode(backbone, [], [], good, layout)
+    with pytest.raises(ValueError, match="empty prompt"):
+        decode(backbone, ["red cat", "  "], [1, 2], good, layout)
+    with pytest.raises(ValueError, match=r"window.*num_levels"):
+        decode(backbone, ["red cat"], [1], replace(good, window=0, num_levels=-1), layout)

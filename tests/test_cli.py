@@ -1,0 +1,270 @@
+"""The two commands: fit, resume, export, measure, sweep, and say clearly what is wrong."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from sjd2_lightning.cli.evaluate import evaluate, weights_folder
+from sjd2_lightning.cli.evaluate import main as evaluate_main
+from sjd2_lightning.cli.train import main as train_main
+from sjd2_lightning.cli.train import resume_path, train
+from sjd2_lightning.config import conf_dir, evaluate_config
+
+# A model of random weights and a handful of pictures: what is tested here is that the parts meet.
+SMALL = ("metrics=none", "data.views=1", "data.max_images=8", "data.batch_size=2", "data.val_batch_size=4")
+QUIET = (
+    "callbacks=none",
+    "callbacks.progress_bar=null",
+    "logger=none",
+    "trainer=cpu",
+    "validate_first=false",
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A backbone folder of random weights, and shards of a few pictures beside it."""
+    from tests.tiny_model import tiny_backbone
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_backbone().save(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def composed(tiny_folder, tmp_path, monkeypatch):
+    """Composes a root for the small model; its run lies in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def compose_small(root: str, *overrides: str):
+        places = [f"model.path={tiny_folder / 'model'}", f"data.data_dir={tiny_folder / 'data'}"]
+        places.append(f"run_dir={tmp_path / 'run'}")
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose(root, [*places, *SMALL, *overrides])
+
+    return compose_small
+
+
+@pytest.fixture
+def command(tiny_folder, tmp_path, monkeypatch):
+    """Runs a script's main as the command line does; returns its exit status."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(main, *arguments: str) -> int | str | None:
+        monkeypatch.setattr(sys, "argv", ["script", *arguments])
+        GlobalHydra.instance().clear()
+        try:
+            main()
+        except SystemExit as end:
+            return end.code
+        finally:
+            GlobalHydra.instance().clear()
+        return 0
+
+    return run
+
+
+def test_fine_tuning_trains_exports_and_records(composed, tmp_path):
+    metrics = train(
+        composed(
+            "train",
+            "trainer=cpu",
+            "trainer.max_steps=2",
+            "trainer.val_check_interval=2",
+            "trainer.limit_val_batches=1",
+            "trainer.log_every_n_steps=1",
+            "callbacks.progress_bar=null",
+            "callbacks.sampling.num_prompts=1",
+            "logger.wandb.mode=offline",
+            "decoding.window=64",
+        )
+    )
+    assert {"train/loss", "val/loss_clean", "val/loss_high", "val/nfe", "start/val/loss_clean"} <= set(
+        metrics
+    )
+    assert all(isinstance(value, float) for value in metrics.values())
+    run = tmp_path / "run"
+    for name in ("metrics.csv", "checkpoints/last.ckpt", "model/backbone.json", "samples/metrics.jsonl"):
+        assert (run / name).is_file(), name
+    assert yaml.safe_load((run / "train.yaml").read_text())["methods"]["sjd2"]["window"] == 64
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    assert "val/loss_clean" in (run / "metrics.csv").read_text()
+
+    report = evaluate(
+        composed("evaluate", f"weights={run / 'model'}", "num_prompts=1", "compare=[ar]", "logger=none")
+    )
+    assert report["methods"]["ar"]["num_images"] == 1
+
+
+def test_resuming_goes_on_where_training_stopped(composed, tmp_path):
+    overrides = ["trainer=cpu", "logger=none", "callbacks=no_sampling", "callbacks.progress_bar=null"]
+    overrides += ["validate_first=false", "trainer.val_check_interval=1", "trainer.limit_val_batches=1"]
+    train(composed("train", *overrides, "trainer.max_steps=2", "noise=off"))
+    first = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert resume_path("auto", tmp_path / "run") == first
+    train(composed("train", *overrides, "trainer.max_steps=3", "noise=off", "ckpt_path=auto"))
+
+    state = torch.load(first, weights_only=True)
+    assert state["global_step"] == 3
+    report = evaluate(
+        composed(
+            "evaluate",
+            f"ckpt_path={first}",
+            "num_prompts=1",
+            "compare=[ar]",
+            "logger=none",
+            "run_dir=measured",
+        )
+    )
+    assert report["provenance"]["weights"] == str(first)
+
+
+def test_the_checkpoint_to_go_on_from(tmp_path):
+    assert resume_path(None, tmp_path / "new") is None
+    assert resume_path("auto", tmp_path / "new") is None
+    with pytest.raises(ValueError, match="ckpt_path=last: no run in"):
+        resume_path("last", tmp_path / "new")
+    for age, name in enumerate(("old", "older")):
+        path = tmp_path / name / "checkpoints" / "last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+
+        os.utime(path, (1000 - age, 1000 - age))
+    assert resume_path("last", tmp_path / "new") == tmp_path / "old" / "checkpoints" / "last.ckpt"
+    assert resume_path("last", tmp_path / "older") == tmp_path / "older" / "checkpoints" / "last.ckpt"
+    assert resume_path("auto", tmp_path / "new") is None
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["noise=off"],
+        ["noise.schedule=karras", "trainer.accumulate_grad_batches=2"],
+        ["optimizer.freeze=[model.model.embed_tokens]", "callbacks.ema_decay=0.9"],
+        ["callbacks.extra=[{_target_: lightning.pytorch.callbacks.Timer}]", "logger=csv"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_a_step_of_fine_tuning(composed, overrides):
+    metrics = train(composed("train", *QUIET, *overrides, "trainer.fast_dev_run=true"))
+    assert metrics["train/loss"] > 0
+
+
+@pytest.mark.parametrize("experiment", ["tiny_base", "tiny_tokenizer", "tiny_clip"])
+def test_a_step_of_each_recipe(composed, tiny_folder, experiment):
+    own = {
+        "tiny_base": [
+            f"model.scratch.image_tokenizer={tiny_folder / 'model' / 'tokenizer'}",
+            "model.scratch.hidden_size=12",
+            "model.scratch.intermediate_size=16",
+            "model.scratch.num_layers=1",
+            "callbacks=none",
+        ],
+        "tiny_tokenizer": ["tokenizer.channels=[8,8]", "callbacks=none"],
+        "tiny_clip": [
+            f"clip.text_dir={tiny_folder / 'model' / 'text'}",
+            "clip.vision_layers=1",
+            "clip.text_layers=1",
+            "callbacks=none",
+        ],
+    }[experiment]
+    shipped = Path("weights")
+    metrics = train(
+        composed("train", f"experiment={experiment}", *QUIET[1:], *own, "trainer.fast_dev_run=true")
+    )
+    assert metrics["train/loss"] > 0
+    assert not shipped.exists(), "a trial run leaves the shipped weights alone"
+
+
+def test_a_sweep_of_fine_tuning(command, tiny_folder, tmp_path):
+    places = [f"model.path={tiny_folder / 'model'}", f"data.data_dir={tiny_folder / 'data'}", "run_dir=sweep"]
+    status = command(
+        train_main,
+        "-m",
+        "decoding.window=64,128",
+        "decoding.num_levels=1",
+        "trainer.fast_dev_run=true",
+        *places,
+        *SMALL,
+        "callbacks.progress_bar=null",
+        "validate_first=false",
+    )
+    assert status == 0
+    windows = [
+        yaml.safe_load((tmp_path / "sweep" / job / "train.yaml").read_text())["methods"]["sjd2"]["window"]
+        for job in ("0", "1")
+    ]
+    assert windows == [64, 128]
+
+
+def test_evaluation_writes_what_it_returns(command, tiny_folder, tmp_path):
+    status = command(
+        evaluate_main,
+        f"model.path={tiny_folder / 'model'}",
+        "run_dir=out",
+        "metrics=none",
+        "num_prompts=2",
+        "batch_size=2",
+        "decoding.window=64",
+        "compare=[ar,sjd,mc_sjd,sjd2,sjd2_paper]",
+        "logger=none",
+    )
+    assert status == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report["methods"]) == ["ar", "sjd", "mc_sjd", "sjd2", "sjd2_paper"]
+    assert report["methods"]["sjd2"]["nfe"] < report["methods"]["ar"]["nfe"] == 271
+    assert report["provenance"]["weights"] == str(tiny_folder / "model")
+    assert len(list((tmp_path / "out" / "images" / "sjd2").glob("*.png"))) == 2
+
+
+def test_which_weights_are_measured(composed, tmp_path):
+    def chosen(*overrides: str) -> Path:
+        return weights_folder(evaluate_config(composed("evaluate", *overrides)))
+
+    for number, run in enumerate(("a", "b")):
+        export = tmp_path / "outputs" / "train" / run / "model" / "backbone.json"
+        export.parent.mkdir(parents=True)
+        export.touch()
+
+        os.utime(export, (1000 - number, 1000 - number))
+    own = evaluate_config(composed("evaluate")).model.path
+    assert chosen() == Path(own), "another model than the shipped one is measured as it is"
+    shipped = tmp_path / "weights" / "tiny" / "backbone.json"
+    shipped.parent.mkdir(parents=True)
+    shipped.touch()
+    assert chosen("model.path=weights/tiny") == Path("outputs/train/a/model")
+    assert chosen("model.path=weights/tiny", "weights=model") == Path("weights/tiny")
+    assert chosen("weights=outputs/train/b/model") == Path("outputs/train/b/model")
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "expected"),
+    [
+        (
+            train_main,
+            ["trainer.max_stps=1"],
+            "trainer.max_stps: unknown key; did you mean `trainer.max_steps`",
+        ),
+        (train_main, ["model=tini"], "Available options in 'model'"),
+        (train_main, ["ckpt_path=gone.ckpt", "decoding.window=0"], "has 2 problems"),
+        (train_main, ["ckpt_path=last"], "ckpt_path=last: no run in"),
+        (evaluate_main, ["decoding.window=abc"], "decoding.window='abc': must be a whole number"),
+        (evaluate_main, ["compare=[ar,sdj]"], "unknown method 'sdj'; did you mean `sjd`?"),
+        (evaluate_main, ["num_prompts=100000"], "held-out emoji names"),
+        (evaluate_main, ["optimizer.lr=1"], "optimizer.lr: unknown key"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_mistakes_end_in_one_message(command, tiny_folder, capfd, main, arguments, expected):
+    places = [f"model.path={tiny_folder / 'model'}", "metrics.clip=null", "run_dir=bad"]
+    assert command(main, *places, *arguments) == 2
+    shown = capfd.readouterr().err
+    assert expected in shown
+    assert "Traceback" not in shown

@@ -1,0 +1,257 @@
+"""Every shipped configuration composes and is valid; every wrong one is refused with all its problems."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from sjd2_lightning.config import ConfigError, conf_dir, evaluate_config, save_config, train_config
+from sjd2_lightning.config_groups import (
+    EvaluateConfig,
+    NoiseSettings,
+    OptimizerSettings,
+    SharedConfig,
+    TrainConfig,
+)
+
+CONF = conf_dir()
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+OPTIONS = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in CONF.glob("*/*.yaml")
+    if path.stem != "shared" and path.parent.name != "experiment"
+)
+# What configurations name but this checkout need not hold.
+NAMED_FILES = (
+    "weights/tiny/backbone.json",
+    "weights/tiny/tokenizer/config.json",
+    "weights/tiny/clip/open_clip_config.json",
+    "weights/lumina_mgpt_7b_768/backbone.json",
+    "outputs/demo/model/backbone.json",
+    "outputs/smoke/model/backbone.json",
+)
+
+
+@pytest.fixture(autouse=True)
+def named_files(tmp_path, monkeypatch):
+    """A working folder in which everything that a shipped configuration names is there."""
+    monkeypatch.chdir(tmp_path)
+    for name in NAMED_FILES:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("{}")
+
+
+def typed(root: str, *overrides: str) -> SharedConfig:
+    """The typed configuration of a root under overrides."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(root, list(overrides))
+    return (train_config if root == "train" else evaluate_config)(cfg)
+
+
+def problems(root: str, *overrides: str) -> list[str]:
+    """The lines of the error that a configuration is refused with."""
+    with pytest.raises(ConfigError) as caught:
+        typed(root, *overrides)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("root", ["train", "evaluate"])
+def test_root_is_valid(root):
+    assert typed(root)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_is_valid(option):
+    group = option.partition("=")[0]
+    roots = [root for root in ("train", "evaluate") if option != "decoding=each" or root == "evaluate"]
+    known = {"train": TrainConfig, "evaluate": EvaluateConfig}
+    tried = [root for root in roots if group in known[root].model_fields or group == "decoding"]
+    assert tried
+    for root in tried:
+        assert typed(root, option)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_is_valid(experiment):
+    assert typed("train", f"experiment={experiment}")
+    if "evaluate.py" in (CONF / "experiment" / f"{experiment}.yaml").read_text():
+        assert typed("evaluate", f"experiment={experiment}")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_says_what_it_claims(experiment):
+    lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    head = "\n".join(line for line in lines[:9] if line.startswith("# "))
+    for word in ("Claim:", "Command", f"experiment={experiment}", "Time:", "Expected:"):
+        assert word in head
+
+
+def test_option_list_is_not_empty():
+    assert {"model=tiny", "noise=off", "decoding=sjd2_paper", "trainer=cpu", "logger=none"} <= set(OPTIONS)
+    assert {"demo", "tiny_base", "tiny_tokenizer", "tiny_clip", "smoke"} == set(EXPERIMENTS)
+
+
+def test_typed_groups_match_what_they_configure():
+    from sjd2_lightning.module import NoiseConfig, OptimizerConfig
+
+    assert set(NoiseSettings.model_fields) - {"val_levels"} == {field.name for field in fields(NoiseConfig)}
+    assert set(OptimizerSettings.model_fields) - {"freeze"} == {
+        field.name for field in fields(OptimizerConfig)
+    }
+
+
+@pytest.mark.parametrize(
+    ("root", "overrides", "expected"),
+    [
+        ("train", ["decoding.window=0"], "decoding.window must be >= 1"),
+        ("train", ["decoding.window=abc"], "decoding.window='abc': must be a whole number"),
+        ("train", ["decoding.window=16.5"], "decoding.window=16.5: must be a whole number"),
+        ("train", ["decoding.window=true"], "decoding.window=True: must be a whole number"),
+        ("train", ["decoding.method=sdj2"], "decoding.method must be one of ar, sjd, mc_sjd, sjd2"),
+        ("train", ["+trainer.max_stps=1"], "trainer.max_stps=1: unknown key; did you mean `max_steps`?"),
+        ("train", ["+sead=1"], "sead=1: unknown key; did you mean `seed`?"),
+        ("train", ["+noise.ramp.segmnt=1"], "noise.ramp.segmnt=1: unknown key; did you mean `segment`?"),
+        ("train", ["~optimizer.lr"], "optimizer.lr: missing"),
+        ("train", ["noise.num_levels=[4,2]"], "noise.num_levels=[4, 2]: must be [fewest, most]"),
+        ("train", ["noise.ramp.segment=[0,2]"], "noise.ramp.segment=[0, 2]: must be [fewest, most]"),
+        ("train", ["optimizer.lr=-1"], "optimizer.lr=-1: must be greater than 0"),
+        ("train", ["trainer.devices=x"], "trainer.devices='x': must be a whole number or must be 'auto'"),
+        ("train", ["ckpt_path=gone.ckpt"], "ckpt_path=gone.ckpt: there is no such checkpoint"),
+        ("train", ["model.path=gone"], "model.path=gone: there is no backbone.json"),
+        ("train", ["metrics.clip=gone/clip"], "metrics.clip=gone/clip: there is no such folder"),
+        ("train", ["task=clip"], "task=clip: needs the group of keys `clip`; use experiment=tiny_clip"),
+        ("train", ["decoding=each"], "compare=[]"),
+        ("train", ["seed=${gone}"], "Interpolation key 'gone' not found"),
+        ("evaluate", ["compare=[ar,sjd3]"], "compare: unknown method 'sjd3'; did you mean `sjd`?"),
+        ("evaluate", ["compare=ar"], "compare='ar': must be a"),
+        ("evaluate", ["weights=gone"], "weights=gone: there is no backbone.json"),
+        ("evaluate", ["ckpt_path=last"], "ckpt_path=last: there is no such checkpoint"),
+        ("evaluate", ["decoding.window=0"], "decoding.window must be >= 1"),
+        ("evaluate", ["methods.sjd.window=0"], "methods.sjd.window must be >= 1"),
+        ("evaluate", ["decoding.sampling.top_p=0"], "decoding.sampling.top_p must lie in (0, 1]"),
+        ("evaluate", ["methods.sjd.num_levels=2"], "methods.sjd.method 'sjd' has no noise"),
+        ("evaluate", ["data.prompt_file=gone.txt"], "data.prompt_file=gone.txt: there is no such file"),
+    ],
+)
+def test_a_wrong_value_is_refused(root, overrides, expected):
+    found = problems(root, *overrides)
+    assert len(found) == 1
+    assert found[0].startswith(expected)
+
+
+def test_all_problems_at_once():
+    found = problems(
+        "train",
+        "decoding.window=0",
+        "+decoding.windw=3",
+        "trainer.devices=x",
+        "ckpt_path=gone",
+        "optimizer.lr=0",
+        "+callbacks.extra=[{_target_: os.system}]",
+        "+foo=1",
+    )
+    starts = ["decoding.window ", "decoding.windw", "trainer.devices", "ckpt_path", "optimizer.lr", "foo="]
+    for start in [*starts, "callbacks.extra.0._target_="]:
+        assert len([line for line in found if line.startswith(start)]) == 1, (start, found)
+    assert len(found) == len(starts) + 1
+
+
+@pytest.mark.parametrize("place", ["+foo", "+data.loader", "+callbacks.extra.0", "+a.b.c"])
+@pytest.mark.parametrize("target", ["os.system", "torch.load", "lightning.pytorch.callbacks.Callback", "1"])
+def test_targets_are_refused_wherever_they_stand(place, target):
+    if place.endswith("extra.0"):
+        override = f"callbacks.extra=[{{_target_: {target}}}]"
+    else:
+        override = f"{place}._target_={target}"
+    assert any("this target is not allowed" in line for line in problems("train", override))
+
+
+def test_an_allowed_target_is_taken():
+    config = typed(
+        "train", "callbacks.extra=[{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss}]"
+    )
+    assert config.callbacks.extra[0]["monitor"] == "val/loss"
+
+
+def test_hydra_refuses_keys_of_the_other_script():
+    with pytest.raises(HydraException, match=r"optimizer\.lr"):
+        typed("evaluate", "optimizer.lr=1")
+
+
+def test_decoding_values_hold_for_every_method_that_drafts():
+    own = typed("evaluate").methods
+    changed = typed(
+        "evaluate", "decoding.window=7", "decoding.num_levels=3", "decoding.sampling.top_k=9"
+    ).methods
+    assert [method.window for method in changed.values()] == [1, 7, 7, 7, 7, 7]
+    assert {name: method.num_levels for name, method in changed.items()} == {
+        "ar": 0,
+        "sjd": 0,
+        "mc_sjd": 0,
+        "sjd2": 3,
+        "sjd2_exact": 3,
+        "sjd2_paper": 3,
+    }
+    assert {method.sampling.top_k for method in changed.values()} == {9}
+    assert own["sjd2_paper"].num_levels != own["sjd2"].num_levels, "each has its own value otherwise"
+
+
+def test_values_of_one_method():
+    methods = typed("evaluate", "methods.sjd2_paper.window=48").methods
+    assert methods["sjd2_paper"].window == 48
+    assert methods["sjd2"].window != 48
+
+
+def test_one_method_beside_the_baseline():
+    config = typed("evaluate", "decoding=sjd2_exact", "decoding.window=9", "decoding.sampling.top_k=3")
+    assert config.compare == ("ar", "sjd2_exact")
+    assert config.methods["sjd2_exact"].window == 9
+    assert {method.sampling.top_k for method in config.methods.values()} == {3}
+
+
+def test_default_methods_are_what_reports_promise():
+    config = typed("evaluate")
+    assert set(config.compare) >= {"ar", "sjd", "mc_sjd", "sjd2", "sjd2_paper"}
+    lossless = {name for name, method in config.methods.items() if method.lossless}
+    assert lossless == set(config.methods) - {"sjd2_paper"}
+    assert config.methods["sjd2"].acceptance == "replay"
+    assert typed("train").compare == ("ar", "sjd2")
+
+
+def test_decoding_uses_the_grid_of_training():
+    config = typed("evaluate", "noise.schedule=karras", "noise.rho=5.0")
+    assert {(method.schedule, method.rho) for method in config.methods.values()} == {("karras", 5.0)}
+
+
+def test_saved_configuration_is_resolved_and_without_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "a-very-secret-value")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["logger.wandb.entity=${oc.env:MY_API_KEY}"])
+    config = train_config(cfg)
+    assert config.logger.wandb.entity == "a-very-secret-value"
+    save_config(config, tmp_path / "run" / "train.yaml")
+    text = (tmp_path / "run" / "train.yaml").read_text()
+    assert "secret-value" not in text
+    assert "${" not in text
+    saved = yaml.safe_load(text)
+    assert saved["methods"]["sjd2"]["schedule"] == OmegaConf.to_object(cfg)["noise"]["schedule"]
+
+
+def test_every_value_has_its_meaning_beside_it():
+    """Keys of the groups that people read first carry a comment, themselves or above their block."""
+    bare = []
+    for group in ("data", "model", "noise", "optimizer", "metrics"):
+        for path in (CONF / group).glob("*.yaml"):
+            lines = path.read_text().splitlines()
+            if "defaults:" in lines or path.stem == "lumina_mgpt":
+                continue
+            bare += [
+                f"{path.name}: {line}"
+                for line in lines
+                if line and not line.startswith("#") and "#" not in line
+            ]
+    assert not bare

@@ -1,4 +1,4 @@
-"""A comparison small enough for a test: random weights, 8 x 8 codes, metrics that need no weights."""
+"""A comparison small enough for a test: random weights, 4 x 4 codes, metrics that need no weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sjd2_lightning.quality import QualityMetrics
 from sjd2_lightning.references import ReferenceSet
 from tests.tiny_backbones import tiny_chameleon
 
-SIDE = 16
+SIDE = 8
 METHODS = {
     "ar": DecodingConfig("ar", window=1),
     "sjd": DecodingConfig("sjd", window=6),

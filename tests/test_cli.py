@@ -16,6 +16,8 @@ from sjd2_lightning.cli.evaluate import main as evaluate_main
 from sjd2_lightning.cli.train import main as train_main
 from sjd2_lightning.cli.train import resume_path, train
 from sjd2_lightning.config import conf_dir, evaluate_config
+from sjd2_lightning.models.tiny import build_tiny
+from tests.tiny_backbones import tiny_image_tokenizer
 
 # A model of random weights and a handful of pictures: what is tested here is that the parts meet.
 SMALL = ("metrics=none", "data.views=1", "data.max_images=8", "data.batch_size=2", "data.val_batch_size=4")
@@ -31,10 +33,11 @@ QUIET = (
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory) -> Path:
     """A backbone folder of random weights, and shards of a few pictures beside it."""
-    from tests.tiny_model import tiny_backbone
-
     folder = tmp_path_factory.mktemp("tiny")
-    tiny_backbone().save(folder / "model")
+    tiny_image_tokenizer(num_codes=16, patch=4).save(folder / "tokenizer")
+    captions = ["red heart", "blue circle", "cat face"]
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2}
+    build_tiny(captions, folder / "tokenizer", text_vocab_size=512, **sizes).save(folder / "model")
     return folder
 
 

@@ -54,8 +54,8 @@ def test_every_method_draws_every_prompt(result, folder):
         for record in method.records:
             assert sum(record.accepted) == record.num_generated
             assert len(record.accepted) == record.nfe == max(record.settled_iteration) + 1
-            assert record.size == (8, 8)
-            assert len(record.image_ids) == len(record.settled_iteration) == 64
+            assert record.size == (4, 4)
+            assert len(record.image_ids) == len(record.settled_iteration) == 16
         assert method.acceptance_counts[0] == 0
         assert sum(method.acceptance_counts) == sum(record.nfe for record in method.records)
 
@@ -215,7 +215,7 @@ def test_warm_up_is_not_recorded(tmp_path, monkeypatch):
         ({"prompts": [PromptItem("a", " ", 0)]}, "'a' is empty"),
         ({"prompts": [PROMPTS[0], PROMPTS[0]]}, "'p0' occurs 2 times"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"layout": small_backbone().layout(8, 8)}, "cannot be compared"),
+        ({"layout": small_backbone().layout(16, 16)}, "cannot be compared"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
@@ -237,26 +237,26 @@ def test_a_prompt_the_model_refuses_is_named(tmp_path, monkeypatch):
 
 
 def broken_store(result, folder):
-    """A copy of the result's records in which the second image of sjd has another code at place 20."""
+    """A copy of the result's records in which the second image of sjd has another code at place 6."""
     store = RecordStore(folder, result.store.identity)
     for method in result.methods.values():
         rows = list(method.records)
         if method.name == "sjd":
             ids = list(rows[1].image_ids)
-            ids[20] = (ids[20] + 1) % 16
+            ids[6] = (ids[6] + 1) % 16
             rows[1] = dataclasses.replace(rows[1], image_ids=tuple(ids))
         store.append(rows, result.store.images(method.records))
     return store
 
 
-@pytest.mark.parametrize("tie_slot", [None, 20, 22])
+@pytest.mark.parametrize("tie_slot", [None, 6, 7])
 def test_a_replay_that_differs_is_a_bug_unless_a_near_tie_explains_it(
     result, tmp_path, monkeypatch, tie_slot
 ):
     broken_store(result, tmp_path)
 
     class FakeTies:
-        # Code 20 is slot 22: two row ends come before it.
+        # Code 6 is slot 7: a row end comes before it.
         def __init__(self):
             self.slots = []
 
@@ -266,9 +266,9 @@ def test_a_replay_that_differs_is_a_bug_unless_a_near_tie_explains_it(
     monkeypatch.setattr(generation, "NearTies", FakeTies)
     again = evaluate(tmp_path)
     assert again.methods["sjd"].equal_to_ar == 0.8
-    assert again.methods["sjd"].near_ties == (tie_slot == 22)
+    assert again.methods["sjd"].near_ties == (tie_slot == 7)
     bugs = [text for text in again.warnings if "bug" in text]
-    assert len(bugs) == (tie_slot != 22)
+    assert len(bugs) == (tie_slot != 7)
     assert all("sjd: image p1" in text for text in bugs)
 
 

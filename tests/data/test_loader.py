@@ -142,8 +142,7 @@ def test_reading_leaves_the_global_random_state_alone(write_codes: WriteCodes) -
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(("num_workers", "train"), [(0, True), (0, False), (2, True)])
 def test_a_damaged_shard_keeps_the_epoch_length(
     write_codes: WriteCodes, num_workers: int, train: bool, caplog: pytest.LogCaptureFixture
 ) -> None:

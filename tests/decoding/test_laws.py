@@ -21,7 +21,7 @@ from tests.tiny_backbones import RAGGED_PROMPTS, strong_table, tiny_chameleon
 
 P_PASS, P_FAIL = 1e-6, 1e-12
 SAMPLING = Sampling(guidance_scale=2.0, top_k=2, temperature=1.2)
-TABLE_PROMPTS = ("p1", "p0 p2", "p0 p0 p3", "p1 p0 p0 p1 p0")
+TABLE_PROMPTS = ("p1", "p0 p2", "p0 p0 p3", "p1 p0 p0 p2 p1")
 
 RULES = {
     "sjd": DecodingConfig("sjd", acceptance="exact", refiner="resample"),
@@ -37,14 +37,14 @@ RULES = {
 @pytest.fixture(scope="module")
 def table():
     """The fake backbone, its layout of 3 x 2 codes, and prompts of unequal length and law."""
-    backbone = strong_table(3, seed=1, scale=1.0)
+    backbone = strong_table(3, num_prompts=5, seed=1, scale=1.0)
     return backbone, backbone.layout(3, 2), TABLE_PROMPTS
 
 
 @pytest.fixture(scope="module")
 def trunk():
     """A real trunk with cache, its layout of 2 x 2 codes, and prompts of unequal length."""
-    backbone = tiny_chameleon(4, scale=0.6)
+    backbone = tiny_chameleon(4, seed=3, scale=0.6)
     return backbone, backbone.layout(4, 4), RAGGED_PROMPTS
 
 

@@ -1,0 +1,162 @@
+"""Noise: its moments, its limits, its grids, and the ramps of training."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from sjd2_lightning.noise import RampLaw, denoise, draw_levels, perturb, timesteps
+
+
+def _normals(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_level_zero_is_the_identity_bit_for_bit():
+    x0, eps = _normals(50, 16), _normals(50, 16, seed=1)
+    assert torch.equal(perturb(x0, timesteps(4)[:1], eps), x0)
+
+
+def test_top_level_is_pure_noise_bit_for_bit():
+    x0, eps = 100 * _normals(50, 16), _normals(50, 16, seed=1)
+    for kind in ("linear", "karras"):
+        assert torch.equal(perturb(x0, timesteps(7, kind)[-1:], eps), eps)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.5, 1.0])
+def test_moments(t):
+    """Mean (1 - t) x0 and standard deviation t, within five standard errors."""
+    num_draws = 200_000
+    x0 = torch.tensor([2.0, -3.0, 0.5])
+    xt = perturb(x0.expand(num_draws, 3), torch.tensor([t]), _normals(num_draws, 3))
+    assert torch.allclose(xt.mean(0), (1 - t) * x0, atol=5 * t / num_draws**0.5)
+    assert torch.allclose(xt.std(0), torch.full((3,), t), atol=5 * t / (2 * num_draws) ** 0.5)
+    assert torch.corrcoef(xt.T).fill_diagonal_(0).abs().max() < 5 / num_draws**0.5
+
+
+@pytest.mark.parametrize("kind", ["linear", "karras"])
+@pytest.mark.parametrize("num_levels", [0, 1, 2, 5, 25])
+def test_grid_rises_from_exactly_zero_to_exactly_one(kind, num_levels):
+    grid = timesteps(num_levels, kind)
+    assert grid.shape == (num_levels + 1,)
+    assert grid[0] == 0
+    assert (grid.diff() > 0).all()
+    if num_levels:
+        assert grid[-1] == 1
+
+
+def test_linear_grid():
+    assert timesteps(4).tolist() == [0, 0.25, 0.5, 0.75, 1]
+
+
+@pytest.mark.parametrize(("num_levels", "t_min", "rho"), [(2, 0.02, 7.0), (5, 0.1, 7.0), (25, 0.002, 3.0)])
+def test_karras_grid_is_edm_equation_five(num_levels, t_min, rho):
+    """EDM's own form: from sigma_max = 1 down to sigma_min = t_min with i = 0..n-1, then zero."""
+    largest, smallest = 1.0, t_min
+    falling = [
+        (largest ** (1 / rho) + i / (num_levels - 1) * (smallest ** (1 / rho) - largest ** (1 / rho))) ** rho
+        for i in range(num_levels)
+    ]
+    wanted = torch.tensor([*falling, 0.0]).flip(0)
+    assert torch.allclose(timesteps(num_levels, "karras", t_min, rho), wanted, atol=1e-6)
+    assert timesteps(num_levels, "karras", t_min, rho)[1] == pytest.approx(t_min, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "karras"])
+def test_denoising_with_the_truth_follows_the_same_noise(kind):
+    """`denoise(x_t, x0)` is `x_s` of the same eps, from every level to every lower one, t = 1 included."""
+    x0, eps, grid = _normals(20, 8), _normals(20, 8, seed=1), timesteps(6, kind)
+    for high in range(1, 7):
+        for low in range(high):
+            t, s = grid[high : high + 1], grid[low : low + 1]
+            assert torch.allclose(denoise(perturb(x0, t, eps), x0, t, s), perturb(x0, s, eps), atol=1e-5)
+
+
+def test_denoising_to_level_zero_is_the_estimate():
+    xt, x0_hat = 1e4 * _normals(20, 8), _normals(20, 8, seed=1)
+    for t in (0.01, 0.5, 1.0):
+        assert torch.equal(denoise(xt, x0_hat, torch.tensor([t]), torch.zeros(1)), x0_hat)
+
+
+def test_denoising_a_clean_slot_is_the_estimate():
+    xt, x0_hat = _normals(20, 8), _normals(20, 8, seed=1)
+    assert torch.equal(denoise(xt, x0_hat, torch.zeros(1), torch.zeros(1)), x0_hat)
+
+
+def test_denoising_takes_a_level_for_each_slot():
+    xt, x0_hat, grid = _normals(3, 8), _normals(3, 8, seed=1), timesteps(4)
+    levels = torch.tensor([0, 2, 4])
+    together = denoise(xt, x0_hat, grid[levels][:, None], grid[(levels - 1).clamp_min(0)][:, None])
+    assert torch.equal(together[0], x0_hat[0])
+    assert torch.allclose(together[1], 0.5 * xt[1] + 0.5 * x0_hat[1])
+    assert torch.allclose(together[2], 0.75 * xt[2] + 0.25 * x0_hat[2])
+
+
+def test_unknown_schedule_and_negative_levels_are_named():
+    with pytest.raises(ValueError, match="cosine"):
+        timesteps(4, "cosine")
+    with pytest.raises(ValueError, match="-1"):
+        timesteps(-1)
+
+
+LAW = RampLaw(clean_run=(2, 5), segment=(1, 3), top_run=(0, 4), clean_share=0.0)
+
+
+def runs(row: list[int]) -> list[tuple[int, int]]:
+    """(level, length) of each run of equal levels."""
+    found: list[list[int]] = []
+    for level in row:
+        if found and found[-1][0] == level:
+            found[-1][1] += 1
+        else:
+            found.append([level, 1])
+    return [(level, length) for level, length in found]
+
+
+@pytest.mark.parametrize("num_levels", [1, 2, 5])
+def test_levels_form_a_chain_of_ramps(num_levels):
+    """Inside a ramp a segment is followed by the next level; behind a ramp comes a clean run."""
+    levels = draw_levels(300, 60, num_levels, LAW, torch.Generator().manual_seed(0))
+    assert levels.shape == (300, 60)
+    assert levels.dtype == torch.long
+    assert set(levels.unique().tolist()) == set(range(num_levels + 1))
+    tops = set()
+    for row in levels.tolist():
+        for (level, _), (following, _) in pairwise(runs(row)):
+            assert following in (level + 1, 0)
+            if following == 0:
+                tops.add(level)
+    assert tops == set(range(1, num_levels + 1)), "a ramp may stop at any level"
+
+
+def test_run_lengths_keep_their_bounds():
+    levels = draw_levels(400, 80, 4, LAW, torch.Generator().manual_seed(1))
+    lengths: dict[str, set[int]] = {"clean": set(), "middle": set(), "top": set()}
+    for row in levels.tolist():
+        for level, length in runs(row)[1:-1]:  # the row's ends cut a run short
+            lengths["clean" if level == 0 else "top" if level == 4 else "middle"].add(length)
+    assert lengths == {"clean": {2, 3, 4, 5}, "middle": {1, 2, 3}, "top": set(range(1, 8))}
+
+
+def test_a_sequence_may_start_inside_a_ramp():
+    """As the window does when decoding starts; every level is a possible start."""
+    levels = draw_levels(500, 10, 3, LAW, torch.Generator().manual_seed(2))
+    assert set(levels[:, 0].tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_clean_share(share):
+    law = RampLaw(clean_run=(1, 3), clean_share=share)
+    clean = (draw_levels(4000, 30, 3, law, torch.Generator().manual_seed(3)) == 0).all(1).float().mean()
+    assert abs(clean - share) <= 5 * (share * (1 - share) / 4000) ** 0.5
+
+
+def test_levels_belong_to_the_generator():
+    first, again, other = (draw_levels(8, 40, 4, LAW, torch.Generator().manual_seed(s)) for s in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_no_levels_are_all_clean():
+    assert not draw_levels(3, 20, 0, LAW, torch.Generator()).any()

@@ -261,6 +261,7 @@ class ClipRecipe(Group):
     embed_dim: Count
     context_length: Count
     patch_dropout: Share
+    text_dropout: Share
     warmup_share: Share
 
 

@@ -152,10 +152,13 @@ class SJD2Module(L.LightningModule):
         per_token = self.losses(batch, prompts, self._noisy(levels, self.val_levels, rng)).per_token
         levels = levels.roll(1, dims=1)  # the token left of a code is what the code is predicted from
         levels[:, 0] = 0
-        bands = {"low": (levels > 0) & (levels <= self.val_levels // 2), "high": levels == self.val_levels}
+        half = max(1, self.val_levels // 2)
+        bands = {"low": (levels > 0) & (levels <= half), "high": levels == self.val_levels}
         for band, chosen in bands.items():
-            loss = per_token[chosen.to(per_token.device)].mean()
-            self.log(f"val/loss_{band}", loss, sync_dist=True, batch_size=size)
+            # weighted by codes: a batch whose ramps miss the band counts nothing, instead of a mean of nothing
+            count = int(chosen.sum())
+            loss = per_token[chosen.to(per_token.device)].sum() / max(1, count)
+            self.log(f"val/loss_{band}", loss, sync_dist=True, batch_size=count)
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config

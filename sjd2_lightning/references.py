@@ -115,8 +115,8 @@ def reconstructed(images: Tensor, tokenizer: ImageTokenizer, batch_size: int = 3
 
 
 def blurred(images: Tensor) -> Tensor:
-    """Images (M, h, w, 3) under a Gaussian blur whose deviation is 1/32 of their height."""
-    sigma = images.shape[1] / 32
+    """Images (M, h, w, 3) under a Gaussian blur whose deviation is 1/32 of their height, 1 pixel at least."""
+    sigma = max(1.0, images.shape[1] / 32)
     size = 2 * round(3 * sigma) + 1
     return F.gaussian_blur(images.permute(0, 3, 1, 2), [size, size], [sigma, sigma]).permute(0, 2, 3, 1)
 

@@ -1,6 +1,7 @@
 """Every shipped configuration composes and is valid; every wrong one is refused with all its problems."""
 
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from omegaconf import OmegaConf
 
 from sjd2_lightning.config import ConfigError, conf_dir, evaluate_config, save_config, train_config
 from sjd2_lightning.config_groups import (
+    ClipRecipe,
     EvaluateConfig,
     NoiseSettings,
     OptimizerSettings,
     SharedConfig,
+    TokenizerRecipe,
     TrainConfig,
 )
 
@@ -97,7 +100,12 @@ def test_option_list_is_not_empty():
 
 def test_typed_groups_match_what_they_configure():
     from sjd2_lightning.module import NoiseConfig, OptimizerConfig
+    from sjd2_lightning.recipes.clip import ClipModule
+    from sjd2_lightning.recipes.tokenizer import TokenizerModule
 
+    elsewhere = {"self", "lr", "weight_decay", "image_size", "out_dir"}  # in other groups
+    for recipe, module in ((ClipRecipe, ClipModule), (TokenizerRecipe, TokenizerModule)):
+        assert set(recipe.model_fields) == set(signature(module.__init__).parameters) - elsewhere
     assert set(NoiseSettings.model_fields) - {"val_levels"} == {field.name for field in fields(NoiseConfig)}
     assert set(OptimizerSettings.model_fields) - {"freeze"} == {
         field.name for field in fields(OptimizerConfig)

@@ -46,8 +46,10 @@ def test_nearest_codes_are_by_cosine(table):
     def cosine(a, b):
         return sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
 
-    wanted = [[max(range(len(rows)), key=lambda k: cosine(rows[k], q)) for q in row] for row in queries.tolist()]
-    assert space.nearest_ids(queries).tolist() == wanted
+    found = space.nearest_ids(queries)
+    for query, code in zip(queries.flatten(0, 1).tolist(), found.flatten().tolist(), strict=True):
+        assert code == max(range(len(rows)), key=lambda k: cosine(rows[k], query))
+    assert found.shape == (3, 7)
     assert torch.equal(space.nearest_ids(3 * space.normalise(table)), torch.arange(len(table)))
 
 

@@ -1,4 +1,4 @@
-"""The comparison: same prompts and seeds, nothing twice, nothing lost, and figures that mean what they say."""
+"""The comparison: same prompts and seeds, nothing twice, nothing lost, figures that mean what they say."""
 
 import dataclasses
 import json
@@ -122,8 +122,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("moment", [0, 1, 5, 11])
-@pytest.mark.parametrize("where", ["image", "record"])
+@pytest.mark.parametrize(("moment", "where"), [(0, "image"), (5, "image"), (5, "record"), (11, "record")])
 def test_a_killed_run_goes_on_where_it_stopped(result, tmp_path, monkeypatch, moment, where):
     whole = RecordStore.append
     calls = []

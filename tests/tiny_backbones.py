@@ -1,4 +1,4 @@
-"""Backbones small enough to enumerate: a fake one whose table is the law, and Chameleons of random weights."""
+"""Backbones small enough to enumerate: a fake one whose table is the law, and random Chameleons."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ RAGGED_PROMPTS = ("red cat", "dog on a green mat", "blue", "a red dog on a blue 
 class TableBackbone(Backbone):
     """A law that is looked up: logits[prompt, last but one token, last token].
 
-    A prompt is words "p0", "p1", ...: the sum of their numbers picks the law, so prompts of one law may differ
-    in length; "p0" is also the unconditional context. The two tokens are read out of the embeddings of
-    the visible columns, so a wrong mask, cache entry or position changes the law. A noisy embedding counts as
-    its largest entry.
+    A prompt is words "p0", "p1", ...: the sum of their numbers picks the law, so prompts of one law may
+    differ in length; "p0" is also the unconditional context. The two tokens are read out of the embeddings
+    of the visible columns, so a wrong mask, cache entry or column changes the law. A noisy embedding counts
+    as its largest entry.
 
     Args:
         logits: (prompts, K + 2, K + 2, K); token K is the newline, K + 1 a prompt token.
@@ -139,7 +139,7 @@ def tiny_chameleon(
     scale: float = 1.0,
     code_order: Sequence[int] | None = None,
 ) -> ChameleonBackbone:
-    """A Chameleon of random weights behind the shipped adapter, with laws that depend strongly on the context.
+    """A Chameleon of random weights behind the shipped adapter; its laws depend strongly on the context.
 
     Args:
         num_codes: K.

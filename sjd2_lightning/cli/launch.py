@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ def launch(script: str, job: Callable[[DictConfig], object]) -> None:
         script: "train" or "evaluate", a root of `conf/`.
         job: gets the composed configuration, whose `run_dir` is the run's own folder.
 
-    A wrong configuration, and any other ValueError that a job raises, ends in its message and exit status 2.
+    A wrong configuration, and any other ValueError that this package raises, ends in its message and exit
+    status 2; every other error keeps its traceback.
     """
 
     def run(cfg: DictConfig) -> None:
@@ -36,26 +38,18 @@ def launch(script: str, job: Callable[[DictConfig], object]) -> None:
             cfg.run_dir = HydraConfig.get().runtime.output_dir
         job(cfg)
 
-    os.environ.setdefault(
-        "HYDRA_FULL_ERROR", "1"
-    )  # Hydra would print, cut short, and exit before the lines below
-    # sjd2_lightning.config builds no job from these values before they are checked
+    # Otherwise Hydra prints errors itself, cut short, and exits before the lines below.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     start = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=script)(run)
     try:
         start()
     except HydraException as error:
         sys.exit(_fail(_with_suggestion(script, error)))
     except ValueError as error:
-        if os.environ.get("SJD2_TRACEBACK"):
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not raised_in.is_relative_to(Path(__file__).resolve().parents[1]):
             raise
         sys.exit(_fail(f"{error}"))
-
-
-def run_folder(cfg: DictConfig) -> Path:
-    """The folder of the run, made if it is missing."""
-    folder = Path(cfg.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _fail(message: str) -> int:

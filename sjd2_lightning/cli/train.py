@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from sjd2_lightning.cli.building import build_task, export_model
     from sjd2_lightning.cli.monitoring import build_callbacks, build_loggers, finish_loggers
 
+    logging.getLogger("lightning.pytorch").handlers.clear()  # Hydra's root logger prints these lines already
     L.seed_everything(config.seed, workers=True)
     module, data = build_task(config)
     loggers = build_loggers(config)

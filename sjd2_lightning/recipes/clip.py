@@ -15,14 +15,11 @@ import torch
 from safetensors import torch as safetensors
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, Subset
 from transformers import PreTrainedTokenizerFast
 
-from sjd2_lightning.data.emoji import load_emoji_index, render
 from sjd2_lightning.data.images import EmojiPictures, Picture
 from sjd2_lightning.metrics.alignment import CONFIG_FILE
-from sjd2_lightning.metrics.features import EffNetLite0, extract_features
 from sjd2_lightning.records import write_atomic
 
 _MEAN = _STD = 0.5  # of the pixels a CLIP sees: maps [0, 1] to [-1, 1]
@@ -39,9 +36,8 @@ class ClipModule(L.LightningModule):
         vision_width, vision_layers, text_width, text_layers, head_width, embed_dim: of the two transformers.
         context_length: text tokens, the end token included.
         patch_dropout: share of patches a training image loses; it regularises and saves their time.
-        teacher_weight: of a second loss: the image embedding, through a linear map that is not saved, points
-            to the EfficientNet-Lite0 features of the picture. 1,500 concepts alone teach too little of what
-            pictures have in common. 0 leaves it out.
+        text_dropout: share of tokens a training caption loses to the unknown token, so that no single word
+            can be learnt by heart.
         lr, weight_decay: of AdamW; norms, biases and the temperature do not decay.
         warmup_share: of all steps, in which the learning rate rises before its cosine fall.
 
@@ -64,7 +60,7 @@ class ClipModule(L.LightningModule):
         embed_dim: int = 128,
         context_length: int = 24,
         patch_dropout: float = 0.5,
-        teacher_weight: float = 2.0,
+        text_dropout: float = 0.2,
         lr: float = 1e-3,
         weight_decay: float = 0.2,
         warmup_share: float = 0.05,
@@ -102,18 +98,8 @@ class ClipModule(L.LightningModule):
         training_cfg = self.model_cfg["vision_cfg"] | {"patch_dropout": patch_dropout}
         self.clip = open_clip.CLIP(embed_dim, training_cfg, self.model_cfg["text_cfg"])
         self.loss = open_clip.ClipLoss()
-        self.teacher_weight = teacher_weight
-        self.to_teacher = torch.nn.Linear(embed_dim, EffNetLite0.dim)
-        self.teacher: dict[str, Tensor] = {}  # caption -> unit features (dim,), of the training pictures
+        self.text_dropout = text_dropout
         self._held_out: list[tuple[Tensor, Tensor]] = []
-
-    def on_fit_start(self) -> None:
-        if self.teacher_weight:
-            items = [item for item in load_emoji_index() if item.split == "train"]
-            views = [torch.from_numpy(render(item.path).copy()) for item in items]
-            features = extract_features(EffNetLite0(self.device), views).features
-            targets = F.normalize(features - features.mean(0), dim=-1).to(self.device)
-            self.teacher = dict(zip((item.caption for item in items), targets, strict=True))
 
     def embed(self, images: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Unit embeddings (B, D) of images (B, 3, h, w) in [0, 1] and of their captions."""
@@ -124,6 +110,10 @@ class ClipModule(L.LightningModule):
             truncation=True,
             return_tensors="pt",
         ).input_ids
+        if self.training:
+            specials = torch.tensor(self.tokenizer.all_special_ids)
+            dropped = (torch.rand(ids.shape) < self.text_dropout) & ~torch.isin(ids, specials)
+            ids = ids.masked_fill(dropped, self.tokenizer.unk_token_id)
         image_embeds = self.clip.encode_image((images - _MEAN) / _STD, normalize=True)
         return image_embeds, self.clip.encode_text(ids.to(images.device), normalize=True)
 
@@ -133,11 +123,6 @@ class ClipModule(L.LightningModule):
         image_embeds, text_embeds = self.embed(batch.image, batch.caption)
         loss = self.loss(image_embeds, text_embeds, self.clip.logit_scale.exp())
         self.log("train/loss", loss, prog_bar=True)
-        if self.teacher:
-            targets = torch.stack([self.teacher[caption] for caption in batch.caption])
-            teacher_loss = 1 - F.cosine_similarity(self.to_teacher(image_embeds), targets).mean()
-            self.log("train/teacher_loss", teacher_loss)
-            loss = loss + self.teacher_weight * teacher_loss
         return loss
 
     def validation_step(self, batch: Picture, batch_idx: int) -> None:
@@ -151,8 +136,8 @@ class ClipModule(L.LightningModule):
         self.log("val/recall_at_1_by_chance", 1 / len(texts))
 
     def configure_optimizers(self) -> Any:
-        still = [p for p in self.parameters() if p.ndim < 2]
-        decaying = [p for p in self.parameters() if p.ndim >= 2]
+        still = [p for p in self.clip.parameters() if p.ndim < 2]
+        decaying = [p for p in self.clip.parameters() if p.ndim >= 2]
         groups: list[dict[str, Any]] = [{"params": decaying}, {"params": still, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98), weight_decay=self.weight_decay)
         total = int(self.trainer.estimated_stepping_batches)

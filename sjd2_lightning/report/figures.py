@@ -43,7 +43,10 @@ def image_grid(result: EvaluationResult, num_prompts: int = 8, prompts_per_row: 
 
 
 def grid_figure(
-    names: Sequence[str], images: Sequence[Sequence[Tensor]], captions: Sequence[str], prompts_per_row: int = 8
+    names: Sequence[str],
+    images: Sequence[Sequence[Tensor]],
+    captions: Sequence[str],
+    prompts_per_row: int = 8,
 ) -> Figure:
     """Images (h, w, 3) uint8, `images[line][prompt]`, with line names at the left and captions on top."""
     width = min(prompts_per_row, len(captions))
@@ -92,7 +95,9 @@ def acceptance_maps(result: EvaluationResult, num_prompts: int = 4) -> Figure:
     height = _CELL + 0.16
     figure, axis = _canvas(width * _CELL, len(methods) * height + _CAPTION)
     for column, item in enumerate(result.prompts[:width]):
-        axis.text(column * _CELL + 0.5, _CAPTION - 0.06, _wrapped(item.prompt), ha="center", va="bottom", fontsize=6)
+        axis.text(
+            column * _CELL + 0.5, _CAPTION - 0.06, _wrapped(item.prompt), ha="center", va="bottom", fontsize=6
+        )
     for line, method in enumerate(methods):
         top = _CAPTION + line * height + 0.16
         _line_name(axis, method.name, top)
@@ -127,7 +132,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure with one invisible axes in units of images, y downwards, and a margin for names at the left."""
+    """A figure of one invisible axes in units of images, y downwards, with a margin for names at the left."""
     size = ((width + _MARGIN) * _IMAGE_INCHES, height * _IMAGE_INCHES)
     figure = Figure(figsize=size, dpi=150)
     axis = figure.add_axes((0, 0, 1, 1))

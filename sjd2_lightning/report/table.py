@@ -110,7 +110,9 @@ def console_table(result: EvaluationResult) -> Table:
     """The table for rich's console: value, and its interval on the line below."""
     counts = sorted({row.num_images for row in rows(result)})
     images = " or ".join(map(str, counts))
-    table = Table(caption=f"{images} images a row; in brackets: 95 % bootstrap intervals", padding=(0, 0, 0, 1))
+    table = Table(
+        caption=f"{images} images a row; in brackets: 95 % bootstrap intervals", padding=(0, 0, 0, 1)
+    )
     table.add_column("method", no_wrap=True)
     table.add_column("accept")
     table.add_column("= ar", justify="right")
@@ -124,7 +126,9 @@ def console_table(result: EvaluationResult) -> Table:
             table.add_section()
         cells = [row.cells[place] for place in shown]
         texts = [f"{c.value}\n[dim]\\{c.interval}[/dim]" if c.interval else c.value for c in cells]
-        table.add_row(row.name, row.kind.replace(" ", "\n"), row.equal, *texts, style="dim" if row.is_reference else "")
+        table.add_row(
+            row.name, row.kind.replace(" ", "\n"), row.equal, *texts, style="dim" if row.is_reference else ""
+        )
         previous = row
     return table
 

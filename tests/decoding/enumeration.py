@@ -1,4 +1,4 @@
-"""The law of whole images by enumeration, written without the package's sampling code, and chi-square against it."""
+"""The law of whole images by enumeration, without the package's sampling code, and chi-square against it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def code_law(conditional: np.ndarray, unconditional: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Law (M, K) of logits (M, K): guidance, temperature, top-k, top-p, softmax, in float64 and row by row."""
+    """Law (M, K) of logits (M, K): guidance, temperature, top-k, top-p, softmax, row by row in float64."""
     scale = sampling.guidance_scale
     scores = ((1 - scale) * unconditional + scale * conditional) / sampling.temperature
     for row in scores:
@@ -48,7 +48,7 @@ def _table_logits(backbone: TableBackbone, context: str | None, codes: np.ndarra
 def _trunk_logits(
     backbone: ChameleonBackbone, context: str | None, codes: np.ndarray, layout: ImageLayout
 ) -> np.ndarray:
-    """Logits (M, K) by transformers' own causal forward over token ids, without mask, cache or batch of ours."""
+    """Logits (M, K) by transformers' own causal forward over token ids: no mask, cache or batch of ours."""
     tokens, config = backbone.tokens, backbone.model.config.vocabulary_map
     letters = str.maketrans("0123456789", "ABCDEFGHIJ")
     ids = [config[f"IMGIMG{str(code).translate(letters)}Z"] for code in range(backbone.num_codes)]
@@ -74,7 +74,8 @@ def sequence_law(backbone: Backbone, prompt: str, layout: ImageLayout, sampling:
     num_codes, length = backbone.num_codes, layout.height * layout.width
     law = np.ones(1)
     for place in range(length):
-        codes = np.array(list(itertools.product(range(num_codes), repeat=place)), dtype=int).reshape(num_codes**place, place)
+        prefixes = list(itertools.product(range(num_codes), repeat=place))
+        codes = np.array(prefixes, dtype=int).reshape(num_codes**place, place)
         sides = []
         for context in (prompt, None):
             if isinstance(backbone, TableBackbone):

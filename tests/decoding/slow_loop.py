@@ -38,7 +38,9 @@ def draw_by_inversion(weights: np.ndarray, number: float) -> int:
 class SlowDecoder:
     """Decodes one image; `settled` holds the iteration that settled each slot."""
 
-    def __init__(self, backbone: Backbone, prompt: str, seed: int, config: DecodingConfig, layout: ImageLayout):
+    def __init__(
+        self, backbone: Backbone, prompt: str, seed: int, config: DecodingConfig, layout: ImageLayout
+    ):
         self.backbone, self.config, self.layout, self.seed = backbone, config, layout, torch.tensor(seed)
         self.contexts = [backbone.prompt_ids(prompt, layout), backbone.unconditional_ids(layout)]
         table = backbone.slot_table().detach()
@@ -76,31 +78,28 @@ class SlowDecoder:
 
     def logits(self, context: list[int], window: list[Slot]) -> np.ndarray:
         """Logits (W, K) of one full forward: side tokens, context, settled slots, window."""
-        fed = [self.table[slot.token] if slot.level == 0 else slot.noisy * self.std + self.mean for slot in window]
+        fed = [slot.noisy * self.std + self.mean if slot.level else self.table[slot.token] for slot in window]
+        settled = self.table[torch.tensor(self.tokens, dtype=torch.long)]
         side = self.side_tokens()
         prompt = self.backbone.embed_tokens(torch.tensor(context))
-        embeddings = torch.cat([side, prompt, self.table[torch.tensor(self.tokens, dtype=torch.long)], torch.stack(fed)])
+        embeddings = torch.cat([side, prompt, settled, torch.stack(fed)])
         levels = [0] * (len(embeddings) - len(window)) + [slot.level for slot in window]
         size = len(embeddings)
-        mask = torch.zeros(size, size, dtype=torch.bool)
-        for query in range(size):
-            for column in range(query + 1):
-                if column < len(side):
-                    mask[query, column] = column == query or levels[query] == column + 1
-                else:
-                    mask[query, column] = True
+        sees = [
+            [
+                column <= query and (column >= len(side) or column == query or levels[query] == column + 1)
+                for column in range(size)
+            ]
+            for query in range(size)
+        ]
+        mask = torch.tensor(sees)
         positions = [max(0, column - len(side)) for column in range(size)]
         hidden = self.backbone(embeddings[None], torch.tensor([positions]), mask[None, None])
         logits = self.backbone.image_logits(hidden)[0].double().numpy()
         return logits[size - len(window) - 1 : size - 1]
 
     def laws(self, window: list[Slot]) -> np.ndarray:
-        sides = [self.logits(context, window) for context in self.contexts]
-        greedy = self.config.sampling.temperature == 0
-        if not greedy:
-            return code_law(*sides, self.config.sampling)
-        scale = self.config.sampling.guidance_scale
-        return np.eye(self.backbone.num_codes)[(sides[1] + scale * (sides[0] - sides[1])).argmax(-1)]
+        return code_law(*(self.logits(context, window) for context in self.contexts), self.config.sampling)
 
     def nearest_code(self, noisy: Tensor) -> int:
         rows = (self.table[: self.backbone.num_codes] - self.mean) / self.std

@@ -1,8 +1,8 @@
 """The law of whole images against enumeration: every lossless rule passes, and every known wrong rule fails.
 
 Each test decodes thousands of prompts in one batch and compares the images with the exact law over all K^n
-of them by one chi-square test, the four prompts of a ragged batch taken together. A rule passes at
-p >= 1e-6. The two tiers make under 100 such tests, so a correct decoder with fresh seeds would fail the file with
+of them by one chi-square test, the four prompts of a ragged batch taken together. A rule passes at p > 1e-6.
+The two tiers make under 100 such tests, so a correct decoder with fresh seeds would fail the file with
 probability below 1e-4 (Bonferroni); the seeds are fixed. A wrong rule must give p < 1e-12 in the same test.
 """
 
@@ -28,7 +28,9 @@ RULES = {
     "mc_sjd": DecodingConfig("mc_sjd", acceptance="exact", refiner="couple"),
     "sjd2-1": DecodingConfig("sjd2", acceptance="exact", num_levels=1),
     "sjd2-4": DecodingConfig("sjd2", acceptance="exact", num_levels=4),
-    "sjd2-karras-resample": DecodingConfig("sjd2", acceptance="exact", num_levels=2, refiner="resample", schedule="karras"),
+    "sjd2-karras-resample": DecodingConfig(
+        "sjd2", acceptance="exact", num_levels=2, refiner="resample", schedule="karras"
+    ),
     "sjd-replay": DecodingConfig("sjd"),
     "sjd2-replay": DecodingConfig("sjd2", num_levels=2, draft_init="gumbel"),
 }
@@ -79,18 +81,18 @@ def test_the_laws_are_worth_testing(table, trunk):
         assert all(abs(laws[a] - laws[b]).sum() > 0.2 for a in range(4) for b in range(a))
 
 
-@pytest.mark.parametrize("window", [1, 2, 4, 12])
+@pytest.mark.parametrize("window", [1, 2, 4, 9])
 @pytest.mark.parametrize("rule", RULES)
 def test_table_law(table, rule, window):
-    assert law_p(table, replace(RULES[rule], window=window), 16_000) > P_PASS
+    assert law_p(table, replace(RULES[rule], window=window), 8_000) > P_PASS
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_table_law_of_one_prompt(table, rule):
-    assert law_p(table, replace(RULES[rule], window=4), 10_000, num_prompts=1) > P_PASS
+    assert law_p(table, replace(RULES[rule], window=4), 4_000, num_prompts=1) > P_PASS
 
 
-@pytest.mark.parametrize("window", [3, 12])
+@pytest.mark.parametrize("window", [3, 6])
 @pytest.mark.parametrize("rule", RULES)
 def test_trunk_law(trunk, rule, window):
     assert law_p(trunk, replace(RULES[rule], window=window), 4_000) > P_PASS
@@ -172,14 +174,14 @@ def test_wrong_rules_fail(table, name):
     with ExitStack() as stack:
         for part, wrong in broken.items():
             stack.enter_context(patch.object(verify if part == "residual" else loop, part, wrong))
-        assert law_p(table, replace(config, window=4), 16_000) < P_FAIL
+        assert law_p(table, replace(config, window=4), 8_000) < P_FAIL
 
 
 def test_the_stand_ins_themselves_change_nothing(table):
     """What the controls share with the right rule, the real parts put back in, passes."""
     same = _judge_with(lambda slots, verdict, refined, law: (verdict, refined, law))
-    with patch.object(loop, "judge", same), patch.object(loop, "_LEAVE_SHARE", 2.0), patch.object(verify, "residual", residual):
-        assert law_p(table, replace(_RESAMPLE, window=4), 16_000) > P_PASS
+    with patch.multiple(loop, judge=same, _LEAVE_SHARE=2.0), patch.object(verify, "residual", residual):
+        assert law_p(table, replace(_RESAMPLE, window=4), 8_000) > P_PASS
 
 
 def test_chi_square_of_a_wrong_law_fails():
@@ -187,4 +189,4 @@ def test_chi_square_of_a_wrong_law_fails():
     counts = torch.tensor([5000, 3000, 2000, 0]).numpy()
     assert p_value([chi_square(counts, law)]) > 0.99
     assert p_value([chi_square(counts[[1, 0, 2, 3]], law)]) < P_FAIL
-    assert p_value([chi_square(counts + [0, 0, 0, 1], law)]) == 0
+    assert p_value([chi_square(counts + (law == 0), law)]) == 0

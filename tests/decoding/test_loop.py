@@ -16,9 +16,13 @@ RULES = {
     "mc_sjd": DecodingConfig("mc_sjd", window=7, acceptance="exact"),
     "sjd-replay": DecodingConfig("sjd", window=7, draft_init="gumbel"),
     "sjd2-replay": DecodingConfig("sjd2", window=6, num_levels=2),
-    "sjd2-replay-karras": DecodingConfig("sjd2", window=40, num_levels=3, schedule="karras", t_min=0.1, rho=5.0),
+    "sjd2-replay-karras": DecodingConfig(
+        "sjd2", window=40, num_levels=3, schedule="karras", t_min=0.1, rho=5.0
+    ),
     "sjd2-exact": DecodingConfig("sjd2", window=6, num_levels=3, acceptance="exact"),
-    "sjd2-exact-resample": DecodingConfig("sjd2", window=6, num_levels=1, acceptance="exact", refiner="resample"),
+    "sjd2-exact-resample": DecodingConfig(
+        "sjd2", window=6, num_levels=1, acceptance="exact", refiner="resample"
+    ),
     "paper": DecodingConfig("sjd2", window=8, num_levels=2, acceptance="paper", refiner="keep"),
     "paper-couple": DecodingConfig("sjd2", window=8, num_levels=4, acceptance="paper"),
     "paper-window-1": DecodingConfig("sjd2", window=1, num_levels=2, acceptance="paper", refiner="keep"),
@@ -31,11 +35,11 @@ def backbone():
     return tiny_chameleon(num_codes=7, seed=3, scale=0.4)
 
 
-@pytest.mark.parametrize("sampling", [GUIDED, Sampling(top_p=0.9)], ids=["guided", "plain"])
 @pytest.mark.parametrize("rule", RULES)
-def test_fast_loop_is_the_slow_one(backbone, rule, sampling):
-    config = replace(RULES[rule], sampling=sampling)
-    layout = backbone.layout(8, 6)
+def test_fast_loop_is_the_slow_one(backbone, rule):
+    plain = rule in ("sjd2-exact-resample", "paper-couple")
+    config = replace(RULES[rule], sampling=Sampling(top_p=0.9) if plain else GUIDED)
+    layout = backbone.layout(6, 6)
     seeds = [11, 12, 13, 14]
     output = decode(backbone, RAGGED_PROMPTS, seeds, config, layout)
     for row, (prompt, seed) in enumerate(zip(RAGGED_PROMPTS, seeds, strict=True)):
@@ -48,7 +52,9 @@ def test_fast_loop_is_the_slow_one(backbone, rule, sampling):
 
 def test_counts_agree_with_each_other(backbone):
     layout = backbone.layout(8, 6)
-    output = decode(backbone, RAGGED_PROMPTS, [0, 1, 2, 3], DecodingConfig("sjd2", window=5, num_levels=1), layout)
+    output = decode(
+        backbone, RAGGED_PROMPTS, [0, 1, 2, 3], DecodingConfig("sjd2", window=5, num_levels=1), layout
+    )
     stats = output.stats
     assert stats.num_generated == layout.num_slots == 4 * 4 - 1
     assert stats.committed.sum(0).tolist() == [layout.num_slots] * 4
@@ -77,7 +83,7 @@ def test_passes_of_a_law_without_surprises(window, num_levels):
 
 
 def passes_without_surprises(forced: tuple[int, ...], window: int, num_levels: int) -> int:
-    """Passes when a draft is right, and its slot clean, from pass `num_levels + 1` in the window on (>= 1)."""
+    """Passes when a draft is right, and its slot clean, from its second or later pass on."""
     age: list[int] = []
     head, passes = 0, 0
     while head < len(forced):

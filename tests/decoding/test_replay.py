@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sjd2_lightning.decoding import DecodingConfig, DecodeOutput, NearTies, Sampling, decode, decode_reference
+from sjd2_lightning.decoding import DecodeOutput, DecodingConfig, NearTies, Sampling, decode, decode_reference
 from tests.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
 AR = DecodingConfig("ar", window=1)
 WINDOWS = (1, 2, 7, 16, 50)
+LOSSLESS_MODES = [("replay", "couple"), ("exact", "couple"), ("exact", "resample")]
 SAMPLINGS = {
     "plain": Sampling(),
     "guided": Sampling(guidance_scale=3.0),
@@ -70,14 +71,14 @@ def test_autoregression_is_the_reference(backbone, layout, name):
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_every_method_replays_autoregression(backbone, layout, name, num_levels):
     sampling = SAMPLINGS[name]
-    wanted, prompts, seeds = autoregression(backbone, sampling, layout, 24)
+    wanted, prompts, seeds = autoregression(backbone, sampling, layout, 16)
     ties = near_ties(backbone, prompts, seeds, sampling, layout)
     for window in WINDOWS:
-        for draft_init in ("random", "gumbel"):
-            config = DecodingConfig("sjd2", window, num_levels, draft_init=draft_init, sampling=sampling)
-            output = decode(backbone, prompts, seeds, config, layout)
-            assert_same(output.slot_ids, wanted.slot_ids, ties)
-            assert (output.stats.nfe <= wanted.stats.nfe).all()
+        draft_init = "gumbel" if window == 16 else "random"
+        config = DecodingConfig("sjd2", window, num_levels, draft_init=draft_init, sampling=sampling)
+        output = decode(backbone, prompts, seeds, config, layout)
+        assert_same(output.slot_ids, wanted.slot_ids, ties)
+        assert (output.stats.nfe <= wanted.stats.nfe).all()
     if num_levels <= 1:
         assert (output.stats.nfe < wanted.stats.nfe).all(), "the last and longest window saved no pass"
 
@@ -140,22 +141,25 @@ def test_neighbours_of_one_prompt_differ(backbone, layout):
     assert (other.slot_ids != output.slot_ids).any(1).all()
 
 
-@pytest.mark.parametrize(("acceptance", "refiner"), [("replay", "couple"), ("exact", "couple"), ("exact", "resample"), ("paper", "keep")])
+@pytest.mark.parametrize(("acceptance", "refiner"), [*LOSSLESS_MODES, ("paper", "keep")])
 def test_no_levels_is_sjd(backbone, layout, acceptance, refiner):
-    shared = {"window": 6, "acceptance": acceptance, "refiner": refiner, "sampling": SAMPLINGS["guided top-k"]}
+    sampling = SAMPLINGS["guided top-k"]
+    shared = {"window": 6, "acceptance": acceptance, "refiner": refiner, "sampling": sampling}
     sjd2 = decode(backbone, RAGGED_PROMPTS, range(4), DecodingConfig("sjd2", num_levels=0, **shared), layout)
     sjd = decode(backbone, RAGGED_PROMPTS, range(4), DecodingConfig("sjd", **shared), layout)
     assert torch.equal(sjd2.slot_ids, sjd.slot_ids)
     assert torch.equal(sjd2.stats.committed, sjd.stats.committed)
 
 
-@pytest.mark.parametrize(("acceptance", "refiner"), [("replay", "couple"), ("exact", "couple"), ("exact", "resample")])
+@pytest.mark.parametrize(("acceptance", "refiner"), LOSSLESS_MODES)
 @pytest.mark.parametrize("num_levels", [0, 4])
 def test_window_of_one_is_autoregression(backbone, layout, acceptance, refiner, num_levels):
     sampling = SAMPLINGS["guided top-k"]
     config = DecodingConfig("sjd2", 1, num_levels, acceptance, refiner, sampling=sampling)
     one = decode(backbone, RAGGED_PROMPTS, range(4), config, layout)
-    plain = decode(backbone, RAGGED_PROMPTS, range(4), replace(AR, acceptance=acceptance, sampling=sampling), layout)
+    plain = decode(
+        backbone, RAGGED_PROMPTS, range(4), replace(AR, acceptance=acceptance, sampling=sampling), layout
+    )
     assert torch.equal(one.slot_ids, plain.slot_ids)
     assert one.stats.nfe.tolist() == [layout.num_slots] * 4
 

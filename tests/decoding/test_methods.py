@@ -1,0 +1,41 @@
+"""Values of a method: which are lossless, and that all problems come in one error."""
+
+from dataclasses import replace
+
+import pytest
+
+from sjd2_lightning.decoding import DecodingConfig, Sampling
+
+GOOD = DecodingConfig("sjd2", window=8, num_levels=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"window": 0}, ["window"]),
+        ({"num_levels": -1}, ["num_levels"]),
+        ({"method": "eagle"}, ["method", "eagle"]),
+        ({"acceptance": "most"}, ["acceptance"]),
+        ({"refiner": "none"}, ["refiner"]),
+        ({"draft_init": "copy"}, ["draft_init"]),
+        ({"schedule": "cosine"}, ["schedule"]),
+        ({"method": "ar"}, ["'ar' needs window 1"]),
+        ({"method": "ar", "window": 1}, ["'ar' needs window 1"]),
+        ({"method": "sjd"}, ["no noise"]),
+        ({"method": "mc_sjd"}, ["no noise"]),
+        ({"refiner": "keep"}, ["not exact"]),
+        ({"draft_init": "gumbel", "acceptance": "exact"}, ["needs acceptance 'replay'"]),
+        ({"window": 0, "num_levels": -1, "sampling": Sampling(top_p=0)}, ["window", "num_levels", "top_p"]),
+    ],
+)
+def test_problems(changes, named):
+    with pytest.raises(ValueError) as error:
+        replace(GOOD, **changes).check()
+    assert all(name in str(error.value) for name in named)
+
+
+def test_good_values_pass_and_modes_are_labelled():
+    for acceptance, lossless in [("replay", True), ("exact", True), ("paper", False)]:
+        config = replace(GOOD, acceptance=acceptance)
+        config.check()
+        assert config.lossless is lossless

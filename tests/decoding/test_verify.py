@@ -1,0 +1,98 @@
+"""Acceptance rules on laws that force always, never and now and then."""
+
+import numpy as np
+import pytest
+import torch
+
+from sjd2_lightning.decoding.refine import Laws, couple, keep, resample
+from sjd2_lightning.decoding.verify import Verdict, num_leading, verify_replay, verify_speculative
+
+
+def _uniform(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _one_hot(code: int, size: int = 4) -> torch.Tensor:
+    return torch.eye(size)[code]
+
+
+def test_equal_laws_always_accept():
+    law = _uniform(50, 3, 4).softmax(-1)
+    drafts = torch.randint(4, (50, 3), generator=torch.Generator().manual_seed(0))
+    verdict = verify_speculative(drafts, law, law, _uniform(50, 3), _uniform(50, 3, seed=1))
+    assert verdict.accept_mask.all()
+    assert torch.equal(verdict.tokens, drafts)
+
+
+def test_disjoint_laws_never_accept_and_draw_the_target():
+    draft, target = _one_hot(0).expand(5, 2, 4), _one_hot(3).expand(5, 2, 4)
+    verdict = verify_speculative(
+        torch.zeros(5, 2, dtype=torch.long), draft, target, _uniform(5, 2), _uniform(5, 2)
+    )
+    assert not verdict.accept_mask.any()
+    assert (verdict.tokens == 3).all()
+
+
+def test_a_draft_of_recorded_probability_zero_is_rejected():
+    draft, target = _one_hot(0).expand(5, 1, 4), torch.full((5, 1, 4), 0.25)
+    tokens = torch.full((5, 1), 2)
+    assert not verify_speculative(tokens, draft, target, _uniform(5, 1), _uniform(5, 1)).accept_mask.any()
+
+
+def test_speculative_rule_is_a_maximal_coupling():
+    """Tokens follow the target; drafts stand with probability 1 - TV; given a stand, token = draft."""
+    draft_law, target_law = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.1, 0.3, 0.0, 0.6])
+    num = 200_000
+    drafts = torch.multinomial(draft_law, num, replacement=True, generator=torch.Generator().manual_seed(0))[
+        :, None
+    ]
+    laws = draft_law.expand(num, 1, 4), target_law.expand(num, 1, 4)
+    verdict = verify_speculative(drafts, *laws, _uniform(num, 1, seed=1), _uniform(num, 1, seed=2))
+    share = verdict.tokens[:, 0].bincount(minlength=4) / num
+    assert torch.allclose(share, target_law, atol=5 * 0.5 / num**0.5)
+    overlap = torch.minimum(draft_law, target_law).sum()
+    assert abs(verdict.accept_mask.float().mean() - overlap) < 5 * 0.5 / num**0.5
+    assert torch.equal(verdict.accept_mask, verdict.tokens == drafts)
+
+
+def test_replay_takes_the_perturbed_maximum():
+    scores = torch.tensor([[[0.0, 1.0, -torch.inf], [0.0, 0.0, 0.0]]])
+    noise = torch.tensor([[[2.0, 0.5, 99.0], [0.1, 0.3, 0.2]]])
+    verdict = verify_replay(torch.tensor([[0, 2]]), scores, noise)
+    assert verdict.tokens.tolist() == [[0, 1]]
+    assert verdict.accept_mask.tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(
+    ("mask", "wanted"),
+    [([1, 1, 1], 3), ([1, 1, 0], 2), ([1, 0, 1], 1), ([0, 1, 1], 0), ([], 0)],
+)
+def test_leading_run(mask, wanted):
+    assert num_leading(torch.tensor([mask], dtype=torch.bool)).tolist() == [wanted]
+
+
+@pytest.fixture
+def laws():
+    """Four slots: ratio of exactly one half, just below, well above, and high but noisy."""
+    draft = torch.tensor([[[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]])
+    target = torch.tensor([[[0.25, 0.75], [0.24, 0.76], [0.9, 0.1], [0.9, 0.1]]])
+    noisy = torch.tensor([[False, False, False, True]])
+    return Laws(torch.zeros(1, 4, dtype=torch.long), draft, target, noisy)
+
+
+def test_refiners(laws):
+    verdict = Verdict(torch.tensor([[0, 1, 0, 1]]), torch.ones(1, 4, dtype=torch.bool))
+    number = torch.full((1, 4), 0.95)  # draws code 1 of every target
+    assert resample(laws, verdict, number).tolist() == [[1, 1, 1, 1]]
+    assert couple(laws, verdict, number).tolist() == [[0, 1, 0, 1]]
+    assert keep(laws, verdict, number).tolist() == [[0, 1, 0, 1]]
+    fresh = keep(laws, verdict, torch.full((1, 4), 0.01))
+    assert fresh.tolist() == [[0, 0, 0, 0]]
+
+
+def test_resampling_is_independent_of_the_draft(laws):
+    num = 40_000
+    many = Laws(*(part.expand(num, *part.shape[1:]) for part in laws))
+    verdict = Verdict(many.draft_tokens, many.noisy)
+    share = resample(many, verdict, _uniform(num, 4)).float().mean(0)
+    assert np.allclose(share, [0.75, 0.76, 0.1, 0.1], atol=5 * 0.5 / num**0.5)

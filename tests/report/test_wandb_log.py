@@ -1,0 +1,64 @@
+"""Weights & Biases: an offline run holds everything, online falls back, disabled does nothing."""
+
+import json
+
+import pytest
+import wandb
+
+from sjd2_lightning.report import wandb_log
+from sjd2_lightning.report.wandb_log import log_to_wandb, media_row, scalar_row
+from tests.small_evaluation import METHODS, PROMPTS
+from tests.wandb_files import offline_run
+
+
+def test_keys_of_the_faster_method_are_plain(result):
+    row = scalar_row(result)
+    assert row["val/nfe"] == result.methods["sjd"].figures["nfe"].value
+    assert row["val/nfe_ar"] == result.methods["ar"].figures["nfe"].value
+    for name in ("speedup", "step_compression", "clip_score", "fd_Colours", "kid_Colours", "equal_to_ar"):
+        assert f"val/{name}" in row
+        assert f"val/{name}_sjd2" in row
+
+
+def test_offline_run_holds_every_figure_and_image_in_one_step(result, provenance, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "s3cr3t-value")
+    files = log_to_wandb(result, {**provenance, "note": "s3cr3t-value"}, tmp_path, mode="online")
+    assert files is not None
+    assert wandb.run is None
+    rows, config = offline_run(tmp_path)
+    (row,) = [row for row in rows if "eval/nfe" in row]
+    assert set(media_row(result, "eval/")) <= set(row)
+    assert row["eval/images"]["_type"] == row["eval/passes"]["_type"] == "image-file"
+    assert row["eval/acceptance/sjd2"]["_type"] == "histogram"
+    assert (row["eval/prompts"]["nrows"], row["eval/prompts"]["ncols"]) == (
+        len(PROMPTS),
+        3 + 4 * len(METHODS),
+    )
+    assert config["config"]["window"] == 6
+    assert "s3cr3t" not in json.dumps(config)
+
+
+def test_disabled_and_unknown_modes(result, provenance, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert log_to_wandb(result, provenance, tmp_path) is None
+    monkeypatch.delenv("WANDB_MODE")
+    with pytest.raises(ValueError, match="mode 'on' is unknown"):
+        log_to_wandb(result, provenance, tmp_path, mode="on")
+
+
+@pytest.mark.parametrize("logged_in", [False, True])
+def test_online_falls_back_with_one_warning(monkeypatch, tmp_path, logged_in):
+    calls = []
+
+    def init(mode, **settings):
+        calls.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("no route")
+
+    monkeypatch.setattr(wandb_log.wandb, "init", init)
+    monkeypatch.setattr(wandb_log.wandb, "login", lambda **_: logged_in)
+    with pytest.warns(UserWarning, match="wandb sync .*offline-run") as caught:
+        wandb_log._start("online", {"dir": str(tmp_path)})
+    assert len(caught) == 1
+    assert calls == (["online", "offline"] if logged_in else ["offline"])

@@ -155,7 +155,7 @@ class SJD2Module(L.LightningModule):
         half = max(1, self.val_levels // 2)
         bands = {"low": (levels > 0) & (levels <= half), "high": levels == self.val_levels}
         for band, chosen in bands.items():
-            # weighted by codes: a batch whose ramps miss the band counts nothing, instead of a mean of nothing
+            # weighted by codes: a batch whose ramps miss the band counts nothing
             count = int(chosen.sum())
             loss = per_token[chosen.to(per_token.device)].sum() / max(1, count)
             self.log(f"val/loss_{band}", loss, sync_dist=True, batch_size=count)

@@ -61,7 +61,7 @@ def trunk_input(
         noisy = space.denormalise(perturb(space.normalise(clean), t, noise.eps[:, :-1].to(clean)))
         slot_embeddings = slot_embeddings.index_copy(1, fed, torch.where(t > 0, noisy, clean))
         levels = levels.index_copy(1, fed, code_levels)
-        side = space.timestep_tokens(noise.timesteps[1:].to(device, slot_embeddings.dtype))
+        side = space.timestep_tokens(noise.timesteps[1:].to(device))
     ids, starts = right_aligned(prompt_ids)
     ids, starts = ids.to(device), starts.to(device)
     num_side, prompt_len, batch = len(side), ids.shape[1], len(ids)

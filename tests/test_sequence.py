@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sjd2_lightning.decoding import DecodingConfig
+from sjd2_lightning.decoding import DecodingConfig, decode
+from sjd2_lightning.decoding.window import SlotSource
 from sjd2_lightning.noise import timesteps
 from sjd2_lightning.sequence import NoisyCodes, code_logits, trunk_input
 from tests.decoding.slow_loop import Slot, SlowDecoder
@@ -161,3 +162,20 @@ def test_decoding_feeds_what_training_fed(backbone, batch):
             window.append(Slot(token, level, noisy, np.zeros(7)))
         logits = decoder.logits(decoder.contexts[0], window)
         assert np.allclose(logits[layout.code_slots.numpy()], trained[row].numpy(), atol=1e-4)
+
+
+def test_half_precision_trunks_keep_the_timestep_tokens(batch):
+    """A checkpoint trained in single precision meets the same tokens when it decodes in half precision."""
+    layout, _, image_ids, noise = batch
+    noise = noise._replace(timesteps=timesteps(25))
+    sides = []
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone = tiny_chameleon(7, seed=2).to(dtype).requires_grad_(False)
+        prompts = [backbone.prompt_ids(prompt, layout) for prompt in RAGGED_PROMPTS]
+        sides.append(trunk_input(backbone, prompts, image_ids, layout, noise).embeddings[0, :25].float())
+        config = DecodingConfig("sjd2", window=5, num_levels=25)
+        source = SlotSource(config, layout, backbone.slot_table(), 7)
+        sides.append(source.space.timestep_tokens(source.timesteps[1:]).float())
+        assert decode(backbone, RAGGED_PROMPTS, range(4), config, layout).image_ids.shape == (4, 3, 2)
+    for side in sides[1:]:
+        assert torch.allclose(side, sides[0], atol=0.05)

@@ -20,9 +20,11 @@ def offline_run(folder: Path, timeout_s: float = 30) -> tuple[list[dict[str, Any
     """
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     deadline = time.monotonic() + timeout_s
-    while not any(record.HasField("exit") for record in (records := _records(path.read_bytes()))):
+    records = _records(path.read_bytes())
+    while not any(record.HasField("exit") for record in records):
         assert time.monotonic() < deadline, f"{path} does not end"
         time.sleep(0.05)
+        records = _records(path.read_bytes())
     config: dict[str, Any] = {}
     for record in records:
         for holder in (record.run.config, record.config):

@@ -30,8 +30,11 @@ from sjd2_lightning.report.provenance import redact
 log = logging.getLogger(__name__)
 
 
-def build_callbacks(config: TrainConfig, module: L.LightningModule) -> list[Callback]:
-    """The callbacks of a configuration; sampling stands before weight averaging, as it must."""
+def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: bool) -> list[Callback]:
+    """The callbacks of a configuration; sampling stands before weight averaging, as it must.
+
+    Without a logger there is nothing to log the learning rate to, and Lightning refuses its monitor.
+    """
     wanted, found = config.callbacks, list[Callback]()
     if wanted.sampling is not None and isinstance(module, SJD2Module):
         found.append(
@@ -50,7 +53,7 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule) -> list[Call
     if wanted.checkpoint is not None:
         folder = Path(config.run_dir) / "checkpoints"
         found.append(ModelCheckpoint(folder, save_last=True, **wanted.checkpoint.model_dump()))
-    if wanted.lr_monitor and (config.logger.csv or config.logger.wandb):
+    if wanted.lr_monitor and has_logger:
         found.append(LearningRateMonitor("step"))
     if wanted.progress_bar is not None:
         found.append(RichProgressBar() if wanted.progress_bar == "rich" else TQDMProgressBar())

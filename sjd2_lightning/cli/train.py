@@ -49,7 +49,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     module, data = build_task(config)
     loggers = build_loggers(config)
     try:
-        trainer = build_trainer(config, loggers, build_callbacks(config, module))
+        trainer = build_trainer(config, loggers, build_callbacks(config, module, bool(loggers)))
         start = start_metrics(trainer, module, data) if config.validate_first and ckpt_path is None else {}
         trainer.fit(module, data, ckpt_path=ckpt_path)
         metrics = start | {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}

@@ -58,7 +58,9 @@ class SlotSource:
         self.num_codes = num_codes
         self.table = table
         self.space = EmbeddingSpace(table[:num_codes])
-        self.timesteps = timesteps(config.num_levels, config.schedule, config.t_min, config.rho).to(table)
+        # single precision whatever the trunk's: timestep tokens are of 1000 t, which half precision garbles
+        grid = timesteps(config.num_levels, config.schedule, config.t_min, config.rho)
+        self.timesteps = grid.to(table.device)
         beyond = [0] * (config.window + 1)  # slots right of the image: any clean content, never committed
         self.forced = torch.tensor([*layout.forced, *beyond], device=table.device)
 
@@ -102,7 +104,7 @@ class SlotSource:
         if noisy is not None:
             # forced slots are never noisy, so the row that clamp picks for them is not used
             x0_hat = self.space.normalise(self.table[tokens])
-            t, s = (self.timesteps[step][..., None] for step in (slots.levels, levels))
+            t, s = (self.timesteps[step][..., None].to(noisy) for step in (slots.levels, levels))
             noisy = denoise(noisy, x0_hat, t, s)
         return Slots(slots.keys, tokens, levels, noisy, probs, slots.gumbel)
 

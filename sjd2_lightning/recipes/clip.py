@@ -29,7 +29,7 @@ class ClipModule(L.LightningModule):
     """A small open_clip CLIP with the contrastive loss of Radford et al. 2021 (their figure 3).
 
     Args:
-        text_dir: folder of the text tokenizer (a PreTrainedTokenizerFast with end and padding tokens).
+        text_dir: folder of the text tokenizer (PreTrainedTokenizerFast with end, padding, unknown token).
         out_dir: where `on_train_end` saves the folder for `load_clip_scorer`; None saves nothing.
         name: what metrics call the scorer.
         image_size, patch_size: pixels.
@@ -71,7 +71,8 @@ class ClipModule(L.LightningModule):
             key: (width, head_width)
             for key, width in (("vision_width", vision_width), ("text_width", text_width))
         }
-        _check(sizes, patch_dropout, warmup_share)
+        shares = {"patch_dropout": patch_dropout, "text_dropout": text_dropout, "warmup_share": warmup_share}
+        _check(sizes, shares)
         self.tokenizer = _end_marked(text_dir)
         self.name, self.out_dir = name, out_dir
         self.lr, self.weight_decay, self.warmup_share = lr, weight_decay, warmup_share
@@ -237,8 +238,11 @@ def _end_marked(text_dir: str) -> PreTrainedTokenizerFast:
             f"no tokenizer.json in text_dir={text_dir}; train the tiny backbone first or name another"
         )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(text_dir)
-    if tokenizer.eos_token is None or tokenizer.pad_token is None:
-        raise ValueError(f"the tokenizer in text_dir={text_dir} needs an end and a padding token; set both")
+    missing = [key for key in ("eos_token", "pad_token", "unk_token") if getattr(tokenizer, key) is None]
+    if missing:
+        raise ValueError(
+            f"the tokenizer in text_dir={text_dir} has no {', '.join(missing)}; train it with them"
+        )
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
@@ -246,12 +250,10 @@ def _end_marked(text_dir: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _check(sizes: Mapping[str, tuple[int, int]], patch_dropout: float, warmup_share: float) -> None:
+def _check(sizes: Mapping[str, tuple[int, int]], shares: Mapping[str, float]) -> None:
     problems = [
         f"{key}={whole} is no multiple of {part}" for key, (whole, part) in sizes.items() if whole % part
     ]
-    for key, share in (("patch_dropout", patch_dropout), ("warmup_share", warmup_share)):
-        if not 0 <= share < 1:
-            problems.append(f"{key}={share} is not in [0, 1)")
+    problems += [f"{key}={share} is not in [0, 1)" for key, share in shares.items() if not 0 <= share < 1]
     if problems:
         raise ValueError(f"tiny CLIP: {'; '.join(problems)}; correct the recipe's settings")

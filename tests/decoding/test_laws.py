@@ -53,13 +53,18 @@ def trunk():
 _exact_laws: dict = {}
 
 
-def law_p(model, config: DecodingConfig, num_draws: int, num_prompts: int = 4) -> float:
+def law_p(
+    model, config: DecodingConfig, num_draws: int, num_prompts: int = 4, batch_size: int | None = None
+) -> float:
     """p-value of `num_draws` images, the prompts in turn, under their enumerated laws."""
     backbone, layout, prompts = model
     config = replace(config, sampling=SAMPLING)
     prompts = prompts[:num_prompts]
     rows = [prompts[draw % num_prompts] for draw in range(num_draws)]
-    images = decode(backbone, rows, range(num_draws), config, layout).image_ids
+    batch_size = batch_size or num_draws
+    batches = [range(start, start + batch_size) for start in range(0, num_draws, batch_size)]
+    outputs = [decode(backbone, [rows[seed] for seed in seeds], seeds, config, layout) for seeds in batches]
+    images = torch.cat([output.image_ids for output in outputs])
     statistics = []
     for number, prompt in enumerate(prompts):
         key = (backbone, prompt)
@@ -109,6 +114,16 @@ def test_table_law_closely(table, rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_trunk_law_closely(trunk, rule, window):
     assert law_p(trunk, replace(RULES[rule], window=window), 100_000) > P_PASS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("rule", RULES)
+def test_table_law_one_by_one_and_in_fours(table, rule, batch_size):
+    """What the tests above decode in one batch, in batches of the size that people use."""
+    config = replace(RULES[rule], window=4)
+    num_draws = 2_000 * batch_size
+    assert law_p(table, config, num_draws, num_prompts=batch_size, batch_size=batch_size) > P_PASS
 
 
 def _judge_with(change):
@@ -174,7 +189,7 @@ def test_wrong_rules_fail(table, name):
     with ExitStack() as stack:
         for part, wrong in broken.items():
             stack.enter_context(patch.object(verify if part == "residual" else loop, part, wrong))
-        assert law_p(table, replace(config, window=4), 8_000) < P_FAIL
+        assert law_p(table, replace(config, window=4), 16_000) < P_FAIL
 
 
 def test_the_stand_ins_themselves_change_nothing(table):

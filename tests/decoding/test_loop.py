@@ -98,7 +98,7 @@ def passes_without_surprises(forced: tuple[int, ...], window: int, num_levels: i
 def test_bad_input_is_named_before_any_forward(backbone):
     layout = backbone.layout(8, 6)
     good = DecodingConfig("sjd2", window=4, num_levels=1)
-    with pytest.raises(ValueError, match="as many seeds as prompts"):
+    with pytest.raises(ValueError, match="one seed a prompt"):
         decode(backbone, ["red cat"], [1, 2], good, layout)
     with pytest.raises(ValueError, match="at least one"):
         decode(backbone, [], [], good, layout)

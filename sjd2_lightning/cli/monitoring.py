@@ -91,7 +91,7 @@ def start_wandb(config: WandbConfig, folder: Path, values: dict[str, Any]) -> An
         return None
     settings = config.model_dump(include={"project", "entity", "name", "group", "tags"})
     settings["tags"] = list(config.tags)
-    run = wandb_log._start(
+    run = wandb_log.start_run(
         "offline" if _stays_offline else mode,
         {"dir": str(folder), "config": values, "job_type": "train", **settings},
     )

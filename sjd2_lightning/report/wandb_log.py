@@ -97,7 +97,7 @@ def log_to_wandb(
         "config": redact(dict(provenance)),
         "job_type": "evaluate",
     }
-    run = _start(mode, settings)
+    run = start_run(mode, settings)
     try:
         run.log(media_row(result, prefix="eval/"))
         for key, value in scalar_row(result, prefix="eval/").items():
@@ -107,7 +107,8 @@ def log_to_wandb(
         run.finish()
 
 
-def _start(mode: str, settings: dict[str, Any]) -> Any:
+def start_run(mode: str, settings: dict[str, Any]) -> Any:
+    """A W&B run; an online one falls back to offline with one warning when it cannot be had."""
     if mode == "online":
         reason = "nobody is logged in (`wandb login`)"
         if wandb.login(prompt=False):

@@ -59,6 +59,6 @@ def test_online_falls_back_with_one_warning(monkeypatch, tmp_path, logged_in):
     monkeypatch.setattr(wandb_log.wandb, "init", init)
     monkeypatch.setattr(wandb_log.wandb, "login", lambda **_: logged_in)
     with pytest.warns(UserWarning, match="wandb sync .*offline-run") as caught:
-        wandb_log._start("online", {"dir": str(tmp_path)})
+        wandb_log.start_run("online", {"dir": str(tmp_path)})
     assert len(caught) == 1
     assert calls == (["online", "offline"] if logged_in else ["offline"])

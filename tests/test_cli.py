@@ -34,7 +34,7 @@ QUIET = (
 def tiny_folder(tmp_path_factory) -> Path:
     """A backbone folder of random weights, and shards of a few pictures beside it."""
     folder = tmp_path_factory.mktemp("tiny")
-    tiny_image_tokenizer(num_codes=16, patch=4).save(folder / "tokenizer")
+    tiny_image_tokenizer(num_codes=16, patch=8).save(folder / "tokenizer")
     captions = ["red heart", "blue circle", "cat face"]
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2}
     build_tiny(captions, folder / "tokenizer", text_vocab_size=512, **sizes).save(folder / "model")
@@ -94,11 +94,16 @@ def test_fine_tuning_trains_exports_and_records(composed, tmp_path):
     )
     assert all(isinstance(value, float) for value in metrics.values())
     run = tmp_path / "run"
-    for name in ("metrics.csv", "checkpoints/last.ckpt", "model/backbone.json", "samples/metrics.jsonl"):
+    for name in (
+        "csv/version_0/metrics.csv",
+        "checkpoints/last.ckpt",
+        "model/backbone.json",
+        "samples/metrics.jsonl",
+    ):
         assert (run / name).is_file(), name
     assert yaml.safe_load((run / "train.yaml").read_text())["methods"]["sjd2"]["window"] == 64
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
-    assert "val/loss_clean" in (run / "metrics.csv").read_text()
+    assert "val/loss_clean" in (run / "csv/version_0/metrics.csv").read_text()
 
     report = evaluate(
         composed("evaluate", f"weights={run / 'model'}", "num_prompts=1", "compare=[ar]", "logger=none")
@@ -191,7 +196,7 @@ def test_a_sweep_of_fine_tuning(command, tiny_folder, tmp_path):
     status = command(
         train_main,
         "-m",
-        "decoding.window=64,128",
+        "decoding.window=32,64",
         "decoding.num_levels=1",
         "trainer.fast_dev_run=true",
         *places,
@@ -204,7 +209,7 @@ def test_a_sweep_of_fine_tuning(command, tiny_folder, tmp_path):
         yaml.safe_load((tmp_path / "sweep" / job / "train.yaml").read_text())["methods"]["sjd2"]["window"]
         for job in ("0", "1")
     ]
-    assert windows == [64, 128]
+    assert windows == [32, 64]
 
 
 def test_evaluation_writes_what_it_returns(command, tiny_folder, tmp_path):
@@ -222,7 +227,7 @@ def test_evaluation_writes_what_it_returns(command, tiny_folder, tmp_path):
     assert status == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report["methods"]) == ["ar", "sjd", "mc_sjd", "sjd2", "sjd2_paper"]
-    assert report["methods"]["sjd2"]["nfe"] < report["methods"]["ar"]["nfe"] == 271
+    assert report["methods"]["sjd2"]["nfe"] < report["methods"]["ar"]["nfe"] == 71
     assert report["provenance"]["weights"] == str(tiny_folder / "model")
     assert len(list((tmp_path / "out" / "images" / "sjd2").glob("*.png"))) == 2
 

@@ -13,12 +13,10 @@ from omegaconf import OmegaConf
 from sjd2_lightning.config import ConfigError, conf_dir, evaluate_config, save_config, train_config
 from sjd2_lightning.config_groups import (
     ClipRecipe,
-    EvaluateConfig,
     NoiseSettings,
     OptimizerSettings,
     SharedConfig,
     TokenizerRecipe,
-    TrainConfig,
 )
 
 CONF = conf_dir()
@@ -69,13 +67,7 @@ def test_root_is_valid(root):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_is_valid(option):
-    group = option.partition("=")[0]
-    roots = [root for root in ("train", "evaluate") if option != "decoding=each" or root == "evaluate"]
-    known = {"train": TrainConfig, "evaluate": EvaluateConfig}
-    tried = [root for root in roots if group in known[root].model_fields or group == "decoding"]
-    assert tried
-    for root in tried:
-        assert typed(root, option)
+    assert typed("evaluate" if option == "decoding=each" else "train", option)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -168,13 +160,17 @@ def test_all_problems_at_once():
     assert len(found) == len(starts) + 1
 
 
-@pytest.mark.parametrize("place", ["+foo", "+data.loader", "+callbacks.extra.0", "+a.b.c"])
-@pytest.mark.parametrize("target", ["os.system", "torch.load", "lightning.pytorch.callbacks.Callback", "1"])
-def test_targets_are_refused_wherever_they_stand(place, target):
-    if place.endswith("extra.0"):
-        override = f"callbacks.extra=[{{_target_: {target}}}]"
-    else:
-        override = f"{place}._target_={target}"
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+foo._target_=os.system",
+        "+data.loader._target_=torch.load",
+        "+a.b.c._target_=1",
+        "callbacks.extra=[{_target_: lightning.pytorch.callbacks.Callback}]",
+        "callbacks.extra=[{_target_: lightning.pytorch.callbacks.Timer, duration: {_target_: os.system}}]",
+    ],
+)
+def test_targets_are_refused_wherever_they_stand(override):
     assert any("this target is not allowed" in line for line in problems("train", override))
 
 

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from sjd2_lightning.callbacks import SamplingCallback
 from sjd2_lightning.cli.building import build_metrics, build_prompts, build_reference
@@ -64,8 +65,9 @@ def build_loggers(config: TrainConfig) -> list[Logger]:
     """CSV and W&B, as asked; none for a trial run."""
     if config.trainer.fast_dev_run:
         return []
-    found: list[Logger] = [CSVLogger(config.run_dir, name="", version="")] if config.logger.csv else []
-    if config.logger.wandb is not None:
+    # A version for every start: going on with a run must not delete what it logged before.
+    found: list[Logger] = [CSVLogger(config.run_dir, name="csv")] if config.logger.csv else []
+    if config.logger.wandb is not None and rank_zero_only.rank == 0:
         run = start_wandb(config.logger.wandb, Path(config.run_dir), redact(config.model_dump(mode="json")))
         if run is not None:
             found.append(WandbLogger(experiment=run, save_dir=config.run_dir))

@@ -193,7 +193,10 @@ def _path_in(tree: Any, loc: Sequence[str | int]) -> KeyPath:
         if not inside:
             break
         path.append(part)
-        tree = None if isinstance(tree, dict) and part not in tree else tree[part]
+        try:
+            tree = tree[part]
+        except (KeyError, IndexError):
+            tree = None
     return tuple(path)
 
 

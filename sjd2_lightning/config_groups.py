@@ -245,6 +245,7 @@ class TokenizerRecipe(Group):
     patch: Count
     warmup_steps: Natural
     revive_every: Count
+    isolate_patches: bool
 
 
 class ClipRecipe(Group):

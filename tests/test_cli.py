@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from sjd2_lightning.cli import monitoring
 from sjd2_lightning.cli.evaluate import evaluate, weights_folder
 from sjd2_lightning.cli.evaluate import main as evaluate_main
 from sjd2_lightning.cli.train import main as train_main
 from sjd2_lightning.cli.train import resume_path, train
 from sjd2_lightning.config import conf_dir, evaluate_config
+from sjd2_lightning.config_groups import WandbConfig
 from sjd2_lightning.models.tiny import build_tiny
 from tests.tiny_backbones import tiny_image_tokenizer
 
@@ -230,6 +233,27 @@ def test_evaluation_writes_what_it_returns(command, tiny_folder, tmp_path):
     assert report["methods"]["sjd2"]["nfe"] < report["methods"]["ar"]["nfe"] == 71
     assert report["provenance"]["weights"] == str(tiny_folder / "model")
     assert len(list((tmp_path / "out" / "images" / "sjd2").glob("*.png"))) == 2
+
+
+def test_wandb_mode_of_the_environment_wins_and_a_sweep_waits_once(monkeypatch, tmp_path):
+    asked = []
+
+    def start_run(mode, settings):
+        asked.append(mode)
+        return SimpleNamespace(offline=True)  # as without a network
+
+    monkeypatch.setattr(monitoring.wandb_log, "start_run", start_run)
+    monkeypatch.setattr(monitoring, "_stays_offline", False)
+    wanted = WandbConfig(mode="online", project="p", entity=None, name=None, group=None, tags=())
+    monkeypatch.delenv("WANDB_MODE")
+    for _ in range(3):
+        monitoring.start_wandb(wanted, tmp_path, {})
+    assert asked == ["online", "offline", "offline"]
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert monitoring.start_wandb(wanted, tmp_path, {}) is None
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    with pytest.raises(ValueError, match="WANDB_MODE=onlin is unknown"):
+        monitoring.start_wandb(wanted, tmp_path, {})
 
 
 def test_which_weights_are_measured(composed, tmp_path):

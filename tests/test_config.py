@@ -1,6 +1,8 @@
 """Every shipped configuration composes and is valid; every wrong one is refused with all its problems."""
 
+from copy import deepcopy
 from dataclasses import fields
+from functools import cache
 from inspect import signature
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from sjd2_lightning.config import ConfigError, conf_dir, evaluate_config, save_config, train_config
 from sjd2_lightning.config_groups import (
@@ -46,10 +48,20 @@ def named_files(tmp_path, monkeypatch):
         Path(name).write_text("{}")
 
 
-def typed(root: str, *overrides: str) -> SharedConfig:
-    """The typed configuration of a root under overrides."""
+@cache
+def composed(root: str, *choices: str) -> DictConfig:
+    """A root under choices of groups, as Hydra composes it: half a second, so once each."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(root, list(overrides))
+        return compose(root, list(choices))
+
+
+def typed(root: str, *overrides: str) -> SharedConfig:
+    """The typed configuration of a root under overrides, those of groups first."""
+    choices = [override for override in overrides if (CONF / override.partition("=")[0]).is_dir()]
+    values = [override.lstrip("+") for override in overrides if override not in choices]
+    cfg = deepcopy(composed(root, *choices))
+    OmegaConf.set_struct(cfg, False)
+    cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(values))
     return (train_config if root == "train" else evaluate_config)(cfg)
 
 
@@ -115,7 +127,7 @@ def test_typed_groups_match_what_they_configure():
         ("train", ["+trainer.max_stps=1"], "trainer.max_stps=1: unknown key; did you mean `max_steps`?"),
         ("train", ["+sead=1"], "sead=1: unknown key; did you mean `seed`?"),
         ("train", ["+noise.ramp.segmnt=1"], "noise.ramp.segmnt=1: unknown key; did you mean `segment`?"),
-        ("train", ["~optimizer.lr"], "optimizer.lr: missing"),
+        ("train", ["optimizer.betas=[0.9]"], "optimizer.betas.1: missing"),
         ("train", ["noise.num_levels=[4,2]"], "noise.num_levels=[4, 2]: must be [fewest, most]"),
         ("train", ["noise.ramp.segment=[0,2]"], "noise.ramp.segment=[0, 2]: must be [fewest, most]"),
         ("train", ["optimizer.lr=-1"], "optimizer.lr=-1: must be greater than 0"),
@@ -174,6 +186,14 @@ def test_targets_are_refused_wherever_they_stand(override):
     assert any("this target is not allowed" in line for line in problems("train", override))
 
 
+def test_a_missing_value_is_named():
+    cfg = deepcopy(composed("train"))
+    OmegaConf.set_struct(cfg, False)
+    del cfg.optimizer.lr
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: missing; give it a value"):
+        train_config(cfg)
+
+
 def test_an_allowed_target_is_taken():
     config = typed(
         "train", "callbacks.extra=[{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss}]"
@@ -183,7 +203,7 @@ def test_an_allowed_target_is_taken():
 
 def test_hydra_refuses_keys_of_the_other_script():
     with pytest.raises(HydraException, match=r"optimizer\.lr"):
-        typed("evaluate", "optimizer.lr=1")
+        composed("evaluate", "optimizer.lr=1")
 
 
 def test_decoding_values_hold_for_every_method_that_drafts():
@@ -233,16 +253,14 @@ def test_decoding_uses_the_grid_of_training():
 
 def test_saved_configuration_is_resolved_and_without_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "a-very-secret-value")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", ["logger.wandb.entity=${oc.env:MY_API_KEY}"])
-    config = train_config(cfg)
+    config = typed("train", "logger.wandb.entity=${oc.env:MY_API_KEY}")
     assert config.logger.wandb.entity == "a-very-secret-value"
     save_config(config, tmp_path / "run" / "train.yaml")
     text = (tmp_path / "run" / "train.yaml").read_text()
     assert "secret-value" not in text
     assert "${" not in text
     saved = yaml.safe_load(text)
-    assert saved["methods"]["sjd2"]["schedule"] == OmegaConf.to_object(cfg)["noise"]["schedule"]
+    assert saved["methods"]["sjd2"]["schedule"] == saved["noise"]["schedule"]
 
 
 def test_every_value_has_its_meaning_beside_it():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHIPPED_MODEL = "weights/tiny"
+TABLE_WIDTH = 140  # columns; a narrower terminal folds lines instead of losing figures
 EXPORTS = "outputs/train/*/model/backbone.json"  # what plain `python train.py` leaves; sweeps lie deeper
 
 
@@ -121,8 +122,8 @@ def publish(config: EvaluateConfig, result: EvaluationResult, provenance: dict[s
         return
     settings = config.logger.wandb.model_dump(include={"mode", "project", "name", "group", "tags"})
     folder = log_to_wandb(result, provenance, config.run_dir, **settings)
-    if folder is not None:
-        log.info("W&B run: %s (kept offline unless asked; send it with: wandb sync <folder>)", folder)
+    if folder is not None and Path(folder).name.startswith("offline"):
+        log.info("W&B run kept offline; send it with: wandb sync %s", folder)
 
 
 def show(config: EvaluateConfig, result: EvaluationResult, weights: Path, files: ReportFiles) -> None:
@@ -132,6 +133,7 @@ def show(config: EvaluateConfig, result: EvaluationResult, weights: Path, files:
     from sjd2_lightning.report.table import console_table
 
     console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     console.print(console_table(result))
     for warning in result.warnings:
         console.print(f"[yellow]{warning}[/yellow]")

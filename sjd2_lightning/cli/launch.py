@@ -34,8 +34,11 @@ def launch(script: str, job: Callable[[DictConfig], object]) -> None:
     """
 
     def run(cfg: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        if folder.is_relative_to(Path.cwd()):  # reports name it, and say nothing about the machine then
+            folder = folder.relative_to(Path.cwd())
         with open_dict(cfg):
-            cfg.run_dir = HydraConfig.get().runtime.output_dir
+            cfg.run_dir = str(folder)
         job(cfg)
 
     # Otherwise Hydra prints errors itself, cut short, and exits before the lines below.

@@ -67,7 +67,7 @@ def build_loggers(config: TrainConfig) -> list[Logger]:
         return []
     # A version for every start: going on with a run must not delete what it logged before.
     found: list[Logger] = [CSVLogger(config.run_dir, name="csv")] if config.logger.csv else []
-    if config.logger.wandb is not None and rank_zero_only.rank == 0:
+    if config.logger.wandb is not None and getattr(rank_zero_only, "rank", 0) == 0:
         run = start_wandb(config.logger.wandb, Path(config.run_dir), redact(config.model_dump(mode="json")))
         if run is not None:
             found.append(WandbLogger(experiment=run, save_dir=config.run_dir))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from sjd2_lightning.cli.monitoring import build_callbacks, build_loggers, finish_loggers
 
     logging.getLogger("lightning.pytorch").handlers.clear()  # Hydra's root logger prints these lines already
+    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")  # Lightning's own
+    warnings.filterwarnings(
+        "ignore", r"Found \d+ module\(s\) in eval mode"
+    )  # the image tokenizer, on purpose
     L.seed_everything(config.seed, workers=True)
     module, data = build_task(config)
     loggers = build_loggers(config)

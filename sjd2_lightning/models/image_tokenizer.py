@@ -8,6 +8,7 @@ patches (``in_channels = 3 * patch**2``), which makes small tokenizers cheap.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Protocol
 
@@ -42,20 +43,31 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-class VQImageTokenizer(nn.Module):
-    """``diffusers.VQModel`` with ids in and out; images are floats in [0, 1]."""
+_SETTINGS = "image_tokenizer.json"  # beside the diffusers config: what VQModel does not know
 
-    def __init__(self, vq: VQModel) -> None:
+
+class VQImageTokenizer(nn.Module):
+    """``diffusers.VQModel`` with ids in and out; images are floats in [0, 1].
+
+    Args:
+        vq: the model.
+        isolate_patches: encode every patch of `downsample` pixels a side alone. VQModel normalises its
+            features over the whole picture, so that the codes of a plain white patch differ from picture
+            to picture, which makes codes needlessly hard to predict. Decoding always sees all codes.
+    """
+
+    def __init__(self, vq: VQModel, isolate_patches: bool = False) -> None:
         super().__init__()
         self.vq = vq
+        self.isolate_patches = isolate_patches
         self.patch = round((vq.config.in_channels / 3) ** 0.5)
         self.num_codes = int(vq.config.num_vq_embeddings)
         self.downsample = self.patch * 2 ** (len(vq.config.block_out_channels) - 1)
 
     @property
     def identity(self) -> str:
-        """Hash of the weights: shards say with it which tokenizer made them."""
-        digest = hashlib.sha256()
+        """Hash of weights and settings: shards say with it which tokenizer made them."""
+        digest = hashlib.sha256(b"patches alone" if self.isolate_patches else b"")
         for name, value in sorted(self.vq.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.float().cpu().numpy().tobytes())
@@ -66,9 +78,20 @@ class VQImageTokenizer(nn.Module):
         half = VQModel.from_config(self.vq.config)
         half.load_state_dict(self.vq.state_dict())
         half.half().save_pretrained(folder, safe_serialization=True)
+        settings = {"isolate_patches": self.isolate_patches}
+        (Path(folder) / _SETTINGS).write_text(json.dumps(settings) + "\n")
 
     def latents(self, images: Tensor) -> Tensor:
         """Continuous latents (B, C, H, W) of images (B, 3, h, w) in [0, 1]."""
+        if not self.isolate_patches:
+            return self._encoded(images)
+        side = self.downsample
+        tiles = images.unfold(2, side, side).unfold(3, side, side)  # (B, 3, H, W, side, side)
+        batch, _, height, width = tiles.shape[:4]
+        alone = self._encoded(tiles.permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
+        return alone.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+    def _encoded(self, images: Tensor) -> Tensor:
         return self.vq.encode(F.pixel_unshuffle(images * 2 - 1, self.patch)).latents
 
     def pixels(self, quantised: Tensor) -> Tensor:
@@ -117,4 +140,6 @@ def load_image_tokenizer(folder: str | Path) -> VQImageTokenizer:
         local_files_only=True,
         low_cpu_mem_usage=False,  # needs a further package, and saves nothing at this size
     )
-    return VQImageTokenizer(vq).eval().requires_grad_(False)
+    settings = folder / _SETTINGS
+    isolate = json.loads(settings.read_text())["isolate_patches"] if settings.is_file() else False
+    return VQImageTokenizer(vq, isolate).eval().requires_grad_(False)

@@ -35,6 +35,7 @@ class TokenizerModule(L.LightningModule):
         lr: float = 2e-3,
         warmup_steps: int = 200,
         revive_every: int = 200,
+        isolate_patches: bool = True,
         out_dir: str = "weights/tiny/tokenizer",
     ) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class TokenizerModule(L.LightningModule):
             # attention would let far pixels change a patch's code, and code sequences harder to predict
             mid_block_add_attention=False,
         )
-        self.tokenizer = VQImageTokenizer(vq)
+        self.tokenizer = VQImageTokenizer(vq, isolate_patches)
         self.warmup_steps, self.revive_every, self.lr, self.out_dir = warmup_steps, revive_every, lr, out_dir
         self.register_buffer("uses", torch.zeros(num_codes), persistent=False)
         self.recent: list[Tensor] = []

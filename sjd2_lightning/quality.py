@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sjd2_lightning.metrics.alignment import CLIPScorer
+from sjd2_lightning.metrics.alignment import CLIPScorer, own_scores, scores_of_others
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
 from sjd2_lightning.metrics.features import FeatureExtractor, FeatureSet, cached_features, extract_features
 from sjd2_lightning.metrics.fidelity import frechet_result, kid_result
@@ -104,11 +103,11 @@ class QualityMeter:
         if clip is None or self._embeddings is None or not all(captions):
             return {}, ()
         embedded, texts = self._embeddings(images), clip.embed_captions(captions)
-        matched = _scores(embedded, texts).numpy()
+        matched = own_scores(embedded, texts).numpy()
         protocol, resamples = f"open_clip {clip.name}", self.metrics.num_resamples
         figures = {"clip_score": mean_result(clip.metric_name, matched, protocol, resamples)}
         if len(set(captions)) > 1:
-            shuffled = _scores_of_others(embedded, texts, captions).numpy()
+            shuffled = scores_of_others(embedded, texts, captions).numpy()
             against = f"{protocol}, mean over all other prompts"
             name = f"{clip.metric_name}_shuffled"
             figures["clip_score_shuffled"] = mean_result(name, shuffled, against, resamples)
@@ -147,23 +146,3 @@ def _content(image: Tensor) -> bytes:
 
 def _rows_of(extractor: FeatureExtractor) -> Callable[[Sequence[Tensor]], Tensor]:
     return lambda images: extract_features(extractor, images).features
-
-
-def _scores(embedded: Tensor, texts: Tensor) -> Tensor:
-    """CLIP scores (N,) of images with their own captions, unit embeddings (N, D) each."""
-    return (embedded * texts).sum(-1).clamp(min=0).mul(100)
-
-
-def _scores_of_others(embedded: Tensor, texts: Tensor, captions: Sequence[str]) -> Tensor:
-    """CLIP score of each image with every other caption, averaged, (N,).
-
-    The same mean as with one shuffled caption an image, without the noise of the shuffle.
-    """
-    _, label = np.unique(np.array(captions), return_inverse=True)
-    labels = torch.from_numpy(label)
-    means = []
-    for rows, own in zip(embedded.split(1024), labels.split(1024), strict=True):
-        other = own[:, None] != labels[None, :]
-        scores = (rows @ texts.T).clamp(min=0).mul(100) * other
-        means.append(scores.sum(1) / other.sum(1))
-    return torch.cat(means)

@@ -124,7 +124,7 @@ def render(path: Path, size: int = 64) -> np.ndarray:
 
 def jitter(path: Path, rng: np.random.Generator, size: int = 64) -> np.ndarray:
     """A slightly smaller, shifted view on white, (size, size, 3) uint8; keeps the whole picture in frame."""
-    side = int(rng.integers(round(0.84 * size), size + 1))
+    side = int(rng.integers(round(0.92 * size), size + 1))
     left, top = (int(v) for v in rng.integers(0, size - side + 1, 2))
     canvas = Image.new("RGB", (size, size), "white")
     canvas.paste(_on_white(path).resize((side, side), Image.Resampling.LANCZOS), (left, top))

@@ -10,6 +10,7 @@ import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -42,6 +43,32 @@ class FeatureExtractor(Protocol):
 
 
 @dataclass(frozen=True)
+class FeatureStatistics:
+    """Mean (d,) and unbiased covariance (d, d) of features, float64, and how many they come from."""
+
+    mean: Tensor
+    covariance: Tensor
+    num_images: int
+
+    @classmethod
+    def of(cls, features: Tensor) -> FeatureStatistics:
+        """Statistics of features (N, d).
+
+        Raises:
+            ValueError: fewer than two images.
+        """
+        if len(features) < 2:
+            raise ValueError(f"a covariance needs at least 2 images; got {len(features)}")
+        return cls(features.double().mean(0), features.double().T.cov(), len(features))
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Symmetric root (d, d) of the covariance: seconds for d = 1280, so once for each set."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+@dataclass(frozen=True)
 class FeatureSet:
     """Features (N, dim), float32 on the CPU, of one set of images, with what they were made by."""
 
@@ -56,6 +83,11 @@ class FeatureSet:
     @property
     def dim(self) -> int:
         return self.features.shape[1]
+
+    @cached_property
+    def statistics(self) -> FeatureStatistics:
+        """Their mean and covariance; raises ValueError for fewer than two images."""
+        return FeatureStatistics.of(self.features)
 
 
 class _ResizedFeatures(nn.Module):

@@ -6,37 +6,17 @@ Sources: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID, unbiased, cubic p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, percentile_interval, resample_counts
-from sjd2_lightning.metrics.features import FeatureSet, InceptionCleanFID
+from sjd2_lightning.metrics.features import FeatureSet, FeatureStatistics, InceptionCleanFID
 
 FEW_IMAGES = 2048
 _BLOCK = 1024  # rows of a kernel matrix held at once
-
-
-@dataclass(frozen=True)
-class FeatureStatistics:
-    """Mean (d,) and unbiased covariance (d, d) of features, float64, and how many they come from."""
-
-    mean: Tensor
-    covariance: Tensor
-    num_images: int
-
-    @classmethod
-    def of(cls, features: Tensor) -> FeatureStatistics:
-        """Statistics of features (N, d).
-
-        Raises:
-            ValueError: fewer than two images.
-        """
-        if len(features) < 2:
-            raise ValueError(f"a covariance needs at least 2 images; got {len(features)}")
-        return cls(features.double().mean(0), features.double().T.cov(), len(features))
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
@@ -52,8 +32,8 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
         raise ValueError(
             f"features of size {len(first.mean)} and {len(second.mean)} have no distance; use one extractor"
         )
-    root = _symmetric_root(second.covariance)
-    trace_of_root = torch.linalg.eigvalsh(root @ first.covariance @ root).clamp(min=0).sqrt().sum()
+    product = second.root @ first.covariance @ second.root
+    trace_of_root = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
     distance = (first.mean - second.mean).square().sum()
     distance += first.covariance.trace() + second.covariance.trace() - 2 * trace_of_root
     return max(float(distance), 0.0)  # rounding leaves about -1e-9 between equal sets
@@ -77,7 +57,7 @@ def frechet_contributions(features: Tensor, reference: FeatureStatistics) -> Ten
     own = FeatureStatistics.of(features)
     distance = frechet_distance(own, reference)
     centred = features.double() - own.mean
-    mapped = centred @ _symmetric_root(reference.covariance)
+    mapped = centred @ reference.root
     # diag of (M M^T)^(1/2) for M (N, d), from the eigenvectors of the smaller of the two Gram matrices
     if len(mapped) <= mapped.shape[1]:
         values, vectors = torch.linalg.eigh(mapped @ mapped.T)
@@ -108,7 +88,7 @@ def frechet_result(
         ValueError: the sets were made by different extractors, or hold fewer than two images.
     """
     _check_comparable(generated, reference)
-    contributions = frechet_contributions(generated.features, FeatureStatistics.of(reference.features))
+    contributions = frechet_contributions(generated.features, reference.statistics)
     name, protocol = _metric_name("fd", generated), _protocol(generated, reference)
     result = mean_result(name, contributions.numpy(), protocol, num_resamples, seed, confidence)
     interval = result.interval and (max(result.interval[0], 0.0), result.interval[1])
@@ -151,11 +131,6 @@ def kid_result(
         _flags(generated, biased=False),
         confidence,
     )
-
-
-def _symmetric_root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def _with_unit_row(counts: np.ndarray) -> Tensor:

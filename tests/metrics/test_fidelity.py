@@ -11,9 +11,8 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
-from sjd2_lightning.metrics.features import EffNetLite0, FeatureSet, InceptionCleanFID
+from sjd2_lightning.metrics.features import EffNetLite0, FeatureSet, FeatureStatistics, InceptionCleanFID
 from sjd2_lightning.metrics.fidelity import (
-    FeatureStatistics,
     frechet_contributions,
     frechet_distance,
     frechet_result,

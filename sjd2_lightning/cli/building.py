@@ -98,7 +98,12 @@ def build_data(config: TrainConfig, backbone: Backbone) -> CodeDataModule:
     taken = {"data_dir", "batch_size", "val_batch_size", "num_workers", "max_bad_samples", "shuffle_buffer"}
     taken |= {"num_train_samples", "views", "max_images", "verify_shards"}
     tokenizer = image_tokenizer_of(backbone) if config.data.prepare else None
-    return CodeDataModule(**config.data.model_dump(include=taken), seed=config.seed, tokenizer=tokenizer)
+    return CodeDataModule(
+        **config.data.model_dump(include=taken),
+        seed=config.seed,
+        tokenizer=tokenizer,
+        image_size=config.model.image_size[0],
+    )
 
 
 def image_tokenizer_of(backbone: Backbone) -> ImageTokenizer | None:

@@ -120,7 +120,7 @@ def publish(config: EvaluateConfig, result: EvaluationResult, provenance: dict[s
 
     if config.logger.wandb is None:
         return
-    settings = config.logger.wandb.model_dump(include={"mode", "project", "name", "group", "tags"})
+    settings = config.logger.wandb.model_dump(include={"mode", "project", "entity", "name", "group", "tags"})
     folder = log_to_wandb(result, provenance, config.run_dir, **settings)
     if folder is not None and Path(folder).name.startswith("offline"):
         log.info("W&B run kept offline; send it with: wandb sync %s", folder)

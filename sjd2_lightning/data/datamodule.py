@@ -41,6 +41,7 @@ class CodeDataModule(L.LightningDataModule):
         tokenizer: Image tokenizer or its folder, for preparing; None uses shards that are there.
         views: Views of a training picture, for preparing.
         max_images: Pictures of each split, for preparing; None for all.
+        image_size: Side of the pictures in pixels, for preparing.
         verify_shards: Compare the shards with their sha256 before training and warn of differences.
 
     Raises:
@@ -60,6 +61,7 @@ class CodeDataModule(L.LightningDataModule):
         tokenizer: ImageTokenizer | str | Path | None = None,
         views: int = 4,
         max_images: int | None = None,
+        image_size: int = 64,
         verify_shards: bool = True,
     ) -> None:
         super().__init__()
@@ -72,6 +74,7 @@ class CodeDataModule(L.LightningDataModule):
             "num_train_samples": (num_train_samples, 1),
             "views": (views, 1),
             "max_images": (max_images, 1),
+            "image_size": (image_size, 1),
         }
         problems = [
             f"data.{name} is {value}, the least is {least}"
@@ -85,7 +88,7 @@ class CodeDataModule(L.LightningDataModule):
         self.num_workers, self.seed, self.max_bad_samples = num_workers, seed, max_bad_samples
         self.shuffle_buffer, self.num_train_samples = shuffle_buffer, num_train_samples
         self.tokenizer, self.views, self.max_images = tokenizer, views, max_images
-        self.verify_shards = verify_shards
+        self.image_size, self.verify_shards = image_size, verify_shards
 
     def prepare_data(self) -> None:
         """Build missing or stale shards, and warn of damaged ones; runs on one process of a machine."""
@@ -101,7 +104,9 @@ class CodeDataModule(L.LightningDataModule):
                     f"data.tokenizer has a codebook of {tokenizer.num_codes}, the model's has {num_codes}; "
                     "choose the image tokenizer that belongs to the model."
                 )
-            prepare_emoji(self.data_dir, tokenizer, self.views, max_images=self.max_images)
+            prepare_emoji(
+                self.data_dir, tokenizer, self.views, size=self.image_size, max_images=self.max_images
+            )
         for split in ("train", "val"):
             index = self.index(split)
             for name in index.damaged_shards() if self.verify_shards else ():

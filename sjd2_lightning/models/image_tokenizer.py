@@ -43,6 +43,21 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
+def weights_identity(module: nn.Module, prefix: bytes = b"") -> str:
+    """Hash of a module's weights, the same in every precision that holds them exactly."""
+    digest = hashlib.sha256(prefix)
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_image_ids(image_ids: Tensor, num_codes: int) -> None:
+    """Raises ValueError if an id lies outside the codebook."""
+    if image_ids.numel() and (image_ids.min() < 0 or image_ids.max() >= num_codes):
+        raise ValueError(f"image ids must lie in [0, {num_codes}); got {image_ids.min()}..{image_ids.max()}")
+
+
 _SETTINGS = "image_tokenizer.json"  # beside the diffusers config: what VQModel does not know
 
 
@@ -67,11 +82,7 @@ class VQImageTokenizer(nn.Module):
     @property
     def identity(self) -> str:
         """Hash of weights and settings: shards say with it which tokenizer made them."""
-        digest = hashlib.sha256(b"patches alone" if self.isolate_patches else b"")
-        for name, value in sorted(self.vq.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return weights_identity(self.vq, b"patches alone" if self.isolate_patches else b"")
 
     def save(self, folder: str | Path) -> None:
         """Writes a ``diffusers`` folder in half precision."""
@@ -113,10 +124,7 @@ class VQImageTokenizer(nn.Module):
         Raises:
             ValueError: if an id lies outside the codebook.
         """
-        if image_ids.numel() and (image_ids.min() < 0 or image_ids.max() >= self.num_codes):
-            raise ValueError(
-                f"image ids must lie in [0, {self.num_codes}); got {image_ids.min()}..{image_ids.max()}"
-            )
+        check_image_ids(image_ids, self.num_codes)
         return self.pixels(self.vq.quantize.embedding(image_ids).permute(0, 3, 1, 2)).clamp(0, 1)
 
 

@@ -61,6 +61,7 @@ def log_to_wandb(
     *,
     mode: str = "offline",
     project: str = "sjd2-lightning",
+    entity: str | None = None,
     name: str | None = None,
     group: str | None = None,
     tags: Sequence[str] = (),
@@ -75,7 +76,7 @@ def log_to_wandb(
         provenance: becomes the run's config, with secrets blanked.
         folder: W&B writes below `<folder>/wandb`.
         mode: "online", "offline" or "disabled".
-        project, name, group, tags: of the run.
+        project, entity, name, group, tags: of the run.
 
     Returns:
         The folder of the run's files; None when disabled.
@@ -91,6 +92,7 @@ def log_to_wandb(
     settings: dict[str, Any] = {
         "dir": str(folder),
         "project": project,
+        "entity": entity,
         "name": name,
         "group": group,
         "tags": list(tags),

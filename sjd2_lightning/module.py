@@ -103,10 +103,11 @@ class SJD2Module(L.LightningModule):
     def _prompts(self, captions: Sequence[str], rng: torch.Generator | None) -> list[list[int]]:
         drop = torch.zeros(len(captions)) if rng is None else torch.rand(len(captions), generator=rng)
         share = 0.0 if rng is None else self.prompt_dropout
-        empty = self.backbone.unconditional_ids(self.image_layout)
+        layout = self.image_layout
+        rows = [self.backbone.prompt_ids(caption, layout) for caption in captions]
         return [
-            empty if drop[row] < share else self.backbone.prompt_ids(caption, self.image_layout)
-            for row, caption in enumerate(captions)
+            self.backbone.unconditional_ids(layout, ids) if drop[row] < share else ids
+            for row, ids in enumerate(rows)
         ]
 
     def _noisy(self, levels: Tensor, num_levels: int, rng: torch.Generator) -> NoisyCodes:

@@ -45,7 +45,7 @@ class TableBackbone(Backbone):
     def prompt_ids(self, prompt: str, layout: ImageLayout) -> list[int]:
         return [int(word.removeprefix("p")) for word in prompt.split()]
 
-    def unconditional_ids(self, layout: ImageLayout) -> list[int]:
+    def unconditional_ids(self, layout: ImageLayout, prompt_ids: Sequence[int] = ()) -> list[int]:
         return [0]
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Context:
         self.copies = 1 if guidance_scale == 1 else 2
         rows = [backbone.prompt_ids(prompt, layout) for prompt in prompts]
         if self.copies == 2:
-            rows += [backbone.unconditional_ids(layout) for _ in prompts]
+            rows += [backbone.unconditional_ids(layout, ids) for ids in rows]
         ids, starts = right_aligned(rows, pad_to=max_refeed)
         self.prompt = backbone.embed_tokens(ids.to(device))  # (rows, P, D)
         self.first = (starts + len(side)).to(device)

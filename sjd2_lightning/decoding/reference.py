@@ -37,7 +37,7 @@ def decode_reference(
     """
     contexts = [backbone.prompt_ids(prompt, layout)]
     if sampling.guidance_scale != 1:
-        contexts.append(backbone.unconditional_ids(layout))
+        contexts.append(backbone.unconditional_ids(layout, contexts[0]))
     slots: list[int] = []
     for slot, forced in enumerate(layout.forced[:num_slots]):
         if forced >= 0:

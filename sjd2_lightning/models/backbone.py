@@ -87,8 +87,12 @@ class Backbone(nn.Module, ABC):
         """Token ids of everything in front of the first slot; raises ValueError for an empty prompt."""
 
     @abstractmethod
-    def unconditional_ids(self, layout: ImageLayout) -> list[int]:
-        """Token ids in front of the first slot on the unconditional side of guidance."""
+    def unconditional_ids(self, layout: ImageLayout, prompt_ids: Sequence[int] = ()) -> list[int]:
+        """Token ids in front of the first slot on the unconditional side of guidance.
+
+        Args:
+            prompt_ids: of the conditional side; some models keep its length.
+        """
 
     @abstractmethod
     def embed_tokens(self, token_ids: Tensor) -> Tensor:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import ChameleonForConditionalGeneration, PreTrainedTokenizerFast
 
-from sjd2_lightning.models.backbone import Backbone, ImageLayout, rows_with_newlines
-from sjd2_lightning.models.cache import KVCache
+from sjd2_lightning.models.backbone import ImageLayout, rows_with_newlines
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer, load_image_tokenizer
+from sjd2_lightning.models.loading import LoadOptions, load_parts
+from sjd2_lightning.models.pretrained import PromptTokens, VocabularyBackbone
+from sjd2_lightning.models.sources import TOKENIZER
 
 
 @dataclass(frozen=True)
-class ChameleonTokens:
+class ChameleonTokens(PromptTokens):
     """Control tokens and prompt template of a Chameleon-type model; the defaults are Lumina-mGPT's.
 
     Layout: bos, text, separator, boi, size_base + height / size_unit, size_base + width / size_unit, then
-    rows of codes with `newline` behind each.
+    rows of codes with `newline` behind each, then `closing`.
+
+    Attributes:
+        closing: behind the last row; Lumina-mGPT has the end of the image and the separator there.
+        unconditional: "boi" is the sequence from boi on (the released script of autoregressive decoding),
+            "empty" the template with an empty prompt (ours).
     """
+
+    CONTEXTS: ClassVar[tuple[str, ...]] = ("boi", "empty")
 
     bos: int = 0
     separator: int = 8710
@@ -31,15 +39,24 @@ class ChameleonTokens:
     size_base: int = 8804
     size_unit: int = 32
     template: str = "Generate an image of {width}x{height} according to the following prompt:\n{prompt}"
+    closing: tuple[int, ...] = ()
+    unconditional: str = "boi"
 
 
-class ChameleonBackbone(Backbone):
+LUMINA_MGPT = ChameleonTokens(closing=(8196, 8710))
+
+
+class ChameleonBackbone(VocabularyBackbone):
     """`ChameleonForConditionalGeneration` behind the Backbone protocol.
 
     `ChameleonForConditionalGeneration.forward` masks every image logit, so trunk and head are called apart.
+    Its own image encoder is not used: transformers has no decoder beside it, so the image tokenizer is a
+    `diffusers.VQModel` both ways.
     """
 
-    slot_token_ids: Tensor
+    FAMILY = "chameleon"
+    TRUNK_PATH = "model"
+    UNTRAINED = ("model.vqmodel",)
 
     def __init__(
         self,
@@ -48,122 +65,68 @@ class ChameleonBackbone(Backbone):
         image_tokenizer: VQImageTokenizer,
         tokens: ChameleonTokens,
     ) -> None:
-        super().__init__()
-        self.model = model
+        codes = model.model.vocabulary_mapping.img2bpe
+        super().__init__(
+            model, text_tokenizer, image_tokenizer, tokens, codes, tokens.newline, tokens.closing
+        )
         self.tokens = tokens
-        self.text_tokenizer = text_tokenizer
-        self.image_tokenizer = image_tokenizer
-        self.image_tokenizer.requires_grad_(False)
-        image_to_token = model.model.vocabulary_mapping.img2bpe
-        self.num_codes = len(image_to_token)
-        self.hidden_size = model.config.hidden_size
-        ids = torch.tensor([image_to_token[code] for code in range(self.num_codes)])
-        self._first_code = int(ids.min())
-        slot_token_ids = torch.cat([ids, torch.tensor([tokens.newline])])
-        self.register_buffer("slot_token_ids", slot_token_ids, persistent=False)
-        in_order = torch.equal(ids, torch.arange(self._first_code, self._first_code + self.num_codes))
-        self._columns_in_order = in_order
+        self.image_tokenizer: VQImageTokenizer = image_tokenizer
 
     def layout(self, height: int, width: int) -> ImageLayout:
         step = self.image_tokenizer.downsample
         unit = self.tokens.size_unit
         if min(height, width) < unit or height % unit or width % unit:
             raise ValueError(f"image size {width}x{height} must be a positive multiple of {unit} pixels")
+        if self.tokens.size_base + max(height, width) // unit >= self.model.config.vocab_size:
+            raise ValueError(f"image size {width}x{height}: the model's vocabulary has no size token for it")
         return rows_with_newlines(height // step, width // step, self.num_codes, (height, width))
 
-    def unconditional_ids(self, layout: ImageLayout) -> list[int]:
-        t = self.tokens
-        height, width = layout.pixels
-        return [t.boi, t.size_base + height // t.size_unit, t.size_base + width // t.size_unit]
+    def unconditional_ids(self, layout: ImageLayout, prompt_ids: Sequence[int] = ()) -> list[int]:
+        return self._start(layout) if self.tokens.unconditional == "boi" else self._sequence("", layout)
 
     def prompt_ids(self, prompt: str, layout: ImageLayout) -> list[int]:
         if not prompt.strip():
             raise ValueError("empty prompt: give at least one word")
+        return self._sequence(prompt, layout)
+
+    def _start(self, layout: ImageLayout) -> list[int]:
+        t = self.tokens
+        height, width = layout.pixels
+        return [t.boi, t.size_base + height // t.size_unit, t.size_base + width // t.size_unit]
+
+    def _sequence(self, prompt: str, layout: ImageLayout) -> list[int]:
         height, width = layout.pixels
         text = self.tokens.template.format(width=width, height=height, prompt=prompt)
-        text_ids = self.text_tokenizer.encode(text, add_special_tokens=False)
-        return [self.tokens.bos, *text_ids, self.tokens.separator, *self.unconditional_ids(layout)]
-
-    def embed_tokens(self, token_ids: Tensor) -> Tensor:
-        return self.model.model.embed_tokens(token_ids)
-
-    def slot_table(self) -> Tensor:
-        return F.embedding(self.slot_token_ids, self.model.model.embed_tokens.weight)
-
-    def forward(
-        self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None
-    ) -> Tensor:
-        return self.model.model(
-            inputs_embeds=embeddings,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=False,
-        ).last_hidden_state
-
-    def image_logits(self, hidden: Tensor) -> Tensor:
-        rows = self.model.lm_head.weight.narrow(0, self._first_code, self.num_codes)
-        logits = F.linear(hidden, rows)
-        if self._columns_in_order:
-            return logits
-        return logits.index_select(-1, self.slot_token_ids[: self.num_codes] - self._first_code)
-
-    def new_cache(self, batch: int, max_len: int) -> KVCache:
-        config = self.model.config
-        return KVCache(
-            config.num_hidden_layers,
-            batch,
-            config.num_key_value_heads,
-            max_len,
-            config.hidden_size // config.num_attention_heads,
-            dtype=self.model.dtype,
-            device=self.device,
-        )
-
-    def decode_images(self, image_ids: Tensor) -> Tensor:
-        return self.image_tokenizer.decode(image_ids)
+        return [self.tokens.bos, *self.text_ids(text), self.tokens.separator, *self._start(layout)]
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.to(dtype or value.dtype) for name, value in self.model.state_dict().items()}
-        self.model.save_pretrained(folder / "trunk", state_dict=state, safe_serialization=True)
-        self.text_tokenizer.save_pretrained(folder / "text")
-        self.image_tokenizer.save(folder / "tokenizer")
-        (folder / "backbone.json").write_text(
-            json.dumps({"family": "chameleon", **asdict(self.tokens)}, indent=2)
-        )
+        super().save(folder, dtype)
+        self.image_tokenizer.save(Path(folder) / TOKENIZER)
 
 
 def load_chameleon(
-    folder: str | Path, trunk: str = "trunk", dtype: torch.dtype = torch.float32
+    folder: str | Path, trunk: str = "trunk", options: LoadOptions | None = None
 ) -> ChameleonBackbone:
     """Loads a local folder: `backbone.json`, `trunk/`, `text/`, `tokenizer/`.
 
     Args:
         folder: the backbone folder.
         trunk: its sub-folder with the trunk's weights, or any other path to them.
-        dtype: of the trunk.
+        options: how weights are read.
 
     Raises:
         ValueError: if a part is missing; the message names it.
     """
     folder = Path(folder)
-    trunk_folder = folder / trunk if (folder / trunk).is_dir() else Path(trunk)
-    for needed in (
-        folder / "backbone.json",
-        trunk_folder / "model.safetensors",
-        folder / "text" / "tokenizer.json",
-    ):
-        if not needed.is_file():
-            raise ValueError(f"no backbone in {folder}: {needed} is missing; set model.path and model.trunk")
-    fields = json.loads((folder / "backbone.json").read_text())
-    if fields.pop("family", None) != "chameleon":
-        raise ValueError(f"{folder / 'backbone.json'} is not of a Chameleon-type model")
-    model = ChameleonForConditionalGeneration.from_pretrained(
-        trunk_folder, dtype=dtype, use_safetensors=True, local_files_only=True, attn_implementation="sdpa"
+    options = options or LoadOptions()
+    if not (folder / "backbone.json").is_file():
+        raise ValueError(
+            f"no backbone in {folder}: backbone.json is missing; a released Lumina-mGPT is brought into this "
+            f"layout by `python -m sjd2_lightning.models.convert`, or {options.remedy}"
+        )
+    # nothing here reads the encoder inside Chameleon, which released trunks lack
+    model, text, fields = load_parts(
+        ChameleonForConditionalGeneration, folder, trunk, "chameleon", options, ("model.vqmodel.",)
     )
-    text = PreTrainedTokenizerFast.from_pretrained(folder / "text", local_files_only=True)
-    return ChameleonBackbone(
-        model, text, load_image_tokenizer(folder / "tokenizer"), ChameleonTokens(**fields)
-    )
+    tokens = options.tokens(ChameleonTokens(), fields)
+    return ChameleonBackbone(model, text, load_image_tokenizer(folder / TOKENIZER), tokens)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from diffusers import VQModel
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+@runtime_checkable
 class ImageTokenizer(Protocol):
     """What sampling and shard writing need of an image tokenizer."""
 

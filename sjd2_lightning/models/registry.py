@@ -4,31 +4,72 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.chameleon import load_chameleon
+from sjd2_lightning.models.emu3 import load_emu3
+from sjd2_lightning.models.janus import load_janus
+from sjd2_lightning.models.loading import LoadOptions
+from sjd2_lightning.models.shrunken import shrunken_chameleon, shrunken_emu3, shrunken_janus
+from sjd2_lightning.models.sources import WeightsSource
 
-Loader = Callable[[str | Path, str, torch.dtype], Backbone]
 
-FAMILIES: dict[str, Loader] = {"chameleon": load_chameleon}
+class Family(NamedTuple):
+    """How a family is loaded, and built small with random weights."""
+
+    load: Callable[..., Any]
+    shrunken: Callable[..., Any]
+
+
+FAMILIES: dict[str, Family] = {
+    "chameleon": Family(load_chameleon, shrunken_chameleon),
+    "emu3": Family(load_emu3, shrunken_emu3),
+    "janus": Family(load_janus, shrunken_janus),
+}
+
+
+def family_of(name: str) -> Family:
+    """A family by name; raises ValueError with the known ones."""
+    if name not in FAMILIES:
+        raise ValueError(f"unknown model.family {name!r}; known: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]
 
 
 def load_backbone(
-    family: str, path: str | Path, trunk: str = "trunk", dtype: torch.dtype = torch.float32
+    family: str,
+    path: str | Path | WeightsSource,
+    trunk: str = "trunk",
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    unconditional: str | None = None,
 ) -> Backbone:
-    """Loads a backbone from a local folder.
+    """Loads a backbone from a local folder, or from the hub or its cache.
 
     Args:
         family: a key of `FAMILIES`.
-        path: the backbone folder.
+        path: the backbone folder, or where its weights are published.
         trunk: its sub-folder with the trunk's weights, or any other path to them.
         dtype: of the trunk.
+        device: to load straight onto; None is the main memory.
+        unconditional: another context of guidance than the family's.
 
     Raises:
-        ValueError: for an unknown family or an incomplete folder.
+        ValueError: for an unknown family or incomplete weights; the message says how to get them.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown model.family {family!r}; known: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[family](path, trunk, dtype)
+    load = family_of(family).load
+    source = path if isinstance(path, WeightsSource) else WeightsSource(path)
+    remedy = source.remedy() if source.hub_id else LoadOptions.remedy
+    return load(source.folder(), trunk, LoadOptions(dtype, device, unconditional, remedy))
+
+
+def build_shrunken(family: str, seed: int = 0) -> Backbone:
+    """A family's model with its true ids, layout and key names, small and with random weights.
+
+    Args:
+        family: a key of `FAMILIES`.
+        seed: of the weights.
+    """
+    return family_of(family).shrunken(seed)

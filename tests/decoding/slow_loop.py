@@ -42,7 +42,8 @@ class SlowDecoder:
         self, backbone: Backbone, prompt: str, seed: int, config: DecodingConfig, layout: ImageLayout
     ):
         self.backbone, self.config, self.layout, self.seed = backbone, config, layout, torch.tensor(seed)
-        self.contexts = [backbone.prompt_ids(prompt, layout), backbone.unconditional_ids(layout)]
+        prompt_ids = backbone.prompt_ids(prompt, layout)
+        self.contexts = [prompt_ids, backbone.unconditional_ids(layout, prompt_ids)]
         table = backbone.slot_table().detach()
         self.table = table
         codes = table[: backbone.num_codes]

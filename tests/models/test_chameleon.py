@@ -185,5 +185,5 @@ def test_other_families_are_refused(saved, tmp_path):
     shutil.copytree(saved[1], folder)
     fields = json.loads((folder / "backbone.json").read_text())
     (folder / "backbone.json").write_text(json.dumps({**fields, "family": "emu3"}))
-    with pytest.raises(ValueError, match="not of a Chameleon-type model"):
+    with pytest.raises(ValueError, match="of the family 'emu3', not 'chameleon'"):
         load_chameleon(folder)

@@ -1,0 +1,121 @@
+"""Janus-Pro: adapter of transformers' Janus."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
+
+from sjd2_lightning.models.backbone import ImageLayout
+from sjd2_lightning.models.loading import LoadOptions, load_parts
+from sjd2_lightning.models.pretrained import PretrainedBackbone, PromptTokens
+from sjd2_lightning.models.released_tokenizers import JanusTokenizer
+
+
+@dataclass(frozen=True)
+class JanusTokens(PromptTokens):
+    """Control tokens and chat template of Janus-Pro.
+
+    Layout: bos, chat text, boi, then the codes, without newlines or an end.
+
+    Attributes:
+        bos, boi, pad: token ids; pad differs between the sizes of the model, so `load_janus` takes the three
+            from the generation_config.json of a released folder.
+        template: chat text around the prompt.
+        unconditional: "padded" keeps bos and boi and puts pad in place of every other token of the prompt
+            (the released script), "short" is bos and boi alone (ours).
+    """
+
+    CONTEXTS: ClassVar[tuple[str, ...]] = ("padded", "short")
+
+    bos: int = 100000
+    boi: int = 100016
+    pad: int = 100002
+    template: str = "<|User|>: {prompt}\n\n<|Assistant|>:"
+    unconditional: str = "padded"
+
+
+class JanusBackbone(PretrainedBackbone):
+    """`JanusForConditionalGeneration` behind the Backbone protocol.
+
+    Codes have an embedding, an aligner and a head of their own. What the trunk is fed, and so what noise is
+    added to, is the aligner's output.
+    """
+
+    FAMILY = "janus"
+    TRUNK_PATH = "model.language_model"
+    UNTRAINED = ("model.vqmodel", "model.vision_model", "model.aligner")
+
+    def __init__(
+        self,
+        model: JanusForConditionalGeneration,
+        text_tokenizer: PreTrainedTokenizerFast,
+        tokens: JanusTokens,
+    ) -> None:
+        config = model.config.vq_config
+        downsample = 2 ** (len(config.channel_multiplier) - 1)
+        images = JanusTokenizer(model.model.vqmodel, config.num_embeddings, downsample)
+        super().__init__(model, text_tokenizer, images, tokens)
+        self.tokens = tokens
+        self.side = config.num_patches  # codes on each side of the only size there is
+
+    def layout(self, height: int, width: int) -> ImageLayout:
+        pixels = self.side * self.image_tokenizer.downsample
+        if (height, width) != (pixels, pixels):
+            raise ValueError(f"image size {width}x{height}: this model draws {pixels}x{pixels} pixels only")
+        return ImageLayout(self.side, self.side, (-1,) * self.side**2, (height, width))
+
+    def prompt_ids(self, prompt: str, layout: ImageLayout) -> list[int]:
+        if not prompt.strip():
+            raise ValueError("empty prompt: give at least one word")
+        text = self.tokens.template.format(prompt=prompt)
+        return [self.tokens.bos, *self.text_ids(text), self.tokens.boi]
+
+    def unconditional_ids(self, layout: ImageLayout, prompt_ids: Sequence[int] = ()) -> list[int]:
+        padded = self.tokens.unconditional == "padded"
+        between = max(0, len(prompt_ids) - 2) if padded else 0
+        return [self.tokens.bos, *[self.tokens.pad] * between, self.tokens.boi]
+
+    def slot_table(self) -> Tensor:
+        codes = self.model.model.generation_embeddings.weight
+        return self.model.model.generation_aligner(codes)
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        return self.model.model.generation_head(hidden)
+
+
+def load_janus(folder: str | Path, trunk: str = "trunk", options: LoadOptions | None = None) -> JanusBackbone:
+    """Loads a folder in Hugging Face layout (`deepseek-community/Janus-Pro-1B`), or a saved backbone.
+
+    Args:
+        folder: a local folder.
+        trunk: for a saved one its sub-folder with the weights, or any other path to them.
+        options: how weights are read.
+
+    Raises:
+        ValueError: if a part is missing or of another family; the message names it.
+    """
+    folder = Path(folder)
+    options = options or LoadOptions()
+    model, text, fields = load_parts(JanusForConditionalGeneration, folder, trunk, "janus", options)
+    return JanusBackbone(model, text, options.tokens(JanusTokens(), fields or _released_ids(folder)))
+
+
+def _released_ids(folder: Path) -> dict[str, Any]:
+    """Control tokens that transformers' own `generate` takes from the folder.
+
+    The file is read here, since `GenerationConfig` drops its `generation_kwargs`.
+    """
+    path = folder / "generation_config.json"
+    fields = json.loads(path.read_text()) if path.is_file() else {}
+    ids = {"bos": fields.get("bos_token_id"), "pad": fields.get("pad_token_id")}
+    if unknown := [f"{name}_token_id" for name, value in ids.items() if value is None]:
+        raise ValueError(f"{path} does not say {', '.join(unknown)}: get the file of the released model")
+    if "boi_token_id" in fields.get("generation_kwargs", {}):
+        ids["boi"] = fields["generation_kwargs"]["boi_token_id"]
+    return ids

@@ -1,0 +1,195 @@
+"""What the adapters of transformers' models share: trunk, cache, sliced head, saving, modes of training.
+
+An adapter adds ids, layout and prompt. Models are used as transformers builds them: neither patched nor
+subclassed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.models.cache import KVCache
+from sjd2_lightning.models.image_tokenizer import ImageTokenizer
+from sjd2_lightning.models.sources import BACKBONE_FILE, TEXT, TRUNK
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """Control tokens and templates of a family; subclasses add theirs.
+
+    Attributes:
+        unconditional: which context guidance compares with, one of the family's `CONTEXTS`. Published
+            scripts of one model differ in it, so it is part of what a backbone is saved with.
+    """
+
+    CONTEXTS: ClassVar[tuple[str, ...]] = ()
+
+    unconditional: str
+
+    def __post_init__(self) -> None:
+        if self.unconditional not in self.CONTEXTS:
+            raise ValueError(
+                f"model.unconditional={self.unconditional}: must be one of {', '.join(self.CONTEXTS)}"
+            )
+
+
+class PretrainedBackbone(Backbone):
+    """A transformers model behind the Backbone protocol.
+
+    Args:
+        model: the whole model; its trunk lies at `TRUNK_PATH`.
+        text_tokenizer: of prompts.
+        image_tokenizer: both ways.
+        tokens: control tokens and templates.
+    """
+
+    FAMILY: ClassVar[str]
+    TRUNK_PATH: ClassVar[str]
+    UNTRAINED: ClassVar[tuple[str, ...]]  # parts of the model that drawing images from text does not use
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        text_tokenizer: PreTrainedTokenizerFast,
+        image_tokenizer: ImageTokenizer,
+        tokens: PromptTokens,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.text_tokenizer = text_tokenizer
+        self.image_tokenizer = image_tokenizer
+        self._tokens = tokens
+        if isinstance(image_tokenizer, nn.Module):
+            image_tokenizer.requires_grad_(False)
+        for part in self.UNTRAINED:
+            model.get_submodule(part).requires_grad_(False)
+        self.num_codes = image_tokenizer.num_codes
+        self.hidden_size = model.config.get_text_config().hidden_size
+
+    @property
+    def trunk(self) -> Any:
+        """The transformer between embeddings and heads, a module of transformers."""
+        return self.model.get_submodule(self.TRUNK_PATH)
+
+    def train(self, mode: bool = True) -> PretrainedBackbone:
+        """Train mode for the trunk; parts that are not trained, image tokenizers first, stay in eval mode."""
+        super().train(mode)
+        for part in self.UNTRAINED:
+            self.model.get_submodule(part).eval()
+        if isinstance(self.image_tokenizer, nn.Module):
+            self.image_tokenizer.eval()
+        return self
+
+    def checkpoint_activations(self) -> None:
+        """Keeps only layer inputs for the backward pass and computes the rest again, in train mode."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def embed_tokens(self, token_ids: Tensor) -> Tensor:
+        return self.trunk.get_input_embeddings()(token_ids)
+
+    def forward(
+        self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        return self.trunk(
+            inputs_embeds=embeddings,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=False,
+        ).last_hidden_state
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        config = self.model.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return KVCache(
+            config.num_hidden_layers,
+            batch,
+            config.num_key_value_heads,
+            max_len,
+            head_dim,
+            dtype=next(self.trunk.parameters()).dtype,
+            device=self.device,
+        )
+
+    def decode_images(self, image_ids: Tensor) -> Tensor:
+        return self.image_tokenizer.decode(image_ids)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text as it is, without the tokens that a tokenizer adds by itself."""
+        return self.text_tokenizer.encode(text, add_special_tokens=False)
+
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: value.to(dtype or value.dtype) for name, value in self.model.state_dict().items()}
+        self.model.save_pretrained(folder / TRUNK, state_dict=state, safe_serialization=True)
+        self.text_tokenizer.save_pretrained(folder / TEXT)
+        fields = json.dumps({"family": self.FAMILY, **asdict(self._tokens)}, indent=2)
+        (folder / BACKBONE_FILE).write_text(fields)
+
+
+class VocabularyBackbone(PretrainedBackbone):
+    """A model whose vocabulary holds the codes and a newline, as those of Lumina-mGPT and Emu3.
+
+    Args:
+        code_to_token: token id of every code.
+        newline: token id behind every row of codes.
+        closing: token ids behind the last row, as in the published sequences.
+    """
+
+    slot_token_ids: Tensor
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        text_tokenizer: PreTrainedTokenizerFast,
+        image_tokenizer: ImageTokenizer,
+        tokens: PromptTokens,
+        code_to_token: dict[int, int],
+        newline: int,
+        closing: Sequence[int],
+    ) -> None:
+        super().__init__(model, text_tokenizer, image_tokenizer, tokens)
+        if len(code_to_token) != self.num_codes:
+            raise ValueError(
+                f"the image tokenizer has {self.num_codes} codes, the model's vocabulary names "
+                f"{len(code_to_token)}: they are not of one model"
+            )
+        ids = torch.tensor([code_to_token[code] for code in range(self.num_codes)])
+        self._first_code = int(ids.min())
+        self._num_rows = int(ids.max()) + 1 - self._first_code
+        self._closing = list(closing)
+        slot_token_ids = torch.cat([ids, torch.tensor([newline])])
+        self.register_buffer("slot_token_ids", slot_token_ids, persistent=False)
+        in_order = torch.arange(self._first_code, self._first_code + self.num_codes)
+        self._columns_in_order = torch.equal(ids, in_order)
+
+    def slot_table(self) -> Tensor:
+        return F.embedding(self.slot_token_ids, self.trunk.get_input_embeddings().weight)
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        # only the rows of codes: everything else would be masked anyway, and they are a fraction of the head
+        rows = self.model.lm_head.weight.narrow(0, self._first_code, self._num_rows)
+        logits = F.linear(hidden, rows)
+        if self._columns_in_order:
+            return logits
+        return logits.index_select(-1, self.slot_token_ids[: self.num_codes] - self._first_code)
+
+    def image_token_ids(self, image_ids: Tensor, layout: ImageLayout) -> list[int]:
+        """Token ids of one image, codes (1, H, W), as the published sequence has them.
+
+        The newline of the last row and the closing tokens stand behind the last code and cannot change the
+        image, so training and decoding neither feed nor count them.
+        """
+        slots = layout.slot_ids(image_ids)[0].to(self.slot_token_ids.device)
+        return [*self.slot_token_ids[slots].tolist(), int(self.slot_token_ids[-1]), *self._closing]

@@ -6,6 +6,7 @@ on the left), then the slots of the image. So slot i has the same column in ever
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, arange
 
@@ -34,5 +35,34 @@ def attention_mask(
     query = query_columns[:, :, None]
     own = keys == query  # padding and timestep tokens see only themselves, so no row is fully masked
     past = (keys <= query) & (keys >= first_column[:, None, None])
-    timestep = (keys == levels[:, :, None] - 1) & (levels[:, :, None] > 0)
+    timestep = keys == levels[:, :, None] - 1  # no column for level 0
     return (own | past | timestep)[:, None]
+
+
+def window_mask(
+    query_columns: Int[Tensor, "B L"],
+    levels: Int[Tensor, "B n"] | None,
+    visible: Bool[Tensor, "copies B 1 S"],
+) -> Bool[Tensor, "rows 1 L S"]:
+    """`attention_mask` of the window of decoding: nothing that stays the same is computed again.
+
+    Args:
+        query_columns: (B, L) column of each query; none is padding or a timestep token.
+        levels: (B, n) noise level of the last n queries; None = all are clean.
+        visible: (copies, B, 1, S) which columns hold a prompt or a slot of each row; with guidance the rows
+            are the prompts, then their empty twins, and all twins share columns and levels.
+
+    Returns:
+        (copies * B, 1, L, S) bool.
+    """
+    copies, batch, _, num_columns = visible.shape
+    keys = arange(num_columns, device=query_columns.device)
+    mask = (keys <= query_columns[:, :, None]) & visible
+    if levels is not None:
+        mask[:, :, mask.shape[2] - levels.shape[1] :] |= keys == levels[:, :, None] - 1
+    return mask.view(copies * batch, 1, -1, num_columns)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a boolean mask is True, else -inf: attention would convert the mask once for each layer."""
+    return torch.zeros((), dtype=dtype, device=mask.device).where(mask, -torch.inf)

@@ -54,6 +54,18 @@ def perturb(
     return (1 - t) * x0 + t * eps
 
 
+def kept_share(t: Float[Tensor, "*batch"], s: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """Share `s / t` of x_t that denoising from t to s < t keeps; 0 where t = 0."""
+    return torch.where(t > 0, s / t.clamp_min(torch.finfo(t.dtype).tiny), 0.0)
+
+
+def blend(
+    xt: Float[Tensor, "*batch D"], x0_hat: Float[Tensor, "*batch D"], kept: Float[Tensor, "*#batch #D"]
+) -> Float[Tensor, "*batch D"]:
+    """`kept x_t + (1 - kept) x0_hat`."""
+    return kept * xt + (1 - kept) * x0_hat
+
+
 def denoise(
     xt: Float[Tensor, "*batch D"],
     x0_hat: Float[Tensor, "*batch D"],
@@ -64,8 +76,7 @@ def denoise(
 
     At s = 0 it is `x0_hat`: an ordinary Jacobi update. Where t = 0 it returns `x0_hat` as well.
     """
-    kept = torch.where(t > 0, s / t.clamp_min(torch.finfo(xt.dtype).tiny), 0.0)
-    return kept * xt + (1 - kept) * x0_hat
+    return blend(xt, x0_hat, kept_share(t, s))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sjd2_lightning.decoding.probs import guided
-from sjd2_lightning.masks import attention_mask
+from sjd2_lightning.decoding.span import Span
+from sjd2_lightning.masks import attention_mask, window_mask
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, right_aligned
 
 
@@ -50,47 +51,50 @@ class Context:
         self.first = (starts + len(side)).to(device)
         self.num_side = len(side)
         self.first_slot = len(side) + ids.shape[1]
-        self.cache = backbone.new_cache(len(rows), self.first_slot + layout.num_slots + window)
+        num_columns = self.first_slot + layout.num_slots + window
+        self.cache = backbone.new_cache(len(rows), num_columns)
+        self.columns = torch.arange(num_columns, device=device)
         self._prefill(side)
+        # (copies, B, 1, columns): what a slot may see as far as its row goes
+        self.visible = (self.columns >= self.first[:, None]).view(self.copies, len(prompts), 1, -1)
 
     def _prefill(self, side: Tensor) -> None:
         embeddings = torch.cat([side.expand(len(self.prompt), -1, -1), self.prompt], dim=1)
-        columns = torch.arange(self.first_slot, device=side.device).expand(len(self.prompt), -1)
-        self._forward(embeddings, columns, torch.zeros_like(columns), self.first_slot)
+        columns = self.columns[: self.first_slot].expand(len(self.prompt), -1)
+        mask = attention_mask(columns, torch.zeros_like(columns), self.first, self.first_slot)
+        self.cache.place(columns, self.first_slot, 0)
+        self.backbone(embeddings, (columns - self.first[:, None]).clamp_min(0), mask, self.cache)
 
-    def _forward(self, embeddings: Tensor, columns: Tensor, levels: Tensor, num_visible: int) -> Tensor:
-        mask = attention_mask(columns, levels, self.first, num_visible)
-        self.cache.place(columns, num_visible)
-        positions = (columns - self.first[:, None]).clamp_min(0)
-        return self.backbone(embeddings, positions, mask, self.cache)
-
-    def logits(self, heads: Tensor, refeed: Tensor, drafts: Tensor, levels: Tensor, last_head: int) -> Tensor:
-        """Guided logits (B, W, K) for slots heads .. heads + W - 1, each read at the column to its left.
-
-        The last slot of the window is not fed: nothing is read from it.
+    def logits(self, slots: Span, fed: Tensor, levels: Tensor | None, num_laws: int) -> Tensor:
+        """Guided logits (B, n, K) read at the last n slots fed, each for the slot to its right.
 
         Args:
-            heads: (B,) first slot that is not committed.
-            refeed: (B, R, D) embeddings of the last R committed tokens; where a row has fewer, the places
-                before its first slot are filled with its prompt.
-            drafts: (B, W - 1, D) embeddings of the window.
-            levels: (B, W - 1) their noise levels.
-            last_head: the largest of `heads`, known to the host.
+            slots: (B, L) the slots that are fed; those left of the first one are columns of the prompt.
+            fed: (B, L, D) their embeddings; in columns of the prompt, anything.
+            levels: (B, W - 1) noise levels of the last slots fed; None = all are clean.
+            num_laws: n.
         """
-        num_refeed, num_drafts = refeed.shape[1], drafts.shape[1]
-        slots = heads[:, None] + torch.arange(-num_refeed, num_drafts, device=heads.device)
-        fed = torch.cat([refeed, drafts], dim=1).repeat(self.copies, 1, 1)
-        columns = (self.first_slot + slots).repeat(self.copies, 1)
-        levels = torch.cat([levels.new_zeros(len(levels), num_refeed), levels], dim=1).repeat(self.copies, 1)
-        before = (columns - self.num_side)[:, :num_refeed]
-        in_prompt = before < self.prompt.shape[1]
-        index = before.clamp_max(self.prompt.shape[1] - 1)[..., None].expand(-1, -1, fed.shape[-1])
-        fed[:, :num_refeed] = self.prompt.gather(1, index).where(in_prompt[..., None], fed[:, :num_refeed])
-        hidden = self._forward(fed, columns, levels, self.first_slot + last_head + num_drafts)
-        return guided(self.backbone.image_logits(hidden[:, num_refeed - 1 :]), self.guidance_scale)
+        columns = slots.index + self.first_slot
+        if self.copies > 1:
+            columns, fed = columns.repeat(self.copies, 1), fed.repeat(self.copies, 1, 1)
+        if slots.least < 0:
+            fed = self._with_prompt(columns, fed)
+        num_visible = self.first_slot + slots.most + slots.length
+        mask = window_mask(columns[: len(slots.index)], levels, self.visible[..., :num_visible])
+        start = self.first_slot + slots.most if slots.least == slots.most else None
+        self.cache.place(columns, num_visible, start)
+        hidden = self.backbone(fed, columns - self.first[:, None], mask, self.cache)
+        return guided(self.backbone.image_logits(hidden[:, -num_laws:]), self.guidance_scale)
+
+    def _with_prompt(self, columns: Tensor, fed: Tensor) -> Tensor:
+        """`fed` with the prompt's embeddings in the columns of the prompt."""
+        place = columns - self.num_side
+        index = place.clamp_max(self.prompt.shape[1] - 1)[..., None].expand_as(fed)
+        return self.prompt.gather(1, index).where((place < self.prompt.shape[1])[..., None], fed)
 
     def keep_rows(self, rows: Tensor, batch: int) -> None:
         """Keeps the given images, (R,) int64 of a batch of `batch`."""
         rows = torch.cat([rows + batch * copy for copy in range(self.copies)])
         self.cache.keep_rows(rows)
         self.prompt, self.first = self.prompt[rows], self.first[rows]
+        self.visible = (self.columns >= self.first[:, None]).view(self.copies, -1, 1, len(self.columns))

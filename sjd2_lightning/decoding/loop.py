@@ -18,57 +18,55 @@ from torch import Tensor
 from sjd2_lightning.decoding.context import Context
 from sjd2_lightning.decoding.methods import DecodingConfig
 from sjd2_lightning.decoding.probs import log_law
-from sjd2_lightning.decoding.randomness import Purpose, stream, uniform
 from sjd2_lightning.decoding.refine import REFINERS, Laws
 from sjd2_lightning.decoding.stats import DecodeOutput, DecodeStats, Iteration
 from sjd2_lightning.decoding.verify import Verdict, num_leading, verify_replay, verify_speculative
-from sjd2_lightning.decoding.window import Slots, SlotSource, advance
+from sjd2_lightning.decoding.window import Slots, SlotSource, Window
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 
 Observer = Callable[[Iteration], None]
 _LEAVE_SHARE = 0.25  # finished rows leave the batch once they are this share of it: leaving copies the cache
 
 
-def judge(
-    slots: Slots, source: SlotSource, forced: Tensor, scores: Tensor, draw: int
-) -> tuple[Verdict, Tensor, Tensor | None]:
+def judge(slots: Slots, source: SlotSource, scores: Tensor) -> tuple[Verdict, Tensor, Tensor | None]:
     """Verdict on every slot of the window, refined drafts and the law that those were drawn from.
 
     Args:
         slots: the window.
         source: of the slots; holds the method.
-        forced: (B, W) structural slot ids, -1 where a code is drawn.
         scores: (B, W, K) unnormalised log-probabilities.
-        draw: number of the iteration.
     """
     config = source.config
-    codes = slots.tokens.where(forced < 0, 0)
     if slots.gumbel is not None:
-        verdict = verify_replay(codes, scores, slots.gumbel)
+        verdict = verify_replay(slots.tokens, scores, slots.gumbel)
         refined, law = verdict.tokens, None
     else:
         assert slots.draft_probs is not None
-        noisy = slots.levels > 0
-        if config.acceptance == "paper" and slots.noisy is not None:
+        assert slots.uniforms is not None
+        codes = slots.tokens.clamp_max(source.num_codes - 1)  # of structural slots nothing is kept below
+        noisy = None if slots.levels is None else slots.levels > 0
+        if config.acceptance == "paper" and slots.noisy is not None and noisy is not None:
             codes = source.space.nearest_ids(slots.noisy).where(noisy, codes)
         law = scores.softmax(-1)
-        accept_u, residual_u, fresh_u = uniform(stream(slots.keys, Purpose.VERDICT, draw), 3).unbind(-1)
+        accept_u, residual_u, fresh_u = slots.uniforms.unbind(-1)
         verdict = verify_speculative(codes, slots.draft_probs, law, accept_u, residual_u)
         refined = REFINERS[config.refiner](Laws(codes, slots.draft_probs, law, noisy), verdict, fresh_u)
     # structural slots have a one-hot law on the token they start with: they always stand
-    tokens = verdict.tokens.where(forced < 0, forced)
-    return Verdict(tokens, verdict.accept_mask | (forced >= 0)), refined.where(forced < 0, forced), law
+    tokens = verdict.tokens.where(slots.is_code, slots.tokens)
+    accept_mask = verdict.accept_mask | ~slots.is_code
+    refined = tokens if refined is verdict.tokens else refined.where(slots.is_code, slots.tokens)
+    return Verdict(tokens, accept_mask), refined, law
 
 
-def runs(verdict: Verdict, levels: Tensor, acceptance: str) -> tuple[Tensor, Tensor]:
+def runs(verdict: Verdict, levels: Tensor | None, acceptance: str) -> tuple[Tensor, Tensor]:
     """Lengths (B,) of two runs at the left of the window: slots that stand, and entries of the cache that do.
 
     An entry stands if its slot and all before it were fed as the clean embeddings of what they are now. The
     paper's rule lets drafts of noisy slots stand too; they are fed again.
     """
-    clean = verdict.accept_mask & (levels == 0)
-    cached = num_leading(clean[:, :-1])  # the last slot was not fed
-    return (num_leading(verdict.accept_mask[:, :-1]) if acceptance == "paper" else cached), cached
+    stands = verdict.accept_mask[:, :-1]  # the last slot was not fed
+    cached = num_leading(stands if levels is None else stands & (levels[:, :-1] == 0))
+    return (num_leading(stands) if acceptance == "paper" else cached), cached
 
 
 @torch.inference_mode()
@@ -98,56 +96,69 @@ def decode(
     config.check()
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"need one seed a prompt and at least one; got {len(prompts)} and {len(seeds)}")
-    device, window, num_slots = backbone.device, config.window, layout.num_slots
+    device, num_slots = backbone.device, layout.num_slots
     source = SlotSource(config, layout, backbone.slot_table(), backbone.num_codes)
     side = source.space.timestep_tokens(source.timesteps[1:])
-    refeed = window if config.acceptance == "paper" else 1
-    context = Context(backbone, prompts, layout, side, window, refeed, config.sampling.guidance_scale)
-
-    rows = torch.arange(len(prompts), device=device)  # which image each row is; finished ones leave
-    seed = torch.tensor(list(seeds), device=device)
-    heads = torch.zeros_like(rows)
-    span = torch.arange(window, device=device)
-    slots = source.new(seed, span.expand(len(prompts), -1))
-    ids = torch.zeros(len(prompts), num_slots + window, dtype=torch.long, device=device)
-    settled_at = torch.zeros_like(ids)
-    committed_log: list[Tensor] = []
-    first_head, last_head, refeed, index = 0, 0, 1, 0
-    while first_head < num_slots:
-        recent = ids[rows].gather(1, (heads[:, None] + span[:refeed] - refeed).clamp_min(0))
-        fed = source.embeddings(slots)[:, :-1]
-        logits = context.logits(heads, source.table[recent], fed, slots.levels[:, :-1], last_head)
-        scores = log_law(logits, config.sampling)
-        positions = heads[:, None] + span
-        verdict, refined, law = judge(slots, source, source.forced[positions], scores, index)
+    refeed = config.window if config.acceptance == "paper" else 1
+    guidance_scale = config.sampling.guidance_scale
+    context = Context(backbone, prompts, layout, side, config.window, refeed, guidance_scale)
+    window = Window(source, torch.tensor(list(seeds), device=device))
+    slot_ids = torch.empty(len(prompts), num_slots, dtype=torch.long, device=device)
+    rows = list(range(len(prompts)))  # which image each row of the batch is; finished ones leave
+    log: list[list[int]] = []
+    refeed = 1
+    while True:
+        slots = window.slots()
+        fed_slots, fed = window.fed(slots, refeed)
+        levels = None if slots.levels is None else slots.levels[:, :-1]
+        scores = log_law(context.logits(fed_slots, fed, levels, config.window), config.sampling)
+        verdict, refined, law = judge(slots, source, scores)
 
         run, cached = runs(verdict, slots.levels, config.acceptance)
-        committed = (run + 1).minimum(num_slots - heads)  # the slot behind the run was judged rightly too
-        ids[rows[:, None], positions] = verdict.tokens  # slots past the run are overwritten when they settle
-        settled_at[rows[:, None], positions] = index
-        committed_log.append(rows.new_zeros(len(prompts)).index_copy(0, rows, committed))
+        committed = (run + 1).minimum(num_slots - window.head)  # the slot behind the run was judged rightly
         if observer is not None:
-            seen = (heads, committed, verdict.tokens, slots.levels, scores, slots.gumbel)
-            observer(Iteration(index, rows, *seen))
+            observer(_seen(len(log), rows, window, slots, committed, verdict, scores))
+        if refined is not verdict.tokens:
+            refined = verdict.tokens.where(window.columns[: config.window] <= run[:, None], refined)
+        window.renew(slots, refined, law)
 
-        heads = heads + committed
-        index += 1
-        done = heads >= num_slots
-        uncached = (committed - cached).max()
-        summary = torch.stack([heads.min(), heads.max(), committed.max(), uncached, done.sum()])
-        first_head, last_head, most, refeed, num_done = summary.tolist()  # the only wait for the device
-        if first_head >= num_slots:
+        num_committed, uncached = _to_host(committed, cached, config)
+        refeed = max(1, *uncached)
+        log.append([0] * len(prompts))
+        for row, num in zip(rows, num_committed, strict=True):
+            log[-1][row] = num
+        window.advance(num_committed, committed)
+        going = [place for place, head in enumerate(window.heads) if head < num_slots]
+        if not going:
             break
-        refeed = max(1, refeed)
-        slots = source.renew(slots, refined, law)
-        entering = source.new(seed, (heads[:, None] + span[window - most :]).clamp_max(num_slots))
-        slots = advance(slots, committed, entering)
-        if num_done >= _LEAVE_SHARE * len(rows):
-            left = (~done).nonzero().squeeze(1)
-            context.keep_rows(left, len(rows))
-            rows, seed, heads = rows[left], seed[left], heads[left]
-            slots = slots.keep_rows(left)
+        if len(rows) - len(going) >= _LEAVE_SHARE * len(rows):
+            slot_ids[rows] = window.tokens[:, :num_slots]
+            context.keep_rows(torch.tensor(going, device=device), len(rows))
+            window.keep_rows(going)
+            rows = [rows[place] for place in going]
+    slot_ids[rows] = window.tokens[:, :num_slots]
+    return DecodeOutput(slot_ids, layout.image_ids(slot_ids), DecodeStats(torch.tensor(log)))
 
-    slot_ids = ids[:, :num_slots]
-    stats = DecodeStats(torch.stack(committed_log).cpu(), settled_at[:, :num_slots].cpu())
-    return DecodeOutput(slot_ids, layout.image_ids(slot_ids), stats)
+
+def _to_host(committed: Tensor, cached: Tensor, config: DecodingConfig) -> tuple[list[int], list[int]]:
+    """Committed slots of each row, and how many of them are not cached: the only wait for the device."""
+    if config.acceptance != "paper":  # all but the slot behind the run
+        return committed.tolist(), [1]
+    num_committed, num_cached = torch.stack([committed, cached]).tolist()
+    return num_committed, [num - old for num, old in zip(num_committed, num_cached, strict=True)]
+
+
+def _seen(
+    index: int,
+    rows: list[int],
+    window: Window,
+    slots: Slots,
+    committed: Tensor,
+    verdict: Verdict,
+    scores: Tensor,
+) -> Iteration:
+    """What an observer sees; it may keep all of it, so views of buffers are copied."""
+    levels = torch.zeros_like(slots.tokens) if slots.levels is None else slots.levels.clone()
+    gumbel = None if slots.gumbel is None else slots.gumbel.clone()
+    images = torch.tensor(rows, device=scores.device)
+    return Iteration(index, images, window.head, committed, verdict.tokens, levels, scores, gumbel)

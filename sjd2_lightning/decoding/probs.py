@@ -48,7 +48,7 @@ def guided(logits: Float[Tensor, "rows *slots K"], guidance_scale: float) -> Flo
     if guidance_scale == 1:
         return logits.float()
     conditional, unconditional = logits.float().chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
+    return torch.add(unconditional, conditional - unconditional, alpha=guidance_scale)
 
 
 def log_law(logits: Float[Tensor, "*slots K"], sampling: Sampling) -> Float[Tensor, "*slots K"]:
@@ -59,9 +59,10 @@ def log_law(logits: Float[Tensor, "*slots K"], sampling: Sampling) -> Float[Tens
     if sampling.temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
-    scores = logits / sampling.temperature
+    scores = logits if sampling.temperature == 1 else logits / sampling.temperature
     if 0 < sampling.top_k < scores.shape[-1]:
-        threshold = scores.topk(sampling.top_k, dim=-1).values[..., -1:]
+        # the k-th largest value by selection: nothing is sorted
+        threshold = scores.kthvalue(scores.shape[-1] - sampling.top_k + 1, dim=-1, keepdim=True).values
         scores = scores.masked_fill(scores < threshold, -torch.inf)
     if sampling.top_p < 1:
         ordered, order = scores.sort(dim=-1, descending=True)
@@ -81,11 +82,10 @@ def draw(probs: Float[Tensor, "*slots K"], uniform: Float[Tensor, "*slots"]) -> 
         uniform: (...,) in (0, 1).
     """
     sums = probs.cumsum(-1)
-    target = uniform[..., None] * sums[..., -1:]
-    drawn = torch.searchsorted(sums, target, right=True).squeeze(-1)
-    # rounding may push the target onto the last sum: fall back to the last code with weight
-    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).to(torch.uint8).argmax(-1)
-    return torch.minimum(drawn, last)
+    total = sums[..., -1:].contiguous()
+    # below the total, onto which rounding may push it: the sum that first exceeds it is of a code with weight
+    target = torch.minimum(uniform[..., None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(sums, target, right=True).squeeze(-1)
 
 
 def residual(

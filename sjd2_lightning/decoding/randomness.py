@@ -32,6 +32,10 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical shift of a signed integer
 
 
+def _wrapped(x: int) -> int:
+    return (x + 2**63) % 2**64 - 2**63  # as int64 arithmetic overflows
+
+
 def _mix(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * _MIX_1
     x = (x ^ _shift(x, 27)) * _MIX_2
@@ -43,10 +47,17 @@ def slot_keys(seeds: Tensor, slots: Tensor) -> Tensor:
     return _mix(_mix(seeds + _GOLDEN) + (slots + 1) * _GOLDEN)
 
 
-def stream(slot_key: Tensor, purpose: Purpose, draw: int = 0) -> Tensor:
-    """The key of one stream of a slot: what it is for, and in which iteration it is drawn."""
-    step = ((int(purpose) << 32) + draw + 1) * _GOLDEN
-    return _mix(slot_key + ((step + 2**63) % 2**64 - 2**63))
+def stream(slot_key: Tensor, purpose: Purpose, draw: int | Tensor = 0) -> Tensor:
+    """The key of one stream of a slot: what it is for, and in which iteration it is drawn.
+
+    Args:
+        slot_key: (...,) from `slot_keys`.
+        purpose: what the numbers are for.
+        draw: the iteration; several, int64, broadcast against the keys.
+    """
+    step = _wrapped(((int(purpose) << 32) + 1) * _GOLDEN)
+    step = step + draw * _GOLDEN if isinstance(draw, Tensor) else _wrapped(step + draw * _GOLDEN)
+    return _mix(slot_key + step)
 
 
 def _bits(key: Tensor, count: int) -> Tensor:

@@ -21,7 +21,7 @@ class Laws(NamedTuple):
     draft_tokens: Tensor  # (B, W)
     draft_probs: Tensor  # (B, W, K)
     target_probs: Tensor  # (B, W, K)
-    noisy: Tensor  # (B, W) True = the slot was fed with noise
+    noisy: Tensor | None  # (B, W) True = the slot was fed with noise; None = no slot was
 
 
 Refiner = Callable[[Laws, Verdict, Tensor], Tensor]
@@ -41,7 +41,9 @@ def keep(laws: Laws, verdict: Verdict, uniform: Tensor) -> Tensor:
     """Keep a clean draft whose ratio target / draft is at least 0.5, else draw anew (paper; not exact)."""
     chosen = laws.draft_tokens[..., None]
     target, draft = (p.gather(-1, chosen).squeeze(-1) for p in (laws.target_probs, laws.draft_probs))
-    kept = (target >= 0.5 * draft) & ~laws.noisy
+    kept = target >= 0.5 * draft
+    if laws.noisy is not None:
+        kept &= ~laws.noisy
     return laws.draft_tokens.where(kept, draw(laws.target_probs, uniform))
 
 

@@ -14,11 +14,15 @@ class DecodeStats:
 
     Attributes:
         committed: (iterations, B) slots that each forward pass committed; 0 once a row is done.
-        settled_iteration: (B, N) forward pass (from 0) that committed each slot.
     """
 
     committed: Tensor
-    settled_iteration: Tensor
+
+    @property
+    def settled_iteration(self) -> Tensor:
+        """(B, N) forward pass (from 0) that committed each slot."""
+        passes = torch.arange(len(self.committed))
+        return torch.stack([passes.repeat_interleave(row) for row in self.committed.T])
 
     @property
     def nfe(self) -> Tensor:
@@ -28,7 +32,7 @@ class DecodeStats:
     @property
     def num_generated(self) -> int:
         """N, slots of an image."""
-        return self.settled_iteration.shape[1]
+        return int(self.committed[:, 0].sum())
 
     @property
     def step_compression(self) -> Tensor:

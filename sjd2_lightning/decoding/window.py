@@ -2,49 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sjd2_lightning.decoding.methods import DecodingConfig
-from sjd2_lightning.decoding.randomness import Purpose, gumbel, integers, normal, slot_keys, stream
+from sjd2_lightning.decoding.randomness import (
+    Purpose,
+    gumbel,
+    integers,
+    normal,
+    slot_keys,
+    stream,
+    uniform,
+)
+from sjd2_lightning.decoding.span import Span
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import ImageLayout
-from sjd2_lightning.noise import denoise, timesteps
+from sjd2_lightning.noise import blend, kept_share, timesteps
+
+_LEAST_AHEAD = 16  # slots whose random numbers are drawn before they are needed, see `Window`
 
 
-@dataclass
-class Slots:
-    """Contents of some slots, (B, n, ...) each. A field that a method has no use for is None.
+class Slots(NamedTuple):
+    """The window in one iteration, (B, W, ...) each. A field that a method has no use for is None.
 
     Attributes:
-        keys: (B, n) of the slots' random numbers.
-        tokens: (B, n) drafts, as slot ids.
-        levels: (B, n) noise level; 0 = fed as the clean embedding of its draft.
-        noisy: (B, n, D) normalised noisy embedding; its value matters where the level is above 0.
-        draft_probs: (B, n, K) the law that the draft was drawn from (speculative rules).
-        gumbel: (B, n, K) the slot's noise (replay).
+        tokens: (B, W) drafts, as slot ids.
+        is_code: (B, W) True = a code is drawn here; False = structural, the draft is the token.
+        levels: (B, W) noise level; 0 = fed as the clean embedding of its draft. None = all are 0.
+        noisy: (B, W, D) normalised noisy embedding; its value matters where the level is above 0.
+        draft_probs: (B, W, K) the law that the draft was drawn from (speculative rules).
+        gumbel: (B, W, K) the slot's noise (replay).
+        uniforms: (B, W, 3) fresh numbers of this iteration (speculative rules).
     """
 
-    keys: Tensor
     tokens: Tensor
-    levels: Tensor
+    is_code: Tensor
+    levels: Tensor | None
     noisy: Tensor | None
     draft_probs: Tensor | None
     gumbel: Tensor | None
-
-    def fields(self) -> tuple[Tensor | None, ...]:
-        """All fields in order."""
-        return (self.keys, self.tokens, self.levels, self.noisy, self.draft_probs, self.gumbel)
-
-    def keep_rows(self, rows: Tensor) -> Slots:
-        """The slots of some rows, (R,) int64."""
-        return Slots(*(None if field is None else field[rows] for field in self.fields()))  # type: ignore[arg-type]
+    uniforms: Tensor | None
 
 
 class SlotSource:
-    """Makes and renews slots; all randomness is keyed by (seed, slot).
+    """What slots are made of; all randomness is keyed by (seed, slot).
 
     Args:
         config: the method.
@@ -55,80 +61,169 @@ class SlotSource:
 
     def __init__(self, config: DecodingConfig, layout: ImageLayout, table: Tensor, num_codes: int) -> None:
         self.config = config
+        self.layout = layout
         self.num_codes = num_codes
         self.table = table
         self.space = EmbeddingSpace(table[:num_codes])
         # single precision whatever the trunk's: timestep tokens are of 1000 t, which half precision garbles
         grid = timesteps(config.num_levels, config.schedule, config.t_min, config.rho)
         self.timesteps = grid.to(table.device)
-        beyond = [0] * (config.window + 1)  # slots right of the image: any clean content, never committed
-        self.forced = torch.tensor([*layout.forced, *beyond], device=table.device)
+        if config.num_levels:
+            self.normalised = self.space.normalise(table)
+            t = self.timesteps.to(table)
+            self.kept = kept_share(t, t.roll(1))[:, None]  # (levels + 1, 1), by level; level 0 has t = 0
 
-    def new(self, seeds: Tensor, slots: Tensor) -> Slots:
-        """Slots that enter the window; seeds (B,), slots (B, n) absolute.
+    def first_drafts(self, seeds: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Drafts and levels (B, n) that slots start with; seeds (B,), slots (n,) absolute.
 
         Noise N(0, I) at the top level with an independent uniform draft (paper); without levels a random
-        code (SJD). Structural slots start, and stay, at their token.
+        code (SJD). Structural slots start, and stay, at their token. Slots right of the image hold any
+        clean content: they are never committed.
         """
-        config, num_codes = self.config, self.num_codes
+        random = integers(stream(slot_keys(seeds[:, None], slots), Purpose.INITIAL), self.num_codes)
+        beyond = [0] * (len(slots) - self.layout.num_slots)
+        forced = torch.tensor([*self.layout.forced, *beyond], device=slots.device)
+        levels = torch.where(forced < 0, self.config.num_levels, 0)
+        return random.where(forced < 0, forced), levels.repeat(len(seeds), 1)
+
+    def fresh(self, seeds: Tensor, slots: Tensor) -> dict[str, Tensor]:
+        """The wide contents (B, n, ...) that slots start with; seeds (B,), slots (B, n) absolute."""
         keys = slot_keys(seeds[:, None], slots)
-        noise = None
-        if config.acceptance == "replay":
-            noise = gumbel(stream(keys, Purpose.GUMBEL), num_codes)
-        if config.draft_init == "gumbel" and noise is not None:
-            tokens = noise.argmax(-1)
+        found = {}
+        if self.config.acceptance == "replay":
+            found["gumbel"] = gumbel(stream(keys, Purpose.GUMBEL), self.num_codes)
         else:
-            tokens = integers(stream(keys, Purpose.INITIAL), num_codes)
-        probs = None
-        if config.acceptance != "replay":
-            probs = torch.full((*slots.shape, num_codes), 1 / num_codes, device=slots.device)
-        levels = torch.full_like(slots, config.num_levels)
-        noisy = None
-        if config.num_levels:
-            noisy = normal(stream(keys, Purpose.NOISE), self.table.shape[1]).to(self.table)
-        forced = self.forced[slots]
-        tokens, levels = tokens.where(forced < 0, forced), levels.where(forced < 0, 0)
-        return Slots(keys, tokens, levels, noisy, probs, noise)
-
-    def embeddings(self, slots: Slots) -> Tensor:
-        """(B, n, D) what the trunk is fed."""
-        clean = self.table[slots.tokens]
-        if slots.noisy is None:
-            return clean
-        return clean.where(slots.levels[..., None] == 0, self.space.denormalise(slots.noisy))
-
-    def renew(self, slots: Slots, tokens: Tensor, probs: Tensor | None) -> Slots:
-        """One iteration later: drafts `tokens` (B, n) of law `probs`, and noisy slots one level cleaner."""
-        levels = (slots.levels - 1).clamp_min(0)
-        noisy = slots.noisy
-        if noisy is not None:
-            # forced slots are never noisy, so the row that clamp picks for them is not used
-            x0_hat = self.space.normalise(self.table[tokens])
-            t, s = (self.timesteps[step][..., None].to(noisy) for step in (slots.levels, levels))
-            noisy = denoise(noisy, x0_hat, t, s)
-        return Slots(slots.keys, tokens, levels, noisy, probs, slots.gumbel)
+            flat = torch.full((), 1 / self.num_codes, device=slots.device)
+            found["draft_probs"] = flat.expand(*slots.shape, self.num_codes)
+        if self.config.num_levels:
+            found["noisy"] = normal(stream(keys, Purpose.NOISE), self.table.shape[1]).to(self.table)
+        return found
 
 
-def advance(slots: Slots, num_committed: Tensor, entering: Slots) -> Slots:
-    """Drops the committed slots of each row on the left and fills up on the right.
+class Window:
+    """State of a batch between iterations.
+
+    Tokens and levels lie in one column for each slot of the image, committed tokens and drafts alike.
+    Contents as wide as the vocabulary or an embedding lie in a strip of W + A slots that starts at or left
+    of each row's head. It moves on only when a window would leave it, so that random numbers are drawn for
+    many slots at once: on small models a draw for each iteration costs more than its numbers do.
 
     Args:
-        slots: the window, W slots.
-        num_committed: (B,) slots to drop.
-        entering: contents of the last M slots of the new window, M >= every `num_committed`.
+        source: of the slots; holds the method.
+        seeds: (B,) of the rows.
     """
-    window, num_new = slots.tokens.shape[1], entering.tokens.shape[1]
-    source = torch.arange(window, device=num_committed.device) + num_committed[:, None]
-    stays = source < window
-    source = source.clamp_max(window - 1)
 
-    def shift(old: Tensor, new: Tensor) -> Tensor:
-        extra = (1,) * (old.ndim - 2)
-        moved = old.gather(1, source.view(*source.shape, *extra).expand_as(old))
-        kept, tail = moved.split([window - num_new, num_new], dim=1)
-        tail = tail.where(stays[:, window - num_new :].view(-1, num_new, *extra), new)
-        return torch.cat([kept, tail], dim=1)
+    def __init__(self, source: SlotSource, seeds: Tensor) -> None:
+        size, device = source.config.window, seeds.device
+        self.source = source
+        self.size = size
+        self.ahead = max(_LEAST_AHEAD, size // 2)
+        self.strip_len = size + self.ahead
+        num_columns = source.layout.num_slots + 2 * self.strip_len
+        self.columns = torch.arange(num_columns, device=device)
+        self.tokens, self.levels = source.first_drafts(seeds, self.columns)
+        self.is_code = torch.zeros(num_columns, dtype=torch.bool, device=device)
+        self.is_code[source.layout.code_slots.to(device)] = True
+        self.seeds = seeds
+        self.heads, self.head = [0] * len(seeds), torch.zeros_like(seeds)
+        self.bases, self.base = [0] * len(seeds), torch.zeros_like(seeds)
+        new = self._new_slots(0, self.strip_len)
+        self.strip = {name: field.contiguous() for name, field in new.items()}
+        self.iteration = 0
+        self._draw_uniforms()
+        self._place()
 
-    pairs = zip(slots.fields(), entering.fields(), strict=True)
-    fields = (None if old is None or new is None else shift(old, new) for old, new in pairs)
-    return Slots(*fields)  # type: ignore[arg-type]
+    def _new_slots(self, start: int, num: int) -> dict[str, Tensor]:
+        slots = self.base[:, None] + self.columns[start : start + num]
+        found = self.source.fresh(self.seeds, slots)
+        if self.source.config.draft_init == "gumbel":
+            best = found["gumbel"].argmax(-1)
+            self.tokens.scatter_(1, slots, best.where(self.is_code[slots], self.tokens.gather(1, slots)))
+        return found
+
+    def _draw_uniforms(self) -> None:
+        """Numbers of every slot of the strip for as many iterations as it can stay where it is."""
+        self.uniforms: Tensor | None = None
+        if self.source.config.acceptance != "replay":
+            slots = self.base[:, None] + self.columns[: self.strip_len]
+            draws = self.iteration + self.columns[: self.ahead + 1]
+            keys = slot_keys(self.seeds[:, None], slots)[..., None]
+            self.uniforms = uniform(stream(keys, Purpose.VERDICT, draws), 3)
+            self.first_draw = self.iteration
+
+    def _place(self) -> None:
+        """Where the window lies, in the image and in the strip."""
+        self.span = Span(self.heads, self.head, self.size, self.columns)
+        offsets = [head - base for head, base in zip(self.heads, self.bases, strict=True)]
+        if max(offsets) > self.ahead:
+            self._move_strip(offsets)
+            offsets = [0] * len(offsets)
+        self.in_strip = Span(offsets, self.head - self.base, self.size, self.columns)
+
+    def _move_strip(self, offsets: Sequence[int]) -> None:
+        """Moves the strip's start to the heads."""
+        most = max(offsets)
+        new = self._new_slots(self.strip_len, most)
+        kept = Span(offsets, self.head - self.base, self.strip_len, self.columns)
+        for name, old in self.strip.items():
+            if kept.is_slice:
+                self.strip[name] = torch.cat([old[:, most:], new[name]], dim=1)
+            else:
+                self.strip[name] = kept.read(torch.cat([old, new[name]], dim=1))
+        self.bases, self.base = list(self.heads), self.head
+        self._draw_uniforms()
+
+    def slots(self) -> Slots:
+        """The window as the coming iteration finds it."""
+        tokens, is_code = self.span.read(self.tokens), self.is_code[self.span.index]
+        levels = self.span.read(self.levels) if self.source.config.num_levels else None
+        wide = {name: self.in_strip.read(field) for name, field in self.strip.items()}
+        uniforms = None
+        if self.uniforms is not None:
+            uniforms = self.in_strip.read(self.uniforms[:, :, self.iteration - self.first_draw])
+        noisy, draft_probs, gumbel = (wide.get(name) for name in ("noisy", "draft_probs", "gumbel"))
+        return Slots(tokens, is_code, levels, noisy, draft_probs, gumbel, uniforms)
+
+    def fed(self, slots: Slots, num_refeed: int) -> tuple[Span, Tensor]:
+        """The slots that a forward is fed, head - R .. head + W - 2, and their embeddings (B, R + W - 1, D).
+
+        The last slot of the window is not fed: nothing is read from it.
+        """
+        starts = [head - num_refeed for head in self.heads]
+        span = Span(starts, self.head - num_refeed, num_refeed + self.size - 1, self.columns)
+        embeddings = F.embedding(span.read(self.tokens), self.source.table)
+        if slots.noisy is not None and slots.levels is not None:
+            drafts = embeddings[:, num_refeed:]
+            noisy = self.source.space.denormalise(slots.noisy[:, :-1])
+            drafts.copy_(noisy.where(slots.levels[:, :-1, None] > 0, drafts))
+        return span, embeddings
+
+    def renew(self, slots: Slots, tokens: Tensor, probs: Tensor | None) -> None:
+        """One iteration later: `tokens` (B, W), for drafts of law `probs`; noisy slots one level cleaner."""
+        self.span.write(self.tokens, tokens)
+        if probs is not None:
+            self.in_strip.write(self.strip["draft_probs"], probs)
+        if slots.levels is not None and slots.noisy is not None:
+            if self.source.config.num_levels > 1:  # from level 1 a slot goes straight to a clean embedding
+                x0_hat = F.embedding(tokens, self.source.normalised)
+                kept = F.embedding(slots.levels, self.source.kept)
+                self.in_strip.write(self.strip["noisy"], blend(slots.noisy, x0_hat, kept))
+            self.span.write(self.levels, (slots.levels - 1).clamp_min(0))
+
+    def advance(self, num_committed: Sequence[int], committed: Tensor) -> None:
+        """Moves each row's window on; `num_committed` on the host, `committed` (B,) on the device."""
+        self.heads = [head + num for head, num in zip(self.heads, num_committed, strict=True)]
+        self.head = self.head + committed
+        self.iteration += 1
+        self._place()
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Keeps some rows."""
+        index = torch.tensor(rows, device=self.head.device)
+        self.heads, self.bases = [self.heads[row] for row in rows], [self.bases[row] for row in rows]
+        self.head, self.base, self.seeds = self.head[index], self.base[index], self.seeds[index]
+        self.tokens, self.levels = self.tokens[index], self.levels[index]
+        self.strip = {name: field[index] for name, field in self.strip.items()}
+        if self.uniforms is not None:
+            self.uniforms = self.uniforms[index]
+        self._place()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from sjd2_lightning.masks import additive
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.models.cache import KVCache
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
@@ -75,6 +76,7 @@ class PretrainedBackbone(Backbone):
             model.get_submodule(part).requires_grad_(False)
         self.num_codes = image_tokenizer.num_codes
         self.hidden_size = model.config.get_text_config().hidden_size
+        self.train(model.training)
 
     @property
     def trunk(self) -> Any:
@@ -103,7 +105,7 @@ class PretrainedBackbone(Backbone):
         return self.trunk(
             inputs_embeds=embeddings,
             position_ids=position_ids,
-            attention_mask=attention_mask,
+            attention_mask=additive(attention_mask, embeddings.dtype),
             past_key_values=cache,
             use_cache=False,
         ).last_hidden_state

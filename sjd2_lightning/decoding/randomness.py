@@ -55,9 +55,10 @@ def stream(slot_key: Tensor, purpose: Purpose, draw: int | Tensor = 0) -> Tensor
         purpose: what the numbers are for.
         draw: the iteration; several, int64, broadcast against the keys.
     """
-    step = _wrapped(((int(purpose) << 32) + 1) * _GOLDEN)
-    step = step + draw * _GOLDEN if isinstance(draw, Tensor) else _wrapped(step + draw * _GOLDEN)
-    return _mix(slot_key + step)
+    first = ((int(purpose) << 32) + 1) * _GOLDEN
+    if isinstance(draw, Tensor):
+        return _mix(slot_key + (draw * _GOLDEN + _wrapped(first)))
+    return _mix(slot_key + _wrapped(first + draw * _GOLDEN))
 
 
 def _bits(key: Tensor, count: int) -> Tensor:

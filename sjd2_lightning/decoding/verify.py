@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -65,4 +66,4 @@ def verify_speculative(
 
 def num_leading(mask: Bool[Tensor, "B W"]) -> Int[Tensor, " B"]:
     """(B,) length of the run of True at the left end of each row (B, W)."""
-    return mask.long().cumprod(-1).sum(-1)
+    return mask.cumprod(-1, dtype=torch.long).sum(-1)

@@ -1,5 +1,6 @@
 """The two commands: fit, resume, export, measure, sweep, and say clearly what is wrong."""
 
+import csv
 import json
 import os
 import sys
@@ -213,6 +214,40 @@ def test_a_sweep_of_fine_tuning(command, tiny_folder, tmp_path):
         for job in ("0", "1")
     ]
     assert windows == [32, 64]
+
+
+def test_a_sweep_ends_in_one_report_and_lists_what_failed(command, tiny_folder, tmp_path):
+    broken = tmp_path / "sweep" / "4"
+    broken.mkdir(parents=True)
+    (broken / "images").write_text("a file where the folder of images should be")
+    status = command(
+        evaluate_main,
+        "-m",
+        "decoding.window=4,16,32",
+        "decoding.num_levels=0,1,2",
+        f"model.path={tiny_folder / 'model'}",
+        "run_dir=sweep",
+        "metrics=none",
+        "num_prompts=1",
+        "warm_up=false",
+        "compare=[ar,sjd2]",
+        "logger=none",
+    )
+    assert status == 0
+    lines = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").read_text().splitlines()))
+    assert [line["job"] for line in lines if line["error"]] == ["4"]
+    assert len({line["job"] for line in lines}) == 9
+    assert {(line["window"], line["num_levels"]) for line in lines if line["method"] == "sjd2"} == {
+        (window, levels) for window in ("4", "16", "32") for levels in "012"
+    } - {("16", "1")}
+    assert "decoding.window=16 decoding.num_levels=1" in (tmp_path / "sweep" / "sweep.html").read_text()
+    assert (tmp_path / "sweep" / "figures" / "sweep_step_compression.png").is_file()
+
+
+def test_a_sweep_that_fails_throughout_says_so(command, tmp_path):
+    assert command(evaluate_main, "-m", "decoding.window=0,-1", "run_dir=sweep", "logger=none") == 1
+    assert "2 runs, 2 failed" in (tmp_path / "sweep" / "sweep.md").read_text()
+    assert "decoding.window" in (tmp_path / "sweep" / "sweep.md").read_text()
 
 
 def test_evaluation_writes_what_it_returns(command, tiny_folder, tmp_path):

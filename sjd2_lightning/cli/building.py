@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import lightning as L
@@ -15,7 +17,8 @@ from sjd2_lightning.metrics.alignment import load_clip_scorer
 from sjd2_lightning.metrics.features import load_feature_extractor
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
-from sjd2_lightning.models.registry import load_backbone
+from sjd2_lightning.models.lora import has_adapter
+from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.tiny import build_tiny
 from sjd2_lightning.module import NoiseConfig, OptimizerConfig, SJD2Module
 from sjd2_lightning.prompts import PromptItem, held_out_prompts, read_prompts
@@ -48,16 +51,59 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
 
 
 def build_backbone(model: ModelConfig, path: Path | None = None) -> Backbone:
-    """The backbone of a configuration: loaded, or with random weights.
+    """The backbone of a configuration: loaded, or with random weights; with a low-rank adapter if asked for.
 
     Args:
         model: its group.
         path: a folder to load instead of `model.path`.
+
+    Raises:
+        ValueError: weights or adapter cannot be used; the message says how to get them.
     """
     if model.scratch is not None:
         sizes = model.scratch.model_dump() | {"image_tokenizer": shipped(model.scratch.image_tokenizer)}
         return build_tiny([item.caption for item in load_emoji_index()], **sizes)
-    return load_backbone(model.family, path or shipped(model.path), model.trunk, getattr(torch, model.dtype))
+    if model.init == "random_tiny":
+        backbone = build_shrunken(model.family)
+    else:
+        source = replace(model.source, path=path or model.source.path)
+        dtype = getattr(torch, model.dtype)
+        backbone = load_backbone(
+            model.family, source, model.trunk, dtype, model.load_onto, model.unconditional
+        )
+    if model.peft is not None or model.adapter is not None:
+        backbone.add_lora(model.lora, model.adapter)
+    if model.activation_checkpointing:
+        backbone.checkpoint_activations()
+    return backbone
+
+
+def decoding_backbone(model: ModelConfig, path: Path, ckpt_path: str | None, device: str) -> Backbone:
+    """The backbone to decode with, kept in memory for the next run of a sweep in this process.
+
+    Args:
+        model: its group.
+        path: of its weights.
+        ckpt_path: a checkpoint of fine-tuning whose weights replace them, or None.
+        device: where it goes.
+    """
+    files = [
+        path / "backbone.json",
+        *path.glob("*/*.safetensors"),
+        *map(Path, [ckpt_path] if ckpt_path else []),
+    ]
+    changed = tuple(file.stat().st_mtime_ns for file in files if file.is_file())
+    return _kept_backbone(model, path, ckpt_path, device, changed)
+
+
+@lru_cache(maxsize=1)
+def _kept_backbone(
+    model: ModelConfig, path: Path, ckpt_path: str | None, device: str, changed: tuple[int, ...]
+) -> Backbone:
+    backbone = build_backbone(model, path)
+    if ckpt_path is not None:
+        load_trained(backbone, ckpt_path)
+    return backbone.to(device)
 
 
 def load_trained(backbone: Backbone, ckpt_path: str | Path) -> None:
@@ -69,9 +115,10 @@ def load_trained(backbone: Backbone, ckpt_path: str | Path) -> None:
     try:
         state = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
         prefix = "backbone."
-        backbone.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        )
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if has_adapter(backbone):  # its checkpoints hold nothing else
+            state = {**backbone.state_dict(), **state}
+        backbone.load_state_dict(state)
     except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"ckpt_path={ckpt_path}: this is no checkpoint of the model in model.path ({error})"
@@ -90,6 +137,7 @@ def build_module(config: TrainConfig, backbone: Backbone) -> SJD2Module:
         val_levels=config.noise.val_levels,
         freeze=config.optimizer.freeze,
         seed=config.seed,
+        save_trained_only=has_adapter(backbone),
     )
 
 

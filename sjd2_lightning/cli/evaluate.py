@@ -49,12 +49,11 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     import torch
 
     from sjd2_lightning.cli.building import (
-        build_backbone,
         build_metrics,
         build_prompts,
         build_reference,
+        decoding_backbone,
         image_tokenizer_of,
-        load_trained,
     )
     from sjd2_lightning.evaluation import evaluate_methods
     from sjd2_lightning.prompts import repeat_prompts
@@ -64,10 +63,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     prompts = repeat_prompts(build_prompts(config, config.num_prompts), config.samples_per_prompt)
-    backbone = build_backbone(config.model, weights)
-    if config.ckpt_path is not None:
-        load_trained(backbone, config.ckpt_path)
-    backbone.to(device)
+    backbone = decoding_backbone(config.model, weights, config.ckpt_path, device)
     result = evaluate_methods(
         backbone,
         {name: config.methods[name] for name in config.compare},

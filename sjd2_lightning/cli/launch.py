@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -15,9 +16,13 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from sjd2_lightning.cli.sweep import SweepReport
 from sjd2_lightning.config import conf_dir
+
+log = logging.getLogger(__name__)
 
 _MISSPELT = re.compile(r"Could not override '(?P<key>[^']+)'")
 
@@ -30,7 +35,8 @@ def launch(script: str, job: Callable[[DictConfig], object]) -> None:
         job: gets the composed configuration, whose `run_dir` is the run's own folder.
 
     A wrong configuration, and any other ValueError that this package raises, ends in its message and exit
-    status 2; every other error keeps its traceback.
+    status 2; every other error keeps its traceback. In a sweep a run that fails does not stop the others: it
+    is listed in the sweep's report, and the exit status is 1 if all of them failed.
     """
 
     def run(cfg: DictConfig) -> None:
@@ -39,10 +45,14 @@ def launch(script: str, job: Callable[[DictConfig], object]) -> None:
             folder = folder.relative_to(Path.cwd())
         with open_dict(cfg):
             cfg.run_dir = str(folder)
-        job(cfg)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            _run_in_sweep(job, cfg, folder)
+        else:
+            job(cfg)
 
     # Otherwise Hydra prints errors itself, cut short, and exits before the lines below.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    SweepReport.all_failed = False
     start = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=script)(run)
     try:
         start()
@@ -53,6 +63,20 @@ def launch(script: str, job: Callable[[DictConfig], object]) -> None:
         if not raised_in.is_relative_to(Path(__file__).resolve().parents[1]):
             raise
         sys.exit(_fail(f"{error}"))
+    if SweepReport.all_failed:
+        sys.exit(1)
+
+
+def _run_in_sweep(job: Callable[[DictConfig], object], cfg: DictConfig, folder: Path) -> None:
+    from sjd2_lightning.report.sweep import write_job
+
+    outcome, message = None, None
+    try:
+        outcome = job(cfg)
+    except Exception as error:  # whatever stops one run, the others go on
+        log.error("this run of the sweep failed", exc_info=not isinstance(error, ValueError))
+        message = " ".join(str(error).split()) or type(error).__name__
+    write_job(folder, list(HydraConfig.get().overrides.task), outcome, message)
 
 
 def _fail(message: str) -> int:

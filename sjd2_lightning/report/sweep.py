@@ -1,0 +1,230 @@
+"""One report of a sweep: every run in a table, maps over window and levels, failures by name.
+
+Source: ours; the maps follow the paper's figure 4 (latency over window and denoising iterations).
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from sjd2_lightning.comparison import BASELINE
+from sjd2_lightning.records import write_atomic
+from sjd2_lightning.report.figures import figure_png
+from sjd2_lightning.report.sweep_figures import QUALITY, SweepRow, pareto_figure, sweep_map
+
+JOB_FILE = "job.json"
+_TEMPLATES = Path(__file__).parent / "templates"
+# figure -> (title, whether less is better)
+MAPS = {
+    "seconds_per_image": ("seconds an image", True),
+    "step_compression": ("tokens a pass", False),
+    "speedup": ("speedup", False),
+    **QUALITY,
+}
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """One run of a sweep: what it was asked for, and what came out or went wrong.
+
+    Attributes:
+        name: of its folder.
+        overrides: as on the command line, "key=value".
+        error: first line of what stopped it; None if it ended.
+        report: its report.json, if it wrote one.
+        metrics: what training returned.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    error: str | None = None
+    report: Mapping[str, Any] | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SweepFiles:
+    """Where the parts of the report lie, and how many runs failed."""
+
+    csv: Path
+    markdown: Path
+    html: Path
+    figures: tuple[Path, ...]
+    num_failed: int
+
+
+def job_titles(jobs: Sequence[SweepJob]) -> dict[str, str]:
+    """By name of each run the overrides that not all runs share, in one line."""
+    shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    return {
+        job.name: " ".join(text for text in job.overrides if text not in shared) or f"run {job.name}"
+        for job in jobs
+    }
+
+
+def write_job(folder: Path, overrides: Sequence[str], outcome: object, error: str | None) -> None:
+    """Leaves word of one run in its folder, for `read_sweep`.
+
+    Args:
+        folder: of the run.
+        overrides: of the run.
+        outcome: what the run returned; only plain numbers in a mapping are kept.
+        error: what stopped it, or None.
+    """
+    numbers = outcome.items() if isinstance(outcome, Mapping) else ()
+    metrics = {str(name): value for name, value in numbers if isinstance(value, (int, float))}
+    content = {"overrides": list(overrides), "error": error, "metrics": metrics}
+    write_atomic(folder / JOB_FILE, json.dumps(content, indent=2))
+
+
+def read_sweep(folder: str | Path) -> list[SweepJob]:
+    """The runs below a sweep's folder, in the order of their numbers."""
+    jobs = []
+    for path in Path(folder).glob(f"*/{JOB_FILE}"):
+        content, report = json.loads(path.read_text()), path.with_name("report.json")
+        found = json.loads(report.read_text()) if report.is_file() and content["error"] is None else None
+        name, overrides = path.parent.name, tuple(content["overrides"])
+        jobs.append(SweepJob(name, overrides, content["error"], found, content["metrics"]))
+    return sorted(jobs, key=lambda job: (len(job.name), job.name))
+
+
+def sweep_rows(jobs: Sequence[SweepJob]) -> list[SweepRow]:
+    """A row for every method of every run that ended."""
+    rows = []
+    for job in jobs:
+        for name, method in (job.report or {}).get("methods", {}).items():
+            figures = {
+                key: value
+                for key, value in method.items()
+                if isinstance(value, (int, float)) and not isinstance(value, bool)
+            }
+            for key, value in method.items():
+                if key.endswith("_interval") and value is not None and None not in value:
+                    stem = key.removesuffix("_interval")
+                    figures |= {f"{stem}_low": value[0], f"{stem}_high": value[1]}
+            rows.append(SweepRow(job.name, name, method["acceptance"], method["lossless"], figures))
+    return rows
+
+
+def sweep_csv(jobs: Sequence[SweepJob], rows: Sequence[SweepRow]) -> str:
+    """Every run as a line: its overrides, then what it measured or why it failed."""
+    overrides = {
+        job.name: dict(text.lstrip("+~").partition("=")[::2] for text in job.overrides) for job in jobs
+    }
+    lines: list[dict[str, object]] = []
+    for job in jobs:
+        head = {"job": job.name, **overrides[job.name], "error": job.error or ""}
+        own = [row for row in rows if row.job == job.name]
+        lines += [
+            {**head, "method": row.method, "acceptance": row.acceptance, "lossless": row.lossless}
+            | dict(row.figures)
+            for row in own
+        ]
+        if not own:
+            lines.append({**head, **job.metrics})
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def best_rows(rows: Sequence[SweepRow]) -> list[tuple[str, SweepRow]]:
+    """For each method that drafts its fastest setting, by wall clock where it was measured."""
+    found = []
+    for method in dict.fromkeys(row.method for row in rows if row.method != BASELINE):
+        own = [row for row in rows if row.method == method]
+        key = "speedup" if all("speedup" in row.figures for row in own) else "step_compression"
+        found.append((method, max(own, key=lambda row: row.figures.get(key, 0.0))))
+    return found
+
+
+def write_sweep_report(jobs: Sequence[SweepJob], folder: str | Path) -> SweepFiles:
+    """Writes sweep.csv, sweep.md, sweep.html and figures/ of a sweep.
+
+    Args:
+        jobs: from `read_sweep`.
+        folder: of the sweep.
+    """
+    folder = Path(folder)
+    rows = sweep_rows(jobs)
+    drawn = {}
+    for key, (title, less_is_better) in MAPS.items():
+        if (figure := sweep_map(rows, key, title, less_is_better)) is not None:
+            drawn[f"sweep_{key}"] = (title, figure_png(figure))
+    if (figure := pareto_figure(rows)) is not None:
+        drawn["sweep_pareto"] = ("quality against speed", figure_png(figure))
+    paths = []
+    for name, (_, png) in drawn.items():
+        paths.append(folder / "figures" / f"{name}.png")
+        write_atomic(paths[-1], png)
+    write_atomic(folder / "sweep.csv", sweep_csv(jobs, rows))
+    write_atomic(folder / "sweep.md", _markdown(jobs, rows, list(drawn)))
+    write_atomic(folder / "sweep.html", _page(jobs, rows, drawn))
+    failed = sum(job.error is not None for job in jobs)
+    return SweepFiles(folder / "sweep.csv", folder / "sweep.md", folder / "sweep.html", tuple(paths), failed)
+
+
+_COLUMNS = ("step_compression", "speedup", "seconds_per_image", "clip_gain", "kid")
+
+
+def _table(jobs: Sequence[SweepJob], rows: Sequence[SweepRow]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: methods of evaluations, or metrics of trainings."""
+    titles = job_titles(jobs)
+    if rows:
+        shown = [key for key in _COLUMNS if any(key in row.figures for row in rows)]
+        lines = [
+            [titles[row.job], row.method, row.setting, *(_number(row.figures.get(key)) for key in shown)]
+            for row in rows
+        ]
+        return ["run", "method", "window / levels", *(key.replace("_", " ") for key in shown)], lines
+    names = list(dict.fromkeys(name for job in jobs for name in job.metrics))
+    ended = [job for job in jobs if job.error is None]
+    return ["run", *names], [
+        [titles[job.name], *(_number(job.metrics.get(n)) for n in names)] for job in ended
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _markdown(jobs: Sequence[SweepJob], rows: Sequence[SweepRow], figures: Sequence[str]) -> str:
+    failed = [job for job in jobs if job.error is not None]
+    titles = job_titles(jobs)
+    headings, lines = _table(jobs, rows)
+    text = ["# Sweep", "", f"{len(jobs)} runs, {len(failed)} failed.", ""]
+    text += [f"- failed: `{titles[job.name]}`: {job.error}" for job in failed]
+    for method, row in best_rows(rows):
+        speed = row.figures.get("speedup")
+        text.append(f"- fastest {method}: {row.setting}, speedup {_number(speed)}")
+    text += ["", "| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    text += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    text += ["", *(f"![{name}](figures/{name}.png)" for name in figures)]
+    return "\n".join(text) + "\n"
+
+
+def _page(jobs: Sequence[SweepJob], rows: Sequence[SweepRow], drawn: Mapping[str, tuple[str, bytes]]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    headings, lines = _table(jobs, rows)
+    titles = job_titles(jobs)
+    return environment.get_template("sweep.html").render(
+        num_runs=len(jobs),
+        failed=[(titles[job.name], job.error) for job in jobs if job.error is not None],
+        best=[(method, row.setting, _number(row.figures.get("speedup"))) for method, row in best_rows(rows)],
+        figures=[(title, base64.b64encode(png).decode()) for title, png in drawn.values()],
+        headings=headings,
+        lines=lines,
+    )

@@ -85,11 +85,11 @@ class VQImageTokenizer(nn.Module):
         """Hash of weights and settings: shards say with it which tokenizer made them."""
         return weights_identity(self.vq, b"patches alone" if self.isolate_patches else b"")
 
-    def save(self, folder: str | Path) -> None:
-        """Writes a ``diffusers`` folder in half precision."""
-        half = VQModel.from_config(self.vq.config)
-        half.load_state_dict(self.vq.state_dict())
-        half.half().save_pretrained(folder, safe_serialization=True)
+    def save(self, folder: str | Path, half: bool = True) -> None:
+        """Writes a ``diffusers`` folder, in half precision unless asked otherwise."""
+        copy = VQModel.from_config(self.vq.config)
+        copy.load_state_dict(self.vq.state_dict())
+        (copy.half() if half else copy).save_pretrained(folder, safe_serialization=True)
         settings = {"isolate_patches": self.isolate_patches}
         (Path(folder) / _SETTINGS).write_text(json.dumps(settings) + "\n")
 

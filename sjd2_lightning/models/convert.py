@@ -1,0 +1,264 @@
+"""Brings a released Lumina-mGPT and Meta's image tokenizer into one folder that `load_chameleon` reads.
+
+    python -m sjd2_lightning.models.convert --trunk Lumina-mGPT-7B-768 --vqgan vqgan.ckpt \\
+        --out weights/lumina_mgpt_7b_768
+
+Shard by shard, so that no more than one shard lies in memory. `manifest.json` says what each file was made
+of; files whose source has not changed are left alone, so a conversion that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+
+from sjd2_lightning.models.chameleon import LUMINA_MGPT
+from sjd2_lightning.models.image_tokenizer import VQImageTokenizer
+from sjd2_lightning.models.sources import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK
+from sjd2_lightning.models.taming import generator_weights, read_pickle, vq_from_taming
+
+MANIFEST = "manifest.json"
+VQ_PREFIX = "model.vqmodel."
+_BUFFERS = (".rotary_emb.inv_freq",)  # computed, not loaded; older checkpoints hold them
+_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """Weight files of a folder, safetensors before pickles; raises ValueError if there are none."""
+    for pattern in ("*.safetensors", "*.bin"):
+        if found := sorted(folder.glob(pattern)):
+            return found
+    raise ValueError(f"--trunk {folder}: there are no *.safetensors and no *.bin")
+
+
+def read_shard(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a weight file, one at a time where the format allows it."""
+    if path.suffix == ".bin":
+        yield from read_pickle(path).items()
+        return
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  no dictionary
+            yield name, file.get_tensor(name)
+
+
+def names_of(path: Path) -> list[str]:
+    """Names of the tensors in a weight file."""
+    if path.suffix == ".bin":
+        return list(read_pickle(path))
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def expanded(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """A weight in the shape of transformers' class: norms of queries and keys have a row for every head.
+
+    The release stores a row for each shard that it was trained on; every head of a shard has that row.
+
+    Raises:
+        ValueError: for any other difference of shapes.
+    """
+    is_norm = name.endswith(("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"))
+    if value.shape == shape:
+        return value
+    if is_norm and value.ndim == 2 and value.shape[1] == shape[1] and shape[0] % value.shape[0] == 0:
+        return value.repeat_interleave(shape[0] // value.shape[0], dim=0)
+    raise ValueError(f"{name} has shape {tuple(value.shape)}; config.json asks for {tuple(shape)}")
+
+
+def trunk_config(trunk: Path, text: Path) -> dict[str, Any]:
+    """The trunk's config.json; names of the codes come from the text tokenizer where it lacks them.
+
+    Raises:
+        ValueError: if it is of another type of model, or nothing names the codes.
+    """
+    path = trunk / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--trunk {trunk}: config.json is missing")
+    config = json.loads(path.read_text())
+    if "chameleon" not in str(config.get("model_type", "")):
+        raise ValueError(f"{path} is of a model of type {config.get('model_type')!r}, not of a Chameleon")
+    if not config.get("vocabulary_map"):
+        vocabulary = json.loads((text / "tokenizer.json").read_text())["model"]["vocab"]
+        names = {name: token for name, token in vocabulary.items() if name.startswith("IMGIMG")}
+        if not names:
+            raise ValueError(
+                f"neither {path} nor {text / 'tokenizer.json'} names the image codes (IMGIMG...Z)"
+            )
+        image = vocabulary.get("<image>", vocabulary.get("<reserved08707>"))
+        config["vocabulary_map"] = {"<image>": image, **names}
+    return config | {"model_type": "chameleon", "architectures": ["ChameleonForConditionalGeneration"]}
+
+
+def check_names(found: set[str], wanted: set[str], where: str) -> None:
+    """Raises ValueError naming weights that are unknown or missing."""
+    unknown, missing = sorted(found - wanted), sorted(wanted - found)
+    if unknown or missing:
+        parts = [f"unknown {', '.join(unknown)}"] if unknown else []
+        parts += [f"missing {', '.join(missing)}"] if missing else []
+        raise ValueError(f"the weights in {where} do not fit config.json: {'; '.join(parts)}")
+
+
+class Writer:
+    """Files of the converted folder, each written in one go and noted in the manifest with its source."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / MANIFEST
+        self.files: dict[str, Any] = json.loads(path.read_text())["files"] if path.is_file() else {}
+
+    def write(self, name: str, source: str, make: Callable[[Path], object]) -> bool:
+        """Makes a file unless it is there and was made of the same source; says whether it made it.
+
+        Args:
+            name: relative to the folder.
+            source: what identifies the content; a change of it makes the file again.
+            make: writes the content to a path.
+        """
+        path = self.out / name
+        noted = self.files.get(name)
+        if noted and noted["source"] == source and path.is_file() and path.stat().st_size == noted["bytes"]:
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        make(part)
+        part.replace(path)
+        self.files[name] = {"source": source, "bytes": path.stat().st_size, "sha256": sha256(path)}
+        part = self.out / f".{MANIFEST}.part"
+        part.write_text(json.dumps({"files": self.files}, indent=2, sort_keys=True) + "\n")
+        part.replace(self.out / MANIFEST)
+        return True
+
+
+def convert(trunk: Path, vqgan: Path, out: Path, text: Path | None = None) -> list[str]:
+    """Writes `backbone.json`, `trunk/`, `text/` and `tokenizer/`.
+
+    Args:
+        trunk: folder of the released trunk: config.json and its weight files.
+        vqgan: Meta's vqgan.ckpt.
+        out: the new folder.
+        text: folder with tokenizer.json, if it does not lie beside the trunk.
+
+    Returns:
+        Names of the files that were made; empty if everything was there.
+
+    Raises:
+        ValueError: before anything is written, if a file is missing or weights are unknown or missing.
+    """
+    text = text or trunk
+    for needed in (text / "tokenizer.json", vqgan):
+        if not needed.is_file():
+            raise ValueError(f"{needed} is missing")
+    fields = trunk_config(trunk, text)
+    with torch.device("meta"):
+        shapes = {
+            name: value.shape
+            for name, value in ChameleonForConditionalGeneration(ChameleonConfig(**fields))
+            .state_dict()
+            .items()
+        }
+    state = read_pickle(vqgan)
+    vq = vq_from_taming(state)
+    encoder = {
+        VQ_PREFIX + name: value.contiguous()
+        for name, value in generator_weights(state).items()
+        if not name.startswith("decoder.")
+    }
+    shards = shards_of(trunk)
+    names = {shard: [name for name in names_of(shard) if not name.endswith(_BUFFERS)] for shard in shards}
+    own = {name for found in names.values() for name in found if not name.startswith(VQ_PREFIX)}
+    check_names(own, {name for name in shapes if not name.startswith(VQ_PREFIX)}, str(trunk))
+    check_names(set(encoder), {name for name in shapes if name.startswith(VQ_PREFIX)}, str(vqgan))
+    return _write(Writer(out), fields, shapes, names, encoder, vq, vqgan, text)
+
+
+def _write(
+    writer: Writer,
+    fields: dict[str, Any],
+    shapes: dict[str, torch.Size],
+    names: dict[Path, list[str]],
+    encoder: dict[str, Tensor],
+    vq: Any,
+    vqgan: Path,
+    text: Path,
+) -> list[str]:
+    made: list[str] = []
+
+    def write(name: str, source: str, make: Callable[[Path], object]) -> None:
+        if writer.write(name, source, make):
+            made.append(name)
+
+    def write_json(name: str, content: object) -> None:
+        source = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        write(name, hashlib.sha256(source.encode()).hexdigest(), lambda path: path.write_text(source))
+
+    weight_map: dict[str, str] = {}
+    for place, (shard, found) in enumerate([*names.items(), (vqgan, list(encoder))]):
+        name = f"model-{place + 1:05d}-of-{len(names) + 1:05d}.safetensors"
+        kept = [weight for weight in found if shard == vqgan or not weight.startswith(VQ_PREFIX)]
+        weight_map |= dict.fromkeys(kept, name)
+
+        def save(path: Path, shard: Path = shard, kept: list[str] = kept) -> None:
+            weights = encoder.items() if shard == vqgan else read_shard(shard)
+            tensors = {
+                weight: expanded(weight, value, shapes[weight]).contiguous()
+                for weight, value in weights
+                if weight in kept
+            }
+            save_file(tensors, path, {"format": "pt"})
+
+        write(f"{TRUNK}/{name}", sha256(shard), save)
+    write_json(f"{TRUNK}/model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(f"{TRUNK}/config.json", fields)
+    for file in (text / name for name in _TEXT_FILES):
+        if file.is_file():
+            write(f"{TEXT}/{file.name}", sha256(file), partial(shutil.copyfile, file))
+    folder = writer.out / TOKENIZER
+
+    def save_tokenizer(path: Path) -> None:
+        VQImageTokenizer(vq).save(folder, half=False)
+        (folder / "diffusion_pytorch_model.safetensors").rename(path)
+
+    write(f"{TOKENIZER}/diffusion_pytorch_model.safetensors", sha256(vqgan), save_tokenizer)
+    write_json(BACKBONE_FILE, {"family": "chameleon", **asdict(LUMINA_MGPT)})
+    return made
+
+
+def main() -> None:
+    """Entry point of `python -m sjd2_lightning.models.convert`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trunk", type=Path, required=True, help="folder of the released Lumina-mGPT")
+    parser.add_argument("--vqgan", type=Path, required=True, help="Meta's vqgan.ckpt")
+    parser.add_argument("--text", type=Path, help="folder with tokenizer.json, if it is not in --trunk")
+    parser.add_argument("--out", type=Path, required=True, help="the new folder, for model.path")
+    asked = parser.parse_args()
+    try:
+        made = convert(asked.trunk, asked.vqgan, asked.out, asked.text)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    print(f"{asked.out}: {', '.join(made) if made else 'nothing to do'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,45 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field
 
+from sjd2_lightning.config_base import Count, Group, Natural, Positive, Share, several
+from sjd2_lightning.config_base import shipped as shipped
+from sjd2_lightning.config_model import ModelConfig as ModelConfig
 from sjd2_lightning.decoding.methods import DecodingConfig
 from sjd2_lightning.noise import RampLaw
-
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-
-_PACKAGE = Path(__file__).resolve().parent
-
-
-def shipped(path: str | Path) -> Path:
-    """A path as it is if it exists, else where the checkout or the installed package ships it."""
-    roots = (Path(), _PACKAGE.parent, _PACKAGE)
-    return next((root / path for root in roots if (root / path).exists()), Path(path))
-
-
-def several(problems: list[str]) -> PydanticCustomError:
-    """One validation error that carries several problems, each a line that starts with its key."""
-    return PydanticCustomError("several", "{lines}", {"lines": "\n".join(problems)})
-
-
-class Group(BaseModel):
-    """A part of the configuration: no unknown keys, no silent conversions."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    def problems(self) -> list[str]:
-        """What is wrong between fields that are right each by itself; a line each, starting with the key."""
-        return []
-
-    @model_validator(mode="after")
-    def _no_problems(self) -> Group:
-        if found := self.problems():
-            raise several(found)
-        return self
 
 
 def _no_decoding_problems(config: DecodingConfig) -> DecodingConfig:
@@ -112,48 +80,6 @@ class DataConfig(Group):
                 f"reference_dir={self.reference_dir}: there is no such folder; give a folder of images"
             )
         return found
-
-
-class ScratchConfig(Group):
-    """Sizes of a tiny trunk with random weights."""
-
-    image_tokenizer: str
-    text_vocab_size: Count
-    hidden_size: Count
-    intermediate_size: Count
-    num_layers: Count
-    num_heads: Count
-
-    def problems(self) -> list[str]:
-        """Heads that do not divide the width, a missing image tokenizer."""
-        found = []
-        if self.hidden_size % self.num_heads:
-            found.append(f"hidden_size={self.hidden_size}: must be a multiple of num_heads={self.num_heads}")
-        if not (shipped(self.image_tokenizer) / "config.json").is_file():
-            found.append(
-                f"image_tokenizer={self.image_tokenizer}: there is no image tokenizer; train it with "
-                "`python train.py experiment=tiny_tokenizer`"
-            )
-        return found
-
-
-class ModelConfig(Group):
-    """The backbone: its family, its local folder, and the size of the images."""
-
-    family: str
-    path: str
-    trunk: str
-    dtype: Literal["float32", "bfloat16", "float16"]
-    image_size: tuple[Count, Count]
-    scratch: ScratchConfig | None
-
-    def problems(self) -> list[str]:
-        """A backbone folder that is not there."""
-        if self.scratch is None and not (shipped(self.path) / "backbone.json").is_file():
-            return [
-                f"path={self.path}: there is no backbone.json; give a backbone folder, such as an export_dir"
-            ]
-        return []
 
 
 class NoiseSettings(Group):
@@ -339,6 +265,7 @@ class TrainConfig(SharedConfig):
     export_dir: str
     export_dtype: Literal["float32", "bfloat16", "float16"] | None
     validate_first: bool
+    print_plan: bool
     tokenizer: TokenizerRecipe | None
     clip: ClipRecipe | None
     optimizer: OptimizerSettings
@@ -352,6 +279,8 @@ class TrainConfig(SharedConfig):
             found.append(
                 f"task={self.task}: needs the group of keys `{self.task}`; use experiment=tiny_{self.task}"
             )
+        if self.model.peft and self.callbacks.ema_decay:
+            found.append("callbacks.ema_decay: averages all weights; with model.peft set it to null")
         return found
 
 

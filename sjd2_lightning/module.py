@@ -70,6 +70,7 @@ class SJD2Module(L.LightningModule):
         val_levels: grid size of the validation losses at noise.
         freeze: prefixes of parameter names of the backbone that are not trained.
         seed: of levels, noise and prompt dropout; they depend on (seed, global step, rank) alone.
+        save_trained_only: checkpoints hold the weights that are trained, as for a low-rank adapter.
     """
 
     def __init__(
@@ -82,8 +83,10 @@ class SJD2Module(L.LightningModule):
         val_levels: int = 4,
         freeze: Sequence[str] = (),
         seed: int = 0,
+        save_trained_only: bool = False,
     ) -> None:
         super().__init__()
+        self.strict_loading = not save_trained_only
         self.backbone = backbone
         self.noise = noise
         self.optimizer_config = optimizer
@@ -94,6 +97,17 @@ class SJD2Module(L.LightningModule):
         for name, parameter in backbone.named_parameters():
             if name.startswith(tuple(freeze)):
                 parameter.requires_grad_(False)
+
+    def on_fit_start(self) -> None:
+        # pretrained models come in eval mode, where dropout and activation checkpointing are off
+        self.backbone.train()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves frozen weights out, if that was asked for."""
+        if not self.strict_loading:
+            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
 
     def _rng(self, purpose: int, index: int) -> torch.Generator:
         """A CPU generator for one batch: resuming at any step finds the noise of that step."""

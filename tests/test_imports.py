@@ -17,7 +17,7 @@ HYDRA = ("cli", "config")
 HEAVY = ["lightning", "hydra", "omegaconf", "transformers", "diffusers", "wandb", "webdataset"]
 
 # What each part may not import, beside the rules above: nothing looks up, from the algorithm to the scripts.
-ENTRY = ("config", "config_groups", "cli")
+ENTRY = ("config", "config_groups", "config_model", "config_base", "cli")
 RUN = ("module", "callbacks", "recipes", *ENTRY)
 MEASURE = ("evaluation", "comparison", "generation", "quality", "references", "prompts", "ranks", "report")
 ABOVE = (*MEASURE, *RUN)
@@ -34,6 +34,8 @@ FORBIDDEN = {
     "recipes": ENTRY,
     "config": ("recipes", "cli"),
     "config_groups": ("recipes", "cli"),
+    "config_model": ("recipes", "config", "config_groups", "cli"),
+    "config_base": ("models", "recipes", "config", "config_groups", "config_model", "cli"),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sjd2_lightning.models.sources import TEXT, check_folder, read_backbone_file
 
@@ -67,7 +67,8 @@ def load_parts(
             f"no backbone in {folder}: {text_folder / 'tokenizer.json'} is missing; {options.remedy}"
         )
     model = _load_model(model_class, trunk_folder, options, optional)
-    text = AutoTokenizer.from_pretrained(text_folder, local_files_only=True)
+    # the class that a release names may build its tokenizer anew; tokenizer.json is what it was trained with
+    text = PreTrainedTokenizerFast.from_pretrained(text_folder, local_files_only=True)
     return model, text, fields
 
 

@@ -21,7 +21,15 @@ from sjd2_lightning.masks import additive
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.models.cache import KVCache
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
-from sjd2_lightning.models.sources import BACKBONE_FILE, TEXT, TRUNK
+from sjd2_lightning.models.lora import (
+    LoraSettings,
+    add_lora,
+    has_adapter,
+    load_adapter,
+    merged_state,
+    save_adapter,
+)
+from sjd2_lightning.models.sources import ADAPTER, BACKBONE_FILE, TEXT, TRUNK
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,24 @@ class PretrainedBackbone(Backbone):
         """Keeps only layer inputs for the backward pass and computes the rest again, in train mode."""
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def add_lora(self, settings: LoraSettings, folder: str | Path | None = None) -> None:
+        """Trains a low-rank adapter of the trunk instead of the model's weights.
+
+        Args:
+            settings: of a new adapter.
+            folder: a saved adapter to go on from; it has its own settings.
+
+        Raises:
+            ValueError: for unknown targets, or an adapter that does not fit.
+        """
+        mode = self.model.training
+        self.requires_grad_(False)
+        if folder is None:
+            add_lora(self.model, self.TRUNK_PATH, settings)
+        else:
+            load_adapter(self.model, folder)
+        self.train(mode)  # new modules start in train mode
+
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         return self.trunk.get_input_embeddings()(token_ids)
 
@@ -131,9 +157,15 @@ class PretrainedBackbone(Backbone):
         return self.text_tokenizer.encode(text, add_special_tokens=False)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes weights and everything needed to load them again into a local folder.
+
+        A low-rank adapter is merged into the weights, and lies alone in `adapter/` too.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.to(dtype or value.dtype) for name, value in self.model.state_dict().items()}
+        if has_adapter(self.model):
+            save_adapter(self.model, folder / ADAPTER)
+        state = {name: value.to(dtype or value.dtype) for name, value in merged_state(self.model).items()}
         self.model.save_pretrained(folder / TRUNK, state_dict=state, safe_serialization=True)
         self.text_tokenizer.save_pretrained(folder / TEXT)
         fields = json.dumps({"family": self.FAMILY, **asdict(self._tokens)}, indent=2)

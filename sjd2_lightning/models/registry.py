@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.chameleon import load_chameleon
 from sjd2_lightning.models.emu3 import load_emu3
 from sjd2_lightning.models.janus import load_janus
 from sjd2_lightning.models.loading import LoadOptions
+from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.shrunken import shrunken_chameleon, shrunken_emu3, shrunken_janus
 from sjd2_lightning.models.sources import WeightsSource
 
@@ -45,7 +45,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
     unconditional: str | None = None,
-) -> Backbone:
+) -> PretrainedBackbone:
     """Loads a backbone from a local folder, or from the hub or its cache.
 
     Args:
@@ -61,11 +61,11 @@ def load_backbone(
     """
     load = family_of(family).load
     source = path if isinstance(path, WeightsSource) else WeightsSource(path)
-    remedy = source.remedy() if source.hub_id else LoadOptions.remedy
+    remedy = source.remedy() if source.command() else LoadOptions.remedy
     return load(source.folder(), trunk, LoadOptions(dtype, device, unconditional, remedy))
 
 
-def build_shrunken(family: str, seed: int = 0) -> Backbone:
+def build_shrunken(family: str, seed: int = 0) -> PretrainedBackbone:
     """A family's model with its true ids, layout and key names, small and with random weights.
 
     Args:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BACKBONE_FILE = "backbone.json"  # in folders that this package wrote: family and control tokens
-TRUNK, TEXT, TOKENIZER = "trunk", "text", "tokenizer"  # their sub-folders
+TRUNK, TEXT, TOKENIZER, ADAPTER = "trunk", "text", "tokenizer", "adapter"  # their sub-folders
 PARTS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # never pickles, never code
 
 
@@ -23,15 +23,20 @@ class WeightsSource:
         hub_id: repository on the Hugging Face hub, used if `path` is not there.
         revision: commit or tag of that repository; None is its newest.
         local_files_only: True never opens a connection: the repository must lie in the hub's local cache.
+        get: shell command that gets the weights, where downloading the repository is not all there is to it;
+            they are then only read from `path`.
     """
 
     path: str | Path
     hub_id: str | None = None
     revision: str | None = None
     local_files_only: bool = True
+    get: str | None = None
 
     def command(self) -> str:
         """The shell command that gets the weights; empty where there is no repository to get them from."""
+        if self.get is not None:
+            return self.get
         if self.hub_id is None:
             return ""
         pin = f" --revision {self.revision}" if self.revision else ""
@@ -39,8 +44,10 @@ class WeightsSource:
 
     def remedy(self) -> str:
         """What to do where the weights are missing."""
-        if self.hub_id is None:
+        if not self.command():
             return "set model.path to a backbone folder, such as an export_dir"
+        if self.get is not None:
+            return f"get them with `{self.get}`"
         return (
             f"get them with `{self.command()}`, or let model.local_files_only=false download {self.hub_id} "
             "into the hub's cache"
@@ -54,7 +61,7 @@ class WeightsSource:
         """
         if Path(self.path).is_dir():
             return Path(self.path)
-        if self.hub_id is None:
+        if self.hub_id is None or self.get is not None:
             raise ValueError(f"no backbone in {self.path}: there is no such folder; {self.remedy()}")
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError

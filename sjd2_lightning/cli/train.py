@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from sjd2_lightning.cli.launch import launch
+from sjd2_lightning.cli.plan import show_plan
+from sjd2_lightning.cli.strategy import build_strategy
 from sjd2_lightning.config import save_config, train_config
 from sjd2_lightning.config_groups import TrainConfig
 
@@ -29,12 +31,15 @@ def train(cfg: DictConfig) -> dict[str, float]:
         cfg: composed from `conf/train.yaml`.
 
     Returns:
-        The last value of every logged metric; `start/<name>` are those before training.
+        The last value of every logged metric; `start/<name>` are those before training. With `print_plan`
+        the figures of the plan, and nothing is trained.
 
     Raises:
         ConfigError: the configuration has problems (all of them, before anything is loaded).
         ValueError: weights, data or the checkpoint to go on from cannot be used.
     """
+    if cfg.print_plan:
+        return show_plan(cfg)
     config = train_config(cfg)
     run_dir = Path(config.run_dir)
     save_config(config, run_dir / "train.yaml")
@@ -49,12 +54,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")  # Lightning's own
     warnings.filterwarnings(
         "ignore", r"Found \d+ module\(s\) in eval mode"
-    )  # the image tokenizer, on purpose
+    )  # image tokenizers and what else is not trained, on purpose
     L.seed_everything(config.seed, workers=True)
     module, data = build_task(config)
     loggers = build_loggers(config)
     try:
-        trainer = build_trainer(config, loggers, build_callbacks(config, module, bool(loggers)))
+        trainer = build_trainer(config, module, loggers, build_callbacks(config, module, bool(loggers)))
         start = start_metrics(trainer, module, data) if config.validate_first and ckpt_path is None else {}
         trainer.fit(module, data, ckpt_path=ckpt_path)
         metrics = start | {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
@@ -78,12 +83,14 @@ def start_metrics(
     return {f"start/{name}": float(value) for name, value in sorted(trainer.callback_metrics.items())}
 
 
-def build_trainer(config: TrainConfig, loggers: list[Any], callbacks: list[Any]) -> L.Trainer:
+def build_trainer(
+    config: TrainConfig, module: L.LightningModule, loggers: list[Any], callbacks: list[Any]
+) -> L.Trainer:
     """The trainer of a configuration."""
     import lightning as L
 
     return L.Trainer(
-        **config.trainer.model_dump(),
+        **config.trainer.model_dump() | {"strategy": build_strategy(config.trainer.strategy, module)},
         logger=loggers or False,
         callbacks=callbacks,
         enable_checkpointing=config.callbacks.checkpoint is not None,

@@ -55,6 +55,7 @@ class ChameleonBackbone(VocabularyBackbone):
     """
 
     FAMILY = "chameleon"
+    MODEL = ChameleonForConditionalGeneration
     TRUNK_PATH = "model"
     UNTRAINED = ("model.vqmodel",)
 

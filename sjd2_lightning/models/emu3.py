@@ -48,6 +48,7 @@ class Emu3Backbone(VocabularyBackbone):
     """`Emu3ForConditionalGeneration` behind the Backbone protocol."""
 
     FAMILY = "emu3"
+    MODEL = Emu3ForConditionalGeneration
     TRUNK_PATH = "model.text_model"
     UNTRAINED = ("model.vqmodel",)
 

@@ -48,7 +48,9 @@ class JanusBackbone(PretrainedBackbone):
     """
 
     FAMILY = "janus"
+    MODEL = JanusForConditionalGeneration
     TRUNK_PATH = "model.language_model"
+    FILES = ("generation_config.json",)
     UNTRAINED = ("model.vqmodel", "model.vision_model", "model.aligner")
 
     def __init__(

@@ -63,8 +63,10 @@ class PretrainedBackbone(Backbone):
     """
 
     FAMILY: ClassVar[str]
+    MODEL: ClassVar[Any]  # the class of transformers
     TRUNK_PATH: ClassVar[str]
     UNTRAINED: ClassVar[tuple[str, ...]]  # parts of the model that drawing images from text does not use
+    FILES: ClassVar[tuple[str, ...]] = ()  # of a plain Hugging Face folder, beside weights and tokenizer.json
 
     def __init__(
         self,

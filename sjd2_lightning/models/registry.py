@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sjd2_lightning.models.chameleon import load_chameleon
-from sjd2_lightning.models.emu3 import load_emu3
-from sjd2_lightning.models.janus import load_janus
+from sjd2_lightning.models.chameleon import ChameleonBackbone, load_chameleon
+from sjd2_lightning.models.emu3 import Emu3Backbone, load_emu3
+from sjd2_lightning.models.janus import JanusBackbone, load_janus
 from sjd2_lightning.models.loading import LoadOptions
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.shrunken import shrunken_chameleon, shrunken_emu3, shrunken_janus
@@ -18,16 +18,17 @@ from sjd2_lightning.models.sources import WeightsSource
 
 
 class Family(NamedTuple):
-    """How a family is loaded, and built small with random weights."""
+    """The adapter of a family, how it is loaded, and built small with random weights."""
 
+    adapter: type[PretrainedBackbone]
     load: Callable[..., Any]
     shrunken: Callable[..., Any]
 
 
 FAMILIES: dict[str, Family] = {
-    "chameleon": Family(load_chameleon, shrunken_chameleon),
-    "emu3": Family(load_emu3, shrunken_emu3),
-    "janus": Family(load_janus, shrunken_janus),
+    "chameleon": Family(ChameleonBackbone, load_chameleon, shrunken_chameleon),
+    "emu3": Family(Emu3Backbone, load_emu3, shrunken_emu3),
+    "janus": Family(JanusBackbone, load_janus, shrunken_janus),
 }
 
 

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from sjd2_lightning.config_groups import EvaluateConfig, SharedConfig, TrainConfig
+from sjd2_lightning.decoding.methods import NOISY
 
 # The only names that `_target_` may hold, anywhere in a configuration: instantiating a name runs its code.
 ALLOWED_TARGETS = frozenset(
@@ -32,6 +33,10 @@ ALLOWED_TARGETS = frozenset(
 )
 
 BASELINE = "ar"  # the method that others are compared with
+OF_ALL_METHODS = (
+    "sampling",
+    "compile",
+)  # keys of a method that the baseline shares, or a comparison is unfair
 KeyPath = tuple[str | int, ...]
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
@@ -144,10 +149,10 @@ def _fill_methods(tree: dict[str, Any]) -> set[str]:
         tree["compare"] = list(dict.fromkeys([BASELINE, name]))
     for method in methods.values():
         method.pop("name", None)
-        for key in given if name is None else ("sampling",):
+        for key in given if name is None else OF_ALL_METHODS:
             # The baseline drafts nothing, and only SJD2 has levels.
-            fits = key == "sampling" or (
-                method["method"] != "ar" and (key != "num_levels" or method["method"] == "sjd2")
+            fits = key in OF_ALL_METHODS or (
+                method["method"] != "ar" and (key != "num_levels" or method["method"] in NOISY)
             )
             if fits:
                 method[key] = given.get(key)

@@ -123,7 +123,7 @@ def test_typed_groups_match_what_they_configure():
         ("train", ["decoding.window=abc"], "decoding.window='abc': must be a whole number"),
         ("train", ["decoding.window=16.5"], "decoding.window=16.5: must be a whole number"),
         ("train", ["decoding.window=true"], "decoding.window=True: must be a whole number"),
-        ("train", ["decoding.method=sdj2"], "decoding.method must be one of ar, sjd, mc_sjd, sjd2"),
+        ("train", ["decoding.method=sdj2"], "decoding.method must be one of ar, jacobi, sjd, mc_sjd"),
         ("train", ["+trainer.max_stps=1"], "trainer.max_stps=1: unknown key; did you mean `max_steps`?"),
         ("train", ["+sead=1"], "sead=1: unknown key; did you mean `seed`?"),
         ("train", ["+noise.ramp.segmnt=1"], "noise.ramp.segmnt=1: unknown key; did you mean `segment`?"),
@@ -211,17 +211,29 @@ def test_decoding_values_hold_for_every_method_that_drafts():
     changed = typed(
         "evaluate", "decoding.window=7", "decoding.num_levels=3", "decoding.sampling.top_k=9"
     ).methods
-    assert [method.window for method in changed.values()] == [1, 7, 7, 7, 7, 7]
+    assert {name for name, method in changed.items() if method.window == 1} == {"ar"}
+    assert {method.window for method in changed.values()} == {1, 7}
     assert {name: method.num_levels for name, method in changed.items()} == {
         "ar": 0,
+        "jacobi": 0,
         "sjd": 0,
         "mc_sjd": 0,
+        "gumbel": 0,
+        "sjd_pp": 0,
         "sjd2": 3,
         "sjd2_exact": 3,
         "sjd2_paper": 3,
+        "sjd2_pure": 3,
     }
     assert {method.sampling.top_k for method in changed.values()} == {9}
     assert own["sjd2_paper"].num_levels != own["sjd2"].num_levels, "each has its own value otherwise"
+
+
+def test_all_methods_are_compiled_or_none():
+    """A speed-up over a baseline that runs otherwise would be of the compiler."""
+    for choices in ([], ["decoding=sjd2_exact"]):
+        config = typed("evaluate", *choices, "decoding.compile=true")
+        assert all(config.methods[name].compile for name in config.compare)
 
 
 def test_values_of_one_method():
@@ -241,7 +253,7 @@ def test_default_methods_are_what_reports_promise():
     config = typed("evaluate")
     assert set(config.compare) >= {"ar", "sjd", "mc_sjd", "sjd2", "sjd2_paper"}
     lossless = {name for name, method in config.methods.items() if method.lossless}
-    assert lossless == set(config.methods) - {"sjd2_paper"}
+    assert lossless == set(config.methods) - {"sjd2_paper", "sjd2_pure"}
     assert config.methods["sjd2"].acceptance == "replay"
     assert typed("train").compare == ("ar", "sjd2")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sjd2_lightning.decoding.methods import DecodingConfig
 from sjd2_lightning.decoding.probs import guided
 from sjd2_lightning.decoding.span import Span
 from sjd2_lightning.masks import attention_mask, window_mask
@@ -26,7 +27,7 @@ class Context:
         side: (T, D) timestep tokens.
         window: W.
         max_refeed: most accepted tokens that a forward may have to feed again.
-        guidance_scale: 1 is off.
+        config: of the method; its sampling says how logits of both sides are combined.
     """
 
     def __init__(
@@ -37,12 +38,15 @@ class Context:
         side: Tensor,
         window: int,
         max_refeed: int,
-        guidance_scale: float,
+        config: DecodingConfig,
     ) -> None:
         device = backbone.device
         self.backbone = backbone
-        self.guidance_scale = guidance_scale
-        self.copies = 1 if guidance_scale == 1 else 2
+        self.sampling = config.sampling
+        # static shapes: every forward attends to the whole cache and writes by index
+        self.static = config.compile
+        self.forward = torch.compile(backbone) if config.compile else backbone
+        self.copies = 1 if self.sampling.guidance_scale == 1 else 2
         rows = [backbone.prompt_ids(prompt, layout) for prompt in prompts]
         if self.copies == 2:
             rows += [backbone.unconditional_ids(layout, ids) for ids in rows]
@@ -54,6 +58,8 @@ class Context:
         num_columns = self.first_slot + layout.num_slots + window
         self.cache = backbone.new_cache(len(rows), num_columns)
         self.columns = torch.arange(num_columns, device=device)
+        scales = self.sampling.scales(layout.num_slots)
+        self.scales = torch.cat([scales, scales[-1:].expand(window)]).to(device)
         self._prefill(side)
         # (copies, B, 1, columns): what a slot may see as far as its row goes
         self.visible = (self.columns >= self.first[:, None]).view(self.copies, len(prompts), 1, -1)
@@ -79,12 +85,15 @@ class Context:
             columns, fed = columns.repeat(self.copies, 1), fed.repeat(self.copies, 1, 1)
         if slots.least < 0:
             fed = self._with_prompt(columns, fed)
-        num_visible = self.first_slot + slots.most + slots.length
+        num_visible = self.cache.max_len if self.static else self.first_slot + slots.most + slots.length
         mask = window_mask(columns[: len(slots.index)], levels, self.visible[..., :num_visible])
-        start = self.first_slot + slots.most if slots.least == slots.most else None
-        self.cache.place(columns, num_visible, start)
-        hidden = self.backbone(fed, columns - self.first[:, None], mask, self.cache)
-        return guided(self.backbone.image_logits(hidden[:, -num_laws:]), self.guidance_scale)
+        alike = slots.least == slots.most and not self.static
+        self.cache.place(columns, num_visible, self.first_slot + slots.most if alike else None)
+        hidden = self.forward(fed, columns - self.first[:, None], mask, self.cache)
+        scale: float | Tensor = self.sampling.guidance_scale
+        if self.copies > 1 and self.sampling.guidance_schedule != "constant":
+            scale = self.scales[slots.index[:, -num_laws:] + 1]
+        return guided(self.backbone.image_logits(hidden[:, -num_laws:]), scale)
 
     def _with_prompt(self, columns: Tensor, fed: Tensor) -> Tensor:
         """`fed` with the prompt's embeddings in the columns of the prompt."""

@@ -18,9 +18,16 @@ from torch import Tensor
 from sjd2_lightning.decoding.context import Context
 from sjd2_lightning.decoding.methods import DecodingConfig
 from sjd2_lightning.decoding.probs import log_law
-from sjd2_lightning.decoding.refine import REFINERS, Laws
+from sjd2_lightning.decoding.refine import REFINERS, Laws, Refined
 from sjd2_lightning.decoding.stats import DecodeOutput, DecodeStats, Iteration
-from sjd2_lightning.decoding.verify import Verdict, num_leading, verify_replay, verify_speculative
+from sjd2_lightning.decoding.verify import (
+    Verdict,
+    num_leading,
+    verify_match,
+    verify_pure,
+    verify_replay,
+    verify_speculative,
+)
 from sjd2_lightning.decoding.window import Slots, SlotSource, Window
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 
@@ -36,26 +43,43 @@ def judge(slots: Slots, source: SlotSource, scores: Tensor) -> tuple[Verdict, Te
         source: of the slots; holds the method.
         scores: (B, W, K) unnormalised log-probabilities.
     """
-    config = source.config
+    refined, law = None, None
     if slots.gumbel is not None:
         verdict = verify_replay(slots.tokens, scores, slots.gumbel)
-        refined, law = verdict.tokens, None
+    elif slots.draft_probs is not None:
+        verdict, (refined, law) = _judge_by_laws(slots, slots.draft_probs, source, scores.softmax(-1))
     else:
-        assert slots.draft_probs is not None
-        assert slots.uniforms is not None
-        codes = slots.tokens.clamp_max(source.num_codes - 1)  # of structural slots nothing is kept below
-        noisy = None if slots.levels is None else slots.levels > 0
-        if config.acceptance == "paper" and slots.noisy is not None and noisy is not None:
-            codes = source.space.nearest_ids(slots.noisy).where(noisy, codes)
-        law = scores.softmax(-1)
-        accept_u, residual_u, fresh_u = slots.uniforms.unbind(-1)
-        verdict = verify_speculative(codes, slots.draft_probs, law, accept_u, residual_u)
-        refined = REFINERS[config.refiner](Laws(codes, slots.draft_probs, law, noisy), verdict, fresh_u)
+        verdict = _judge_by_tokens(slots, source.config, scores.softmax(-1))
     # structural slots have a one-hot law on the token they start with: they always stand
     tokens = verdict.tokens.where(slots.is_code, slots.tokens)
     accept_mask = verdict.accept_mask | ~slots.is_code
-    refined = tokens if refined is verdict.tokens else refined.where(slots.is_code, slots.tokens)
-    return Verdict(tokens, accept_mask), refined, law
+    if refined is None or refined is verdict.tokens:
+        return Verdict(tokens, accept_mask), tokens, law
+    return Verdict(tokens, accept_mask), refined.where(slots.is_code, slots.tokens), law
+
+
+def _judge_by_laws(
+    slots: Slots, draft_probs: Tensor, source: SlotSource, law: Tensor
+) -> tuple[Verdict, Refined]:
+    """By the ratio of the target law (B, W, K) to the law that drafts were drawn from."""
+    assert slots.uniforms is not None
+    codes = slots.tokens.clamp_max(source.num_codes - 1)  # structural slots: any code, `judge` ignores it
+    noisy = None if slots.levels is None else slots.levels > 0
+    if source.config.acceptance == "paper" and slots.noisy is not None and noisy is not None:
+        codes = source.space.nearest_ids(slots.noisy).where(noisy, codes)
+    accept_u, residual_u, fresh_u = slots.uniforms.unbind(-1)
+    verdict = verify_speculative(codes, draft_probs, law, accept_u, residual_u)
+    return verdict, REFINERS[source.config.refiner](Laws(codes, draft_probs, law, noisy), verdict, fresh_u)
+
+
+def _judge_by_tokens(slots: Slots, config: DecodingConfig, law: Tensor) -> Verdict:
+    """By the drafts themselves: no law of theirs is recorded."""
+    assert slots.uniforms is not None
+    fresh_u = slots.uniforms[..., 2]
+    if config.acceptance == "match":
+        return verify_match(slots.tokens, law, fresh_u)
+    clean = torch.ones_like(slots.is_code) if slots.levels is None else slots.levels == 0
+    return verify_pure(slots.tokens, law, fresh_u, clean, max(1, config.window // max(1, config.num_levels)))
 
 
 def runs(verdict: Verdict, levels: Tensor | None, acceptance: str) -> tuple[Tensor, Tensor]:
@@ -100,8 +124,7 @@ def decode(
     source = SlotSource(config, layout, backbone.slot_table(), backbone.num_codes)
     side = source.space.timestep_tokens(source.timesteps[1:])
     refeed = config.window if config.acceptance == "paper" else 1
-    guidance_scale = config.sampling.guidance_scale
-    context = Context(backbone, prompts, layout, side, config.window, refeed, guidance_scale)
+    context = Context(backbone, prompts, layout, side, config.window, refeed, config)
     window = Window(source, torch.tensor(list(seeds), device=device))
     slot_ids = torch.empty(len(prompts), num_slots, dtype=torch.long, device=device)
     rows = list(range(len(prompts)))  # which image each row of the batch is; finished ones leave

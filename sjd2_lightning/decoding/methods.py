@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sjd2_lightning.decoding.drafts import REPEATED
 from sjd2_lightning.decoding.probs import Sampling
 from sjd2_lightning.decoding.refine import REFINERS
 from sjd2_lightning.noise import SCHEDULES
 
-METHODS = ("ar", "sjd", "mc_sjd", "sjd2")
-ACCEPTANCE = ("replay", "exact", "paper")
-DRAFT_INITS = ("random", "gumbel")
+METHODS = ("ar", "jacobi", "sjd", "mc_sjd", "gumbel", "sjd_pp", "sjd2", "sjd2_pure")
+NOISY = ("sjd2", "sjd2_pure")  # methods with levels
+ACCEPTANCE = ("replay", "exact", "paper", "match", "pure")
+BY_LAWS = ("exact", "paper")  # acceptance by the law that a draft was drawn from, so that it is recorded
+LOSSLESS = ("replay", "exact", "match")
+DRAFT_INITS = ("random", "gumbel", *REPEATED)
 
 
 @dataclass(frozen=True)
@@ -18,16 +22,20 @@ class DecodingConfig:
     """One decoding method; every field is a plain value and may change at inference without retraining.
 
     Attributes:
-        method: name, for reports: "ar", "sjd", "mc_sjd" or "sjd2".
+        method: name, for reports: one of `METHODS`.
         window: slots drafted ahead, the head included; 1 is plain autoregression.
         num_levels: noisy levels of a new slot; 0 is plain Jacobi decoding.
-        acceptance: "replay" (same seed, same image as autoregression), "exact" (same law), or "paper" (the
-            rules as printed; not exact).
-        refiner: what becomes of drafts that were not reached: "resample" (SJD: fresh independent draws),
-            "couple" (MC-SJD: what verification drew), "keep" (paper: keep clean drafts whose probability
-            ratio is at least one half). Replay always couples.
-        draft_init: first draft of a clean slot: "random", or "gumbel", the maximum of the slot's own noise.
+        acceptance: "replay" (same seed, same image as autoregression), "exact" (same law), "paper" (the
+            rules as printed; not exact), "match" (Jacobi: a draft stands if it is drawn again; same law) or
+            "pure" (a slot stands as soon as it is clean; not exact).
+        refiner: what becomes of drafts that were not reached, for "exact" and "paper": "resample" (SJD: fresh
+            independent draws), "couple" (MC-SJD: what verification drew), "keep" (paper: keep clean drafts
+            whose probability ratio is at least one half), "reuse" (SJD++: the same, its law recorded).
+            The other modes take what verification drew.
+        draft_init: first draft of a clean slot: "random", "gumbel" (the maximum of the slot's own noise),
+            "repeat_left" or "repeat_above" (SJD: the token of a neighbour).
         schedule, t_min, rho: grid of noise, see `noise.timesteps`.
+        compile: run the trunk through `torch.compile`, on shapes that stay the same between iterations.
         sampling: temperature, top-k, top-p, guidance.
     """
 
@@ -40,12 +48,13 @@ class DecodingConfig:
     schedule: str = "linear"
     t_min: float = 0.02
     rho: float = 7.0
+    compile: bool = False
     sampling: Sampling = field(default_factory=Sampling)
 
     @property
     def lossless(self) -> bool:
         """Whether samples follow the law of autoregression with the loaded weights."""
-        return self.acceptance != "paper"
+        return self.acceptance in LOSSLESS
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a sentence each."""
@@ -66,10 +75,14 @@ class DecodingConfig:
             found.append(f"decoding.num_levels must be >= 0 (0 is plain Jacobi), got {self.num_levels}")
         if self.method == "ar" and (self.window != 1 or self.num_levels != 0):
             found.append("decoding.method 'ar' needs window 1 and num_levels 0")
-        if self.method in ("sjd", "mc_sjd") and self.num_levels != 0:
+        if self.method not in ("ar", *NOISY) and self.num_levels != 0:
             found.append(f"decoding.method {self.method!r} has no noise: set num_levels to 0 or use sjd2")
         if self.refiner == "keep" and self.acceptance != "paper":
             found.append("decoding.refiner 'keep' is not exact: use it with acceptance 'paper' only")
+        if self.refiner == "reuse" and (self.acceptance != "exact" or self.num_levels != 0):
+            found.append("decoding.refiner 'reuse' needs acceptance 'exact' and num_levels 0")
+        if self.acceptance == "pure" and self.num_levels == 0:
+            found.append("decoding.acceptance 'pure' accepts what was denoised: set num_levels to at least 1")
         if self.draft_init == "gumbel" and self.acceptance != "replay":
             found.append("decoding.draft_init 'gumbel' needs acceptance 'replay'")
         return found

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+GUIDANCE_SCHEDULES = ("constant", "linear", "interval")
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -18,12 +20,28 @@ class Sampling:
         top_k: keep the k likeliest codes; 0 keeps all.
         top_p: keep the smallest set of likeliest codes with this mass.
         guidance_scale: classifier-free guidance on logits; 1 is off and needs no unconditional rows.
+        guidance_schedule: "constant"; "linear": from 1 at the first slot to `guidance_scale` at the last;
+            "interval": `guidance_scale` from `guidance_start` to `guidance_end`, 1 elsewhere.
+        guidance_start, guidance_end: shares of the image's slots, for "interval".
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     guidance_scale: float = 1.0
+    guidance_schedule: str = "constant"
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+
+    def scales(self, num_slots: int) -> Float[Tensor, " N"]:
+        """(N,) guidance scale of each slot of an image."""
+        share = torch.arange(num_slots) / num_slots
+        if self.guidance_schedule == "linear":
+            return 1 + (self.guidance_scale - 1) * torch.linspace(0, 1, num_slots)
+        if self.guidance_schedule == "interval":
+            inside = (share >= self.guidance_start) & (share < self.guidance_end)
+            return torch.where(inside, self.guidance_scale, 1.0)
+        return torch.full((num_slots,), self.guidance_scale)
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a sentence each."""
@@ -36,15 +54,32 @@ class Sampling:
             found.append(f"sampling.top_p must lie in (0, 1], got {self.top_p}")
         if self.guidance_scale < 0:
             found.append(f"sampling.guidance_scale must be >= 0 (1 is off), got {self.guidance_scale}")
+        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
+            known = ", ".join(GUIDANCE_SCHEDULES)
+            found.append(f"sampling.guidance_schedule must be one of {known}; got {self.guidance_schedule!r}")
+        if not 0 <= self.guidance_start < self.guidance_end <= 1:
+            found.append(
+                "sampling.guidance_start and guidance_end must satisfy 0 <= start < end <= 1, got "
+                f"{self.guidance_start} and {self.guidance_end}"
+            )
         return found
 
 
-def guided(logits: Float[Tensor, "rows *slots K"], guidance_scale: float) -> Float[Tensor, "B *slots K"]:
+def guided(
+    logits: Float[Tensor, "rows *slots K"], guidance_scale: float | Tensor
+) -> Float[Tensor, "B *slots K"]:
     """Classifier-free guidance `u + s (c - u)` on logits of stacked rows: conditional, then unconditional.
 
+    Args:
+        logits: (2B, ..., K); with a scale of 1 (B, ..., K), which are returned as they are.
+        guidance_scale: one number, or (B, ...) one a slot.
+
     Returns:
-        (B, ...) float32 of logits (2B, ...); with scale 1 the logits (B, ...) themselves.
+        (B, ..., K) float32.
     """
+    if isinstance(guidance_scale, Tensor):
+        conditional, unconditional = logits.float().chunk(2)
+        return unconditional + guidance_scale[..., None] * (conditional - unconditional)
     if guidance_scale == 1:
         return logits.float()
     conditional, unconditional = logits.float().chunk(2)

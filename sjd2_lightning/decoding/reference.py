@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sjd2_lightning.decoding.probs import Sampling, guided, log_law
+from sjd2_lightning.decoding.probs import Sampling, log_law
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, slot_keys, stream
 from sjd2_lightning.masks import attention_mask
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
@@ -38,13 +38,16 @@ def decode_reference(
     contexts = [backbone.prompt_ids(prompt, layout)]
     if sampling.guidance_scale != 1:
         contexts.append(backbone.unconditional_ids(layout, contexts[0]))
+    scales = sampling.scales(layout.num_slots).tolist()
     slots: list[int] = []
     for slot, forced in enumerate(layout.forced[:num_slots]):
         if forced >= 0:
             slots.append(forced)
             continue
         logits = torch.cat([_next_logits(backbone, ids, slots) for ids in contexts])
-        scores = log_law(guided(logits, sampling.guidance_scale)[0], sampling)
+        scale = scales[slot] if len(contexts) == 2 else 1.0
+        conditional, unconditional = logits[0], logits[-1]
+        scores = log_law(unconditional + scale * (conditional - unconditional), sampling)
         key = stream(slot_keys(torch.tensor(seed), torch.tensor(slot)), Purpose.GUMBEL).to(scores.device)
         slots.append(int((scores + gumbel(key, backbone.num_codes)).argmax()))
     return torch.tensor(slots)

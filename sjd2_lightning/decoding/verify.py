@@ -64,6 +64,47 @@ def verify_speculative(
     return Verdict(draft_tokens.where(accept_mask, replacement), accept_mask)
 
 
+def verify_match(
+    draft_tokens: Int[Tensor, "B W"], target_probs: Float[Tensor, "B W K"], uniform: Float[Tensor, "B W"]
+) -> Verdict:
+    """Jacobi decoding: a draft stands if it is the token that is drawn now.
+
+    Source: Song et al. 2021 and Santilli et al. 2023 for greedy decoding, where the draw is the maximum;
+    with fresh numbers it is the sampling baseline of SJD. Lossless: every token is a draw from its target.
+
+    Args:
+        draft_tokens: (B, W).
+        target_probs: (B, W, K).
+        uniform: (B, W) fresh numbers.
+    """
+    tokens = draw(target_probs, uniform)
+    return Verdict(tokens, tokens == draft_tokens)
+
+
+def verify_pure(
+    draft_tokens: Int[Tensor, "B W"],
+    target_probs: Float[Tensor, "B W K"],
+    uniform: Float[Tensor, "B W"],
+    clean: Bool[Tensor, "B W"],
+    reach: int,
+) -> Verdict:
+    """Pure denoising: a slot near the head stands as soon as it is clean, whatever its target says.
+
+    Source: SJD2, appendix B: fastest, with artefacts. Not exact.
+
+    Args:
+        draft_tokens: (B, W).
+        target_probs: (B, W, K).
+        uniform: (B, W) fresh numbers, for the slots that do not stand and are noisy.
+        clean: (B, W) True = the slot was fed without noise.
+        reach: slots from the head within which drafts may stand; window / num_levels in the paper.
+    """
+    tokens = draft_tokens.where(clean, draw(target_probs, uniform))
+    accept_mask = clean.clone()
+    accept_mask[:, reach:] = False
+    return Verdict(tokens, accept_mask)
+
+
 def num_leading(mask: Bool[Tensor, "B W"]) -> Int[Tensor, " B"]:
     """(B,) length of the run of True at the left end of each row (B, W)."""
     return mask.cumprod(-1, dtype=torch.long).sum(-1)

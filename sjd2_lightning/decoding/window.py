@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sjd2_lightning.decoding.methods import DecodingConfig
+from sjd2_lightning.decoding.drafts import REPEATED, neighbours, repeated
+from sjd2_lightning.decoding.methods import BY_LAWS, DecodingConfig
 from sjd2_lightning.decoding.randomness import (
     Purpose,
     gumbel,
@@ -92,7 +93,7 @@ class SlotSource:
         found = {}
         if self.config.acceptance == "replay":
             found["gumbel"] = gumbel(stream(keys, Purpose.GUMBEL), self.num_codes)
-        else:
+        elif self.config.acceptance in BY_LAWS:
             flat = torch.full((), 1 / self.num_codes, device=slots.device)
             found["draft_probs"] = flat.expand(*slots.shape, self.num_codes)
         if self.config.num_levels:
@@ -124,6 +125,9 @@ class Window:
         self.tokens, self.levels = source.first_drafts(seeds, self.columns)
         self.is_code = torch.zeros(num_columns, dtype=torch.bool, device=device)
         self.is_code[source.layout.code_slots.to(device)] = True
+        if source.config.draft_init in REPEATED:
+            kind = source.config.draft_init
+            self.neighbour = neighbours(source.layout, kind, num_columns, device)
         self.seeds = seeds
         self.heads, self.head = [0] * len(seeds), torch.zeros_like(seeds)
         self.bases, self.base = [0] * len(seeds), torch.zeros_like(seeds)
@@ -216,6 +220,21 @@ class Window:
         self.head = self.head + committed
         self.iteration += 1
         self._place()
+        if self.source.config.draft_init in REPEATED:
+            self._repeat(committed, max(num_committed))
+
+    def _repeat(self, committed: Tensor, most: int) -> None:
+        """Lets the slots that entered the window repeat a neighbour; of a row, at most the last `most`."""
+        slots = self.span.index[:, self.size - most :]
+        ends = (self.head - committed + self.size)[:, None]
+        tokens, found = repeated(self.tokens, slots, ends, self.neighbour, self.source.config.draft_init)
+        found &= (slots >= ends) & self.is_code[slots]
+        self.tokens.scatter_(1, slots, tokens.where(found, self.tokens.gather(1, slots)))
+        if "draft_probs" in self.strip:
+            probs = self.strip["draft_probs"]
+            place = (slots - self.base[:, None])[..., None].expand(-1, -1, probs.shape[-1])
+            certain = F.one_hot(tokens.clamp_max(probs.shape[-1] - 1), probs.shape[-1]).to(probs)
+            probs.scatter_(1, place, certain.where(found[..., None], probs.gather(1, place)))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keeps some rows."""

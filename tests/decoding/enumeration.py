@@ -19,9 +19,23 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def code_law(conditional: np.ndarray, unconditional: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Law (M, K) of logits (M, K): guidance, temperature, top-k, top-p, softmax, row by row in float64."""
-    scale = sampling.guidance_scale
+def slot_scale(sampling: Sampling, slot: int, num_slots: int) -> float:
+    """Guidance scale of one slot."""
+    if sampling.guidance_schedule == "linear":
+        return 1 + (sampling.guidance_scale - 1) * slot / (num_slots - 1)
+    if sampling.guidance_schedule == "interval":
+        inside = sampling.guidance_start <= slot / num_slots < sampling.guidance_end
+        return sampling.guidance_scale if inside else 1.0
+    return sampling.guidance_scale
+
+
+def code_law(
+    conditional: np.ndarray, unconditional: np.ndarray, sampling: Sampling, scale: np.ndarray | float
+) -> np.ndarray:
+    """Law (M, K) of logits (M, K): guidance, temperature, top-k, top-p, softmax, row by row in float64.
+
+    The guidance scale is one number or (M, 1).
+    """
     scores = ((1 - scale) * unconditional + scale * conditional) / sampling.temperature
     for row in scores:
         order = np.argsort(-row, kind="stable")
@@ -82,7 +96,8 @@ def sequence_law(backbone: Backbone, prompt: str, layout: ImageLayout, sampling:
                 sides.append(_table_logits(backbone, context, codes, layout.width))
             else:
                 sides.append(_trunk_logits(backbone, context, codes, layout))
-        law = (law[:, None] * code_law(*sides, sampling)).ravel()
+        scale = slot_scale(sampling, int(layout.code_slots[place]), layout.num_slots)
+        law = (law[:, None] * code_law(*sides, sampling, scale)).ravel()
     return law
 
 

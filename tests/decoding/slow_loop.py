@@ -16,7 +16,7 @@ from sjd2_lightning.decoding import DecodingConfig
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, integers, normal, slot_keys, stream, uniform
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.noise import timesteps
-from tests.decoding.enumeration import code_law
+from tests.decoding.enumeration import code_law, slot_scale
 
 
 @dataclass
@@ -100,7 +100,27 @@ class SlowDecoder:
         return logits[size - len(window) - 1 : size - 1]
 
     def laws(self, window: list[Slot]) -> np.ndarray:
-        return code_law(*(self.logits(context, window) for context in self.contexts), self.config.sampling)
+        first, num_slots = len(self.tokens), self.layout.num_slots
+        sampling = self.config.sampling
+        scales = [[slot_scale(sampling, first + place, num_slots)] for place in range(len(window))]
+        sides = (self.logits(context, window) for context in self.contexts)
+        return code_law(*sides, sampling, np.array(scales))
+
+    def repeat_neighbour(self, window: list[Slot], slot: Slot, ends: int) -> None:
+        """Gives a slot that enters behind `window` the token of a neighbour left of slot `ends`."""
+        number = len(self.tokens) + len(window)
+        forced, width = self.layout.forced, self.layout.width
+        so_far = [*self.tokens, *(old.token for old in window)]
+        if forced[number] >= 0:
+            return
+        codes = [place for place in range(number) if forced[place] < 0]
+        if self.config.draft_init == "repeat_above":
+            sources = [codes[-width]] if len(codes) >= width and codes[-width] < ends else []
+        else:
+            sources = [place for place in codes if place < ends][-1:]
+        for source in sources:
+            slot.token = so_far[source]
+            slot.draft_law = np.eye(self.backbone.num_codes)[slot.token]
 
     def nearest_code(self, noisy: Tensor) -> int:
         rows = (self.table[: self.backbone.num_codes] - self.mean) / self.std
@@ -116,19 +136,34 @@ class SlowDecoder:
                 noise = gumbel(self.key(number, Purpose.GUMBEL), len(law)).double().numpy()
                 token = int((np.log(law) + noise).argmax())
             return token, token == slot.token, token
+        u = uniform(self.key(number, Purpose.VERDICT, iteration), 3).tolist()
+        fresh = draw_by_inversion(law, u[2])
+        if config.acceptance == "match":
+            return fresh, fresh == slot.token, fresh
+        if config.acceptance == "pure":
+            token = fresh if slot.level > 0 else slot.token
+            near = number - len(self.tokens) < max(1, config.window // config.num_levels)
+            return token, slot.level == 0 and near, token
         draft = slot.token
         if config.acceptance == "paper" and slot.level > 0:
             draft = self.nearest_code(slot.noisy)
-        u = uniform(self.key(number, Purpose.VERDICT, iteration), 3).tolist()
         accepted = u[0] < law[draft] / slot.draft_law[draft] if slot.draft_law[draft] > 0 else False
         rest = np.maximum(law - slot.draft_law, 0)
         token = draft if accepted else draw_by_inversion(rest if rest.sum() > 0 else law, u[1])
-        fresh = draw_by_inversion(law, u[2])
         if config.refiner == "couple":
             return token, accepted, token
         if config.refiner == "keep" and slot.level == 0 and law[draft] >= 0.5 * slot.draft_law[draft]:
             return token, accepted, draft
+        if config.refiner == "reuse" and law[draft] >= 0.5 * slot.draft_law[draft]:
+            return token, accepted, draft
         return token, accepted, fresh
+
+    def next_law(self, slot: Slot, law: np.ndarray) -> np.ndarray:
+        """The law of the slot's next draft."""
+        if self.config.refiner != "reuse":
+            return law
+        kept = np.where(law >= 0.5 * slot.draft_law, slot.draft_law, 0)
+        return kept + (1 - kept.sum()) * law
 
     @torch.no_grad()
     def decode(self) -> list[int]:
@@ -137,8 +172,12 @@ class SlowDecoder:
         iteration = 0
         while len(self.tokens) < num_slots:
             head = len(self.tokens)
+            ends = head + len(window)
             while len(window) < min(config.window, num_slots - head):
-                window.append(self.new_slot(head + len(window)))
+                slot = self.new_slot(head + len(window))
+                if config.draft_init.startswith("repeat") and iteration > 0:
+                    self.repeat_neighbour(window, slot, ends)
+                window.append(slot)
             laws = self.laws(window)
             verdicts = [self.judge(head + i, slot, laws[i], iteration) for i, slot in enumerate(window)]
             num = 1
@@ -156,7 +195,8 @@ class SlowDecoder:
                 if slot.level > 0:
                     ratio = self.grid[slot.level - 1] / self.grid[slot.level]
                     slot.noisy = ratio * slot.noisy + (1 - ratio) * x0_hat
-                slot.token, slot.level, slot.draft_law = verdict[2], max(0, slot.level - 1), law
+                slot.draft_law = self.next_law(slot, law)
+                slot.token, slot.level = verdict[2], max(0, slot.level - 1)
             window = window[num:]
             iteration += 1
         return self.tokens

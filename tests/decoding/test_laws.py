@@ -2,8 +2,8 @@
 
 Each test decodes thousands of prompts in one batch and compares the images with the exact law over all K^n
 of them by one chi-square test, the four prompts of a ragged batch taken together. A rule passes at p > 1e-6.
-The two tiers make under 100 such tests, so a correct decoder with fresh seeds would fail the file with
-probability below 1e-4 (Bonferroni); the seeds are fixed. A wrong rule must give p < 1e-12 in the same test.
+The two tiers make under 150 such tests, so a correct decoder with fresh seeds would fail the file with
+probability below 2e-4 (Bonferroni); the seeds are fixed. A wrong rule must give p < 1e-12 in the same test.
 """
 
 from contextlib import ExitStack
@@ -31,6 +31,10 @@ RULES = {
     "sjd2-karras-resample": DecodingConfig(
         "sjd2", acceptance="exact", num_levels=2, refiner="resample", schedule="karras"
     ),
+    "jacobi": DecodingConfig("jacobi", acceptance="match"),
+    "sjd-left": DecodingConfig("sjd", acceptance="exact", refiner="resample", draft_init="repeat_left"),
+    "mc_sjd-above": DecodingConfig("mc_sjd", acceptance="exact", draft_init="repeat_above"),
+    "sjd_pp": DecodingConfig("sjd_pp", acceptance="exact", refiner="reuse"),
     "sjd-replay": DecodingConfig("sjd"),
     "sjd2-replay": DecodingConfig("sjd2", num_levels=2, draft_init="gumbel"),
 }
@@ -160,8 +164,14 @@ def _noisy_slots_as_drafts(slots, source, *others):
     return _REAL_JUDGE(slots, exact, *others)
 
 
+def _flat_law_of_repeats(slots, source, *others):
+    certain = slots.draft_probs.amax(-1, keepdim=True) == 1
+    flat = slots.draft_probs.where(~certain, 1 / slots.draft_probs.shape[-1])
+    return _REAL_JUDGE(slots._replace(draft_probs=flat), source, *others)
+
+
 _REAL_JUDGE = loop.judge
-_COUPLE, _RESAMPLE = RULES["mc_sjd"], RULES["sjd"]
+_COUPLE, _RESAMPLE, _LEFT = RULES["mc_sjd"], RULES["sjd"], RULES["sjd-left"]
 
 # name: the nearest right method, and what is broken in it
 CONTROLS = {
@@ -175,6 +185,13 @@ CONTROLS = {
     "no residual": (_RESAMPLE, {"residual": lambda target_probs, draft_probs: target_probs}),
     "residual without clamp": (_RESAMPLE, {"residual": lambda target, draft: (target - draft).abs()}),
     "noisy slots accepted": (replace(RULES["sjd2-1"], acceptance="paper"), {"judge": _noisy_slots_as_drafts}),
+    "kept drafts, current law (SJD++ as published)": (
+        replace(RULES["sjd_pp"], acceptance="paper", refiner="keep"),
+        {},
+    ),
+    "kept drafts, old law": (RULES["sjd_pp"], {"judge": _judge_with(_old_law_everywhere)}),
+    "repeated drafts, flat law": (_LEFT, {"judge": _flat_law_of_repeats}),
+    "pure": (DecodingConfig("sjd2_pure", num_levels=2, acceptance="pure"), {}),
     "paper": (replace(RULES["sjd2-1"], acceptance="paper", refiner="keep"), {}),
     "least of four rows": (
         _RESAMPLE,

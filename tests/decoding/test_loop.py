@@ -10,6 +10,14 @@ from tests.decoding.slow_loop import SlowDecoder
 from tests.tiny_backbones import RAGGED_PROMPTS, TableBackbone, tiny_chameleon
 
 GUIDED = Sampling(guidance_scale=2.0, top_k=5, temperature=1.1)
+SAMPLINGS = {
+    "sjd2-exact-resample": Sampling(top_p=0.9),
+    "paper-couple": Sampling(top_p=0.9),
+    "jacobi": Sampling(guidance_scale=3.0, guidance_schedule="linear"),
+    "sjd-replay": Sampling(
+        guidance_scale=3.0, guidance_schedule="interval", guidance_start=0.2, guidance_end=0.7
+    ),
+}
 RULES = {
     "ar": DecodingConfig("ar", window=1),
     "sjd": DecodingConfig("sjd", window=5, acceptance="exact", refiner="resample"),
@@ -25,6 +33,17 @@ RULES = {
     ),
     "paper": DecodingConfig("sjd2", window=8, num_levels=2, acceptance="paper", refiner="keep"),
     "paper-couple": DecodingConfig("sjd2", window=8, num_levels=4, acceptance="paper"),
+    "jacobi": DecodingConfig("jacobi", window=6, acceptance="match"),
+    "sjd-left": DecodingConfig(
+        "sjd", window=6, acceptance="exact", refiner="resample", draft_init="repeat_left"
+    ),
+    "sjd-above": DecodingConfig("sjd", window=9, acceptance="exact", draft_init="repeat_above"),
+    "replay-left": DecodingConfig("gumbel", window=6, draft_init="repeat_left"),
+    "sjd_pp": DecodingConfig("sjd_pp", window=6, acceptance="exact", refiner="reuse"),
+    "sjd_pp-left": DecodingConfig(
+        "sjd_pp", window=6, acceptance="exact", refiner="reuse", draft_init="repeat_left"
+    ),
+    "pure": DecodingConfig("sjd2_pure", window=8, num_levels=3, acceptance="pure"),
     "paper-window-1": DecodingConfig("sjd2", window=1, num_levels=2, acceptance="paper", refiner="keep"),
     "paper-clean": DecodingConfig("sjd2", window=30, num_levels=0, acceptance="paper", refiner="keep"),
 }
@@ -37,8 +56,8 @@ def backbone():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_fast_loop_is_the_slow_one(backbone, rule):
-    plain = rule in ("sjd2-exact-resample", "paper-couple")
-    config = replace(RULES[rule], sampling=Sampling(top_p=0.9) if plain else GUIDED)
+    sampling = SAMPLINGS.get(rule, GUIDED)
+    config = replace(RULES[rule], sampling=sampling)
     layout = backbone.layout(6, 6)
     seeds = [11, 12, 13, 14]
     output = decode(backbone, RAGGED_PROMPTS, seeds, config, layout)

@@ -24,6 +24,9 @@ GOOD = DecodingConfig("sjd2", window=8, num_levels=2)
         ({"method": "sjd"}, ["no noise"]),
         ({"method": "mc_sjd"}, ["no noise"]),
         ({"refiner": "keep"}, ["not exact"]),
+        ({"method": "jacobi"}, ["no noise"]),
+        ({"refiner": "reuse"}, ["'reuse' needs"]),
+        ({"acceptance": "pure", "num_levels": 0}, ["'pure' accepts"]),
         ({"draft_init": "gumbel", "acceptance": "exact"}, ["needs acceptance 'replay'"]),
         ({"window": 0, "num_levels": -1, "sampling": Sampling(top_p=0)}, ["window", "num_levels", "top_p"]),
     ],
@@ -35,7 +38,13 @@ def test_problems(changes, named):
 
 
 def test_good_values_pass_and_modes_are_labelled():
-    for acceptance, lossless in [("replay", True), ("exact", True), ("paper", False)]:
+    for acceptance, lossless in [
+        ("replay", True),
+        ("exact", True),
+        ("match", True),
+        ("paper", False),
+        ("pure", False),
+    ]:
         config = replace(GOOD, acceptance=acceptance)
         config.check()
         assert config.lossless is lossless

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from sjd2_lightning.decoding.probs import Sampling, draw, guided, log_law, residual
-from tests.decoding.enumeration import code_law
+from tests.decoding.enumeration import code_law, slot_scale
 
 
 def _logits(*shape: int) -> torch.Tensor:
@@ -31,7 +31,8 @@ def test_laws(sampling):
     logits = _logits(2 * 50, 9)  # conditional rows, then unconditional ones
     single = logits[:50] if sampling.guidance_scale == 1 else logits
     ours = log_law(guided(single, sampling.guidance_scale), sampling).softmax(-1)
-    theirs = code_law(logits[:50].double().numpy(), logits[50:].double().numpy(), sampling)
+    sides = logits[:50].double().numpy(), logits[50:].double().numpy()
+    theirs = code_law(*sides, sampling, sampling.guidance_scale)
     assert np.allclose(ours.numpy(), theirs, atol=1e-5)
     assert ((ours == 0).numpy() == (theirs == 0)).all()
 
@@ -93,10 +94,32 @@ def test_residual_after_acceptance_restores_the_target():
     assert torch.allclose(total, target, atol=1e-6)
 
 
+def test_guidance_by_slot():
+    """One scale a slot, and the schedules that make them."""
+    logits = _logits(2 * 3, 4, 9)
+    scales = torch.tensor([1.0, 0.0, 2.5, 7.0]).expand(3, -1)
+    together = guided(logits, scales)
+    for slot in range(4):
+        assert torch.allclose(together[:, slot], guided(logits[:, slot], float(scales[0, slot])), atol=1e-5)
+    for schedule, wanted in [
+        ("constant", [5.0] * 5),
+        ("linear", [1.0, 2.0, 3.0, 4.0, 5.0]),
+        ("interval", [1.0, 5.0, 5.0, 1.0, 1.0]),
+    ]:
+        sampling = Sampling(
+            guidance_scale=5.0, guidance_schedule=schedule, guidance_start=0.2, guidance_end=0.6
+        )
+        assert sampling.scales(5).tolist() == wanted
+        assert [slot_scale(sampling, slot, 5) for slot in range(5)] == wanted
+
+
 def test_bad_values_are_all_named():
     found = Sampling(temperature=-1, top_k=-2, top_p=0, guidance_scale=-1).problems()
     assert [key for key in ("temperature", "top_k", "top_p", "guidance_scale") if key in " ".join(found)]
     assert len(found) == 4
+    found = Sampling(guidance_schedule="cosine", guidance_start=0.5, guidance_end=0.5).problems()
+    assert [key for key in ("guidance_schedule", "guidance_start") if key in " ".join(found)]
+    assert len(found) == 2
     assert not Sampling(temperature=0, top_p=1).problems()
 
 

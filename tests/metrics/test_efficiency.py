@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from sjd2_lightning.metrics import efficiency
-from sjd2_lightning.metrics.efficiency import latency_summary, peak_memory, speedup_result, timed, warm_up
+from sjd2_lightning.metrics.efficiency import (
+    latency_summary,
+    peak_memory,
+    speedup_result,
+    time_inside,
+    timed,
+    warm_up,
+)
 
 
 def test_timed_gives_result_and_seconds():
@@ -31,6 +38,27 @@ def test_warm_up_calls_and_waits(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("wait"))
     warm_up(lambda: events.append("work"), 2, device="cuda")
     assert events == ["work", "work", "wait"]
+
+
+def test_time_inside_watches_what_it_names_and_leaves_no_trace():
+    class Sleeper(torch.nn.Module):
+        def forward(self, seconds):
+            time.sleep(seconds)
+            return seconds
+
+        def idle(self):
+            time.sleep(0.05)
+
+    sleeper = Sleeper()
+    with time_inside(sleeper, "forward") as inside:
+        assert sleeper(0.03) == 0.03
+        sleeper.idle()
+        sleeper(seconds=0.03)
+    assert 0.06 <= inside.seconds < 0.1
+    assert "forward" not in vars(sleeper)
+    with pytest.raises(ZeroDivisionError), time_inside(sleeper, "idle"):
+        1 / 0  # noqa: B018
+    assert "idle" not in vars(sleeper)
 
 
 def test_summary():

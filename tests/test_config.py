@@ -33,7 +33,8 @@ NAMED_FILES = (
     "weights/tiny/backbone.json",
     "weights/tiny/tokenizer/config.json",
     "weights/tiny/clip/open_clip_config.json",
-    "weights/lumina_mgpt_7b_768/backbone.json",
+    *(f"weights/lumina_mgpt_7b_{size}/backbone.json" for size in (512, 768, 1024)),
+    *(f"weights/{name}/config.json" for name in ("emu3_gen", "janus_pro_1b", "janus_pro_7b")),
     "outputs/demo/model/backbone.json",
     "outputs/smoke/model/backbone.json",
 )

@@ -63,7 +63,7 @@ def build_backbone(model: ModelConfig, path: Path | None = None) -> Backbone:
     if model.scratch is not None:
         sizes = model.scratch.model_dump() | {"image_tokenizer": shipped(model.scratch.image_tokenizer)}
         return build_tiny([item.caption for item in load_emoji_index()], **sizes)
-    if model.init == "random_tiny":
+    if model.init == "random_tiny" and path in (None, shipped(model.path)):
         backbone = build_shrunken(model.family)
     else:
         source = replace(model.source, path=path or model.source.path)

@@ -59,7 +59,8 @@ def load_parts(
     fields = read_backbone_file(folder, family)
     trunk_folder, text_folder = folder, folder
     if fields:
-        trunk_folder = folder / trunk if (folder / trunk).is_dir() else Path(trunk)
+        elsewhere = Path(trunk).is_dir() and not (folder / trunk).is_dir()
+        trunk_folder = Path(trunk) if elsewhere else folder / trunk
         text_folder = folder / TEXT
     check_folder(trunk_folder, model_class.config_class.model_type, options.remedy)
     if not (text_folder / "tokenizer.json").is_file():

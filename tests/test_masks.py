@@ -2,7 +2,7 @@
 
 import torch
 
-from sjd2_lightning.masks import attention_mask
+from sjd2_lightning.masks import additive, attention_mask, window_mask
 
 
 def sees(query: int, key: int, level: int, first: int, num_side: int) -> bool:
@@ -38,3 +38,24 @@ def test_no_query_is_blind():
     columns = torch.arange(12).expand(2, -1)
     mask = attention_mask(columns, torch.zeros_like(columns), torch.tensor([3, 9]), 12)
     assert mask.any(-1).all()
+
+
+def test_window_mask_is_the_mask_of_the_window():
+    """For prompts and their twins, which share columns and levels; only the last queries may be noisy."""
+    rng = torch.Generator().manual_seed(0)
+    num_side, num_columns = 3, 20
+    first = num_side + torch.tensor([0, 2, 4, 1, 5, 4])  # three prompts, then their twins
+    columns = torch.tensor([9, 11, 13])[:, None] + torch.arange(6)
+    levels = torch.cat([torch.zeros(3, 2, dtype=torch.long), torch.randint(4, (3, 4), generator=rng)], dim=1)
+    visible = (torch.arange(num_columns) >= first[:, None]).view(2, 3, 1, -1)
+    for given in (levels, torch.zeros_like(levels)):
+        wanted = attention_mask(columns.repeat(2, 1), given.repeat(2, 1), first, num_columns)
+        assert torch.equal(window_mask(columns, given[:, 2:], visible), wanted)
+    assert torch.equal(window_mask(columns, None, visible), wanted)
+
+
+def test_additive_mask_hides_the_same_columns():
+    mask = torch.tensor([[True, False], [False, True]])
+    for dtype in (torch.float32, torch.bfloat16):
+        assert additive(mask, dtype).dtype == dtype
+        assert additive(mask, dtype).tolist() == [[0, -torch.inf], [-torch.inf, 0]]

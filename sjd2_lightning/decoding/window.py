@@ -137,6 +137,14 @@ class Window:
         self._draw_uniforms()
         self._place()
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the state, caches of the trunk excluded."""
+        small = [self.columns, self.tokens, self.levels, self.is_code, self.seeds]
+        if self.uniforms is not None:
+            small.append(self.uniforms)
+        return sum(field.numel() * field.element_size() for field in (*small, *self.strip.values()))
+
     def _new_slots(self, start: int, num: int) -> dict[str, Tensor]:
         slots = self.base[:, None] + self.columns[start : start + num]
         found = self.source.fresh(self.seeds, slots)

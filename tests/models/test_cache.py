@@ -82,6 +82,18 @@ def test_entries_lie_where_each_row_says():
     assert keys[0, 0, :2].tolist() == [[0, 1], [-1, -1]]
 
 
+def test_a_common_start_writes_what_positions_would():
+    entries = torch.arange(12.0).view(2, 1, 3, 2)
+    positions = torch.tensor([[2, 3, 4]]).expand(2, -1)
+    found = []
+    for start in (None, 2):
+        cache = _cache()
+        cache.place(positions, num_visible=6, start=start)
+        found.append(cache.update(entries, -entries, 0))
+    for by_position, by_copy in zip(*found, strict=True):
+        assert torch.equal(by_position, by_copy)
+
+
 def test_rows_leave():
     cache = _cache(batch=3)
     cache.place(torch.tensor([[0], [0], [0]]))

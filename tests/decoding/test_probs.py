@@ -97,7 +97,7 @@ def test_residual_after_acceptance_restores_the_target():
 def test_guidance_by_slot():
     """One scale a slot, and the schedules that make them."""
     logits = _logits(2 * 3, 4, 9)
-    scales = torch.tensor([1.0, 0.0, 2.5, 7.0]).expand(3, -1)
+    scales = torch.tensor([1.5, 0.0, 2.5, 7.0]).expand(3, -1)
     together = guided(logits, scales)
     for slot in range(4):
         assert torch.allclose(together[:, slot], guided(logits[:, slot], float(scales[0, slot])), atol=1e-5)

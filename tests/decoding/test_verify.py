@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from sjd2_lightning.decoding.refine import Laws, couple, keep, resample
-from sjd2_lightning.decoding.verify import Verdict, num_leading, verify_replay, verify_speculative
+from sjd2_lightning.decoding.refine import Laws, couple, keep, resample, reuse
+from sjd2_lightning.decoding.verify import (
+    Verdict,
+    num_leading,
+    verify_match,
+    verify_pure,
+    verify_replay,
+    verify_speculative,
+)
 
 
 def _uniform(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -83,16 +90,59 @@ def laws():
 def test_refiners(laws):
     verdict = Verdict(torch.tensor([[0, 1, 0, 1]]), torch.ones(1, 4, dtype=torch.bool))
     number = torch.full((1, 4), 0.95)  # draws code 1 of every target
-    assert resample(laws, verdict, number).tolist() == [[1, 1, 1, 1]]
-    assert couple(laws, verdict, number).tolist() == [[0, 1, 0, 1]]
-    assert keep(laws, verdict, number).tolist() == [[0, 1, 0, 1]]
-    fresh = keep(laws, verdict, torch.full((1, 4), 0.01))
-    assert fresh.tolist() == [[0, 0, 0, 0]]
+    wanted = {resample: [1, 1, 1, 1], couple: [0, 1, 0, 1], keep: [0, 1, 0, 1], reuse: [0, 1, 0, 0]}
+    for refiner, tokens in wanted.items():
+        assert refiner(laws, verdict, number).tokens.tolist() == [tokens]
+    assert keep(laws, verdict, torch.full((1, 4), 0.01)).tokens.tolist() == [[0, 0, 0, 0]]
+    assert keep(laws._replace(noisy=None), verdict, number).tokens.tolist() == [[0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("refiner", [resample, couple, reuse])
+def test_recorded_laws_are_those_that_drafts_follow(refiner):
+    """Over drafts of the old law: the share of each code is what the refiner says."""
+    num = 100_000
+    draft, target = torch.tensor([0.6, 0.3, 0.1, 0.0]), torch.tensor([0.2, 0.4, 0.1, 0.3])
+    old, new = draft.expand(num, 1, 4), target.expand(num, 1, 4)
+    rng = torch.Generator().manual_seed(5)
+    tokens = torch.multinomial(draft, num, replacement=True, generator=rng)[:, None]
+    verdict = verify_speculative(tokens, old, new, _uniform(num, 1, seed=1), _uniform(num, 1, seed=2))
+    refined = refiner(Laws(tokens, old, new, None), verdict, _uniform(num, 1, seed=3))
+    share = refined.tokens[:, 0].bincount(minlength=4) / num
+    assert torch.allclose(share, refined.probs[0, 0], atol=5 * 0.5 / num**0.5)
+    assert torch.allclose(refined.probs.sum(-1), torch.ones(1))
+
+
+def test_keeping_follows_another_law_than_it_records():
+    num = 100_000
+    draft, target = torch.tensor([0.6, 0.3, 0.1, 0.0]), torch.tensor([0.4, 0.4, 0.1, 0.1])
+    old, new = draft.expand(num, 1, 4), target.expand(num, 1, 4)
+    rng = torch.Generator().manual_seed(5)
+    tokens = torch.multinomial(draft, num, replacement=True, generator=rng)[:, None]
+    verdict = Verdict(tokens, tokens >= 0)
+    refined = keep(Laws(tokens, old, new, None), verdict, _uniform(num, 1, seed=3))
+    share = refined.tokens[:, 0].bincount(minlength=4) / num
+    assert torch.equal(refined.probs[0, 0], target)
+    assert (share - target).abs().max() > 0.1
+
+
+def test_match_stands_on_what_is_drawn_again():
+    law = torch.tensor([[[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]]])
+    verdict = verify_match(torch.tensor([[0, 0, 1]]), law, torch.tensor([[0.3, 0.8, 0.5]]))
+    assert verdict.tokens.tolist() == [[0, 1, 0]]
+    assert verdict.accept_mask.tolist() == [[True, False, False]]
+
+
+def test_pure_stands_on_clean_slots_near_the_head():
+    law = torch.tensor([[[0.0, 1.0]] * 4])
+    clean = torch.tensor([[True, False, True, True]])
+    verdict = verify_pure(torch.zeros(1, 4, dtype=torch.long), law, torch.full((1, 4), 0.5), clean, 3)
+    assert verdict.tokens.tolist() == [[0, 1, 0, 0]]
+    assert verdict.accept_mask.tolist() == [[True, False, True, False]]
 
 
 def test_resampling_is_independent_of_the_draft(laws):
     num = 40_000
     many = Laws(*(part.expand(num, *part.shape[1:]) for part in laws))
     verdict = Verdict(many.draft_tokens, many.noisy)
-    share = resample(many, verdict, _uniform(num, 4)).float().mean(0)
+    share = resample(many, verdict, _uniform(num, 4)).tokens.float().mean(0)
     assert np.allclose(share, [0.75, 0.76, 0.1, 0.1], atol=5 * 0.5 / num**0.5)

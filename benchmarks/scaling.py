@@ -1,0 +1,171 @@
+"""Cost model of an iteration: what a pass costs by its sizes, and what that means for a 7B model on an A100.
+
+    .venv/bin/python benchmarks/scaling.py --json outputs/scaling.json
+
+First part, measured here: seconds of one pass of the shipped trunk, and of the loop's own work beside it,
+over window, prefix, batch, vocabulary and levels, one varied at a time, with the exponent of a power law.
+Settings are interleaved and the least of the repeats is taken, since other load only ever adds time.
+
+Second part, computed: a pass reads all weights and the cache once and multiplies each weight with each token,
+so it takes the longer of bytes / bandwidth and operations / (peak x utilisation), plus a fixed cost of
+launching it. Bandwidth and peak are the A100's data sheet (80 GB SXM: 2,039 GB/s, 312 TFLOP/s in bf16); the
+fixed cost is what the paper's latency of plain autoregression leaves, or zero. Set against its table 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from sjd2_lightning.decoding import DecodingConfig
+from sjd2_lightning.decoding.loop import judge
+from sjd2_lightning.decoding.window import SlotSource, Window
+from sjd2_lightning.masks import window_mask
+from sjd2_lightning.metrics.efficiency import timed
+from sjd2_lightning.models.backbone import Backbone, rows_with_newlines
+from sjd2_lightning.models.registry import load_backbone
+
+BASE = {"window": 32, "prefix": 128, "rows": 2, "levels": 2}
+PASSES = {
+    "window": [1, 2, 4, 8, 16, 32, 64],
+    "prefix": [64, 128, 256, 512],
+    "rows": [2, 4, 8, 16],
+    "levels": [0, 2, 8, 32],
+}
+OWN_WORK = {
+    "window": [8, 16, 32, 64],
+    "vocabulary": [512, 2048, 8192],
+    "levels": [0, 2, 8],
+    "rows": [1, 4, 16],
+}
+
+BANDWIDTH, PEAK = 2.039e12, 312e12  # bytes/s and bf16 operations/s of an A100 80 GB SXM
+WEIGHTS, LAYERS, WIDTH = 7e9, 32, 4096
+PAPER_AR = 88.6 / 2357  # seconds a pass, Lumina-mGPT 768, SJD2 table 3
+# name: window (of SJD: assumed), levels, steps of autoregression / steps, published speed-up
+PAPER = {"SJD": (32, 0, 2.23, 2.05), "SJD2": (96, 25, 4.02, 2.63)}
+
+
+def one_pass(backbone: Backbone, window: int, prefix: int, rows: int, levels: int) -> Callable[[], Any]:
+    """A pass of `window` tokens over a cache with `prefix` tokens and `levels` timestep tokens in front."""
+    cache = backbone.new_cache(rows, levels + prefix + window)
+    embeddings = torch.randn(rows, window, backbone.hidden_size)
+    columns = (levels + prefix + torch.arange(window)).expand(rows, -1)
+    visible = (torch.arange(cache.max_len) >= levels).view(1, 1, 1, -1).expand(1, rows, -1, -1)
+    noise = torch.randint(1, levels + 1, (rows, window)) if levels else None
+
+    def call() -> Any:
+        mask = window_mask(columns, noise, visible)
+        cache.place(columns, cache.max_len, levels + prefix)
+        return backbone.image_logits(backbone(embeddings, columns - levels, mask, cache))
+
+    return call
+
+
+def own_work(window: int, vocabulary: int, levels: int, rows: int) -> Callable[[], Any]:
+    """What the loop does beside a pass, in exact mode: verdicts, refined drafts, the window's state."""
+    config = DecodingConfig("sjd2", window, levels, acceptance="exact")
+    layout = rows_with_newlines(64, 64, vocabulary, (64, 64))
+    table = torch.randn(vocabulary + 1, 64)
+    state = Window(SlotSource(config, layout, table, vocabulary), torch.arange(rows))
+    scores = torch.randn(rows, window, vocabulary)
+
+    def call() -> None:
+        slots = state.slots()
+        state.fed(slots, 1)
+        _, refined, law = judge(slots, state.source, scores)
+        state.renew(slots, refined, law)
+        state.iteration -= 1  # the window stays where it is, so that every call does the same
+        state.advance([0] * rows, torch.zeros(rows, dtype=torch.long))
+
+    return call
+
+
+def sweep(calls: dict[tuple[str, int], Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
+    """Least seconds of each call, by what is varied, and the exponent of a power law through them."""
+    seconds = dict.fromkeys(calls, np.inf)
+    for _ in track(range(repeats), "repeats"):
+        for key, call in calls.items():
+            seconds[key] = min(seconds[key], timed(call)[1])
+    found: dict[str, dict[str, Any]] = {}
+    for (name, size), least in seconds.items():
+        found.setdefault(name, {"seconds": {}})["seconds"][size] = least
+    for entry in found.values():
+        sizes, least = (np.array(list(part)) for part in zip(*entry["seconds"].items(), strict=True))
+        entry["exponent"] = float(np.polyfit(np.log(sizes[sizes > 0]), np.log(least[sizes > 0]), 1)[0])
+    return found
+
+
+def pass_seconds(tokens: int, prefix: float, rows: int, utilisation: float) -> float:
+    """Seconds of a pass of `tokens` tokens a row over `prefix` cached ones, by the roofline."""
+    cache = rows * prefix * 2 * LAYERS * WIDTH
+    operations = 2 * rows * tokens * (WEIGHTS + 2 * LAYERS * WIDTH * prefix)
+    return max((2 * WEIGHTS + 2 * cache) / BANDWIDTH, operations / (PEAK * utilisation))
+
+
+def predictions(utilisation: float) -> dict[str, dict[str, float]]:
+    """Speed-ups of a 7B model with guidance, from the published step compressions."""
+    found = {}
+    plain = pass_seconds(1, 1200, 2, utilisation)
+    for name, (window, num_levels, steps, published) in PAPER.items():
+        # the paper feeds its timestep tokens in every pass; ours are computed once
+        fed = pass_seconds(window + num_levels, 1200, 2, utilisation)
+        overhead = PAPER_AR - plain
+        found[name] = {
+            "step_compression": steps,
+            "pass_cost": fed / plain,
+            "speedup_without_overhead": steps * plain / fed,
+            "speedup_with_overhead": steps * PAPER_AR / (fed + overhead),
+            "published_speedup": published,
+        }
+    return found
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--weights", default="weights/tiny")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--utilisation", type=float, default=0.6, help="share of the peak that matmuls reach")
+    options = parser.parse_args()
+    backbone = load_backbone("chameleon", options.weights, "trunk").eval()
+    passes = {
+        (name, size): one_pass(backbone, **{**BASE, name: size})
+        for name, sizes in PASSES.items()
+        for size in sizes
+    }
+    base = {"window": 32, "vocabulary": 512, "levels": 2, "rows": 1}
+    work = {
+        (name, size): own_work(**{**base, name: size}) for name, sizes in OWN_WORK.items() for size in sizes
+    }
+    measured = {"pass": sweep(passes, options.repeats), "own work": sweep(work, options.repeats)}
+    table = Table("part", "varied", "size: relative cost", "exponent")
+    for part, entries in measured.items():
+        for name, entry in entries.items():
+            first = next(iter(entry["seconds"].values()))
+            costs = "  ".join(f"{size}: {value / first:.2f}" for size, value in entry["seconds"].items())
+            table.add_row(part, name, costs, f"{entry['exponent']:.2f}")
+    Console().print(table)
+    predicted = predictions(options.utilisation)
+    table = Table("7B, A100", *next(iter(predicted.values())))
+    for name, row in predicted.items():
+        table.add_row(name, *(f"{value:.2f}" for value in row.values()))
+    Console().print(table)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({**measured, "predicted": predicted}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -75,7 +75,7 @@ class DecodingConfig:
             found.append(f"decoding.num_levels must be >= 0 (0 is plain Jacobi), got {self.num_levels}")
         if self.method == "ar" and (self.window != 1 or self.num_levels != 0):
             found.append("decoding.method 'ar' needs window 1 and num_levels 0")
-        if self.method not in ("ar", *NOISY) and self.num_levels != 0:
+        if self.method in METHODS and self.method not in ("ar", *NOISY) and self.num_levels != 0:
             found.append(f"decoding.method {self.method!r} has no noise: set num_levels to 0 or use sjd2")
         if self.refiner == "keep" and self.acceptance != "paper":
             found.append("decoding.refiner 'keep' is not exact: use it with acceptance 'paper' only")

@@ -137,7 +137,7 @@ def _fill_methods(tree: dict[str, Any]) -> set[str]:
 
     With a method chosen (`decoding=sjd2_exact`) that one is compared with autoregression, and the others
     share its sampling. Otherwise (`decoding=each`) a value that is not null replaces that of every drafting
-    method.
+    method that is compared: it need not suit the others.
     """
     decoding, methods = tree.pop("decoding", None), tree.get("methods")
     if not isinstance(decoding, dict) or not isinstance(methods, dict):
@@ -147,9 +147,11 @@ def _fill_methods(tree: dict[str, Any]) -> set[str]:
     if name is not None:
         methods[name] = decoding
         tree["compare"] = list(dict.fromkeys([BASELINE, name]))
-    for method in methods.values():
+    compared = tree.get("compare")
+    for title, method in methods.items():
         method.pop("name", None)
-        for key in given if name is None else OF_ALL_METHODS:
+        everything = name is None and isinstance(compared, list) and title in compared
+        for key in given if everything else OF_ALL_METHODS:
             # The baseline drafts nothing, and only SJD2 has levels.
             fits = key in OF_ALL_METHODS or (
                 method["method"] != "ar" and (key != "num_levels" or method["method"] in NOISY)

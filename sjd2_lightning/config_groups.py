@@ -238,6 +238,7 @@ class CallbacksConfig(Group):
     sampling: SamplingConfig | None
     checkpoint: CheckpointConfig | None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
+    nonfinite: Literal["stop", "skip"] | None
     lr_monitor: bool
     progress_bar: Literal["rich", "tqdm"] | None
     extra: list[dict[str, Any]]

@@ -12,7 +12,7 @@ from tests.source import PACKAGE, REPO, closure, cycle, imported_names, imports,
 
 ALGORITHM = ("noise", "embedding", "masks", "sequence", "objective")
 TORCH_ONLY = (*ALGORITHM, "decoding", "models.backbone", "models.cache")
-LIGHTNING = ("module", "callbacks", "data.datamodule", "recipes", "cli")
+LIGHTNING = ("module", "callbacks", "checkpoints", "guards", "data.datamodule", "recipes", "cli")
 HYDRA = ("cli", "config")
 HEAVY = ["lightning", "hydra", "omegaconf", "transformers", "diffusers", "wandb", "webdataset"]
 
@@ -31,6 +31,7 @@ FORBIDDEN = {
     **dict.fromkeys(MEASURE, RUN),
     "module": ("decoding", "metrics", *MEASURE, "callbacks", "recipes", *ENTRY),
     "callbacks": ("recipes", *ENTRY),
+    **dict.fromkeys(("checkpoints", "guards"), ("models", "decoding", "data", "metrics", *MEASURE, *RUN)),
     "recipes": ENTRY,
     "config": ("recipes", "cli"),
     "config_groups": ("recipes", "cli"),

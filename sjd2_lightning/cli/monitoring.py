@@ -22,8 +22,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sjd2_lightning.callbacks import SamplingCallback
+from sjd2_lightning.checkpoints import SaveOnTermination
 from sjd2_lightning.cli.building import build_metrics, build_prompts, build_reference
 from sjd2_lightning.config_groups import TrainConfig, WandbConfig
+from sjd2_lightning.guards import NonFiniteGuard
 from sjd2_lightning.module import SJD2Module
 from sjd2_lightning.report import wandb_log
 from sjd2_lightning.report.provenance import redact
@@ -51,8 +53,11 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: 
         )
     if wanted.ema_decay is not None:
         found.append(EMAWeightAveraging(decay=wanted.ema_decay))
+    if wanted.nonfinite is not None:
+        found.append(NonFiniteGuard(wanted.nonfinite))
     if wanted.checkpoint is not None:
         folder = Path(config.run_dir) / "checkpoints"
+        found.append(SaveOnTermination(folder / "last.ckpt"))
         found.append(ModelCheckpoint(folder, save_last=True, **wanted.checkpoint.model_dump()))
     if wanted.lr_monitor and has_logger:
         found.append(LearningRateMonitor("step"))

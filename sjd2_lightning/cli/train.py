@@ -89,8 +89,11 @@ def build_trainer(
     """The trainer of a configuration."""
     import lightning as L
 
+    from sjd2_lightning.checkpoints import VerifiedCheckpointIO
+
     return L.Trainer(
         **config.trainer.model_dump() | {"strategy": build_strategy(config.trainer.strategy, module)},
+        plugins=[VerifiedCheckpointIO()],
         logger=loggers or False,
         callbacks=callbacks,
         enable_checkpointing=config.callbacks.checkpoint is not None,
@@ -108,10 +111,11 @@ def resume_path(ckpt_path: str | None, run_dir: Path) -> Path | None:
     """
     if ckpt_path is None:
         return None
-    own = run_dir / "checkpoints" / "last.ckpt"
+    from sjd2_lightning.checkpoints import newest_sound_checkpoint
+
     if ckpt_path not in ("auto", "last"):
         return Path(ckpt_path)
-    if own.is_file():
+    if own := newest_sound_checkpoint(run_dir / "checkpoints"):
         return own
     if ckpt_path == "auto":
         return None

@@ -209,9 +209,20 @@ def test_hydra_refuses_keys_of_the_other_script():
 
 def test_decoding_values_hold_for_every_method_that_drafts():
     own = typed("evaluate").methods
-    changed = typed(
-        "evaluate", "decoding.window=7", "decoding.num_levels=3", "decoding.sampling.top_k=9"
-    ).methods
+    names = [
+        "ar",
+        "jacobi",
+        "sjd",
+        "mc_sjd",
+        "gumbel",
+        "sjd_pp",
+        "sjd2",
+        "sjd2_exact",
+        "sjd2_paper",
+        "sjd2_pure",
+    ]
+    values = ("decoding.window=7", "decoding.num_levels=3", "decoding.sampling.top_k=9")
+    changed = typed("evaluate", *values, f"compare=[{','.join(names)}]").methods
     assert {name for name, method in changed.items() if method.window == 1} == {"ar"}
     assert {method.window for method in changed.values()} == {1, 7}
     assert {name: method.num_levels for name, method in changed.items()} == {
@@ -228,6 +239,9 @@ def test_decoding_values_hold_for_every_method_that_drafts():
     }
     assert {method.sampling.top_k for method in changed.values()} == {9}
     assert own["sjd2_paper"].num_levels != own["sjd2"].num_levels, "each has its own value otherwise"
+    some = typed("evaluate", *values, "compare=[ar,sjd2]").methods
+    assert (some["sjd2"].window, some["sjd2_pure"].window) == (7, own["sjd2_pure"].window), "not compared"
+    assert some["sjd2_pure"].sampling.top_k == 9, "the law is one for all"
 
 
 def test_all_methods_are_compiled_or_none():

@@ -117,7 +117,7 @@ def runs(row: list[int]) -> list[tuple[int, int]]:
 def test_levels_form_a_chain_of_ramps(num_levels):
     """Inside a ramp a segment is followed by the next level; behind a ramp comes a clean run."""
     levels = draw_levels(120, 60, num_levels, LAW, torch.Generator().manual_seed(0))
-    assert levels.shape == (300, 60)
+    assert levels.shape == (120, 60)
     assert levels.dtype == torch.long
     assert set(levels.unique().tolist()) == set(range(num_levels + 1))
     tops = set()

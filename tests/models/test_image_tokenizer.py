@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sjd2_lightning.models.image_tokenizer import load_image_tokenizer, to_uint8
+from sjd2_lightning.models.image_tokenizer import VQImageTokenizer, load_image_tokenizer, to_uint8
 from tests.tiny_backbones import tiny_image_tokenizer
 
 
@@ -74,6 +74,25 @@ def test_identity_is_of_the_weights(tokenizer):
         weight[0, 0] -= 1e-3
     assert changed != before
     assert len(before) == 64
+
+
+def test_isolated_patches_have_codes_of_their_own_pixels_alone(tokenizer, tmp_path):
+    """The same patch has the same code in any picture; without isolation the rest of the picture matters."""
+    alone = VQImageTokenizer(tokenizer.vq, isolate_patches=True)
+    side = alone.downsample
+    pictures = torch.rand(8, 3, 3 * side, 2 * side, generator=torch.Generator().manual_seed(2))
+    pictures[:, :, side : 2 * side, :side] = pictures[:1, :, side : 2 * side, :side]
+    latents = alone.latents(pictures)
+    assert torch.allclose(latents[:, :, 1, 0], latents[:1, :, 1, 0].expand(8, -1), atol=1e-5)
+    for row in range(3):
+        for column in range(2):
+            patch = pictures[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side]
+            assert torch.allclose(latents[..., row, column], tokenizer.latents(patch)[..., 0, 0], atol=1e-5)
+    whole = tokenizer.latents(pictures)
+    assert not torch.allclose(whole[:, :, 1, 0], whole[:1, :, 1, 0].expand(8, -1), atol=1e-3)
+    assert alone.identity != tokenizer.identity, "shards of the one are none of the other"
+    alone.save(tmp_path)
+    assert load_image_tokenizer(tmp_path).isolate_patches
 
 
 def test_a_folder_without_weights_is_named(tmp_path):

@@ -121,6 +121,13 @@ def test_the_newest_sound_checkpoint_is_chosen(path, caplog):
     assert "newer.ckpt is damaged" in caplog.text
 
 
+def test_a_sharded_checkpoint_is_a_folder_and_may_be_the_newest(path):
+    sharded = path.with_name("sharded.ckpt")
+    sharded.mkdir()
+    os.utime(sharded, (2**31, 2**31))
+    assert newest_sound_checkpoint(path.parent) == sharded
+
+
 class Terminate(L.Callback):
     """Tells the process to end in the middle of a step."""
 

@@ -110,8 +110,9 @@ class NoiseSettings(Group):
 
 
 class OptimizerSettings(Group):
-    """AdamW with linear warm-up and cosine decay, and which weights it trains."""
+    """`optimizer.OptimizerConfig`, and which weights are trained."""
 
+    name: Literal["adamw", "muon"]
     lr: Positive
     weight_decay: Annotated[float, Field(ge=0)]
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]

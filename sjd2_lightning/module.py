@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from torch import Tensor
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.noise import RampLaw, draw_levels, timesteps
 from sjd2_lightning.objective import TokenLoss, next_clean_token_loss
+from sjd2_lightning.optimizer import OptimizerConfig, build_optimizer, warmup_cosine
 from sjd2_lightning.sequence import NoisyCodes, code_logits, trunk_input
 
 
@@ -37,17 +37,6 @@ class NoiseConfig:
     enabled: bool = True
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to `final_lr_share * lr`."""
-
-    lr: float = 2e-4
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup_steps: int = 50
-    final_lr_share: float = 0.05
-
-
 class CodeBatch(Protocol):
     """What training reads of a batch: captions, and codes (B, height, width)."""
 
@@ -64,7 +53,7 @@ class SJD2Module(L.LightningModule):
     Args:
         backbone: the model; frozen parts by `freeze`.
         noise: noise of training; `enabled=False` gives plain next-token training.
-        optimizer: AdamW and its schedule.
+        optimizer: the optimizer and its schedule.
         image_size: (height, width) of the images in pixels.
         prompt_dropout: share of training prompts replaced by the unconditional context, for guidance.
         val_levels: grid size of the validation losses at noise.
@@ -176,21 +165,7 @@ class SJD2Module(L.LightningModule):
             self.log(f"val/loss_{band}", loss, sync_dist=True, batch_size=count)
 
     def configure_optimizers(self) -> Any:
-        config = self.optimizer_config
-        trained = [p for p in self.parameters() if p.requires_grad]
-        # biases and gains are not decayed
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-        total = max(1, int(self.trainer.estimated_stepping_batches))
-
-        def share(step: int) -> float:
-            if step < config.warmup_steps:
-                return (step + 1) / config.warmup_steps
-            done = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
-            return config.final_lr_share + (1 - config.final_lr_share) * 0.5 * (1 + math.cos(math.pi * done))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        optimizer = build_optimizer(self.named_parameters(), self.optimizer_config)
+        num_steps = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = warmup_cosine(optimizer, self.optimizer_config, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -104,7 +104,8 @@ def test_option_list_is_not_empty():
 
 
 def test_typed_groups_match_what_they_configure():
-    from sjd2_lightning.module import NoiseConfig, OptimizerConfig
+    from sjd2_lightning.module import NoiseConfig
+    from sjd2_lightning.optimizer import OptimizerConfig
     from sjd2_lightning.recipes.clip import ClipModule
     from sjd2_lightning.recipes.tokenizer import TokenizerModule
 

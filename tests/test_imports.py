@@ -31,7 +31,9 @@ FORBIDDEN = {
     **dict.fromkeys(MEASURE, RUN),
     "module": ("decoding", "metrics", *MEASURE, "callbacks", "recipes", *ENTRY),
     "callbacks": ("recipes", *ENTRY),
-    **dict.fromkeys(("checkpoints", "guards"), ("models", "decoding", "data", "metrics", *MEASURE, *RUN)),
+    **dict.fromkeys(
+        ("optimizer", "checkpoints", "guards"), ("models", "decoding", "data", "metrics", *MEASURE, *RUN)
+    ),
     "recipes": ENTRY,
     "config": ("recipes", "cli"),
     "config_groups": ("recipes", "cli"),

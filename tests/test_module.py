@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from sjd2_lightning.module import NoiseConfig, OptimizerConfig, SJD2Module
+from sjd2_lightning.module import NoiseConfig, SJD2Module
 from sjd2_lightning.noise import RampLaw
+from sjd2_lightning.optimizer import OptimizerConfig
 from tests.tiny_backbones import tiny_chameleon
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # no trainer here

@@ -9,7 +9,8 @@ from sjd2_lightning.cli.strategy import build_strategy
 from sjd2_lightning.cli.train import train
 from sjd2_lightning.config import ConfigError, conf_dir
 from sjd2_lightning.models.registry import load_backbone
-from sjd2_lightning.module import NoiseConfig, OptimizerConfig, SJD2Module
+from sjd2_lightning.module import NoiseConfig, SJD2Module
+from sjd2_lightning.optimizer import OptimizerConfig
 from tests.tiny_backbones import tiny_chameleon
 
 SMALL = (

@@ -20,7 +20,8 @@ from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.models.lora import has_adapter
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.tiny import build_tiny
-from sjd2_lightning.module import NoiseConfig, OptimizerConfig, SJD2Module
+from sjd2_lightning.module import NoiseConfig, SJD2Module
+from sjd2_lightning.optimizer import OptimizerConfig
 from sjd2_lightning.prompts import PromptItem, held_out_prompts, read_prompts
 from sjd2_lightning.quality import QualityMetrics
 from sjd2_lightning.recipes.clip import ClipModule, EmojiPairs

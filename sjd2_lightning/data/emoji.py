@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 ATTRIBUTION = "Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"
-HELD_OUT_SHARE = 0.12
+TRAINED_SHARE = 0.67  # of the concepts of every word
+LEAST_TRAINED = 3  # concepts of every word
 _SKIN = re.compile(r"\b(?:medium-light|medium-dark|light|medium|dark) skin tone\b")
 _PEOPLE = re.compile(
     r"\b(?:man|woman|person|men|women|people|boy|girl|child|facing right|"
@@ -77,20 +78,19 @@ def _image_folder() -> Path:
 
 
 def _held_out(concept_words: dict[str, set[str]]) -> set[str]:
-    """Concepts kept out of training, in the order of a hash of their names.
+    """Concepts kept out of training, chosen in the order of a hash of their names.
 
-    A concept qualifies only while each of its words stays in at least two training concepts: a name with
-    a word never seen could not be drawn by anyone, and would measure nothing.
+    A concept qualifies only while two thirds of the concepts of each of its words, and at least three,
+    stay in training: a name with a word hardly ever seen could be drawn by nobody, and measures nothing.
     """
-    uses = Counter(word for ws in concept_words.values() for word in ws)
-    wanted = round(HELD_OUT_SHARE * len(concept_words))
+    total = Counter(word for ws in concept_words.values() for word in ws)
+    trained = total.copy()
     held_out: set[str] = set()
     for concept in sorted(concept_words, key=lambda c: hashlib.sha256(c.encode()).hexdigest()):
-        if len(held_out) == wanted:
-            break
-        if all(uses[word] >= 3 for word in concept_words[concept]):
+        own = concept_words[concept]
+        if all(trained[word] - 1 >= max(LEAST_TRAINED, TRAINED_SHARE * total[word]) for word in own):
             held_out.add(concept)
-            uses.subtract(concept_words[concept])
+            trained.subtract(own)
     return held_out
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from sjd2_lightning.data import prepare
-from sjd2_lightning.data.emoji import ATTRIBUTION, load_emoji_index, render
+from sjd2_lightning.data.emoji import ATTRIBUTION, load_emoji_index, render, words
 from sjd2_lightning.data.prepare import prepare_emoji
 from sjd2_lightning.data.reading import read_all
 from sjd2_lightning.data.shards import ShardIndex
@@ -76,7 +77,7 @@ def test_raw_shards_hold_the_canonical_pictures(emoji_dir: Path) -> None:
 
 def test_no_concept_and_no_picture_is_in_both_splits(emoji_dir: Path) -> None:
     train, val = ({item for item in load_emoji_index() if item.split == split} for split in ("train", "val"))
-    assert 0.05 < len(val) / (len(train) + len(val)) < 0.2
+    assert 0.03 < len(val) / (len(train) + len(val)) < 0.2
     assert not {item.concept for item in train} & {item.concept for item in val}
     assert not {item.caption for item in train} & {item.caption for item in val}
     train_facts, val_facts = (
@@ -174,3 +175,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         prepare.main(["emoji", "--out", str(tmp_path), "--tokenizer", str(tmp_path / "none")])
     assert "no image tokenizer" in capsys.readouterr().err
+
+
+def test_the_words_of_a_held_out_name_stay_in_training() -> None:
+    concepts: dict[str, dict[str, set[str]]] = {"train": {}, "val": {}}
+    for item in load_emoji_index():
+        concepts[item.split].setdefault(item.concept, set()).update(words(item.caption))
+    trained = Counter(word for own in concepts["train"].values() for word in own)
+    held_out = Counter(word for own in concepts["val"].values() for word in own)
+    assert all(trained[word] >= 3 and trained[word] >= 2 * held_out[word] for word in held_out)

@@ -23,7 +23,8 @@ from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.models.image_tokenizer import to_uint8
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import load_backbone
-from sjd2_lightning.module import NoiseConfig, OptimizerConfig, SJD2Module
+from sjd2_lightning.module import NoiseConfig, SJD2Module
+from sjd2_lightning.optimizer import OptimizerConfig
 from sjd2_lightning.sequence import NoisyCodes, trunk_input
 
 PROMPTS = ("a red cat", "dog")  # of different lengths

@@ -1,0 +1,74 @@
+"""What turns gradients into steps: AdamW, or Muon for the trunk's matrices, with warm-up and cosine decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import Parameter
+from torch.optim.lr_scheduler import LambdaLR
+
+_LOOKUPS = ("embed", "head")  # parts of the names of tables whose rows are tokens: Muon does not suit them
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Linear warm-up to `lr`, then cosine decay to `final_lr_share * lr`.
+
+    Attributes:
+        name: `adamw`, or `muon`: the trunk's matrices take orthogonalised momentum steps (Jordan et al. 2024)
+            of the size of AdamW's (Liu et al. 2025), everything else AdamW's own.
+        lr: peak learning rate.
+        weight_decay: of matrices; biases and gains do not decay.
+        betas: of AdamW.
+        warmup_steps: optimizer steps.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 2e-4
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_steps: int = 50
+    final_lr_share: float = 0.05
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, Parameter]], config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """The optimizer of all parameters that are trained.
+
+    Args:
+        named_parameters: of a module; those without a gradient are left out.
+        config: which optimizer, and its numbers.
+    """
+    trained = [(name, p) for name, p in named_parameters if p.requires_grad]
+    tables = [p for name, p in trained if p.ndim > 1 and any(part in name for part in _LOOKUPS)]
+    matrices = [p for name, p in trained if p.ndim > 1 and not any(part in name for part in _LOOKUPS)]
+    decay, lr = config.weight_decay, config.lr
+    vectors = {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0}
+    if config.name == "adamw":
+        groups = [{"params": tables + matrices, "weight_decay": decay}, vectors]
+        return torch.optim.AdamW(groups, lr=lr, betas=config.betas)
+    from timm.optim import Muon  # a second to import
+
+    groups = [
+        {"params": matrices, "weight_decay": decay},
+        {"params": tables, "weight_decay": decay, "use_fallback": True},
+        vectors | {"use_fallback": True},
+    ]
+    return Muon(groups, lr=lr, betas=config.betas, adjust_lr_fn="match_rms_adamw")
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, config: OptimizerConfig, num_steps: int) -> LambdaLR:
+    """The learning rate by step: linear warm-up, then a cosine that ends at step `num_steps`."""
+
+    def share(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        done = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
+        return config.final_lr_share + (1 - config.final_lr_share) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return LambdaLR(optimizer, share)

@@ -117,7 +117,7 @@ def _samples(
                 usable.append(group)
             except (ValueError, OSError) as error:
                 skipped += [(pictures.facts(record)["key"], str(error)) for record in group]
-        payloads: Sequence[np.ndarray] = images
+        payloads: Sequence[np.ndarray] | np.ndarray = images
         if build.tokenizer is not None and images:
             pixels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 255
             payloads = build.tokenizer.encode(pixels).cpu().numpy()

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sjd2_lightning.data import plan
 from sjd2_lightning.data.reading import (
+    AnySample,
     BadDataError,
     RawSample,
     SkipLog,
@@ -119,9 +120,7 @@ class CodeDataset(IterableDataset):  # type: ignore[type-arg]
                 return
             yield _Delivery(_collate(chosen), log.drain())
 
-    def _samples(
-        self, mine: Sequence[plan.Stretch], worker: int, log: SkipLog
-    ) -> Iterator[Sample | RawSample]:
+    def _samples(self, mine: Sequence[plan.Stretch], worker: int, log: SkipLog) -> Iterator[AnySample]:
         """A worker's samples; skipped ones are made up for by reading its stretch again."""
         if not mine:
             return

@@ -13,7 +13,9 @@ A run that was killed goes on where it stopped when the same command is given ag
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from sjd2_lightning.data.sources import (
 )
 
 SPLITS = {"both": ("train", "val"), "train": ("train",), "val": ("val",)}
+NUM_PROMPTS = 5000  # as many as are ever measured
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -141,7 +144,20 @@ def prepare_source(options: argparse.Namespace, coder: Coder | None) -> dict[str
         indexes[f"{wanted.kind}/{split}"] = ensure_shards(
             wanted, num_workers=options.workers, max_bad_share=options.max_bad_share
         )
+    if "val" in chosen:
+        write_prompts(options.out / "prompts.json", chosen["val"])
     return indexes
+
+
+def write_prompts(path: Path, records: Sequence[Record]) -> None:
+    """Captions of held-out pictures, one a picture, as a file for `data.prompt_file`."""
+    first = {(record.file, record.start): record for record in reversed(records)}
+    prompts = [
+        {"key": record.key, "prompt": record.caption}
+        for record in reversed(first.values())
+        if record.key[0].isalnum()  # it will name files of images
+    ]
+    path.write_text(json.dumps(prompts[:NUM_PROMPTS], indent=1) + "\n", encoding="utf-8")
 
 
 def list_records(options: argparse.Namespace) -> tuple[list[Record], Reader]:

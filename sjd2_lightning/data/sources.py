@@ -232,7 +232,8 @@ def _records_of_tar(path: Path, folder: Path) -> Iterator[Record]:
     for stem, fields in found.items():
         caption = _tar_caption(fields)
         if "picture" in fields and caption:
-            yield Record(key_of(f"{name}/{stem}"), caption, name, *fields["picture"], changed)
+            start, num_bytes = fields["picture"]
+            yield Record(key_of(f"{name}/{stem}"), caption, name, start, num_bytes, changed)
 
 
 def _tar_caption(fields: Mapping[str, Any]) -> str | None:

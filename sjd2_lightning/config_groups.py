@@ -75,7 +75,8 @@ class DataConfig(Group):
         """Named files that are not there, an address that is not read or cannot be built in."""
         found = []
         try:
-            if self.prepare and not isinstance(place(self.data_dir), Path):
+            where = place(self.data_dir)
+            if self.prepare and not isinstance(where, Path):
                 found.append(f"prepare=True: shards are built in local folders, not in {self.data_dir}")
         except ValueError as error:
             found.append(f"data_dir={error}")

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field
 from sjd2_lightning.config_base import Count, Group, Natural, Positive, Share, several
 from sjd2_lightning.config_base import shipped as shipped
 from sjd2_lightning.config_model import ModelConfig as ModelConfig
+from sjd2_lightning.data.places import place
 from sjd2_lightning.decoding.methods import DecodingConfig
 from sjd2_lightning.noise import RampLaw
 
@@ -54,6 +55,7 @@ class DataConfig(Group):
     """Captioned images: shards of image codes for training, prompts and reference images for measuring."""
 
     data_dir: str
+    kind: Literal["codes", "raw"]
     prepare: bool
     views: Count
     max_images: Count | None
@@ -61,6 +63,7 @@ class DataConfig(Group):
     val_batch_size: Count
     num_workers: Natural
     shuffle_buffer: Natural
+    drop_last: bool
     num_train_samples: Count | None
     max_bad_samples: Natural
     verify_shards: bool
@@ -69,8 +72,14 @@ class DataConfig(Group):
     reference_dir: str | None
 
     def problems(self) -> list[str]:
-        """Named files that are not there."""
+        """Named files that are not there, an address that is not read or cannot be built in."""
         found = []
+        try:
+            where = place(self.data_dir)
+            if self.prepare and not isinstance(where, Path):
+                found.append(f"prepare=True: shards are built in local folders, not in {self.data_dir}")
+        except ValueError as error:
+            found.append(f"data_dir={error}")
         if self.prompt_file and not Path(self.prompt_file).is_file():
             found.append(
                 f"prompt_file={self.prompt_file}: there is no such file; give a .txt or .json of prompts"

@@ -73,6 +73,17 @@ def problems(root: str, *overrides: str) -> list[str]:
     return caught.value.problems
 
 
+def test_addresses_of_data():
+    assert typed("train", "data=shards", "data.data_dir=s3://bucket/photos")
+    assert problems("train", "data.data_dir=s3://bucket/photos") == [
+        "data.prepare=True: shards are built in local folders, not in s3://bucket/photos"
+    ]
+    (problem,) = problems("train", "data=raw", "data.data_dir=pipe:rm -r .")
+    assert problem == (
+        "data.data_dir=pipe:rm -r .: commands are not run; give a folder or an address such as s3://..."
+    )
+
+
 @pytest.mark.parametrize("root", ["train", "evaluate"])
 def test_root_is_valid(root):
     assert typed(root)

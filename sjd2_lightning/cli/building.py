@@ -143,9 +143,9 @@ def build_module(config: TrainConfig, backbone: Backbone) -> SJD2Module:
 
 
 def build_data(config: TrainConfig, backbone: Backbone) -> CodeDataModule:
-    """Shards of image codes, made by the backbone's own tokenizer where they are missing."""
+    """Shards; the emoji's are made by the backbone's own tokenizer where they are missing."""
     taken = {"data_dir", "batch_size", "val_batch_size", "num_workers", "max_bad_samples", "shuffle_buffer"}
-    taken |= {"num_train_samples", "views", "max_images", "verify_shards"}
+    taken |= {"num_train_samples", "views", "max_images", "verify_shards", "kind", "drop_last"}
     tokenizer = image_tokenizer_of(backbone) if config.data.prepare else None
     return CodeDataModule(
         **config.data.model_dump(include=taken),

@@ -1,36 +1,40 @@
-"""The Lightning data module over shards of image codes.
+"""The Lightning data module over shards of image codes, or of pictures that are encoded while training.
 
 Source: ours.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from torch import nn
 
-from sjd2_lightning.data.loader import Batch, CodeDataset, CodeLoader
-from sjd2_lightning.data.prepare import SOURCE, prepare_emoji
+from sjd2_lightning.data.emoji_shards import SOURCE, prepare_emoji
+from sjd2_lightning.data.loader import Batch, CodeDataset, CodeLoader, PictureBatch
+from sjd2_lightning.data.places import Place, place
 from sjd2_lightning.data.shards import INDEX_NAME, ShardIndex
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 
-__all__ = ["Batch", "CodeDataModule"]
+__all__ = ["Batch", "CodeDataModule", "PictureBatch"]
 
 logger = logging.getLogger(__name__)
 
 
 class CodeDataModule(L.LightningDataModule):
-    """Batches of captioned image codes from ``<data_dir>/codes/{train,val}``.
+    """Batches of captioned image codes from ``<data_dir>/{codes,raw}/{train,val}``.
 
     With a tokenizer, `prepare_data` builds the emoji shards when they are missing or stale; shards of
-    another source are used as they are. Before anything long starts, missing shards and codes of another
-    tokenizer or codebook than the model's are refused.
+    another source are used as they are. Before anything long starts, missing shards, and codes of another
+    tokenizer, codebook or image size than the model's are refused. Pictures of raw shards become codes on the
+    training device, by the tokenizer of the model in training.
 
     Args:
-        data_dir: Folder of the shards.
+        data_dir: Folder of the shards, or its address in an object store.
         batch_size: Training samples a step on every rank.
         num_workers: Reading processes on every rank; 0 reads in the training process.
         seed: Of the training order.
@@ -43,6 +47,8 @@ class CodeDataModule(L.LightningDataModule):
         max_images: Pictures of each split, for preparing; None for all.
         image_size: Side of the pictures in pixels, for preparing.
         verify_shards: Compare the shards with their sha256 before training and warn of differences.
+        kind: "codes", or "raw" for pictures.
+        drop_last: Full training batches only; see `CodeDataset`.
 
     Raises:
         ValueError: An argument is out of range (all problems at once).
@@ -63,6 +69,8 @@ class CodeDataModule(L.LightningDataModule):
         max_images: int | None = None,
         image_size: int = 64,
         verify_shards: bool = True,
+        kind: str = "codes",
+        drop_last: bool = True,
     ) -> None:
         super().__init__()
         limits = {
@@ -81,9 +89,12 @@ class CodeDataModule(L.LightningDataModule):
             for name, (value, least) in limits.items()
             if value is not None and value < least
         ]
+        if kind not in ("codes", "raw"):
+            problems.append(f"data.kind is {kind!r}, it must be codes or raw")
         if problems:
             raise ValueError("; ".join(problems) + ".")
-        self.data_dir = Path(data_dir)
+        self.data_dir: Place = place(data_dir)
+        self.kind, self.drop_last = kind, drop_last
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.num_workers, self.seed, self.max_bad_samples = num_workers, seed, max_bad_samples
         self.shuffle_buffer, self.num_train_samples = shuffle_buffer, num_train_samples
@@ -92,21 +103,8 @@ class CodeDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Build missing or stale shards, and warn of damaged ones; runs on one process of a machine."""
-        train = self.data_dir / "codes" / "train"
-        foreign = (train / INDEX_NAME).is_file() and ShardIndex.load(train).meta.source != SOURCE
-        if self.tokenizer is not None and not foreign:
-            tokenizer = self.tokenizer
-            if isinstance(tokenizer, (str, Path)):
-                tokenizer = load_image_tokenizer(tokenizer)
-            num_codes, _ = self._model_facts()
-            if num_codes not in (None, tokenizer.num_codes):
-                raise ValueError(
-                    f"data.tokenizer has a codebook of {tokenizer.num_codes}, the model's has {num_codes}; "
-                    "choose the image tokenizer that belongs to the model."
-                )
-            prepare_emoji(
-                self.data_dir, tokenizer, self.views, size=self.image_size, max_images=self.max_images
-            )
+        if self.tokenizer is not None and not self._is_foreign():
+            self._prepare_emoji(self.tokenizer)
         for split in ("train", "val"):
             index = self.index(split)
             for name in index.damaged_shards() if self.verify_shards else ():
@@ -117,35 +115,79 @@ class CodeDataModule(L.LightningDataModule):
                     self.max_bad_samples,
                 )
 
+    def _is_foreign(self) -> bool:
+        """Whether shards of another source lie here."""
+        train = self.data_dir / self.kind / "train"
+        return (train / INDEX_NAME).is_file() and _source(train) != SOURCE
+
+    def _prepare_emoji(self, tokenizer: ImageTokenizer | str | Path) -> None:
+        if not isinstance(self.data_dir, Path):
+            raise ValueError(f"data.data_dir={self.data_dir}: shards are built in local folders only.")
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = load_image_tokenizer(tokenizer)
+        num_codes, _ = self._model_facts()
+        if num_codes not in (None, tokenizer.num_codes):
+            raise ValueError(
+                f"data.tokenizer has a codebook of {tokenizer.num_codes}, the model's has {num_codes}; "
+                "choose the image tokenizer that belongs to the model."
+            )
+        coder = tokenizer if self.kind == "codes" else None
+        prepare_emoji(self.data_dir, coder, self.views, size=self.image_size, max_images=self.max_images)
+
     def setup(self, stage: str) -> None:
         """Refuse data that do not fit the model the trainer holds."""
+        layout = getattr(getattr(self.trainer, "lightning_module", None), "image_layout", None)
+        size = None
+        if layout is not None:
+            size = (layout.height, layout.width) if self.kind == "codes" else layout.pixels
         for split in ("train", "val"):
-            self.index(split).check_model(*self._model_facts())
+            self.index(split).check_model(*self._model_facts(), size)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turn pictures into codes with the model's own tokenizer, on its device."""
+        if not isinstance(batch, PictureBatch):
+            return batch
+        tokenizer = self._model_tokenizer()
+        if tokenizer is None:
+            raise ValueError("data.kind=raw: the model has no image tokenizer; use data=shards.")
+        module = tokenizer if isinstance(tokenizer, nn.Module) else getattr(tokenizer, "vq", None)
+        if isinstance(module, nn.Module) and next(module.parameters()).dtype != torch.float32:
+            raise ValueError(
+                "data.kind=raw: in half precision the image tokenizer would give other codes; use "
+                "trainer.precision=bf16-mixed, or data=shards."
+            )
+        pixels = batch.images.permute(0, 3, 1, 2).float() / 255
+        return Batch(batch.keys, batch.captions, tokenizer.encode(pixels))
 
     def _model_facts(self) -> tuple[int | None, str | None]:
         """Codebook size and tokenizer identity of the trainer's model, as far as it has them."""
         backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
-        tokenizer = getattr(backbone, "image_tokenizer", None)
-        return getattr(backbone, "num_codes", None), getattr(tokenizer, "identity", None)
+        return getattr(backbone, "num_codes", None), getattr(self._model_tokenizer(), "identity", None)
+
+    def _model_tokenizer(self) -> Any:
+        backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
+        return getattr(backbone, "image_tokenizer", None)
 
     def index(self, split: str) -> ShardIndex:
-        """The checked index of a split's code shards.
+        """The checked index of a split's shards.
 
         Raises:
-            ValueError: The shards are missing, or are not code shards of that split.
+            ValueError: The shards are missing, or are not of that kind and split.
         """
-        index = ShardIndex.load(self.data_dir / "codes" / split)
-        if (index.meta.kind, index.meta.split) != ("codes", split):
+        index = ShardIndex.load(self.data_dir / self.kind / split)
+        if (index.meta.kind, index.meta.split) != (self.kind, split):
             raise ValueError(
                 f"{index.folder} holds {index.meta.kind} shards of split {index.meta.split!r}, "
-                f"not codes of {split!r}; correct data.data_dir."
+                f"not {self.kind} of {split!r}; correct data.data_dir."
             )
         index.check_files()
         return index
 
     def train_dataloader(self) -> CodeLoader:
         """Shuffled full batches, another order every epoch, equally many on every rank."""
-        return self._loader("train", self.batch_size, num_samples=self.num_train_samples)
+        return self._loader(
+            "train", self.batch_size, num_samples=self.num_train_samples, drop_last=self.drop_last
+        )
 
     def val_dataloader(self) -> CodeLoader:
         """Every validation sample once over the ranks, in order."""
@@ -164,3 +206,12 @@ class CodeDataModule(L.LightningDataModule):
             **options,
         )
         return CodeLoader(dataset, self.num_workers, pin_memory=torch.cuda.is_available())
+
+
+def _source(folder: Place) -> str:
+    """The data set that the shards of a folder are of, whatever their format."""
+    with (folder / INDEX_NAME).open("rb") as stream:
+        try:
+            return str(json.loads(stream.read())["source"])
+        except (ValueError, KeyError, TypeError):
+            return ShardIndex.load(folder).meta.source  # its error says what to do

@@ -12,12 +12,20 @@ from itertools import islice
 from random import Random
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sjd2_lightning.data import plan
-from sjd2_lightning.data.reading import BadDataError, Sample, SkipLog, SkippedSample, make_pipeline
+from sjd2_lightning.data.reading import (
+    AnySample,
+    BadDataError,
+    RawSample,
+    SkipLog,
+    SkippedSample,
+    make_pipeline,
+)
 from sjd2_lightning.data.shards import ShardIndex
 
 logger = logging.getLogger(__name__)
@@ -31,20 +39,33 @@ class Batch(NamedTuple):
     image_ids: Tensor
 
 
+class PictureBatch(NamedTuple):
+    """Captioned images as pixels; images is (B, h, w, 3) uint8."""
+
+    keys: list[str]
+    captions: list[str]
+    images: Tensor
+
+
+AnyBatch = Batch | PictureBatch
+
+
 class _Delivery(NamedTuple):
     """What a worker hands over: a batch (None: it gave up) and the samples skipped on the way to it."""
 
-    batch: Batch | None
+    batch: AnyBatch | None
     skipped: tuple[SkippedSample, ...]
 
 
 class CodeDataset(IterableDataset):  # type: ignore[type-arg]
-    """The part of a folder of code shards that one rank sees in one epoch, in batches.
+    """The part of a folder of shards that one rank sees in one epoch, in batches.
 
     Args:
         index: The shards.
         batch_size: Samples of a batch on this rank.
-        train: Shuffled, full batches only; otherwise in order, every sample once over the ranks.
+        train: Shuffled; otherwise in order.
+        drop_last: Full batches only, which leaves out less than one batch a rank, other samples in each
+            epoch; otherwise every sample once over the ranks, in batches that differ by one. None: `train`.
         seed: Of the order, with the epoch.
         rank: This process.
         world_size: Number of processes.
@@ -68,12 +89,14 @@ class CodeDataset(IterableDataset):  # type: ignore[type-arg]
         shuffle_buffer: int = 2048,
         max_bad_samples: int = 10,
         num_samples: int | None = None,
+        drop_last: bool | None = None,
     ) -> None:
         self.index, self.train, self.seed = index, train, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.shuffle_buffer, self.max_bad_samples = shuffle_buffer, max_bad_samples
         self.counts = _first_counts([shard.num_samples for shard in index.shards], num_samples)
-        split = plan.train_batches if train else plan.val_batches
+        self.drop_last = train if drop_last is None else drop_last
+        split = plan.full_batches if self.drop_last else plan.even_batches
         self.batches = split(sum(self.counts), batch_size, rank, world_size)
         self.epoch = 0
         self.start_batch = 0
@@ -97,7 +120,7 @@ class CodeDataset(IterableDataset):  # type: ignore[type-arg]
                 return
             yield _Delivery(_collate(chosen), log.drain())
 
-    def _samples(self, mine: Sequence[plan.Stretch], worker: int, log: SkipLog) -> Iterator[Sample]:
+    def _samples(self, mine: Sequence[plan.Stretch], worker: int, log: SkipLog) -> Iterator[AnySample]:
         """A worker's samples; skipped ones are made up for by reading its stretch again."""
         if not mine:
             return
@@ -151,7 +174,7 @@ class CodeLoader:
         if epoch != self._next_epoch:
             self._next_epoch, self._next_start = epoch, 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[AnyBatch]:
         # a generator: nothing below runs before the first batch is asked for, and Lightning makes
         # an iterator before it sets the epoch
         self._epoch, self._num_consumed = self._next_epoch, self._next_start
@@ -195,6 +218,7 @@ class CodeLoader:
             "shuffle_buffer": data.shuffle_buffer,
             "num_workers": max(1, self.num_workers),
             "batch_size": data.batch_size,
+            "drop_last": data.drop_last,
             "world_size": data.world_size,
             "shards": hashlib.sha256(shards.encode()).hexdigest(),
         }
@@ -219,12 +243,11 @@ class CodeLoader:
             )
 
 
-def _collate(samples: Sequence[Sample]) -> Batch:
-    return Batch(
-        [sample.key for sample in samples],
-        [sample.caption for sample in samples],
-        torch.stack([sample.image_ids for sample in samples]),
-    )
+def _collate(samples: Sequence[Any]) -> AnyBatch:
+    keys, captions = [sample.key for sample in samples], [sample.caption for sample in samples]
+    if isinstance(samples[0], RawSample):
+        return PictureBatch(keys, captions, torch.from_numpy(np.stack([sample.image for sample in samples])))
+    return Batch(keys, captions, torch.stack([sample.image_ids for sample in samples]))
 
 
 def _rng(*parts: int) -> Random:

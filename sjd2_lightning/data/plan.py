@@ -23,7 +23,7 @@ class Segment(NamedTuple):
 Stretch = tuple[int, int]  # positions start..stop-1
 
 
-def train_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[Stretch]:
+def full_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[Stretch]:
     """Full batches of one rank, equally many on every rank; the rest of the line is left out this epoch.
 
     Raises:
@@ -39,7 +39,7 @@ def train_batches(num_samples: int, batch_size: int, rank: int, world_size: int)
     return [(first + i * batch_size, first + (i + 1) * batch_size) for i in range(num_batches)]
 
 
-def val_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[Stretch]:
+def even_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[Stretch]:
     """Batches of one rank that cover its share exactly; equally many on every rank, sizes differ instead.
 
     Raises:
@@ -49,8 +49,8 @@ def val_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -
     start, stop = rank * num_samples // world_size, (rank + 1) * num_samples // world_size
     if num_samples // world_size < num_batches:
         raise ValueError(
-            f"{num_samples} validation samples do not split into {num_batches} non-empty batches on each of "
-            f"{world_size} ranks; raise data.val_batch_size or use fewer ranks."
+            f"{num_samples} samples do not split into {num_batches} non-empty batches on each of "
+            f"{world_size} ranks; raise the batch size or use fewer ranks."
         )
     cuts = [start + i * (stop - start) // num_batches for i in range(num_batches + 1)]
     return list(itertools.pairwise(cuts))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from itertools import islice
+from itertools import groupby, islice
 from random import Random
 from typing import Any, NamedTuple
 
@@ -19,10 +18,11 @@ import torch
 import webdataset as wds
 from PIL import Image
 from torch import Tensor
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from sjd2_lightning.data.places import Place
 from sjd2_lightning.data.plan import Segment
-from sjd2_lightning.data.shards import PAYLOAD, ShardIndex, payload_checksum
+from sjd2_lightning.data.shards import KEY, PAYLOAD, ShardIndex, payload_checksum
+from sjd2_lightning.data.tar import Member, read_members
 
 wds.utils.enforce_security = True  # in case webdataset was imported before this package
 
@@ -45,6 +45,9 @@ class RawSample(NamedTuple):
     key: str
     caption: str
     image: np.ndarray
+
+
+AnySample = Sample | RawSample
 
 
 class SkippedSample(NamedTuple):
@@ -100,7 +103,7 @@ def make_pipeline(
         An iterable of `Sample` (kind "codes") or `RawSample` (kind "raw").
     """
 
-    def read() -> Iterator[Sample | RawSample]:
+    def read() -> Iterator[AnySample]:
         for segment in segments:
             yield from _read_segment(index, segment, log)
 
@@ -110,7 +113,7 @@ def make_pipeline(
     return wds.DataPipeline(*stages)
 
 
-def read_all(folder: str, max_bad_samples: int = 0) -> Iterator[Any]:
+def read_all(folder: str | Place, max_bad_samples: int = 0) -> Iterator[Any]:
     """Every sample of a folder of shards in its order; for building statistics and for looking at data.
 
     Raises:
@@ -129,78 +132,114 @@ def read_all(folder: str, max_bad_samples: int = 0) -> Iterator[Any]:
         )
 
 
-def _read_segment(index: ShardIndex, segment: Segment, log: SkipLog) -> Iterator[Sample | RawSample]:
+def _read_segment(index: ShardIndex, segment: Segment, log: SkipLog) -> Iterator[AnySample]:
     """Samples start..stop-1 of a shard; what the tar no longer holds is recorded as skipped."""
     path = index.folder / index.shards[segment.shard].name
-    errors: list[str] = []
-
-    def note(error: Exception) -> bool:
-        errors.append(f"{type(error).__name__}: {error.args[0] if error.args else ''}")
-        return True  # go on: the loss shows up in the count below
-
-    num_read, last_key = 0, "the start of the shard"
-    with ExitStack() as stack:
-        sources = []
-        try:
-            sources.append({"url": path.name, "stream": stack.enter_context(path.open("rb"))})
-        except OSError as error:
-            errors.append(str(error))
-        members = tar_file_expander(sources, handler=note)
-        for fields in islice(group_by_keys(members, handler=note), segment.stop):
-            num_read += 1
-            last_key = fields["__key__"]
-            if num_read <= segment.start:
-                continue
-            try:
-                sample = _decode(fields, index)
-            except ValueError as error:
-                log.add(SkippedSample(path.name, last_key, str(error)))
-            else:
-                yield sample
+    num_read, last_key, error = 0, "the start of the shard", "the archive ends early"
+    seen: set[str] = set()
+    try:
+        with path.open("rb") as stream:
+            for key, members in islice(_groups(read_members(stream, _max_bytes(index))), segment.stop):
+                num_read, last_key = num_read + 1, key
+                if num_read <= segment.start:
+                    continue
+                try:
+                    if key in seen:
+                        raise ValueError("a second sample of this key")
+                    seen.add(key)
+                    sample = _decode(key, members, index)
+                except ValueError as problem:
+                    log.add(SkippedSample(path.name, key, str(problem)))
+                else:
+                    yield sample
+    except OSError as problem:
+        error = f"{type(problem).__name__}: {problem}"
     if num_read < segment.stop:
         first = max(num_read, segment.start)
-        reason = f"unreadable after {last_key} ({errors[-1] if errors else 'the archive ends early'})"
+        reason = f"unreadable after {last_key} ({error})"
         key = f"samples {first} to {segment.stop - 1}"
         log.add(SkippedSample(path.name, key, reason, segment.stop - first))
 
 
-def _decode(fields: dict[str, Any], index: ShardIndex) -> Sample | RawSample:
-    """A checked sample from the bytes of its files; ValueError says what is wrong with it.
+def _groups(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
+    """Neighbours of one key, which is the name up to the first dot inside its last part."""
+    return ((key, list(group)) for key, group in groupby(members, _key_of))
+
+
+def _key_of(member: Member) -> str:
+    folder, slash, name = member.name.rpartition("/")
+    bare = name.lstrip(".")
+    return folder + slash + name[: len(name) - len(bare)] + bare.partition(".")[0]
+
+
+def _max_bytes(index: ShardIndex) -> int:
+    """More than any file of a sample has."""
+    num_cells = index.meta.height * index.meta.width
+    return 2**16 + 4 * num_cells  # int32, or three bytes a pixel that PNG may fail to shrink
+
+
+def _decode(key: str, members: Sequence[Member], index: ShardIndex) -> AnySample:
+    """A checked sample from its files; ValueError says what is wrong with it.
 
     Only JSON, UTF-8, .npy without pickles and PNG are understood.
     """
+    if not KEY.fullmatch(key):
+        raise ValueError("its name is no plain file name")
     wanted = PAYLOAD[index.meta.kind]
+    fields: dict[str, bytes] = {}
+    for member in members:
+        suffix = member.name[len(key) + 1 :]
+        if member.problem:
+            raise ValueError(f"{suffix} {member.problem}")
+        if suffix not in (wanted, "txt", "json") or suffix in fields:
+            raise ValueError(f"it holds {suffix[:80]!r}, which is not part of a sample")
+        fields[suffix] = member.data
     missing = [name for name in (wanted, "txt", "json") if not fields.get(name)]
     if missing:
         raise ValueError(f"{' and '.join(missing)} missing or empty")
     payload, caption = fields[wanted], fields["txt"]
-    facts = json.loads(fields["json"])
-    if not isinstance(facts, dict) or facts.get("crc32") != payload_checksum(payload, caption):
+    try:
+        facts = json.loads(fields["json"])
+    except RecursionError as error:
+        raise ValueError("its json is nested too deeply") from error
+    if not isinstance(facts, dict) or facts.get("crc32") != payload_checksum(key, payload, caption):
         raise ValueError("its checksum does not fit its content")
-    key, text = fields["__key__"], caption.decode()
-    if index.meta.kind == "codes":
-        return Sample(key, text, _decode_codes(payload, index))
-    return RawSample(key, text, _decode_image(payload, index))
+    text = caption.decode()
+    if index.meta.kind == "raw":
+        return RawSample(key, text, _decode_image(payload, index))
+    if facts.get("tokenizer") != index.meta.tokenizer_hash:
+        raise ValueError(f"made by image tokenizer {str(facts.get('tokenizer'))[:12]}, not the index's")
+    return Sample(key, text, _decode_codes(payload, index))
 
 
 def _decode_codes(payload: bytes, index: ShardIndex) -> Tensor:
-    try:
-        image_ids = np.load(io.BytesIO(payload), allow_pickle=False)
-    except (OSError, EOFError, SyntaxError, MemoryError) as error:
-        raise ValueError(f"image_ids.npy cannot be read ({error})") from error
+    stream = io.BytesIO(payload)
     shape, num_codes = (index.meta.height, index.meta.width), index.meta.num_codes or 0
-    if not isinstance(image_ids, np.ndarray) or image_ids.dtype != np.int32 or image_ids.shape != shape:
+    try:
+        # the header first: what it claims decides how much memory reading takes
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("another version of the format")
+        found = np.lib.format.read_array_header_1_0(stream)
+    except (ValueError, EOFError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"image_ids.npy cannot be read ({error})") from error
+    if found != (shape, False, np.dtype("<i4")):
         raise ValueError(f"image_ids.npy is not an int32 array of shape {shape}")
+    if len(payload) - stream.tell() != 4 * shape[0] * shape[1]:
+        raise ValueError("image_ids.npy has another size than its header says")
+    image_ids = np.frombuffer(payload, "<i4", offset=stream.tell()).reshape(shape)
     if image_ids.min() < 0 or image_ids.max() >= num_codes:
         raise ValueError(f"codes in [{image_ids.min()}, {image_ids.max()}], outside [0, {num_codes})")
     return torch.from_numpy(image_ids.astype(np.int64))
 
 
 def _decode_image(payload: bytes, index: ShardIndex) -> np.ndarray:
+    size = (index.meta.height, index.meta.width)
     try:
-        image = np.asarray(Image.open(io.BytesIO(payload), formats=("PNG",)).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        with Image.open(io.BytesIO(payload), formats=("PNG",)) as picture:
+            if picture.size != size[::-1]:  # before its pixels are unpacked
+                raise ValueError(
+                    f"the image is {picture.height}x{picture.width}, expected {size[0]}x{size[1]}"
+                )
+            return np.asarray(picture.convert("RGB"))
+    except Exception as error:  # decoders raise all sorts of errors at damaged bytes
         raise ValueError(f"the PNG cannot be read ({error})") from error
-    if image.shape != (index.meta.height, index.meta.width, 3):
-        raise ValueError(f"the image is {image.shape}, expected {(index.meta.height, index.meta.width, 3)}")
-    return image

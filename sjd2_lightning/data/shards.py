@@ -1,42 +1,55 @@
-"""Writing shards of captioned images or image codes, and the hashed index that lies beside them.
+"""The index that lies beside the shards of captioned images or image codes.
 
 A shard is a tar file of samples; sample ``k`` is the group of files ``k.image_ids.npy`` (H, W) int32 or
-``k.png``, ``k.txt`` (caption) and ``k.json`` (size, concept, view, checksum). ``index.json`` names every
-shard with its sha256 and count, so that loss and damage are seen before and while training. Source: ours.
+``k.png``, ``k.txt`` (caption) and ``k.json`` (size, tokenizer, checksum, ...). ``index.json`` names every
+shard with its sha256, count and range of codes, so that loss and damage are seen before and while training.
+Source: ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
-import itertools
 import json
-import shutil
-import tempfile
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import webdataset as wds
-from PIL import Image
+from sjd2_lightning.data.places import Place, RemotePath, num_bytes, place
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 PAYLOAD = {"codes": "image_ids.npy", "raw": "png"}
+KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # of samples: a name of files in plain tar headers
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: `name` inside the folder, sha256 and size of the file, number of samples in it."""
+    """One tar file: `name` inside the folder, sha256 and size of the file, number of samples in it.
+
+    `code_range` is the least and the greatest code in it ("codes" only).
+    """
 
     name: str
     sha256: str
     num_bytes: int
     num_samples: int
+    code_range: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Shard:
+        """From what JSON holds of one; raises TypeError or ValueError if that is something else."""
+        if fields.get("code_range") is not None:
+            low, high = fields["code_range"]
+            fields = fields | {"code_range": (int(low), int(high))}
+        shard = cls(**fields)
+        numbers = (shard.num_bytes, shard.num_samples)
+        plain = all(type(number) is int and number >= 0 for number in numbers)
+        if not plain or not isinstance(shard.name, str) or not isinstance(shard.sha256, str):
+            raise TypeError(f"shard {fields}")
+        return shard
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,10 @@ class ShardMeta:
         inputs_hash: Hash of everything the shards were made from; another hash means they are stale.
         num_codes: Size of the codebook ("codes" only).
         tokenizer_hash: Identity of the image tokenizer ("codes" only).
+        tokenizer: Where that tokenizer was read from, for people.
+        transform: How pictures were brought to size.
+        pixel_size: Height and width of the pictures in pixels.
+        num_skipped: Pictures of the source that could not be used.
     """
 
     kind: str
@@ -64,13 +81,17 @@ class ShardMeta:
     inputs_hash: str
     num_codes: int | None = None
     tokenizer_hash: str | None = None
+    tokenizer: str | None = None
+    transform: str | None = None
+    pixel_size: tuple[int, int] | None = None
+    num_skipped: int = 0
 
 
 @dataclass(frozen=True)
 class ShardIndex:
     """The index of a folder of shards."""
 
-    folder: Path
+    folder: Place
     meta: ShardMeta
     shards: tuple[Shard, ...]
 
@@ -80,26 +101,30 @@ class ShardIndex:
         return sum(shard.num_samples for shard in self.shards)
 
     @classmethod
-    def load(cls, folder: str | Path) -> ShardIndex:
+    def load(cls, folder: str | Place) -> ShardIndex:
         """Read and check ``folder/index.json``.
 
         Raises:
             ValueError: The index is missing, unreadable, of another format, or names something that is
                 not a plain file of the folder (a path or a ``pipe:`` address).
         """
-        path = Path(folder) / INDEX_NAME
+        folder = place(folder)
+        path = folder / INDEX_NAME
         if not path.is_file():
             raise ValueError(
                 f"No shards in {folder}: {INDEX_NAME} is missing; build them with "
                 "`python -m sjd2_lightning.data.prepare` or correct data.data_dir."
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            with path.open("rb") as stream:
+                content = json.loads(stream.read())
             if content.pop("format_version") != FORMAT_VERSION:
                 raise KeyError("format_version")
-            shards = tuple(Shard(**shard) for shard in content.pop("shards"))
+            shards = tuple(Shard.of(fields) for fields in content.pop("shards"))
+            if content.get("pixel_size") is not None:
+                content["pixel_size"] = tuple(content["pixel_size"])
             meta = ShardMeta(**content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is no index of format {FORMAT_VERSION} ({error!r}); "
                 "delete the folder and build it again."
@@ -109,7 +134,15 @@ class ShardIndex:
                 raise ValueError(
                     f"{path} names the shard {shard.name!r}, which is not a .tar file of this folder."
                 )
-        return cls(Path(folder), meta, shards)
+        return cls(folder, meta, shards)
+
+    def save(self, folder: Path) -> None:
+        """Write ``folder/index.json``, at once."""
+        content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.meta)}
+        content["shards"] = [dataclasses.asdict(shard) for shard in self.shards]
+        part = folder / f"{INDEX_NAME}.part"
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(folder / INDEX_NAME)
 
     def check_files(self) -> None:
         """Raise ValueError naming every shard of the index that is not in the folder."""
@@ -121,79 +154,51 @@ class ShardIndex:
             )
 
     def damaged_shards(self) -> list[str]:
-        """Names of the shards whose content is not what was written (size or sha256 differs)."""
+        """Names of the shards that are not what was written: by sha256, in an object store by size alone."""
         return [
             shard.name
             for shard in self.shards
-            if (self.folder / shard.name).stat().st_size != shard.num_bytes
-            or file_sha256(self.folder / shard.name) != shard.sha256
+            for path in [self.folder / shard.name]
+            if num_bytes(path) != shard.num_bytes
+            or (not isinstance(path, RemotePath) and file_sha256(path) != shard.sha256)
         ]
 
-    def check_model(self, num_codes: int | None, tokenizer_hash: str | None) -> None:
-        """Raise ValueError if the codes were made by another tokenizer than the model decodes with.
+    def check_model(
+        self, num_codes: int | None, tokenizer_hash: str | None, size: tuple[int, int] | None = None
+    ) -> None:
+        """Raise ValueError if the shards do not fit the model: another tokenizer, or another size.
 
         Args:
             num_codes: Codebook size of the model; None skips this check.
             tokenizer_hash: Identity of the model's image tokenizer; None skips this check.
+            size: Height and width of its images, in codes for "codes", in pixels for "raw"; None skips it.
         """
-        if num_codes is not None and self.meta.num_codes != num_codes:
+        remedy = "choose the data made for this model, or prepare them again with its tokenizer."
+        if self.meta.kind == "codes" and num_codes is not None and self.meta.num_codes != num_codes:
             raise ValueError(
                 f"{self.folder} holds codes of a codebook of {self.meta.num_codes}, "
-                f"the model has {num_codes}; "
-                "choose the data made for this model, or prepare them again with its tokenizer."
+                f"the model has {num_codes}; {remedy}"
             )
-        if tokenizer_hash is not None and self.meta.tokenizer_hash != tokenizer_hash:
+        if (
+            self.meta.kind == "codes"
+            and tokenizer_hash is not None
+            and self.meta.tokenizer_hash != tokenizer_hash
+        ):
             raise ValueError(
                 f"{self.folder} was made with image tokenizer {str(self.meta.tokenizer_hash)[:12]}, "
-                f"the model has {tokenizer_hash[:12]}; "
-                "choose the data made for this model, or prepare them again with its tokenizer."
+                f"the model has {tokenizer_hash[:12]}; {remedy}"
+            )
+        if size is not None and (self.meta.height, self.meta.width) != tuple(size):
+            unit = "codes" if self.meta.kind == "codes" else "pixels"
+            raise ValueError(
+                f"{self.folder} holds images of {self.meta.height}x{self.meta.width} {unit}, the model draws "
+                f"{size[0]}x{size[1]}; prepare them again with --image-size, or change model.image_size."
             )
 
 
-def write_shards(
-    samples: Iterable[Mapping[str, Any]], folder: str | Path, samples_per_shard: int, meta: ShardMeta
-) -> ShardIndex:
-    """Write samples to tar shards and their index; the folder appears complete or not at all (ours).
-
-    Args:
-        samples: Mappings with `key` (no dot, no slash), `caption`, `concept`, `view`, `size` (height, width
-            in pixels) and `image_ids` (H, W) integers or, for kind "raw", `image` (H, W, 3) uint8.
-        folder: Where the shards go; what lies there is replaced once the new shards are complete.
-        samples_per_shard: Samples in every shard but the last.
-        meta: What the samples share; goes into the index.
-
-    Returns:
-        The index of the written folder.
-
-    Raises:
-        ValueError: A sample does not fit `meta`, a key repeats, or there is no sample.
-    """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        building.chmod(0o755)
-        shards = []
-        files = _checked_files(samples, meta)
-        for number in itertools.count():
-            chunk = list(itertools.islice(files, samples_per_shard))
-            if not chunk:
-                break
-            shards.append(_write_shard(building / f"{meta.split}-{number:05d}.tar", chunk))
-        if not shards:
-            raise ValueError(f"No samples to write to {folder}; check the selection of the data set.")
-        content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(meta)}
-        content["shards"] = [dataclasses.asdict(shard) for shard in shards]
-        (building / INDEX_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        _replace_folder(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return ShardIndex(folder, meta, tuple(shards))
-
-
-def payload_checksum(payload: bytes, caption: bytes) -> int:
+def payload_checksum(key: str, payload: bytes, caption: bytes) -> int:
     """CRC-32 of a sample's content: a flipped byte inside a tar is noticed by nothing else."""
-    return zlib.crc32(caption, zlib.crc32(payload))
+    return zlib.crc32(caption, zlib.crc32(payload, zlib.crc32(key.encode())))
 
 
 def file_sha256(path: Path) -> str:
@@ -202,63 +207,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _checked_files(samples: Iterable[Mapping[str, Any]], meta: ShardMeta) -> Iterator[dict[str, Any]]:
-    seen = set()
-    for sample in samples:
-        key = sample["key"]
-        if not key or key in seen or set(key) & set("./\\") or key.startswith("__"):
-            raise ValueError(
-                f"Sample key {key!r} is empty, repeats, or has a dot or slash; make keys plain and unique."
-            )
-        seen.add(key)
-        payload = _encode_codes(sample, meta) if meta.kind == "codes" else _encode_image(sample, meta)
-        caption = sample["caption"].encode()
-        fields = {"size": list(sample["size"]), "concept": sample["concept"], "view": sample["view"]}
-        fields["crc32"] = payload_checksum(payload, caption)
-        yield {
-            "__key__": key,
-            PAYLOAD[meta.kind]: payload,
-            "txt": caption,
-            "json": json.dumps(fields).encode(),
-        }
-
-
-def _encode_codes(sample: Mapping[str, Any], meta: ShardMeta) -> bytes:
-    image_ids = np.asarray(sample["image_ids"])
-    low, high = int(image_ids.min()), int(image_ids.max())
-    if image_ids.shape != (meta.height, meta.width) or low < 0 or high >= (meta.num_codes or 0):
-        raise ValueError(
-            f"Sample {sample['key']} has codes of shape {image_ids.shape} in [{low}, {high}]; "
-            f"the folder is for {(meta.height, meta.width)} in [0, {meta.num_codes})."
-        )
-    buffer = io.BytesIO()
-    np.save(buffer, image_ids.astype(np.int32), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _encode_image(sample: Mapping[str, Any], meta: ShardMeta) -> bytes:
-    image = sample["image"]
-    if image.shape != (meta.height, meta.width, 3) or image.dtype != np.uint8:
-        raise ValueError(
-            f"Sample {sample['key']} is an image {image.shape} {image.dtype}; expected "
-            f"{(meta.height, meta.width, 3)} uint8."
-        )
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _write_shard(path: Path, files: list[dict[str, Any]]) -> Shard:
-    # mtime=0: the same samples give the same bytes, so the same sha256
-    with path.open("wb") as stream, wds.TarWriter(stream, encoder=False, mtime=0) as writer:
-        for sample in files:
-            writer.write(sample)
-    return Shard(path.name, file_sha256(path), path.stat().st_size, len(files))
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    if folder.exists():
-        folder.replace(old)
-    new.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def hash_of(inputs: Any) -> str:
+    """Hex sha256 of plain values."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

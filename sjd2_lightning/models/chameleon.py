@@ -102,7 +102,7 @@ class ChameleonBackbone(VocabularyBackbone):
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         super().save(folder, dtype)
-        self.image_tokenizer.save(Path(folder) / TOKENIZER)
+        self.image_tokenizer.save(Path(folder) / TOKENIZER, half=None)
 
 
 def load_chameleon(

@@ -85,8 +85,16 @@ class VQImageTokenizer(nn.Module):
         """Hash of weights and settings: shards say with it which tokenizer made them."""
         return weights_identity(self.vq, b"patches alone" if self.isolate_patches else b"")
 
-    def save(self, folder: str | Path, half: bool = True) -> None:
-        """Writes a ``diffusers`` folder, in half precision unless asked otherwise."""
+    def save(self, folder: str | Path, half: bool | None = True) -> None:
+        """Writes a ``diffusers`` folder.
+
+        Args:
+            folder: gets the files.
+            half: in half precision; None only if that holds the weights exactly, so that the copy is the same
+                tokenizer to the shards that this one made.
+        """
+        if half is None:
+            half = all(torch.equal(value, value.half().to(value)) for value in self.vq.state_dict().values())
         copy = VQModel.from_config(self.vq.config)
         copy.load_state_dict(self.vq.state_dict())
         (copy.half() if half else copy).save_pretrained(folder, safe_serialization=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sjd2_lightning.data.shards import ShardIndex, ShardMeta, write_shards
+from sjd2_lightning.data.shards import ShardIndex, ShardMeta
+from sjd2_lightning.data.writing import SampleFields, write_shard
 
 
 @dataclass
@@ -33,6 +35,22 @@ class GreyTokenizer:
         return F.interpolate(grey, scale_factor=4).expand(-1, 3, -1, -1)
 
 
+def write_shards(
+    samples: Iterable[SampleFields], folder: Path, samples_per_shard: int | Sequence[int], meta: ShardMeta
+) -> ShardIndex:
+    """A folder of shards from samples as they are; `samples_per_shard` may be a list for uneven ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting, shards = iter(samples), []
+    sizes = itertools.repeat(samples_per_shard) if isinstance(samples_per_shard, int) else samples_per_shard
+    for number, size in enumerate(sizes):
+        if not (chunk := list(itertools.islice(waiting, size))):
+            break
+        shards.append(write_shard(folder / f"{meta.split}-{number:05d}.tar", chunk, meta))
+    index = ShardIndex(folder, meta, tuple(shards))
+    index.save(folder)
+    return index
+
+
 @pytest.fixture
 def grey_tokenizer() -> GreyTokenizer:
     return GreyTokenizer()
@@ -46,7 +64,10 @@ def write_codes(tmp_path: Path) -> WriteCodes:
     """Writes code samples to data_dir/codes/split; sample i has key k<i> and codes made from i."""
 
     def write(
-        num_samples: int = 50, samples_per_shard: int = 8, split: str = "train", data_dir: Path = tmp_path
+        num_samples: int = 50,
+        samples_per_shard: int | Sequence[int] = 8,
+        split: str = "train",
+        data_dir: Path = tmp_path,
     ) -> ShardIndex:
         meta = ShardMeta("codes", split, "made up", 2, 3, "nobody", "hash", 512, "tok")
         samples = (

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from sjd2_lightning.data import prepare
+from sjd2_lightning.data import ensure
 from sjd2_lightning.data.datamodule import Batch, CodeDataModule
 from sjd2_lightning.data.shards import ShardIndex
 from tests.data.conftest import GreyTokenizer, WriteCodes
@@ -173,5 +173,5 @@ def test_all_bad_arguments_are_named_at_once(tmp_path: Path) -> None:
 def test_fresh_shards_need_no_writable_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = CodeDataModule(tmp_path / "emoji", tokenizer=GreyTokenizer(), views=1, max_images=2)
     data.prepare_data()
-    monkeypatch.setattr(prepare, "_locked", lambda folder: pytest.fail("tried to write"))
+    monkeypatch.setattr(ensure, "_locked", lambda folder: pytest.fail("tried to write"))
     data.prepare_data()

@@ -14,7 +14,7 @@ from sjd2_lightning.data import plan
 @pytest.mark.parametrize("train", [True, False])
 def test_every_position_has_one_reader(world_size: int, num_workers: int, train: bool) -> None:
     num_samples, batch_size = 37, 4
-    split = plan.train_batches if train else plan.val_batches
+    split = plan.full_batches if train else plan.even_batches
     read, lengths = [], set()
     for rank in range(world_size):
         batches = split(num_samples, batch_size, rank, world_size)
@@ -46,6 +46,6 @@ def test_neighbouring_stretches_become_one_segment() -> None:
 
 def test_too_few_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="7 training samples do not fill one batch of 4 on each of 2 ranks"):
-        plan.train_batches(7, 4, 0, 2)
-    with pytest.raises(ValueError, match=r"raise data.val_batch_size"):
-        plan.val_batches(3, 1, 0, 2)
+        plan.full_batches(7, 4, 0, 2)
+    with pytest.raises(ValueError, match=r"raise the batch size"):
+        plan.even_batches(3, 1, 0, 2)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from sjd2_lightning.data import prepare
+from sjd2_lightning.data import ensure, prepare
 from sjd2_lightning.data.emoji import ATTRIBUTION, load_emoji_index, render, words
-from sjd2_lightning.data.prepare import prepare_emoji
+from sjd2_lightning.data.emoji_shards import prepare_emoji
 from sjd2_lightning.data.reading import read_all
 from sjd2_lightning.data.shards import ShardIndex
 from tests.data.conftest import GreyTokenizer, WriteCodes
@@ -124,24 +124,34 @@ def test_stale_shards_are_built_again(emoji_dir: Path, changed: dict[str, object
 
 
 def test_a_new_code_version_makes_shards_stale(emoji_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "CODE_VERSION", prepare.CODE_VERSION + 1)
+    monkeypatch.setattr(ensure, "CODE_VERSION", ensure.CODE_VERSION + 1)
     tokenizer = GreyTokenizer()
     prepare_emoji(emoji_dir, tokenizer, views=3, max_images=6, samples_per_shard=8, show_progress=False)
     assert tokenizer.num_encoded == 24
 
 
-def test_an_interrupted_build_leaves_nothing_half_done(tmp_path: Path) -> None:
+def test_an_interrupted_build_leaves_no_folder_that_looks_finished(tmp_path: Path) -> None:
     class Stops(GreyTokenizer):
         def encode(self, images: torch.Tensor) -> torch.Tensor:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prepare_emoji(tmp_path, Stops(), max_images=2, show_progress=False)
-    assert list((tmp_path / "codes").iterdir()) == []
-    (tmp_path / "codes" / ".train-killed").mkdir()
+    assert [path.name for path in (tmp_path / "codes").iterdir()] == [".train-building"]
+    (tmp_path / "codes" / ".train-old-killed").mkdir()
     indexes = prepare_emoji(tmp_path, GreyTokenizer(), max_images=2, show_progress=False)
     assert indexes["codes/train"].num_samples == 8
     assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == ["train", "val"]
+
+
+def test_shards_of_an_older_format_are_built_again(tmp_path: Path) -> None:
+    prepare_emoji(tmp_path, max_images=2, show_progress=False)
+    path = tmp_path / "raw" / "train" / "index.json"
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(ValueError, match="no index of format 2"):
+        ShardIndex.load(path.parent)
+    prepare_emoji(tmp_path, max_images=2, show_progress=False)
+    assert ShardIndex.load(path.parent).num_samples == 2
 
 
 def test_a_picture_does_not_depend_on_what_else_is_prepared(tmp_path: Path, emoji_dir: Path) -> None:

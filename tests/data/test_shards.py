@@ -11,8 +11,9 @@ import pytest
 import webdataset as wds
 
 from sjd2_lightning.data.reading import RawSample, Sample, read_all
-from sjd2_lightning.data.shards import ShardIndex, ShardMeta, file_sha256, write_shards
-from tests.data.conftest import WriteCodes
+from sjd2_lightning.data.shards import ShardIndex, ShardMeta, file_sha256
+from sjd2_lightning.data.writing import write_shard
+from tests.data.conftest import WriteCodes, write_shards
 
 CODES = ShardMeta("codes", "train", "made up", 2, 3, "nobody", "hash", 512, "tok")
 
@@ -45,6 +46,7 @@ def test_index_counts_and_hashes_what_lies_beside_it(write_codes: WriteCodes) ->
     assert [shard.num_samples for shard in index.shards] == [8, 8, 4]
     assert all(file_sha256(index.folder / shard.name) == shard.sha256 for shard in index.shards)
     assert index.damaged_shards() == []
+    assert [shard.code_range for shard in index.shards] == [(0, 12), (8, 20), (16, 24)]
 
 
 def test_same_samples_give_the_same_bytes(write_codes: WriteCodes, tmp_path: Path) -> None:
@@ -78,7 +80,7 @@ def test_damage_is_seen_in_the_hash(write_codes: WriteCodes) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"key": "a.b"}, "'a.b'.* plain and unique"),
+        ({"key": "a.b"}, "'a.b' repeats, or.* plain and unique"),
         ({"key": "../a"}, "plain and unique"),
         ({"image_ids": np.full((2, 3), 512)}, r"in \[512, 512\]; the folder is for .* in \[0, 512\)"),
         ({"image_ids": np.full((2, 3), -1)}, r"in \[-1, -1\]"),
@@ -95,14 +97,13 @@ def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
         write_shards([sample(), sample()], tmp_path / "shards", 4, CODES)
 
 
-def test_failed_writing_leaves_the_old_shards_and_no_litter(write_codes: WriteCodes) -> None:
+def test_failed_writing_leaves_the_old_shard(write_codes: WriteCodes) -> None:
     index = write_codes(20)
-    with pytest.raises(ValueError, match="No samples"):
-        write_shards([], index.folder, 4, CODES)
+    path = index.folder / index.shards[0].name
+    before = path.read_bytes()
     with pytest.raises(ValueError, match="shape"):
-        write_shards([sample(), sample(key="l", image_ids=np.zeros((1, 1)))], index.folder, 1, CODES)
-    assert len(list(read_all(index.folder))) == 20
-    assert [path.name for path in index.folder.parent.iterdir()] == ["train"]
+        write_shard(path, [sample(), sample(key="l", image_ids=np.zeros((1, 1)))], CODES)
+    assert path.read_bytes() == before
 
 
 def test_missing_index_and_missing_shards_are_named(write_codes: WriteCodes, tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_an_index_cannot_name_commands_or_other_folders(write_codes: WriteCodes,
 def test_a_broken_index_is_refused(write_codes: WriteCodes, content: str) -> None:
     index = write_codes(20)
     (index.folder / "index.json").write_text(content)
-    with pytest.raises(ValueError, match="no index of format 1"):
+    with pytest.raises(ValueError, match="no index of format 2"):
         ShardIndex.load(index.folder)
 
 

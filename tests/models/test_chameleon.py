@@ -139,7 +139,9 @@ def test_round_trip_through_a_folder(saved):
         hidden = [model(model.embed_tokens(ids), columns, mask) for model in (backbone, again)]
     assert torch.equal(backbone.image_logits(hidden[0]), again.image_logits(hidden[1]))
     image_ids = torch.randint(6, (2, 2, 3), generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(again.decode_images(image_ids), backbone.decode_images(image_ids), atol=2e-2)
+    assert torch.equal(again.decode_images(image_ids), backbone.decode_images(image_ids))
+    # shards made with the tokenizer before training fit the exported model
+    assert again.image_tokenizer.identity == backbone.image_tokenizer.identity
 
 
 def test_half_precision_on_disk_loads_in_single(saved, tmp_path):

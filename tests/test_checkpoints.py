@@ -11,13 +11,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sjd2_lightning.checkpoints import (
-    TERMINATED,
-    SaveOnTermination,
     VerifiedCheckpointIO,
     check_checkpoint,
     newest_sound_checkpoint,
 )
 from sjd2_lightning.guards import NonFiniteGuard
+from sjd2_lightning.resuming import TERMINATED, SaveOnTermination
 from tests.test_module import QUIET, batch_of, loader, module_of
 
 STATE = {"state_dict": {"weight": torch.arange(4000.0)}, "global_step": 7, "note": "plain"}

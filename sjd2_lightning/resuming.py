@@ -35,11 +35,21 @@ _NAME = re.compile(r"epoch=\d+-step=(?P<step>\d+)\.ckpt")
 class RandomStates(Callback):
     """Keeps the random states of Python, NumPy and torch, of every rank, in the checkpoint.
 
-    They are put back in front of the first step, so that nothing before it (validation, start-up) counts.
+    They are put back in front of the first step, so that nothing before it counts. Validation leaves them as
+    they were: a run that is stopped in front of one is not validated there when it goes on.
     """
 
     def __init__(self) -> None:
         self._found: list[dict[str, Any]] | None = None
+        self._before: dict[str, Any] = {}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the states."""
+        self._before = _random_state()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts them back."""
+        _restore(self._before)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -105,17 +115,36 @@ class Retention(ModelCheckpoint):
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         super().__init__(folder, save_last=True, enable_version_counter=False, **settings)
+        self._newest: str | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes older checkpoints that the resumed state does not know."""
         super().on_train_start(trainer, pl_module)
-        if trainer.global_step == 0 or self.save_top_k < 0 or not trainer.is_global_zero:
+        self._tidy(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves at its interval."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._tidy(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves at its interval."""
+        super().on_validation_end(trainer, pl_module)
+        self._tidy(trainer)
+
+    def _tidy(self, trainer: Trainer) -> None:
+        """After resuming: removes what is older than the step and not kept, the start of this run included."""
+        if self.best_model_path == self._newest or self.save_top_k < 0 or trainer.ckpt_path is None:
             return
-        known = {Path(path).name for path in (*self.best_k_models, self.best_model_path)}
-        for path in Path(str(self.dirpath)).glob("*.ckpt"):
-            found = _NAME.fullmatch(path.name)
-            if found and path.name not in known and int(found["step"]) < trainer.global_step:
-                remove_checkpoint(path)
+        self._newest = self.best_model_path
+        if trainer.is_global_zero:
+            known = {Path(path).name for path in (*self.best_k_models, self.best_model_path)}
+            for path in Path(str(self.dirpath)).glob("*.ckpt"):
+                found = _NAME.fullmatch(path.name)
+                if found and path.name not in known and int(found["step"]) < trainer.global_step:
+                    remove_checkpoint(path)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See the class: `SaveOnTermination` has saved the last step."""

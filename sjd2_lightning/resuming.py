@@ -135,7 +135,7 @@ class Retention(ModelCheckpoint):
         self._tidy(trainer)
 
     def _tidy(self, trainer: Trainer) -> None:
-        """After resuming: removes what is older than the step and not kept, the start of this run included."""
+        """After resuming: removes what is older than the step and not kept, what it started from too."""
         if self.best_model_path == self._newest or self.save_top_k < 0 or trainer.ckpt_path is None:
             return
         self._newest = self.best_model_path

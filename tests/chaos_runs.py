@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sjd2_lightning.checkpoints import VerifiedCheckpointIO, newest_sound_checkpoint
-from tests.training_runs import make_folder, places, run
+from tests.training_runs import digest, make_folder, places, run
 
 NUM_STEPS, INTERVAL = 40, 2
 SETTINGS = (
@@ -33,6 +33,7 @@ class Start:
 
     def __init__(self, folder: Path, run_dir: Path) -> None:
         self.run_dir, self.steps = run_dir, run_dir.parent / "steps.txt"
+        self.batches = run_dir.parent / "batches.txt"  # of all starts
         run_dir.mkdir(parents=True, exist_ok=True)
         self.steps.write_text("")
         self.pid = os.fork()
@@ -46,8 +47,12 @@ class Start:
 
         def training_step(module: Any, batch: Any, batch_idx: int) -> Any:
             with self.steps.open("a") as file:
-                file.write(f"{module.global_step}\n")
-            return step(module, batch, batch_idx)
+                file.write(f"begin {module.global_step}\n")
+            loss = step(module, batch, batch_idx)
+            seen = digest(list(batch.keys), float(loss.detach()).hex())
+            with self.batches.open("a") as file:
+                file.write(f"{module.global_step}.{batch_idx} {seen}\n")
+            return loss
 
         SJD2Module.training_step = training_step  # type: ignore[method-assign]
         log = os.open(self.run_dir.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -62,7 +67,7 @@ class Start:
     @property
     def begun(self) -> list[int]:
         """Steps begun so far."""
-        return [int(line) for line in self.steps.read_text().split()]
+        return [int(line.split()[1]) for line in self.steps.read_text().splitlines()]
 
     def ended(self) -> int | None:
         """The wait status, or None while it runs."""

@@ -1,7 +1,7 @@
 """Which names Hydra may call: an exact list, held where every `_target_` is looked up.
 
-`config.py` refuses other names in a run's configuration, all at once and with their keys. Hydra's own part of a
-configuration (launcher, sweeper, callbacks) is instantiated before that, so the rule is held here too. Source: ours.
+`config.py` refuses other names in a run's configuration, all at once and with their keys. Hydra's own part of
+it (launcher, sweeper, callbacks) is instantiated before that, so the rule is held here too. Source: ours.
 """
 
 from __future__ import annotations

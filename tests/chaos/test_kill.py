@@ -30,7 +30,11 @@ def test_killed_runs_lose_one_interval_at_most_and_end_as_the_uninterrupted_one(
     assert any(kill["left"] for kill in kills), "none was killed while it wrote: the test tests too little"
     wanted = state_of(tmp_path / "whole" / "run" / "checkpoints" / "last.ckpt")
     assert wanted["global_step"] == NUM_STEPS
+    batches = set((tmp_path / "whole" / "batches.txt").read_text().splitlines())
     for run_dir in map(Path, found["complete"]):
+        assert set((run_dir.parent / "batches.txt").read_text().splitlines()) == batches, (
+            "data, noise and loss"
+        )
         assert not differences(wanted, state_of(run_dir / "checkpoints" / "last.ckpt")), run_dir
         assert not list(run_dir.rglob(".*.writing"))
         assert len(list((run_dir / "checkpoints").iterdir())) == 2, (

@@ -4,7 +4,7 @@
 
 Overhead: our step (noise, mask, timestep tokens) against a plain next-token step of the same trunk by
 transformers, with the whole head at every position as its causal models do, and with the head on the image
-codes alone as ours does. All have the same prompts, pictures and optimizer. Steps are interleaved; an overhead
+codes alone as ours does. All have the same prompts, pictures and optimizer. Steps are interleaved; overhead
 is the median of the ratios of neighbouring steps. Time is processor time of one thread, in which other load
 on the machine does not count; on a GPU it is wall clock.
 

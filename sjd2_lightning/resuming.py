@@ -116,23 +116,34 @@ class Retention(ModelCheckpoint):
     def __init__(self, folder: Path, **settings: Any) -> None:
         super().__init__(folder, save_last=True, enable_version_counter=False, **settings)
         self._newest: str | None = None
+        self._step, self._whole, self._due = 0, True, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes older checkpoints that the resumed state does not know."""
         super().on_train_start(trainer, pl_module)
+        self._step = trainer.global_step
         self._tidy(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves at its interval."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._tidy(trainer)
+        """Saves at its interval, if the batch ended a step: gradients are not part of a checkpoint.
+
+        Lightning alone saves behind the first batch after resuming, whatever it is accumulated with.
+        """
+        self._whole, self._step = trainer.global_step != self._step, trainer.global_step
+        if self._whole:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if self._due:
+                self.on_validation_end(trainer, pl_module)
+            self._tidy(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves at its interval."""
-        super().on_validation_end(trainer, pl_module)
-        self._tidy(trainer)
+        """Saves at its interval; behind the end of the step, if validation came inside one."""
+        self._due = not self._whole
+        if self._whole:
+            super().on_validation_end(trainer, pl_module)
+            self._tidy(trainer)
 
     def _tidy(self, trainer: Trainer) -> None:
         """After resuming: removes what is older than the step and not kept, what it started from too."""
@@ -175,7 +186,7 @@ class SaveOnTermination(Callback):
         self._told: set[int] = set()
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         self._start = 0.0
-        self._step = 0
+        self._step, self._whole = 0, True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals: Lightning registers its own handlers before this."""
@@ -192,9 +203,9 @@ class SaveOnTermination(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves and ends, if any rank was told to or the time is up; not between accumulated batches."""
-        if trainer.global_step == self._step:
+        self._whole, self._step = trainer.global_step != self._step, trainer.global_step
+        if not self._whole:
             return
-        self._step = trainer.global_step
         late = self.max_seconds is not None and time.monotonic() - self._start >= self.max_seconds
         if trainer.strategy.reduce_boolean_decision(bool(self._told) or late, all=False):
             if trainer.strategy.reduce_boolean_decision(bool(self._told), all=False):
@@ -208,7 +219,8 @@ class SaveOnTermination(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Acts on a signal that came during validation, which may take long, inside training."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            if trainer.strategy.reduce_boolean_decision(bool(self._told), all=False):
+            # inside a step the end of that step is waited for
+            if self._whole and trainer.strategy.reduce_boolean_decision(bool(self._told), all=False):
                 self._end(trainer)
         else:
             self._give_back()

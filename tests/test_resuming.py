@@ -157,6 +157,32 @@ def test_checkpoints_that_a_killed_run_had_replaced_are_removed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"epoch=0-step=4.ckpt", "last.ckpt", "mine.ckpt"}
 
 
+class Fail(L.Callback):
+    """Ends a run behind its first batch."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx % 2:
+            raise InterruptedError
+
+
+def test_no_checkpoint_is_written_between_accumulated_batches(tmp_path):
+    settings = {"every_n_train_steps": 1, "save_top_k": 1}
+    fit(tmp_path, Retention(tmp_path, **settings), max_steps=2)
+    before = (tmp_path / "last.ckpt").read_bytes()
+    with pytest.raises(InterruptedError):
+        fit(tmp_path, Retention(tmp_path, **settings), Fail(), max_steps=4, start=tmp_path / "last.ckpt")
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+
+
+def test_a_validation_inside_a_step_saves_behind_it(tmp_path):
+    settings = {"every_n_train_steps": None, "save_top_k": -1}
+    fit(tmp_path, Retention(tmp_path, **settings), max_steps=4, val_check_interval=3)
+    assert {path.name for path in tmp_path.glob("epoch*")} == {"epoch=0-step=2.ckpt", "epoch=0-step=3.ckpt"}
+    for path in tmp_path.glob("epoch*"):
+        progress = IO.load_checkpoint(path)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        assert progress["current"]["ready"] % 2 == 0, path
+
+
 def test_all_checkpoints_are_kept_where_that_is_asked_for(tmp_path):
     settings = {"every_n_train_steps": 1, "save_top_k": -1}
     fit(tmp_path, Retention(tmp_path, **settings), max_steps=2)

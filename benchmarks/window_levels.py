@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace) -> tuple[Cell, dict[str, Cell]]:
     """Decodes all prompts by autoregression and by every setting."""
     backbone = load_backbone("chameleon", options.weights, options.trunk).eval()
     layout = backbone.layout(64, 64)
-    sampling = Sampling(guidance_scale=options.guidance_scale)
+    sampling = Sampling(options.temperature, guidance_scale=options.guidance_scale)
     baseline = Cell(DecodingConfig("ar", window=1, sampling=sampling))
     cells = {name: Cell(config) for name, config in settings(options, sampling)}
     prompts = held_out_prompts(options.num_prompts)
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--levels", type=int, nargs="+", default=[0, 1, 2, 4, 8])
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     options = parser.parse_args()
     baseline, cells = measure(options)
@@ -116,7 +117,9 @@ def main() -> None:
         facts = {
             "num_prompts": options.num_prompts,
             "threads": torch.get_num_threads(),
-            "weights": options.trunk,
+            "weights": f"{options.weights}/{options.trunk}",
+            "temperature": options.temperature,
+            "guidance_scale": options.guidance_scale,
         }
         facts["ar_seconds"] = float(np.mean(baseline.seconds))
         options.json.write_text(json.dumps({"settings": results, **facts}, indent=2))

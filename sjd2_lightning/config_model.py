@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from sjd2_lightning.config_base import Count, Group, shipped
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.sources import WeightsSource
@@ -63,17 +65,27 @@ class ModelConfig(Group):
         return WeightsSource(shipped(self.path), self.hub_id, self.revision, self.local_files_only, self.get)
 
     def problems(self) -> list[str]:
-        """Weights that are not there."""
-        found = []
-        if self.init == "pretrained" and self.scratch is None:
-            folder = shipped(self.path)
-            if not folder.is_dir() and self.hub_id is not None and self.get is None:
-                try:
-                    folder = folder if not self.local_files_only else self.source.folder()
-                except ValueError as error:
-                    found.append(f"path={self.path}: {error}")
-            elif not any((folder / name).is_file() for name in ("backbone.json", "config.json")):
-                found.append(f"path={self.path}: there is no backbone.json; {self.source.remedy()}")
+        """Weights that are not there, a device that is none."""
+        found = self._weights_problems() if self.init == "pretrained" and self.scratch is None else []
+        try:
+            torch.device(self.load_onto or "cpu")
+        except RuntimeError:
+            found.append(
+                f"load_onto={self.load_onto}: must be one device, such as cuda:0; a trunk on several "
+                "devices cannot keep its cache beside its layers"
+            )
         if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
             found.append(f"adapter={self.adapter}: there is no adapter_config.json; give an exported adapter")
         return found
+
+    def _weights_problems(self) -> list[str]:
+        folder = shipped(self.path)
+        if not folder.is_dir() and self.hub_id is not None and self.get is None and not self.local_files_only:
+            return []  # to be downloaded
+        try:
+            folder = self.source.folder()
+        except ValueError as error:
+            return [f"path={self.path}: {error}"]
+        if any((folder / name).is_file() for name in ("backbone.json", "config.json")):
+            return []
+        return [f"path={self.path}: there is no backbone.json; {self.source.remedy()}"]

@@ -6,6 +6,7 @@ Only safetensors are read.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +58,11 @@ class WeightsSource:
         """The local folder of the weights, downloaded if that is allowed.
 
         Raises:
-            ValueError: if there is none; the message names the command that gets it.
+            ValueError: if there is none, or one of another revision; the message names the command that
+                gets it.
         """
         if Path(self.path).is_dir():
+            self._check_revision(Path(self.path))
             return Path(self.path)
         if self.hub_id is None or self.get is not None:
             raise ValueError(f"no backbone in {self.path}: there is no such folder; {self.remedy()}")
@@ -81,6 +84,18 @@ class WeightsSource:
                 f"no backbone in {self.path}, and {wanted} is neither in the hub's cache nor could it be "
                 f"downloaded ({type(error).__name__}); {self.remedy()}"
             ) from error
+
+    def _check_revision(self, folder: Path) -> None:
+        """Refuses a folder whose download left word of another commit; a tag is not known to it."""
+        if self.revision is None or not re.fullmatch("[0-9a-f]{7,40}", self.revision):
+            return
+        for record in sorted((folder / ".cache" / "huggingface" / "download").glob("*.metadata")):
+            commit = record.read_text().split("\n", 1)[0]
+            if not commit.startswith(self.revision):
+                raise ValueError(
+                    f"{folder / record.stem} is of revision {commit}, not {self.revision} as model.revision "
+                    f"asks; {self.remedy()}, or change model.revision"
+                )
 
 
 def missing_weights(folder: Path) -> list[str]:

@@ -137,6 +137,30 @@ def test_missing_weights_name_the_command(tmp_path, monkeypatch):
     assert command in str(error.value)
 
 
+def test_another_revision_is_refused(saved, tmp_path, monkeypatch):
+    """In a folder, by what its download left beside the files; in the hub's cache, by its snapshots."""
+    wanted, other = "a" * 40, "b" * 40
+    folder = tmp_path / "janus"
+    shutil.copytree(saved[1], folder)
+    records = folder / ".cache" / "huggingface" / "download"
+    records.mkdir(parents=True)
+    (records / "model.safetensors.metadata").write_text(f"{other}\netag\n1700000000.0\n")
+    for revision in (other, other[:8], "main", None):
+        WeightsSource(folder, "deepseek-community/Janus-Pro-1B", revision).folder()
+    with pytest.raises(ValueError, match=f"model.safetensors is of revision {other}, not {wanted}") as error:
+        load_backbone("janus", WeightsSource(folder, "deepseek-community/Janus-Pro-1B", wanted))
+    assert f"hf download deepseek-community/Janus-Pro-1B --revision {wanted}" in str(error.value)
+
+    snapshots = tmp_path / "hub" / "models--deepseek-community--Janus-Pro-1B" / "snapshots"
+    shutil.copytree(saved[1], snapshots / other)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    gone = tmp_path / "gone"
+    cached = WeightsSource(gone, "deepseek-community/Janus-Pro-1B", other).folder()
+    assert load_backbone("janus", cached).num_codes == 16384
+    with pytest.raises(ValueError, match=f"at revision {wanted} is neither in the hub's cache"):
+        WeightsSource(gone, "deepseek-community/Janus-Pro-1B", wanted).folder()
+
+
 def test_shards_of_an_index_are_all_needed(saved, tmp_path):
     shutil.copytree(saved[1], tmp_path, dirs_exist_ok=True)
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}

@@ -41,8 +41,9 @@ from sjd2_lightning.module import NoiseConfig, SJD2Module
 from sjd2_lightning.optimizer import OptimizerConfig, build_optimizer
 
 CAPTIONS = ("red apple", "smiling face with open mouth", "flag", "person in lotus position: medium skin tone")
-GROWTH = {"batch": (4, 8, 16, 32), "pixels": (32, 64, 96)}
-BASE = {"batch": 16, "pixels": 64}
+GROWTH = {"batch": (2, 4, 8, 16), "pixels": (32, 64, 96)}
+BASE = {"batch": 4, "pixels": 64}
+PARTS = ("overhead", "growth", "feeding")
 
 
 class Batch(NamedTuple):
@@ -125,9 +126,9 @@ class Trainee:
         return self.batch.image_ids.numel()
 
 
-def overhead(folder: str, device: str, repeats: int) -> dict[str, Any]:
+def overhead(folder: str, device: str, repeats: int, batch: int) -> dict[str, Any]:
     """Seconds and tokens a second of each kind of step, and ours over the plain ones."""
-    ours, off = (Trainee(folder, 64, 16, device, noise) for noise in (True, False))
+    ours, off = (Trainee(folder, 64, batch, device, noise) for noise in (True, False))
     kinds = {
         "ours": (ours, our_step(ours.module, ours.batch)),
         "ours, noise off": (off, our_step(off.module, off.batch)),
@@ -227,17 +228,17 @@ def show(found: dict[str, Any]) -> None:
     """Prints what was found."""
     console = Console()
     table = Table("step", "seconds", "tokens/s", "over plain", "over plain, head on codes")
-    for name, row in found["overhead"].items():
+    for name, row in found.get("overhead", {}).items():
         over = [f"{100 * row[key]:+.1f} %" if key in row else "" for key in row if key.startswith("over")]
         table.add_row(name, f"{row['seconds']:.3f}", f"{row['tokens_per_s']:.0f}", *over)
     console.print(table)
     table = Table("batch", "pixels", "activation checkpointing", "seconds", "tokens/s", "peak MiB")
-    for row in found["growth"]:
+    for row in found.get("growth", ()):
         sizes = (str(row["batch"]), str(row["pixels"]), "on" if row["activation_checkpointing"] else "off")
         rates = (f"{row['seconds']:.3f}", f"{row['tokens_per_s']:.0f}", f"{row['peak_mib']:.0f}")
         table.add_row(*sizes, *rates)
     console.print(table)
-    console.print({name: round(rate) for name, rate in found["samples_per_s"].items()})
+    console.print({name: round(rate) for name, rate in found.get("samples_per_s", {}).items()})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -248,15 +249,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where the numbers go")
     parser.add_argument("--model", default="weights/tiny", help="a backbone folder of the chameleon family")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--batch", type=int, default=16, help="pictures a step, of the overhead")
     parser.add_argument("--repeats", type=int, default=8, help="steps of each kind")
     parser.add_argument("--num-images", type=int, default=256, help="pictures to feed")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"overhead": overhead(given.model, given.device, given.repeats)}
-    found["growth"] = growth(given.model, given.device, max(1, given.repeats // 4))
-    found["samples_per_s"] = feeding(given.model, given.num_images)
-    codes = 256  # of a picture of 64 x 64 pixels
-    found["samples_per_s"]["model"] = found["overhead"]["ours"]["tokens_per_s"] / codes
+    found: dict[str, Any] = {}
+    if "overhead" in given.parts:
+        found["overhead"] = overhead(given.model, given.device, given.repeats, given.batch)
+    if "growth" in given.parts:
+        found["growth"] = growth(given.model, given.device, max(1, given.repeats // 4))
+    if "feeding" in given.parts:
+        found["samples_per_s"] = feeding(given.model, given.num_images)
+    if {"overhead", "feeding"} <= set(given.parts):
+        codes = 256  # of a picture of 64 x 64 pixels
+        found["samples_per_s"]["model"] = found["overhead"]["ours"]["tokens_per_s"] / codes
     show(found)
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)

@@ -173,7 +173,7 @@ def test_a_step_of_each_recipe(composed, tiny_folder, experiment):
     own = {
         "tiny_base": [
             f"model.scratch.image_tokenizer={tiny_folder / 'model' / 'tokenizer'}",
-            "model.scratch.hidden_size=12",
+            "model.scratch.hidden_size=16",
             "model.scratch.intermediate_size=16",
             "model.scratch.num_layers=1",
             "callbacks=none",

@@ -186,7 +186,7 @@ class SaveOnTermination(Callback):
         self._told: set[int] = set()
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         self._start = 0.0
-        self._step, self._whole = 0, True
+        self._step, self._whole, self._saved = 0, True, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals: Lightning registers its own handlers before this."""
@@ -196,6 +196,7 @@ class SaveOnTermination(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before training there is nothing to save: SIGTERM ends the process, where Lightning would go on."""
+        self._leave_if_told(trainer)
         if not self._before:
             self._take(signal.SIGTERM, _leave)
 
@@ -210,11 +211,22 @@ class SaveOnTermination(Callback):
         if trainer.strategy.reduce_boolean_decision(bool(self._told) or late, all=False):
             if trainer.strategy.reduce_boolean_decision(bool(self._told), all=False):
                 self._end(trainer)
+                return
             log.warning("trainer.max_time is over; the same command with ckpt_path=auto goes on")
             self._save(trainer)
             trainer.should_stop = True
         elif 0 < trainer.max_steps <= trainer.global_step:
             self._save(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends a run that was saved: Lightning logs a step behind `on_train_batch_end`."""
+        self._leave_if_told(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends a run that was saved."""
+        self._leave_if_told(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Acts on a signal that came during validation, which may take long, inside training."""
@@ -236,6 +248,11 @@ class SaveOnTermination(Callback):
     def _end(self, trainer: Trainer) -> None:
         log.warning("told to end: the same command with ckpt_path=auto goes on from %s", self.path)
         self._save(trainer)
+        self._saved = True
+
+    def _leave_if_told(self, trainer: Trainer) -> None:
+        if not self._saved:
+            return
         again = trainer.strategy.reduce_boolean_decision(signal.SIGUSR1 in self._told, all=False)
         if again and trainer.is_global_zero:
             put_back(self.requeue)
@@ -259,6 +276,7 @@ class SaveOnTermination(Callback):
             signal.signal(number, handler)
         self._before.clear()
         self._told.clear()
+        self._saved = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._told.add(number)

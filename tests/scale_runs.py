@@ -64,7 +64,7 @@ def few_steps(
             RandomStates(),
             ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1),
         ],
-        **QUIET | {"enable_checkpointing": True},
+        **QUIET | {"enable_checkpointing": True, "use_distributed_sampler": False},
     )
     used = 0 if start is None else 2 * ACCUMULATE  # the loader is a plain one
     batches = [share_of(batch_of(seed), rank, world_size) for seed in range(used, NUM_STEPS * ACCUMULATE)]

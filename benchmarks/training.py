@@ -16,6 +16,7 @@ and against what the model consumes.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import tarfile
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,26 +176,34 @@ def _status(name: str) -> int:
 
 def growth(folder: str, device: str, repeats: int) -> list[dict[str, Any]]:
     """Time and memory of our step by batch and by length, without and with activation checkpointing."""
-    rows = []
-    for axis, values in GROWTH.items():
-        for value in values:
-            sizes = {**BASE, axis: value}
-            for checkpointing in (False, True):
-                trainee = Trainee(folder, sizes["pixels"], sizes["batch"], device, True, checkpointing)
-                loss = our_step(trainee.module, trainee.batch)
-                peak = peak_bytes(lambda t=trainee, f=loss: t.step(f, 0), device)
-                taken = min(trainee.seconds(loss, number) for number in range(repeats))
-                rows.append(
-                    {
-                        "axis": axis,
-                        **sizes,
-                        "activation_checkpointing": checkpointing,
-                        "seconds": taken,
-                        "tokens_per_s": trainee.num_tokens / taken,
-                        "peak_mib": peak / 2**20,
-                    }
-                )
-    return rows
+    return [
+        _apart(_grown, folder, device, repeats, axis, value, checkpointing)
+        for axis, values in GROWTH.items()
+        for value in values
+        for checkpointing in (False, True)
+    ]
+
+
+def _apart(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls in a process of its own: what others have held and freed does not count there."""
+    with get_context("fork").Pool(1) as pool:
+        return pool.apply(call, arguments)
+
+
+def _grown(
+    folder: str, device: str, repeats: int, axis: str, value: int, checkpointing: bool
+) -> dict[str, Any]:
+    if device == "cpu":
+        ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: tensors that are freed leave the process
+    sizes = {**BASE, axis: value}
+    trainee = Trainee(folder, sizes["pixels"], sizes["batch"], device, True, checkpointing)
+    loss = our_step(trainee.module, trainee.batch)
+    trainee.step(loss, 0)  # gradients and the optimizer's states are there from now on
+    trainee.optimizer.zero_grad(set_to_none=True)
+    peak = peak_bytes(lambda: trainee.step(loss, 0), device)
+    taken = min(trainee.seconds(loss, number) for number in range(repeats))
+    found = {"axis": axis, **sizes, "activation_checkpointing": checkpointing, "seconds": taken}
+    return found | {"tokens_per_s": trainee.num_tokens / taken, "peak_mib": peak / 2**20}
 
 
 def feeding(folder: str, num_images: int) -> dict[str, float]:
@@ -256,10 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
+    if "growth" in given.parts:  # first: a process that has trained is no place to fork from
+        found["growth"] = growth(given.model, given.device, max(1, given.repeats // 4))
     if "overhead" in given.parts:
         found["overhead"] = overhead(given.model, given.device, given.repeats, given.batch)
-    if "growth" in given.parts:
-        found["growth"] = growth(given.model, given.device, max(1, given.repeats // 4))
     if "feeding" in given.parts:
         found["samples_per_s"] = feeding(given.model, given.num_images)
     if {"overhead", "feeding"} <= set(given.parts):

@@ -67,7 +67,8 @@ def few_steps(
         **QUIET | {"enable_checkpointing": True, "use_distributed_sampler": False},
     )
     used = 0 if start is None else 2 * ACCUMULATE  # the loader is a plain one
-    batches = [share_of(batch_of(seed), rank, world_size) for seed in range(used, NUM_STEPS * ACCUMULATE)]
+    order = [*range(used, NUM_STEPS * ACCUMULATE), *range(used)]
+    batches = [share_of(batch_of(seed), rank, world_size) for seed in order]
     trainer.fit(module, loader(batches), ckpt_path=start)
     state = gathered_state(module.backbone) if sharded else module.backbone.state_dict()
     return {"losses": [float(loss) for loss in losses], "state": state}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from sjd2_lightning.checkpoints import fsync_below, remove_checkpoint
 from sjd2_lightning.module import SJD2Module
@@ -78,7 +79,7 @@ class ShardedStrategy(ModelParallelStrategy):
                     path.rename(old)
                 temporary.rename(path)
                 remove_checkpoint(old)
-        except (OSError, RuntimeError, torch.distributed.checkpoint.CheckpointException) as error:
+        except (OSError, RuntimeError, CheckpointException) as error:
             raise OSError(
                 f"checkpoint {path} cannot be written: {error}; make room or give another run_dir. "
                 "The checkpoint that stood there is intact"
@@ -99,7 +100,7 @@ class ShardedStrategy(ModelParallelStrategy):
             RuntimeError,
             OSError,
             pickle.UnpicklingError,
-            torch.distributed.checkpoint.CheckpointException,
+            CheckpointException,
         ) as error:
             raise ValueError(
                 f"checkpoint {checkpoint_path} cannot be read: {str(error).splitlines()[0]}; "
@@ -117,4 +118,6 @@ def gathered_state(module: nn.Module) -> dict[str, torch.Tensor] | None:
 
     if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return None
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return get_model_state_dict(  # type: ignore[return-value]
+        module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )

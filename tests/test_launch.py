@@ -59,12 +59,10 @@ def test_hydra_itself_calls_no_name_that_is_not_listed(command, capfd, tmp_path,
 
 
 @pytest.mark.parametrize("target", HOSTILE)
-@pytest.mark.parametrize("key", ["+evil", "+data.loader.evil", "model.lora.evil", "callbacks.extra"])
+@pytest.mark.parametrize("key", ["data.loader.evil", "callbacks.extra"])
 def test_a_configuration_with_such_a_name_is_refused_with_all_others(target, key):
     values = ", ".join(filter(None, [f"_target_: {target}", HOSTILE[target]]))
-    given = (
-        f"callbacks.extra=[{{{values}}}]" if key == "callbacks.extra" else f"+{key.lstrip('+')}={{{values}}}"
-    )
+    given = f"+{key}={{{values}}}" if key != "callbacks.extra" else f"{key}=[{{{values}}}]"
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", [given, "run_dir=out"])
     with pytest.raises(ConfigError, match=f"{target}'.*this target is not allowed"):

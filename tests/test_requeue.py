@@ -101,7 +101,7 @@ def test_a_slurm_job_that_is_queued_again_is_one_run(folder, tmp_path):
 def test_a_sweep_over_ranks_has_one_folder_for_each_run(folder, tmp_path):
     """Each run has two ranks, which Lightning starts by the command line: `-m` and all."""
     overrides = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
-    overrides += ["trainer.max_steps=2", "seed=1,2", "run_dir=sweep", "-m", NO_LOGGER]
+    overrides += ["trainer.max_steps=2", "seed=1,2", "run_dir=sweep", NO_LOGGER, "-m"]
     assert started(folder, tmp_path, *overrides).wait(900) == 0, (tmp_path / "log.txt").read_text()[-3000:]
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()) == ["0", "1"]
     for job, seed in (("0", 1), ("1", 2)):

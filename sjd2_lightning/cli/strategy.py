@@ -37,7 +37,7 @@ def build_strategy(config: TrainConfig, module: L.LightningModule) -> str | Stra
 
 def build_plugins() -> list[Any]:
     """Verified checkpoints; under Slurm its processes, but not Lightning's way of queueing a job again."""
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     from sjd2_lightning.checkpoints import VerifiedCheckpointIO
 

@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench lint format clean
+.PHONY: help setup lock demo test test-slow bench lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ $(STAMP): pyproject.toml
 	fi
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $@
+
+lock: $(STAMP)  ## write requirements.lock: version and sha256 of every package, for this Python and platform
+	$(BIN)/python .ci/lock.py requirements.lock
 
 demo: $(STAMP)  ## fine-tune the shipped model with the SJD2 objective, then compare the decoding methods
 	$(BIN)/python train.py experiment=demo $(DEMO_TRAIN_ARGS)

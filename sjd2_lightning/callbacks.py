@@ -182,7 +182,7 @@ class SamplingCallback(Callback):
             if isinstance(logger, WandbLogger):
                 media = media_row(result, num_prompts=self.num_shown)
                 # The experiment itself: `log_metrics` would do, but one row must carry figures and images.
-                logger.experiment.log({**media, "trainer/global_step": step})
+                logger.experiment.log({**media, "trainer/global_step": step}, step=step)
             else:
                 logger.log_metrics(dict(row), step)
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, checked when they are read, and written before a run is told to end.
+"""Checkpoints that are whole or absent, and checked when they are read.
 
 Source: ours, around Lightning's `CheckpointIO`.
 """
@@ -8,22 +8,19 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import signal
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule, Trainer
+
+from sjd2_lightning.records import TEMPORARY
+from sjd2_lightning.sharded_index import check_sharded
 
 log = logging.getLogger(__name__)
-
-TERMINATED = 143  # exit status of a process that SIGTERM ended: 128 + 15
-_TEMPORARY = ".writing"
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
@@ -48,15 +45,14 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         temporary: str | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in path.parent.glob(f".{path.name}.*{_TEMPORARY}"):
-                leftover.unlink(missing_ok=True)  # of a run that was killed while it wrote
-            handle, temporary = tempfile.mkstemp(_TEMPORARY, f".{path.name}.", path.parent)
+            remove_leftovers(path.parent, path.name)
+            handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
             with os.fdopen(handle, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             Path(temporary).replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException as error:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
@@ -90,12 +86,13 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 def check_checkpoint(path: str | Path) -> None:
     """Compares every byte of a checkpoint with the sums that torch stored with it.
 
-    A sharded checkpoint, which is a folder, is left to the strategy that reads it.
+    Of a sharded checkpoint, which is a folder, every part of its own kind is.
 
     Raises:
         ValueError: the file is missing, cut short or changed; the message says what to do.
     """
     if Path(path).is_dir():
+        check_sharded(Path(path))
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -106,6 +103,20 @@ def check_checkpoint(path: str | Path) -> None:
         ) from error
     if damaged is not None:
         raise ValueError(f"checkpoint {path} is damaged at {damaged}; go on from another one in its folder")
+
+
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Removes what a run that was killed while it wrote left below a folder: of one checkpoint, or all."""
+    for leftover in folder.glob(f".{name}.*{TEMPORARY}") if name else folder.rglob(f".*{TEMPORARY}"):
+        remove_checkpoint(leftover)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes a file, or the folder of a sharded checkpoint; it is no error if another did so before."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def newest_sound_checkpoint(folder: Path) -> Path | None:
@@ -120,61 +131,21 @@ def newest_sound_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-class SaveOnTermination(Callback):
-    """On SIGTERM: ends the step, writes a checkpoint on all ranks together, and exits with status 143.
-
-    Lightning alone ends with status 0 and saves nothing. The handler only notes the signal, so nothing is
-    cut short; a rank that was not told learns of it from the others.
-
-    Args:
-        path: of the checkpoint.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._told = False
-        self._before: Callable[[int, FrameType | None], Any] | int | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over the signal: Lightning registers its own handler before this."""
-        self._told = False
+def fsync_below(folder: Path) -> None:
+    """Forces the files of a folder, and their names, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
         try:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        except ValueError:  # only the main thread of a process may have handlers
-            log.warning("training runs outside the main thread: SIGTERM will not save a checkpoint")
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves and exits, if any rank was told to."""
-        if not trainer.strategy.reduce_boolean_decision(self._told, all=False):
-            return
-        log.warning("SIGTERM: writing %s; the same command with ckpt_path=auto goes on", self.path)
-        trainer.save_checkpoint(self.path)
-        raise SystemExit(TERMINATED)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives the signal back."""
-        self._give_back()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the signal back."""
-        self._give_back()
-
-    def _give_back(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _on_cpu(storage: Any, location: str) -> Any:
     return storage
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the new name itself survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -19,6 +19,11 @@ from pydantic import ValidationError
 
 from sjd2_lightning.config_groups import EvaluateConfig, SharedConfig, TrainConfig
 from sjd2_lightning.decoding.methods import NOISY
+from sjd2_lightning.launched import run_id
+from sjd2_lightning.records import write_atomic
+
+# `${run_id:}` in conf/train.yaml; kept for the process, so that every key with it names one folder.
+OmegaConf.register_new_resolver("run_id", lambda: run_id(), use_cache=True, replace=True)
 
 # The only names that `_target_` may hold, anywhere in a configuration: instantiating a name runs its code.
 ALLOWED_TARGETS = frozenset(
@@ -75,8 +80,7 @@ def save_config(config: SharedConfig, path: Path) -> None:
     """Writes the resolved configuration as YAML, secrets blanked."""
     from sjd2_lightning.report.provenance import redact
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(redact(config.model_dump(mode="json")), sort_keys=False))
+    write_atomic(path, yaml.safe_dump(redact(config.model_dump(mode="json")), sort_keys=False))
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

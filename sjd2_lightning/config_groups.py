@@ -31,7 +31,9 @@ def _is_checkpoint(path: str) -> str:
 
 
 def _is_start(path: str) -> str:
-    return path if path in ("auto", "last") else _is_checkpoint(path)
+    # a sharded checkpoint is a folder
+    is_there = path in ("auto", "last") or (Path(path) / "meta.pt").is_file()
+    return path if is_there else _is_checkpoint(path)
 
 
 def _is_export(path: str) -> str:
@@ -140,7 +142,7 @@ class TrainerConfig(Group):
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
     max_steps: Annotated[int, Field(ge=-1)]
     max_epochs: Annotated[int, Field(ge=-1)] | None
-    max_time: str | None
+    max_time: Annotated[str, Field(pattern=r"^\d+:\d\d:\d\d:\d\d$")] | None
     val_check_interval: Count | Annotated[float, Field(gt=0, le=1)] | None
     check_val_every_n_epoch: Count | None
     limit_train_batches: Natural | Share
@@ -249,6 +251,7 @@ class CallbacksConfig(Group):
     checkpoint: CheckpointConfig | None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
     nonfinite: Literal["stop", "skip"] | None
+    loss_spike: Annotated[float, Field(gt=1)] | None
     lr_monitor: bool
     progress_bar: Literal["rich", "tqdm"] | None
     extra: list[dict[str, Any]]
@@ -292,6 +295,15 @@ class TrainConfig(SharedConfig):
             )
         if self.model.peft and self.callbacks.ema_decay:
             found.append("callbacks.ema_decay: averages all weights; with model.peft set it to null")
+        if self.trainer.strategy == "fsdp":
+            if self.callbacks.ema_decay:
+                found.append(
+                    "callbacks.ema_decay: needs whole weights; with trainer.strategy=fsdp set it to null"
+                )
+            if self.optimizer.name == "muon":
+                found.append(
+                    "optimizer.name=muon: needs whole matrices; with trainer.strategy=fsdp use adamw"
+                )
         return found
 
 

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+TEMPORARY = ".writing"  # ends the names of files that are not whole yet
 _RUN_FILE = "run.json"
 
 
@@ -70,7 +71,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a file that is either absent, old or whole: temporary in the same folder, fsync, replace."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -3,21 +3,22 @@
 import errno
 import os
 import signal
+import subprocess
 import zipfile
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.checkpoint import save
 
 from sjd2_lightning.checkpoints import (
-    TERMINATED,
-    SaveOnTermination,
     VerifiedCheckpointIO,
     check_checkpoint,
     newest_sound_checkpoint,
 )
 from sjd2_lightning.guards import NonFiniteGuard
+from sjd2_lightning.resuming import TERMINATED, SaveOnTermination
 from tests.test_module import QUIET, batch_of, loader, module_of
 
 STATE = {"state_dict": {"weight": torch.arange(4000.0)}, "global_step": 7, "note": "plain"}
@@ -96,6 +97,36 @@ def test_a_full_disk_leaves_the_old_checkpoint(path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one mebibyte; needs a root that may mount."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_fills_up_leaves_the_old_checkpoint(small_disk):
+    path = small_disk / "last.ckpt"
+    IO.save_checkpoint(STATE, path)
+    with pytest.raises(OSError, match=r"disk/last\.ckpt cannot be written.*is intact"):
+        IO.save_checkpoint(STATE | {"more": torch.rand(400_000)}, path)
+    assert IO.load_checkpoint(path)["global_step"] == 7
+    assert [file.name for file in small_disk.iterdir()] == ["last.ckpt"]
+
+
+def test_a_disk_that_is_read_only_is_named(small_disk):
+    path = small_disk / "last.ckpt"
+    IO.save_checkpoint(STATE, path)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(OSError, match=r"disk/last\.ckpt cannot be written: .*Read-only"):
+        IO.save_checkpoint(STATE | {"global_step": 8}, path)
+    assert IO.load_checkpoint(path)["global_step"] == 7
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(OSError, match=r"run/last\.ckpt cannot be written"):
@@ -123,7 +154,10 @@ def test_the_newest_sound_checkpoint_is_chosen(path, caplog):
 
 def test_a_sharded_checkpoint_is_a_folder_and_may_be_the_newest(path):
     sharded = path.with_name("sharded.ckpt")
-    sharded.mkdir()
+    save({"state_dict": {"weight": torch.arange(4.0)}, "lr": 0.1}, checkpoint_id=sharded, no_dist=True)
+    os.utime(sharded, (2**31, 2**31))
+    assert newest_sound_checkpoint(path.parent) == path, "not whole: meta.pt is missing"
+    torch.save({"global_step": 7}, sharded / "meta.pt")
     os.utime(sharded, (2**31, 2**31))
     assert newest_sound_checkpoint(path.parent) == sharded
 

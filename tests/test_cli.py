@@ -173,7 +173,7 @@ def test_a_step_of_each_recipe(composed, tiny_folder, experiment):
     own = {
         "tiny_base": [
             f"model.scratch.image_tokenizer={tiny_folder / 'model' / 'tokenizer'}",
-            "model.scratch.hidden_size=12",
+            "model.scratch.hidden_size=16",
             "model.scratch.intermediate_size=16",
             "model.scratch.num_layers=1",
             "callbacks=none",
@@ -281,13 +281,13 @@ def test_wandb_mode_of_the_environment_wins_and_a_sweep_waits_once(monkeypatch, 
     wanted = WandbConfig(mode="online", project="p", entity=None, name=None, group=None, tags=())
     monkeypatch.delenv("WANDB_MODE")
     for _ in range(3):
-        monitoring.start_wandb(wanted, tmp_path, {})
+        monitoring.start_wandb(wanted, tmp_path, {}, "id")
     assert asked == ["online", "offline", "offline"]
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert monitoring.start_wandb(wanted, tmp_path, {}) is None
+    assert monitoring.start_wandb(wanted, tmp_path, {}, "id") is None
     monkeypatch.setenv("WANDB_MODE", "onlin")
     with pytest.raises(ValueError, match="WANDB_MODE=onlin is unknown"):
-        monitoring.start_wandb(wanted, tmp_path, {})
+        monitoring.start_wandb(wanted, tmp_path, {}, "id")
 
 
 def test_which_weights_are_measured(composed, tmp_path):

@@ -12,7 +12,8 @@ from tests.source import PACKAGE, REPO, closure, cycle, imported_names, imports,
 
 ALGORITHM = ("noise", "embedding", "masks", "sequence", "objective")
 TORCH_ONLY = (*ALGORITHM, "decoding", "models.backbone", "models.cache")
-LIGHTNING = ("module", "callbacks", "checkpoints", "guards", "data.datamodule", "recipes", "cli")
+LIGHTNING = ("module", "callbacks", "data.datamodule", "recipes", "cli")
+LIGHTNING += ("checkpoints", "guards", "resuming", "sharding")
 HYDRA = ("cli", "config")
 HEAVY = ["lightning", "hydra", "omegaconf", "transformers", "diffusers", "wandb", "webdataset"]
 
@@ -32,8 +33,10 @@ FORBIDDEN = {
     "module": ("decoding", "metrics", *MEASURE, "callbacks", "recipes", *ENTRY),
     "callbacks": ("recipes", *ENTRY),
     **dict.fromkeys(
-        ("optimizer", "checkpoints", "guards"), ("models", "decoding", "data", "metrics", *MEASURE, *RUN)
+        ("optimizer", "checkpoints", "guards", "resuming", "launched", "sharded_index"),
+        ("models", "decoding", "data", "metrics", *MEASURE, *RUN),
     ),
+    "sharding": ("models", "decoding", "data", "metrics", *MEASURE, "callbacks", "recipes", *ENTRY),
     "recipes": ENTRY,
     "config": ("recipes", "cli"),
     "config_groups": ("recipes", "cli"),

@@ -19,6 +19,11 @@ def offline_run(folder: Path, timeout_s: float = 30) -> tuple[list[dict[str, Any
     `finish` returns shortly before the last block is on the disk, so the record of the end is waited for.
     """
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    return run_file(path, timeout_s)
+
+
+def run_file(path: Path, timeout_s: float = 30) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """As `offline_run`, of one of the files that belong to a run."""
     deadline = time.monotonic() + timeout_s
     records = _records(path.read_bytes())
     while not any(record.HasField("exit") for record in records):

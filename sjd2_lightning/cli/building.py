@@ -27,6 +27,7 @@ from sjd2_lightning.quality import QualityMetrics
 from sjd2_lightning.recipes.clip import ClipModule, EmojiPairs
 from sjd2_lightning.recipes.tokenizer import EmojiPictureData, TokenizerModule
 from sjd2_lightning.references import ReferenceSet, held_out_emoji, image_folder
+from sjd2_lightning.sharding import ShardedModule, gathered_state
 
 
 def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataModule]:
@@ -129,7 +130,8 @@ def load_trained(backbone: Backbone, ckpt_path: str | Path) -> None:
 def build_module(config: TrainConfig, backbone: Backbone) -> SJD2Module:
     """Next-clean-token training of a backbone."""
     noise = config.noise.model_dump(exclude={"val_levels", "ramp"})
-    return SJD2Module(
+    kind = ShardedModule if config.trainer.strategy == "fsdp" else SJD2Module
+    return kind(
         backbone,
         NoiseConfig(**noise, ramp=config.noise.ramp),
         OptimizerConfig(**config.optimizer.model_dump(exclude={"freeze"})),
@@ -202,8 +204,18 @@ def recipe_dir(config: TrainConfig) -> str:
     return str(Path(config.run_dir) / "model") if config.trainer.fast_dev_run else config.export_dir
 
 
-def export_model(config: TrainConfig, module: L.LightningModule) -> None:
-    """Writes the backbone folder after fine-tuning; recipes write their own weights."""
-    if isinstance(module, SJD2Module):
-        dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
-        module.backbone.save(config.export_dir, dtype)
+def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trainer) -> None:
+    """Writes the backbone folder after fine-tuning, once; recipes write their own weights.
+
+    All ranks must come here: a sharded model is gathered on the first one.
+    """
+    if not isinstance(module, SJD2Module):
+        return
+    state, backbone = gathered_state(module.backbone), module.backbone
+    if not trainer.is_global_zero:
+        return
+    if state is not None:
+        backbone = build_backbone(config.model)
+        backbone.load_state_dict(state)
+    dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
+    backbone.save(config.export_dir, dtype)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sjd2_lightning.cli.sweep import SweepReport
+from sjd2_lightning.cli.targets import restrict_targets
 from sjd2_lightning.config import conf_dir
+from sjd2_lightning.launched import HANDED_DOWN, started_by_lightning
 
 log = logging.getLogger(__name__)
 
+# The environment of one run, as Lightning's launcher and ours leave it; a sweep's next run must not find it.
+_OF_A_RUN = (
+    HANDED_DOWN,
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PL_GLOBAL_SEED",
+)
 _MISSPELT = re.compile(r"Could not override '(?P<key>[^']+)'")
 
 
@@ -45,11 +59,18 @@ def launch(script: str, job: Callable[[DictConfig], object]) -> None:
             folder = folder.relative_to(Path.cwd())
         with open_dict(cfg):
             cfg.run_dir = str(folder)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            _run_in_sweep(job, cfg, folder)
-        else:
-            job(cfg)
+        with _handing_down(list(HydraConfig.get().overrides.task), str(folder)):
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                _run_in_sweep(job, cfg, folder)
+            else:
+                job(cfg)
 
+    # whatever a library asks for, no file of this process is unpickled
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    if started_by_lightning():
+        _run_as_further_rank(script, job)
+        return
+    restrict_targets()
     # Otherwise Hydra prints errors itself, cut short, and exits before the lines below.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     SweepReport.all_failed = False
@@ -65,6 +86,39 @@ def launch(script: str, job: Callable[[DictConfig], object]) -> None:
         sys.exit(_fail(f"{error}"))
     if SweepReport.all_failed:
         sys.exit(1)
+
+
+@contextmanager
+def _handing_down(overrides: list[str], folder: str) -> Iterator[None]:
+    """Tells the processes that Lightning starts for further ranks which run they belong to.
+
+    Lightning repeats the command line for them. In a sweep that would be the whole sweep, in folders of its
+    own; and the run's folder may hold the time.
+    """
+    before = {name: os.environ.get(name) for name in _OF_A_RUN}
+    os.environ[HANDED_DOWN] = json.dumps({"overrides": overrides, "run_dir": folder})
+    try:
+        yield
+    finally:
+        if before["LOCAL_RANK"] is None and "LOCAL_RANK" in os.environ and "torch" in sys.modules:
+            from torch import distributed
+
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.destroy_process_group()  # its other members end with this run
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _run_as_further_rank(script: str, job: Callable[[DictConfig], object]) -> None:
+    """Takes part in the run of the process that Lightning started this one from; that one reports."""
+    handed = json.loads(os.environ[HANDED_DOWN])
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose(script, handed["overrides"])
+    with open_dict(cfg):
+        cfg.run_dir = handed["run_dir"]
+    job(cfg)
 
 
 def _run_in_sweep(job: Callable[[DictConfig], object], cfg: DictConfig, folder: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from lightning.pytorch.callbacks import (
     Callback,
     EMAWeightAveraging,
     LearningRateMonitor,
-    ModelCheckpoint,
     RichProgressBar,
     TQDMProgressBar,
 )
@@ -22,13 +22,15 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sjd2_lightning.callbacks import SamplingCallback
-from sjd2_lightning.checkpoints import SaveOnTermination
 from sjd2_lightning.cli.building import build_metrics, build_prompts, build_reference
 from sjd2_lightning.config_groups import TrainConfig, WandbConfig
-from sjd2_lightning.guards import NonFiniteGuard
+from sjd2_lightning.guards import NonFiniteGuard, TrainingWatch
+from sjd2_lightning.launched import is_first_process
 from sjd2_lightning.module import SJD2Module
+from sjd2_lightning.records import write_atomic
 from sjd2_lightning.report import wandb_log
 from sjd2_lightning.report.provenance import redact
+from sjd2_lightning.resuming import RandomStates, Retention, SaveOnTermination, requeue_command, seconds_of
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,10 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: 
     Without a logger there is nothing to log the learning rate to, and Lightning refuses its monitor.
     """
     wanted, found = config.callbacks, list[Callback]()
-    if wanted.sampling is not None and isinstance(module, SJD2Module):
+    sharded = config.trainer.strategy == "fsdp"
+    if wanted.sampling is not None and sharded:
+        log.warning("trainer.strategy=fsdp: nothing is decoded during validation, which needs whole weights")
+    if wanted.sampling is not None and isinstance(module, SJD2Module) and not sharded:
         found.append(
             SamplingCallback(
                 build_prompts(config, wanted.sampling.num_prompts),
@@ -55,15 +60,32 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: 
         found.append(EMAWeightAveraging(decay=wanted.ema_decay))
     if wanted.nonfinite is not None:
         found.append(NonFiniteGuard(wanted.nonfinite))
-    if wanted.checkpoint is not None:
-        folder = Path(config.run_dir) / "checkpoints"
-        found.append(SaveOnTermination(folder / "last.ckpt"))
-        found.append(ModelCheckpoint(folder, save_last=True, **wanted.checkpoint.model_dump()))
+    found.append(TrainingWatch(wanted.loss_spike))
+    folder = None if wanted.checkpoint is None else Path(config.run_dir) / "checkpoints"
+    limit = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
+    last = None if folder is None or config.trainer.fast_dev_run else folder / "last.ckpt"
+    # behind weight averaging, whose update belongs to the step that is saved
+    found.append(SaveOnTermination(last, limit, requeue_command()))
+    if wanted.checkpoint is not None and folder is not None:
+        found.append(RandomStates())
+        found.append(Retention(folder, **wanted.checkpoint.model_dump()))
     if wanted.lr_monitor and has_logger:
         found.append(LearningRateMonitor("step"))
     if wanted.progress_bar is not None:
         found.append(RichProgressBar() if wanted.progress_bar == "rich" else TQDMProgressBar())
     return found + [hydra.utils.instantiate(entry) for entry in wanted.extra]
+
+
+class StepLogger(WandbLogger):
+    """W&B with the optimizer's step as its own: what a resumed run logs goes on where the first part stopped.
+
+    With W&B's own count the second part would begin at 0 again, and hide the first or be dropped.
+    """
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """One row for each step."""
+        self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
 
 
 def build_loggers(config: TrainConfig) -> list[Logger]:
@@ -72,17 +94,29 @@ def build_loggers(config: TrainConfig) -> list[Logger]:
         return []
     # A version for every start: going on with a run must not delete what it logged before.
     found: list[Logger] = [CSVLogger(config.run_dir, name="csv")] if config.logger.csv else []
-    if config.logger.wandb is not None and getattr(rank_zero_only, "rank", 0) == 0:
-        run = start_wandb(config.logger.wandb, Path(config.run_dir), redact(config.model_dump(mode="json")))
+    if config.logger.wandb is not None and is_first_process():
+        run_dir = Path(config.run_dir)
+        values = redact(config.model_dump(mode="json"))
+        run = start_wandb(config.logger.wandb, run_dir, values, wandb_id(run_dir, config.ckpt_path))
         if run is not None:
-            found.append(WandbLogger(experiment=run, save_dir=config.run_dir))
+            found.append(StepLogger(experiment=run, save_dir=config.run_dir))
+    return found
+
+
+def wandb_id(folder: Path, ckpt_path: str | None) -> str:
+    """The id of a folder's W&B run: kept there, so that going on continues it; a new start is a new run."""
+    path = folder / "wandb_id.txt"
+    if ckpt_path is not None and path.is_file():
+        return path.read_text().strip()
+    found = secrets.token_hex(4)
+    write_atomic(path, found + "\n")
     return found
 
 
 _stays_offline = False
 
 
-def start_wandb(config: WandbConfig, folder: Path, values: dict[str, Any]) -> Any:
+def start_wandb(config: WandbConfig, folder: Path, values: dict[str, Any], run_id: str) -> Any:
     """A W&B run in a folder, or None when disabled; WANDB_MODE wins over the configuration.
 
     Online is tried once a process: a sweep without network waits for the server once.
@@ -100,7 +134,14 @@ def start_wandb(config: WandbConfig, folder: Path, values: dict[str, Any]) -> An
     settings["tags"] = list(config.tags)
     run = wandb_log.start_run(
         "offline" if _stays_offline else mode,
-        {"dir": str(folder), "config": values, "job_type": "train", **settings},
+        {
+            "dir": str(folder),
+            "config": values,
+            "job_type": "train",
+            "id": run_id,
+            "resume": "allow",
+            **settings,
+        },
     )
     _stays_offline = mode == "online" and bool(run.offline)
     return run
@@ -113,5 +154,6 @@ def finish_loggers(loggers: Sequence[Logger]) -> None:
             run = logger.experiment
             folder = Path(run.dir).parent
             run.finish()
-            if run.offline:
-                log.info("W&B run kept offline; send it with: wandb sync %s", folder)
+            if run.offline:  # all parts together: W&B puts them in order
+                parts = sorted(map(str, folder.parent.glob(f"offline-run-*-{run.id}")))
+                log.info("W&B run kept offline; send it with: wandb sync %s", " ".join(parts))

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from sjd2_lightning.config_groups import TrainConfig
 
 if TYPE_CHECKING:
     import lightning as L
     from lightning.pytorch.strategies import Strategy
 
 
-def build_strategy(name: str, module: L.LightningModule) -> str | Strategy:
-    """The strategy by Lightning's name; `fsdp` gathers a large trunk a layer at a time.
+def build_strategy(config: TrainConfig, module: L.LightningModule) -> str | Strategy:
+    """The strategy by name: `fsdp` is FSDP2, `deepspeed` its stage 2; other names are Lightning's.
 
-    By its name alone Lightning wraps the whole model as one unit, which every device then holds at once.
+    Raises:
+        ValueError: deepspeed is not installed; or the model cannot be sharded.
     """
-    from sjd2_lightning.models.pretrained import PretrainedBackbone
+    name = config.trainer.strategy
+    if name == "fsdp":
+        from sjd2_lightning.sharding import ShardedModule, ShardedStrategy
 
-    backbone = getattr(module, "backbone", None)
-    if name != "fsdp" or not isinstance(backbone, PretrainedBackbone):
-        return name
-    from lightning.pytorch.strategies import FSDPStrategy
+        if not isinstance(module, ShardedModule):
+            raise ValueError(f"trainer.strategy=fsdp: task={config.task} is small; use trainer.strategy=ddp")
+        return ShardedStrategy()
+    if name.startswith("deepspeed"):
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ValueError(
+                f"trainer.strategy={name}: the package deepspeed is not installed; "
+                "`pip install 'sjd2-lightning[deepspeed]'`, or use trainer=fsdp, which needs nothing more"
+            )
+        return "deepspeed_stage_2" if name == "deepspeed" else name
+    return name
 
-    layers = {type(layer) for layer in backbone.trunk.layers}
-    # an adapter trains some weights of a layer and not others, which needs the original parameters
-    return FSDPStrategy(auto_wrap_policy=layers, use_orig_params=True, state_dict_type="full")
+
+def build_plugins() -> list[Any]:
+    """Verified checkpoints; under Slurm its processes, but not Lightning's way of queueing a job again."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    from sjd2_lightning.checkpoints import VerifiedCheckpointIO
+
+    # ours saves at the end of a step and under our names, see `SaveOnTermination`
+    environment = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return [VerifiedCheckpointIO(), *environment]

@@ -11,9 +11,10 @@ from omegaconf import DictConfig
 
 from sjd2_lightning.cli.launch import launch
 from sjd2_lightning.cli.plan import show_plan
-from sjd2_lightning.cli.strategy import build_strategy
+from sjd2_lightning.cli.strategy import build_plugins, build_strategy
 from sjd2_lightning.config import save_config, train_config
 from sjd2_lightning.config_groups import TrainConfig
+from sjd2_lightning.launched import is_first_process
 
 if TYPE_CHECKING:
     import lightning as L
@@ -42,11 +43,13 @@ def train(cfg: DictConfig) -> dict[str, float]:
         return show_plan(cfg)
     config = train_config(cfg)
     run_dir = Path(config.run_dir)
-    save_config(config, run_dir / "train.yaml")
+    if is_first_process():
+        save_config(config, run_dir / "train.yaml")
     ckpt_path = resume_path(config.ckpt_path, run_dir)
 
     import lightning as L
 
+    from sjd2_lightning.checkpoints import remove_leftovers
     from sjd2_lightning.cli.building import build_task, export_model
     from sjd2_lightning.cli.monitoring import build_callbacks, build_loggers, finish_loggers
 
@@ -56,6 +59,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         "ignore", r"Found \d+ module\(s\) in eval mode"
     )  # image tokenizers and what else is not trained, on purpose
     L.seed_everything(config.seed, workers=True)
+    if is_first_process():
+        remove_leftovers(run_dir)
     module, data = build_task(config)
     loggers = build_loggers(config)
     try:
@@ -64,10 +69,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         trainer.fit(module, data, ckpt_path=ckpt_path)
         metrics = start | {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         if not config.trainer.fast_dev_run:
-            if config.callbacks.checkpoint is not None:
-                trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
-            if trainer.is_global_zero:
-                export_model(config, module)
+            export_model(config, module, trainer)
     finally:
         finish_loggers(loggers)
     if trainer.is_global_zero:
@@ -89,11 +91,9 @@ def build_trainer(
     """The trainer of a configuration."""
     import lightning as L
 
-    from sjd2_lightning.checkpoints import VerifiedCheckpointIO
-
     return L.Trainer(
-        **config.trainer.model_dump() | {"strategy": build_strategy(config.trainer.strategy, module)},
-        plugins=[VerifiedCheckpointIO()],
+        **config.trainer.model_dump(exclude={"max_time"}) | {"strategy": build_strategy(config, module)},
+        plugins=build_plugins(),
         logger=loggers or False,
         callbacks=callbacks,
         enable_checkpointing=config.callbacks.checkpoint is not None,
@@ -119,10 +119,11 @@ def resume_path(ckpt_path: str | None, run_dir: Path) -> Path | None:
         return own
     if ckpt_path == "auto":
         return None
-    others = sorted(run_dir.parent.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not others:
-        raise ValueError(f"ckpt_path=last: no run in {run_dir.parent} has checkpoints/last.ckpt; give a path")
-    return others[-1]
+    found = sorted(run_dir.parent.glob("*/checkpoints/last.ckpt"), key=lambda path: -path.stat().st_mtime)
+    others = (newest_sound_checkpoint(path.parent) for path in found)
+    if other := next((path for path in others if path is not None), None):
+        return other
+    raise ValueError(f"ckpt_path=last: no run in {run_dir.parent} has checkpoints/last.ckpt; give a path")
 
 
 def show(config: TrainConfig, metrics: dict[str, float]) -> None:

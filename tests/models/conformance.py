@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,6 +203,26 @@ def check_replay(case: Case) -> None:
             assert output.slot_ids[row, :end].tolist() == wanted[row, :end].tolist(), (method, row)
 
 
+def check_sizes(case: Case) -> None:
+    """A batch with all sizes that the backbone draws: every row is the image that its prompt gives alone."""
+    backbone = case.backbone
+    layouts = [backbone.layout(*size) for size in case.sizes]
+    prompts = [PROMPTS[row % 2] for row in range(2 * len(layouts))]
+    layouts, seeds = [*layouts, *layouts[::-1]], list(range(2 * len(layouts)))
+    sampling = Sampling(guidance_scale=3.0, top_k=2000)
+    for base in (
+        AR,
+        DecodingConfig("sjd2", 5, num_levels=2),
+        DecodingConfig("mc_sjd", 5, acceptance="exact"),
+    ):
+        config = replace(base, sampling=sampling)
+        output = decode(backbone, prompts, seeds, config, layouts)
+        for row, layout in enumerate(layouts):
+            alone = decode(backbone, prompts[row : row + 1], seeds[row : row + 1], config, layout)
+            assert torch.equal(output.image_ids_by_row[row], alone.image_ids[0]), (base.method, row)
+            assert backbone.decode_images(alone.image_ids).shape[2:] == layout.pixels
+
+
 def check_greedy(case: Case) -> None:
     """Greedy tokens are those of transformers' own path, with and without guidance."""
     for scale in (1.0, 3.0):
@@ -275,6 +295,7 @@ CHECKS = [
     check_timestep_tokens,
     check_loss,
     check_replay,
+    check_sizes,
     check_greedy,
     check_images,
     check_modes,

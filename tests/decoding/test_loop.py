@@ -142,3 +142,23 @@ def test_a_cache_that_is_too_short_is_named_before_any_forward():
     backbone.forward = None
     with pytest.raises(ValueError, match=r"cache too short: .* take 7 positions, .* gave 6"):
         decode(backbone, ["p1"], [0], RULES["ar"], backbone.layout(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"window": 0}, "decoding.window must be >= 1"),
+        ({"num_levels": -1}, "decoding.num_levels must be >= 0"),
+        ({"method": "eagle"}, "decoding.method must be one of"),
+        ({"sampling": Sampling(top_p=0.0)}, r"sampling.top_p must lie in \(0, 1\]"),
+        ({"sampling": Sampling(top_p=1.5)}, r"sampling.top_p must lie in \(0, 1\]"),
+    ],
+)
+def test_each_bad_value_is_one_error_before_any_forward(changes, named):
+    backbone = strong_table(3)
+    backbone.forward = backbone.prompt_ids = None
+    good = DecodingConfig("sjd2", window=4, num_levels=1)
+    with pytest.raises(ValueError, match=f"^{named}") as error:
+        decode(backbone, ["p1"], [0], replace(good, **changes), backbone.layout(2, 2))
+    assert len(replace(good, **changes).problems()) == 1
+    assert str(error.value) == replace(good, **changes).problems()[0]

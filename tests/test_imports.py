@@ -29,6 +29,7 @@ MEASURE = (
     "ranks",
     "report",
     "window_choice",
+    "likelihood",
 )
 ABOVE = (*MEASURE, *RUN)
 FORBIDDEN = {

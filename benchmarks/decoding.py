@@ -4,8 +4,12 @@
 
 One interleaved run: each group of prompts is decoded by every setting in turn, so that drift of the machine
 hits all alike. All share the backbone wrapper, the cache and the batched guidance of the baseline. Methods
-and their values are those of conf/decoding. The share of the wall clock inside the backbone (trunk and head)
-comes from a decoding of its own, since looking at the clock twice a pass would slow the timed ones.
+and their values are those of conf/decoding; `--overrides decoding.window=auto` chooses windows. The
+share of the wall clock inside the backbone (trunk and head) and, on the CPU, the peak of the bytes that
+decoding makes come from decodings of their own, since watching would slow the timed ones.
+
+`nll` is what the images cost under autoregression's law, in nats a code: the price of a rule that is not
+lossless. Distances of images and CLIP scores come from evaluate.py.
 """
 
 from __future__ import annotations
@@ -25,12 +29,16 @@ from rich.progress import track
 from rich.table import Table
 
 from sjd2_lightning.config import BASELINE, conf_dir, evaluate_config
+from sjd2_lightning.config_groups import AutoWindowConfig
 from sjd2_lightning.decoding import DecodingConfig, decode
-from sjd2_lightning.metrics.bootstrap import mean_result, ratio_of_totals
+from sjd2_lightning.likelihood import nats_per_code
+from sjd2_lightning.metrics.bootstrap import mean_result, paired_difference, ratio_of_totals
 from sjd2_lightning.metrics.efficiency import peak_memory, speedup_result, time_inside, timed, warm_up
+from sjd2_lightning.metrics.memory import LiveBytes
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import load_backbone
 from sjd2_lightning.prompts import PromptItem, held_out_prompts
+from sjd2_lightning.window_choice import resolve_windows
 
 
 @dataclass
@@ -42,17 +50,20 @@ class Cell:
     nfe: list[int] = field(default_factory=list)
     accepted: Counter[int] = field(default_factory=Counter)
     equal_to_ar: list[bool] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
     num_slots: int = 0
     inside: float = 0.0
     observed: float = 0.0
     peak_bytes: int | None = None
 
 
-def conf_methods(names: list[str], overrides: list[str]) -> dict[str, DecodingConfig]:
-    """Methods of conf/decoding by name."""
+def conf_methods(
+    names: list[str], overrides: list[str]
+) -> tuple[dict[str, DecodingConfig], AutoWindowConfig]:
+    """Methods of conf/decoding by name, and which of them have a window of `auto`."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        methods = evaluate_config(compose("evaluate", overrides)).methods
-    return {name: methods[name] for name in dict.fromkeys([BASELINE, *names])}
+        config = evaluate_config(compose("evaluate", overrides))
+    return {name: config.methods[name] for name in dict.fromkeys([BASELINE, *names])}, config.auto_window
 
 
 def measure_group(
@@ -73,7 +84,11 @@ def measure_group(
         cell.seconds.append(seconds)
         cell.nfe += output.stats.nfe.tolist()
         cell.num_slots = layout.num_slots
-        cell.peak_bytes = peak.num_bytes
+        cell.peak_bytes = peak.num_bytes or cell.peak_bytes
+        if cell.config.sampling.temperature > 0:
+            cell.nll += nats_per_code(
+                backbone, texts, output.image_ids, layout, cell.config.sampling
+            ).tolist()
         for passes in output.stats.accepted:
             cell.accepted.update(passes)
         cell.equal_to_ar += (output.slot_ids == baseline.slot_ids).all(1).tolist()
@@ -81,6 +96,10 @@ def measure_group(
             with time_inside(backbone, "forward", "image_logits", device=device) as inside:
                 _, observed = timed(job, device)
             cell.inside, cell.observed = cell.inside + inside.seconds, cell.observed + observed
+            if cell.peak_bytes is None:
+                with LiveBytes() as live:
+                    job()
+                cell.peak_bytes = live.peak
 
 
 def summary(cell: Cell, baseline: Cell) -> dict[str, Any]:
@@ -89,6 +108,16 @@ def summary(cell: Cell, baseline: Cell) -> dict[str, Any]:
         "step_compression", [cell.num_slots] * len(cell.nfe), cell.nfe, "slots / forward passes"
     )
     speed = speedup_result(baseline.seconds, cell.seconds)
+    likelihood = {}
+    if cell.nll:
+        nll = mean_result("nll", cell.nll, "nats a code under the law of ar")
+        change = paired_difference("nll_minus_ar", cell.nll, baseline.nll, "paired by prompt and seed")
+        likelihood = {
+            "nll": nll.value,
+            "nll_interval": nll.interval,
+            "nll_minus_ar": change.value,
+            "nll_minus_ar_interval": change.interval,
+        }
     return {
         "lossless": cell.config.lossless,
         "acceptance": cell.config.acceptance,
@@ -105,22 +134,48 @@ def summary(cell: Cell, baseline: Cell) -> dict[str, Any]:
         "seconds_per_image": sum(cell.seconds) / len(cell.nfe),
         "acceptance_lengths": {str(length): cell.accepted[length] for length in sorted(cell.accepted)},
         "peak_bytes": cell.peak_bytes,
+        **likelihood,
     }
 
 
 def measure_batch(
-    backbone: Backbone, methods: dict[str, DecodingConfig], batch: int, options: argparse.Namespace
+    backbone: Backbone,
+    methods: dict[str, DecodingConfig],
+    auto: AutoWindowConfig,
+    batch: int,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """All methods at one batch size."""
     prompts = held_out_prompts(max(options.num_prompts, batch))
     groups = [prompts[start : start + batch] for start in range(0, len(prompts) - batch + 1, batch)]
+    layout = backbone.layout(options.pixels, options.pixels)
+    methods, choices = resolve_windows(
+        backbone, methods, auto.methods, groups[0], layout, windows=auto.windows, repeats=auto.repeats
+    )
     cells = {name: Cell(config) for name, config in methods.items()}
-    measure_group(backbone, {name: Cell(cell.config) for name, cell in cells.items()}, groups[0], 32, False)
+    compiled = cells[BASELINE].config.compile
+    warm = {name: Cell(config) for name, config in methods.items()}
+    # a compiler is given every shape before anything is timed
+    measure_group(backbone, warm, groups[0], options.pixels if compiled else 32, False)
     for number, group in enumerate(track(groups, f"batch {batch}")):
         # a compiled trunk cannot be watched from inside: the watch would be compiled with it
-        watched = number < options.share_groups and not cells[BASELINE].config.compile
+        watched = number < options.share_groups and not compiled
         measure_group(backbone, cells, group, options.pixels, watched)
-    return {name: summary(cell, cells[BASELINE]) for name, cell in cells.items()}
+    found = {name: summary(cell, cells[BASELINE]) for name, cell in cells.items()}
+    for name, choice in choices.items():
+        found[name]["auto_window"] = choice.summary()
+    return found
+
+
+def batch_gain(runs: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Images a second of each larger batch over those of batch 1, by run and method."""
+    found = {}
+    for title, run in runs.items():
+        alone = runs.get(f"{title.partition(',')[0]}, batch 1", {})
+        if run is not alone and alone:
+            rate = "images_per_second"
+            found[f"{title} over 1"] = {name: run[name][rate] / alone[name][rate] for name in run}
+    return found
 
 
 @torch.inference_mode()
@@ -167,11 +222,12 @@ def rows(found: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
     for name, row in found.items():
         share = row["backbone_share"]
         numbers = [f"{row[key]:.2f}" for key in ("nfe", "step_compression", "speedup", "equal_to_ar")]
-        yield [name, *numbers, "" if share is None else f"{share:.2f}", str(row["lossless"])]
+        nll = f"{row['nll_minus_ar']:+.3f}" if "nll" in row else ""
+        yield [name, *numbers, "" if share is None else f"{share:.2f}", nll, str(row["lossless"])]
 
 
-def main() -> None:
-    """Command line."""
+def command_line() -> argparse.ArgumentParser:
+    """What may be asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--weights", default="weights/tiny")
@@ -180,7 +236,7 @@ def main() -> None:
     parser.add_argument("--share-groups", type=int, default=2, help="groups decoded again for backbone_share")
     parser.add_argument("--generate-prompts", type=int, default=3, help="0 leaves the comparison out")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compiled"])
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--pixels", type=int, default=64)
     parser.add_argument(
         "--methods",
@@ -199,28 +255,42 @@ def main() -> None:
     )
     parser.add_argument("--overrides", nargs="*", default=[], help="of the configuration, decoding.window=16")
     parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    methods = conf_methods(options.methods, options.overrides)
+    return parser
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All that is written to `--json`; tables are printed on the way."""
+    methods, auto = conf_methods(options.methods, options.overrides)
     backbone = load_backbone("chameleon", options.weights, options.trunk).eval().to(options.device)
     runs: dict[str, Any] = {}
     for mode in options.modes:
         chosen = {name: replace(config, compile=mode == "compiled") for name, config in methods.items()}
         for batch in options.batches:
-            found = measure_batch(backbone, chosen, batch, options)
+            found = measure_batch(backbone, chosen, auto, batch, options)
             runs[f"{mode}, batch {batch}"] = found
-            table = Table("method", "nfe", "compression", "speedup", "equal to ar", "in backbone", "lossless")
+            columns = ("method", "nfe", "compression", "speedup", "equal to ar", "in backbone", "nll - ar")
+            table = Table(*columns, "lossless", title=f"{mode}, batch {batch}")
             for row in rows(found):
                 table.add_row(*row)
-            table.title = f"{mode}, batch {batch}"
             Console().print(table)
     facts: dict[str, Any] = {"num_prompts": options.num_prompts, "threads": torch.get_num_threads()}
+    facts["batch_gain"] = batch_gain(runs)
+    for title, gains in facts["batch_gain"].items():
+        parts = ", ".join(f"{name} {gain:.2f}" for name, gain in gains.items())
+        Console().print(f"images a second, {title}: {parts}")
     if options.generate_prompts:
         facts["ar_vs_generate"] = against_generate(backbone, methods[BASELINE], options)
         Console().print("autoregression against generate:", facts["ar_vs_generate"])
+    return {"methods": next(iter(runs.values())), "runs": runs, **facts}
+
+
+def main() -> None:
+    """Command line."""
+    options = command_line().parse_args()
+    found = measure(options)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        first = next(iter(runs.values()))
-        options.json.write_text(json.dumps({"methods": first, "runs": runs, **facts}, indent=2))
+        options.json.write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

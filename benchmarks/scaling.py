@@ -6,7 +6,11 @@ First part, measured here: seconds of one pass of the shipped trunk, and of the 
 over window, prefix, batch, vocabulary and levels, one varied at a time, with the exponent of a power law.
 Settings are interleaved and the least of the repeats is taken, since other load only ever adds time.
 
-Second part, computed: a pass reads all weights and the cache once and multiplies each weight with each token,
+Second part, counted: bytes of the window's state, of the cache, and of everything that decoding holds at its
+peak (results of tensor operations; kernels' own scratch is not seen), over window, rows and vocabulary, in
+units of one float32 number for each row, slot of the window and code.
+
+Third part, computed: a pass reads all weights and the cache once and multiplies each weight with each token,
 so it takes the longer of bytes / bandwidth and operations / (peak x utilisation), plus a fixed cost of
 launching it. Bandwidth and peak are the A100's data sheet (80 GB SXM: 2,039 GB/s, 312 TFLOP/s in bf16); the
 fixed cost is what the paper's latency of plain autoregression leaves, or zero. Set against its table 3.
@@ -19,6 +23,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -26,13 +31,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sjd2_lightning.decoding import DecodingConfig
+from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.loop import judge
 from sjd2_lightning.decoding.window import SlotSource, Window
 from sjd2_lightning.masks import window_mask
 from sjd2_lightning.metrics.efficiency import timed
+from sjd2_lightning.metrics.memory import LiveBytes
 from sjd2_lightning.models.backbone import Backbone, rows_with_newlines
-from sjd2_lightning.models.registry import load_backbone
+from sjd2_lightning.models.registry import build_shrunken, load_backbone
 
 BASE = {"window": 32, "prefix": 128, "rows": 2, "levels": 2}
 PASSES = {
@@ -47,6 +53,8 @@ OWN_WORK = {
     "levels": [0, 2, 8],
     "rows": [1, 4, 16],
 }
+
+MEMORY = {"window": [8, 16, 32, 64], "rows": [1, 4, 16], "family": ["tiny", "chameleon", "janus", "emu3"]}
 
 BANDWIDTH, PEAK = 2.039e12, 312e12  # bytes/s and bf16 operations/s of an A100 80 GB SXM
 WEIGHTS, LAYERS, WIDTH = 7e9, 32, 4096
@@ -105,6 +113,50 @@ def sweep(calls: dict[tuple[str, int], Callable[[], Any]], repeats: int) -> dict
     return found
 
 
+def memory(
+    backbone: Backbone, pixels: tuple[int, int], config: DecodingConfig, rows: int
+) -> dict[str, float]:
+    """Bytes that decoding a batch holds: state, cache, all at the peak; and the last two beside one law's."""
+    layout, made = backbone.layout(*pixels), []
+
+    def new_cache(batch: int, max_len: int) -> Any:
+        made.append(type(backbone).new_cache(backbone, batch, max_len))
+        return made[-1]
+
+    source = SlotSource(config, layout, backbone.slot_table(), backbone.num_codes)
+    state = Window(source, torch.arange(rows)).num_bytes
+    with patch.object(backbone, "new_cache", new_cache), LiveBytes() as live:
+        decode(backbone, ["a red cat"] * rows, range(rows), config, layout)
+    law = 4 * rows * config.window * backbone.num_codes
+    cache = made[0].num_bytes
+    return {
+        "law_bytes": law,
+        "state_bytes": state,
+        "cache_bytes": cache,
+        "peak_bytes": live.peak,
+        "state_over_law": state / law,
+        "peak_beside_cache_over_law": (live.peak - cache) / law,
+    }
+
+
+def memory_sweep(tiny: Backbone) -> dict[str, dict[str, Any]]:
+    """`memory` in both lossless modes, one size varied at a time; vocabularies are those of the families."""
+    found: dict[str, dict[str, Any]] = {}
+    backbones = {"tiny": tiny} | {name: build_shrunken(name) for name in MEMORY["family"] if name != "tiny"}
+    smallest = {"tiny": (32, 32), "chameleon": (32, 32), "janus": (64, 64), "emu3": (8, 8)}
+    for name, sizes in MEMORY.items():
+        for size in sizes:
+            chosen = {"window": 32, "rows": 4, "family": "chameleon"} | {name: size}
+            for mode in ("replay", "exact"):
+                config = DecodingConfig(
+                    "sjd2", chosen["window"], 1, mode, sampling=Sampling(guidance_scale=3.0)
+                )
+                family = chosen["family"]
+                entry = memory(backbones[family], smallest[family], config, chosen["rows"])
+                found.setdefault(f"{name}, {mode}", {})[str(size)] = entry
+    return found
+
+
 def pass_seconds(tokens: int, prefix: float, rows: int, utilisation: float) -> float:
     """Seconds of a pass of `tokens` tokens a row over `prefix` cached ones, by the roofline."""
     cache = rows * prefix * 2 * LAYERS * WIDTH
@@ -157,6 +209,17 @@ def main() -> None:
             costs = "  ".join(f"{size}: {value / first:.2f}" for size, value in entry["seconds"].items())
             table.add_row(part, name, costs, f"{entry['exponent']:.2f}")
     Console().print(table)
+    counted = memory_sweep(backbone)
+    table = Table(
+        "memory, varied", "size: state, peak beside the cache; in units of batch x window x codes x 4 bytes"
+    )
+    for name, entries in counted.items():
+        parts = (
+            f"{size}: {entry['state_over_law']:.2f}, {entry['peak_beside_cache_over_law']:.1f}"
+            for size, entry in entries.items()
+        )
+        table.add_row(name, "   ".join(parts))
+    Console().print(table)
     predicted = predictions(options.utilisation)
     table = Table("7B, A100", *next(iter(predicted.values())))
     for name, row in predicted.items():
@@ -164,7 +227,7 @@ def main() -> None:
     Console().print(table)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**measured, "predicted": predicted}, indent=2))
+        options.json.write_text(json.dumps({**measured, "memory": counted, "predicted": predicted}, indent=2))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from sjd2_lightning.comparison import BASELINE, EvaluationResult, measure_methods
 from sjd2_lightning.decoding.methods import DecodingConfig
-from sjd2_lightning.evaluation import decode_methods, run_identity
+from sjd2_lightning.evaluation import decode_methods, evaluation_mode, run_identity
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.prompts import PromptItem, check_prompts
 from sjd2_lightning.quality import QualityMeter, QualityMetrics
@@ -28,6 +28,7 @@ from sjd2_lightning.records import RecordStore, write_atomic
 from sjd2_lightning.references import ReferenceSet
 from sjd2_lightning.report.figures import acceptance_histogram, image_grid, save_figure
 from sjd2_lightning.report.wandb_log import media_row, scalar_row
+from sjd2_lightning.window_choice import WINDOWS, WindowChoice, resolve_windows, with_windows
 
 
 class SamplingCallback(Callback):
@@ -51,6 +52,9 @@ class SamplingCallback(Callback):
         metrics: what to measure quality with; None measures speed alone.
         reference: real images for the distances.
         num_shown: prompts in the image grid.
+        auto_windows: methods whose window is chosen at the first decoding (see `window_choice`) and kept, so
+            that validations compare; logged as `val/window_<method>`.
+        windows: to choose from.
 
     Raises:
         ValueError: unusable prompts, methods or numbers; at `setup`, a module without `backbone` and
@@ -68,6 +72,8 @@ class SamplingCallback(Callback):
         metrics: QualityMetrics | None = None,
         reference: ReferenceSet | None = None,
         num_shown: int = 8,
+        auto_windows: Sequence[str] = (),
+        windows: Sequence[int] = WINDOWS,
     ) -> None:
         super().__init__()
         check_prompts(prompts)
@@ -86,6 +92,9 @@ class SamplingCallback(Callback):
         self.metrics = metrics or QualityMetrics()
         self.reference = reference
         self.num_shown = num_shown
+        self.auto_windows = tuple(auto_windows)
+        self.windows = tuple(windows)
+        self._choices: dict[str, WindowChoice] = {}
         self._num_validations = 0
         self._warm = False
         self._meter: QualityMeter | None = None
@@ -106,12 +115,18 @@ class SamplingCallback(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of validations seen, so that a resumed run decodes at the same ones."""
-        return {"num_validations": self._num_validations}
+        """Number of validations seen and windows chosen, so that a resumed run goes on with both."""
+        state: dict[str, Any] = {"num_validations": self._num_validations}
+        if self._choices:
+            state["windows"] = {name: choice.summary() for name, choice in self._choices.items()}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self._num_validations = int(state_dict["num_validations"])
+        windows = state_dict.get("windows", {})
+        self._choices = {name: WindowChoice.from_summary(entry) for name, entry in windows.items()}
+        self.methods = with_windows(self.methods, self._choices)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decodes, measures and logs, if it is this validation's turn."""
@@ -123,7 +138,7 @@ class SamplingCallback(Callback):
             return
         with isolate_rng():
             result = self._sample(trainer, pl_module)
-        row = None if result is None else scalar_row(result)
+        row = None if result is None else scalar_row(result) | self._windows_row()
         # All ranks log what rank 0 measured: checkpoints may be chosen by it on any rank.
         row = trainer.strategy.broadcast(row)
         assert row is not None
@@ -134,6 +149,7 @@ class SamplingCallback(Callback):
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> EvaluationResult | None:
         backbone, layout = _model_of(pl_module)
         prompts = self.prompts[:1] if trainer.fast_dev_run else self.prompts  # type: ignore[attr-defined]
+        self._choose_windows(backbone, layout, prompts[: self.batch_size])
         folder = Path(trainer.strategy.broadcast(str(self.out_dir / f"step_{trainer.global_step:08d}")))
         if trainer.is_global_zero:
             self._reuse_baseline(backbone, layout, prompts, folder)
@@ -158,6 +174,14 @@ class SamplingCallback(Callback):
         self._meter.forget_images()
         return measure_methods(decoded.store, self.methods, prompts, self._meter, ties=decoded.ties)
 
+    def _choose_windows(self, backbone: Backbone, layout: ImageLayout, prompts: Sequence[PromptItem]) -> None:
+        if self._choices:
+            return
+        with evaluation_mode(backbone):
+            self.methods, self._choices = resolve_windows(
+                backbone, self.methods, self.auto_windows, prompts, layout, windows=self.windows
+            )
+
     def _reuse_baseline(
         self, backbone: Backbone, layout: ImageLayout, prompts: Sequence[PromptItem], folder: Path
     ) -> None:
@@ -170,17 +194,23 @@ class SamplingCallback(Callback):
             records = [record for record in store.load() if record.method == BASELINE]
             RecordStore(folder, identity).append(records, store.images(records))
 
+    def _windows_row(self) -> dict[str, float]:
+        return {f"val/window_{name}": float(choice.window) for name, choice in self._choices.items()}
+
     def _log(self, trainer: Trainer, result: EvaluationResult, row: Mapping[str, float]) -> None:
         step, folder = trainer.global_step, result.store.folder
         save_figure(image_grid(result, self.num_shown), folder / "grid.png")
         save_figure(acceptance_histogram(list(result.methods.values())), folder / "acceptance.png")
         histograms = {name: method.acceptance_counts for name, method in result.methods.items()}
         line = {"step": step, "epoch": trainer.current_epoch, "num_images": len(result.prompts), **row}
-        _append_line(self.out_dir / "metrics.jsonl", {**line, "acceptance_counts": histograms})
+        lists: dict[str, Any] = {"acceptance_counts": histograms}
+        if self._choices:
+            lists["windows"] = {name: choice.summary() for name, choice in self._choices.items()}
+        _append_line(self.out_dir / "metrics.jsonl", {**line, **lists})
         _append_csv(self.out_dir / "metrics.csv", line)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                media = media_row(result, num_prompts=self.num_shown)
+                media = media_row(result, num_prompts=self.num_shown) | self._windows_row()
                 # The experiment itself: `log_metrics` would do, but one row must carry figures and images.
                 logger.experiment.log({**media, "trainer/global_step": step}, step=step)
             else:

@@ -109,6 +109,7 @@ def _typed(cfg: DictConfig, wanted: type[Config], other: type[SharedConfig]) -> 
         for name in (names if isinstance(names, list) else ())
         if name not in tree["methods"]
     ]
+    problems += _name_auto_windows(tree)
     while True:
         try:
             config = wanted.model_validate_json(json.dumps(tree))
@@ -163,6 +164,24 @@ def _fill_methods(tree: dict[str, Any]) -> set[str]:
             if fits:
                 method[key] = given.get(key)
     return set(decoding) if name is not None else set(given)
+
+
+def _name_auto_windows(tree: dict[str, Any]) -> list[str]:
+    """Puts the longest window in place of `auto` and names the method in `auto_window.methods`."""
+    auto: Any = tree.get("auto_window")
+    if not isinstance(auto, dict) or not all(
+        isinstance(auto.get(key), list) for key in ("windows", "methods")
+    ):
+        return []  # a problem that is found with the others
+    for name, method in tree["methods"].items():
+        if method.get("window") == "auto":
+            method["window"] = max((size for size in auto["windows"] if isinstance(size, int)), default=1)
+            auto["methods"].append(name)
+    return [
+        f"auto_window.methods: unknown method {name!r}; {did_you_mean(str(name), list(tree['methods']))}"
+        for name in auto["methods"]
+        if name not in tree["methods"]
+    ]
 
 
 def _lines(error: ValidationError, tree: Any, given: set[str], unknown: set[KeyPath]) -> list[str]:

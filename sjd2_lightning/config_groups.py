@@ -257,6 +257,14 @@ class CallbacksConfig(Group):
     extra: list[dict[str, Any]]
 
 
+class AutoWindowConfig(Group):
+    """How a window of `auto` is chosen; see `window_choice`. `methods` names those that have one."""
+
+    windows: Annotated[tuple[Count, ...], Field(min_length=1)]
+    repeats: Count
+    methods: tuple[str, ...]
+
+
 class SharedConfig(Group):
     """What train.py and evaluate.py have in common."""
 
@@ -267,6 +275,7 @@ class SharedConfig(Group):
     noise: NoiseSettings
     metrics: MetricsConfig
     logger: LoggerConfig
+    auto_window: AutoWindowConfig
     compare: Annotated[tuple[str, ...], Field(min_length=1)]
     methods: dict[str, Decoding]
 

@@ -163,7 +163,7 @@ def _records(
             batch=job.batch,
             batch_size=len(job.prompts),
             nfe=int(stats.nfe[row]),
-            num_generated=stats.num_generated,
+            num_generated=int(stats.num_generated[row]),
             accepted=tuple(accepted[row]),
             settled_iteration=tuple(settled[row].tolist()),
             image_ids=tuple(output.image_ids[row].flatten().tolist()),

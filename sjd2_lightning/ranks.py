@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 from torch import distributed
 
 from sjd2_lightning.records import ImageRecord, RecordStore
+
+T = TypeVar("T")
 
 
 def current_rank() -> tuple[int, int]:
@@ -23,6 +25,15 @@ def wait_for_all() -> None:
     """Returns once all processes have come here."""
     if current_rank()[1] > 1:
         distributed.barrier()
+
+
+def from_rank_zero(value: T) -> T:
+    """What rank 0 holds, on every rank."""
+    if current_rank()[1] == 1:
+        return value
+    held: list[Any] = [value]
+    distributed.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def collect_on_rank_zero(store: RecordStore, rank: int, world_size: int) -> None:

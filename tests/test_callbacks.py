@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import DataLoader
 
-from sjd2_lightning import callbacks
+from sjd2_lightning import callbacks, window_choice
 from sjd2_lightning.callbacks import SamplingCallback
 from sjd2_lightning.decoding.methods import DecodingConfig
 from sjd2_lightning.prompts import PromptItem
@@ -185,3 +185,21 @@ def test_bad_arguments_are_one_clear_error(tmp_path, change, message):
 def test_a_module_without_backbone_is_refused(tmp_path):
     with pytest.raises(ValueError, match="needs a module with a `backbone`"):
         sampling(tmp_path).setup(L.Trainer(logger=False), L.LightningModule(), "fit")
+
+
+def test_a_chosen_window_is_logged_and_kept_over_resumption(tmp_path, monkeypatch):
+    monkeypatch.setattr(window_choice, "timed", lambda call, device: (call(), 1.0))
+    callback = sampling(
+        tmp_path, metrics=None, reference=None, prompts=PROMPTS[:1], auto_windows=["sjd2"], windows=(2, 8)
+    )
+    trainer = fit(tmp_path, Module(), callback)
+    [line] = lines_of(tmp_path)
+    window = line["windows"]["sjd2"]["window"]
+    assert set(line["windows"]["sjd2"]["seconds"]) == {"2", "8"}
+    assert trainer.callback_metrics["val/window_sjd2"] == line["val/window_sjd2"] == window == 8
+    assert callback.methods["sjd2"].window == 8
+    again = sampling(tmp_path, auto_windows=["sjd2"], windows=(2, 8))
+    again.load_state_dict(callback.state_dict())
+    assert again.methods == callback.methods
+    monkeypatch.setattr(callbacks, "resolve_windows", None)  # it would be called to choose again
+    again._choose_windows(None, None, PROMPTS)

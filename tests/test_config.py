@@ -317,3 +317,19 @@ def test_every_value_has_its_meaning_beside_it():
                 if line and not line.startswith("#") and "#" not in line
             ]
     assert not bare
+
+
+def test_a_window_of_auto_is_chosen_later():
+    config = typed("evaluate", "decoding.window=auto", "auto_window.windows=[2,48]")
+    assert config.methods["sjd2"].window == 48
+    assert config.methods["ar"].window == 1
+    assert set(config.auto_window.methods) == set(config.compare) - {"ar"}
+    one = typed("evaluate", "methods.sjd2.window=auto")
+    assert one.auto_window.methods == ("sjd2",)
+    own = typed("train", "decoding=sjd2_exact", "decoding.window=auto")
+    assert own.auto_window.methods == ("sjd2_exact",)
+    [line] = problems("train", "auto_window.methods=[sjd3]")
+    assert line.startswith("auto_window.methods: unknown method 'sjd3'; did you mean `sjd2`?")
+    assert problems("train", "auto_window.windows=[0]")[0].startswith("auto_window.windows.0=0")
+    [line] = problems("train", "decoding=ar", "decoding.window=auto")
+    assert "'ar' needs window 1" in line

@@ -55,20 +55,33 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         decoding_backbone,
         image_tokenizer_of,
     )
-    from sjd2_lightning.evaluation import evaluate_methods
+    from sjd2_lightning.evaluation import evaluate_methods, evaluation_mode
     from sjd2_lightning.prompts import repeat_prompts
     from sjd2_lightning.report.provenance import collect_provenance, redact
     from sjd2_lightning.report.writing import report_object, write_report
+    from sjd2_lightning.window_choice import resolve_windows
 
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     prompts = repeat_prompts(build_prompts(config, config.num_prompts), config.samples_per_prompt)
     backbone = decoding_backbone(config.model, weights, config.ckpt_path, device)
+    layout = backbone.layout(*config.model.image_size)
+    with evaluation_mode(backbone):
+        methods, windows = resolve_windows(
+            backbone,
+            {name: config.methods[name] for name in config.compare},
+            config.auto_window.methods,
+            prompts[: config.batch_size],
+            layout,
+            windows=config.auto_window.windows,
+            repeats=config.auto_window.repeats,
+            folder=run_dir,
+        )
     result = evaluate_methods(
         backbone,
-        {name: config.methods[name] for name in config.compare},
+        methods,
         prompts,
-        backbone.layout(*config.model.image_size),
+        layout,
         run_dir,
         batch_size=config.batch_size,
         metrics=build_metrics(config, device),
@@ -83,7 +96,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         backbone,
         redact(config.model_dump(mode="json")),
         {item.key: item.seed for item in prompts},
-        {"weights": str(config.ckpt_path or weights)},
+        {
+            "weights": str(config.ckpt_path or weights),
+            "auto_window": {name: choice.summary() for name, choice in windows.items()},
+        },
     )
     files = write_report(result, provenance)
     publish(config, result, provenance)

@@ -54,6 +54,8 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: 
                 batch_size=wanted.sampling.batch_size,
                 metrics=build_metrics(config),
                 reference=build_reference(config),
+                auto_windows=config.auto_window.methods,
+                windows=config.auto_window.windows,
             )
         )
     if wanted.ema_decay is not None:

@@ -11,7 +11,7 @@ from sjd2_lightning.decoding.methods import DecodingConfig
 from sjd2_lightning.decoding.probs import guided
 from sjd2_lightning.decoding.span import Span
 from sjd2_lightning.masks import attention_mask, window_mask
-from sjd2_lightning.models.backbone import Backbone, ImageLayout, right_aligned
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, by_row, right_aligned
 
 
 class Context:
@@ -23,7 +23,7 @@ class Context:
     Args:
         backbone: the model.
         prompts: texts, one an image.
-        layout: of the images.
+        layouts: of the images, one a prompt.
         side: (T, D) timestep tokens.
         window: W.
         max_refeed: most accepted tokens that a forward may have to feed again.
@@ -34,7 +34,7 @@ class Context:
         self,
         backbone: Backbone,
         prompts: Sequence[str],
-        layout: ImageLayout,
+        layouts: Sequence[ImageLayout],
         side: Tensor,
         window: int,
         max_refeed: int,
@@ -47,22 +47,46 @@ class Context:
         self.static = config.compile
         self.forward = torch.compile(backbone) if config.compile else backbone
         self.copies = 1 if self.sampling.guidance_scale == 1 else 2
-        rows = [backbone.prompt_ids(prompt, layout) for prompt in prompts]
-        if self.copies == 2:
-            rows += [backbone.unconditional_ids(layout, ids) for ids in rows]
+        rows = self._token_ids(prompts, layouts)
         ids, starts = right_aligned(rows, pad_to=max_refeed)
         self.prompt = backbone.embed_tokens(ids.to(device))  # (rows, P, D)
         self.first = (starts + len(side)).to(device)
         self.num_side = len(side)
         self.first_slot = len(side) + ids.shape[1]
-        num_columns = self.first_slot + layout.num_slots + window
+        num_slots = max(layout.num_slots for layout in layouts)
+        num_columns = self.first_slot + num_slots + window
         self.cache = backbone.new_cache(len(rows), num_columns)
         self.columns = torch.arange(num_columns, device=device)
-        scales = self.sampling.scales(layout.num_slots)
-        self.scales = torch.cat([scales, scales[-1:].expand(window)]).to(device)
+        if self.cache.max_len < num_columns:
+            raise ValueError(
+                f"cache too short: prompts, images and window take {num_columns} positions, the backbone's "
+                f"`new_cache` gave {self.cache.max_len}"
+            )
+        self.scales = by_row(layouts, lambda layout: self._scales(layout, num_slots + window)).to(device)
         self._prefill(side)
         # (copies, B, 1, columns): what a slot may see as far as its row goes
         self.visible = (self.columns >= self.first[:, None]).view(self.copies, len(prompts), 1, -1)
+
+    def _token_ids(self, prompts: Sequence[str], layouts: Sequence[ImageLayout]) -> list[list[int]]:
+        """Token ids in front of the first slot: of the prompts, then of their empty twins."""
+        pairs = list(zip(prompts, layouts, strict=True))
+        rows = [self.backbone.prompt_ids(prompt, layout) for prompt, layout in pairs]
+        if self.copies == 2:
+            empty = [
+                self.backbone.unconditional_ids(pair[1], ids) for pair, ids in zip(pairs, rows, strict=True)
+            ]
+            if not all(empty):
+                raise ValueError(
+                    f"sampling.guidance_scale is {self.sampling.guidance_scale}, but the backbone has no "
+                    "unconditional prompt: set it to 1, or give `unconditional_ids` at least one token"
+                )
+            rows += empty
+        return rows
+
+    def _scales(self, layout: ImageLayout, num: int) -> Tensor:
+        """(num,) guidance scales of the slots; right of the image, that of the last one."""
+        scales = self.sampling.scales(layout.num_slots)
+        return torch.cat([scales, scales[-1:].expand(num - len(scales))])
 
     def _prefill(self, side: Tensor) -> None:
         embeddings = torch.cat([side.expand(len(self.prompt), -1, -1), self.prompt], dim=1)
@@ -92,7 +116,7 @@ class Context:
         hidden = self.forward(fed, columns - self.first[:, None], mask, self.cache)
         scale: float | Tensor = self.sampling.guidance_scale
         if self.copies > 1 and self.sampling.guidance_schedule != "constant":
-            scale = self.scales[slots.index[:, -num_laws:] + 1]
+            scale = self.scales.gather(1, slots.index[:, -num_laws:] + 1)
         return guided(self.backbone.image_logits(hidden[:, -num_laws:]), scale)
 
     def _with_prompt(self, columns: Tensor, fed: Tensor) -> Tensor:
@@ -103,6 +127,7 @@ class Context:
 
     def keep_rows(self, rows: Tensor, batch: int) -> None:
         """Keeps the given images, (R,) int64 of a batch of `batch`."""
+        self.scales = self.scales[rows]
         rows = torch.cat([rows + batch * copy for copy in range(self.copies)])
         self.cache.keep_rows(rows)
         self.prompt, self.first = self.prompt[rows], self.first[rows]

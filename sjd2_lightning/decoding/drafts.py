@@ -14,11 +14,11 @@ from sjd2_lightning.models.backbone import ImageLayout
 REPEATED = ("repeat_left", "repeat_above")
 
 
-def neighbours(layout: ImageLayout, kind: str, num_columns: int, device: torch.device) -> Tensor:
+def neighbours(layout: ImageLayout, kind: str, num_columns: int) -> Tensor:
     """(num_columns,) int64: the slot whose token each slot repeats; -1 where there is none.
 
     Args:
-        layout: of the images.
+        layout: of the image.
         kind: "repeat_left": the nearest code to the left, structural slots skipped, the end of the row above
             for the first of a row; "repeat_above": the same column one row up.
         num_columns: length of the result; slots right of the image repeat its last code or nothing.
@@ -26,13 +26,14 @@ def neighbours(layout: ImageLayout, kind: str, num_columns: int, device: torch.d
     codes = layout.code_slots.tolist()
     found = torch.full((num_columns,), -1)
     if kind == "repeat_above":
-        found[codes[layout.width :]] = torch.tensor(codes[: -layout.width])
+        above = torch.tensor(codes[: -layout.width], dtype=torch.long)  # empty for a single row
+        found[codes[layout.width :]] = above
     else:
         is_code = torch.zeros(num_columns, dtype=torch.long)
         is_code[codes] = 1
         before = is_code.cumsum(0) - is_code  # codes left of each slot
         found = torch.where(before > 0, torch.tensor(codes)[(before - 1).clamp_min(0)], -1)
-    return found.to(device)
+    return found
 
 
 def repeated(
@@ -44,8 +45,8 @@ def repeated(
         tokens: (B, N) by slot.
         slots: (B, n) absolute.
         ends: (B, 1) drafts exist left of it: a slot further right repeats the last of them.
-        neighbour: from `neighbours`.
+        neighbour: (B, N) from `neighbours`.
         kind: as there.
     """
-    source = neighbour[slots.minimum(ends) if kind == "repeat_left" else slots]
+    source = neighbour.gather(1, slots.minimum(ends) if kind == "repeat_left" else slots)
     return tokens.gather(1, source.clamp_min(0)), (source >= 0) & (source < ends)

@@ -99,19 +99,19 @@ def decode(
     prompts: Sequence[str],
     seeds: Sequence[int],
     config: DecodingConfig,
-    layout: ImageLayout,
+    layout: ImageLayout | Sequence[ImageLayout],
     observer: Observer | None = None,
 ) -> DecodeOutput:
     """Draws one image a prompt (paper, section on decoding; replay mode ours).
 
-    Rows advance independently, and the tokens of a prompt depend on its seed alone, not on its batch.
+    Rows advance independently, and a prompt's tokens depend on its seed and size alone, not on its batch.
 
     Args:
         backbone: the model, in eval mode.
         prompts: B texts.
         seeds: B integers.
         config: the method.
-        layout: of the images, from `backbone.layout`.
+        layout: of the images, from `backbone.layout`: one for all, or one a prompt.
         observer: called after each forward pass.
 
     Raises:
@@ -120,11 +120,14 @@ def decode(
     config.check()
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"need one seed a prompt and at least one; got {len(prompts)} and {len(seeds)}")
-    device, num_slots = backbone.device, layout.num_slots
+    layouts = [layout] * len(prompts) if isinstance(layout, ImageLayout) else list(layout)
+    if len(layouts) != len(prompts):
+        raise ValueError(f"need one layout for all prompts or one a prompt; got {len(layouts)}")
+    device, num_slots = backbone.device, max(layout.num_slots for layout in layouts)
     source = SlotSource(config, layout, backbone.slot_table(), backbone.num_codes)
     side = source.space.timestep_tokens(source.timesteps[1:])
     refeed = config.window if config.acceptance == "paper" else 1
-    context = Context(backbone, prompts, layout, side, config.window, refeed, config)
+    context = Context(backbone, prompts, layouts, side, config.window, refeed, config)
     window = Window(source, torch.tensor(list(seeds), device=device))
     slot_ids = torch.empty(len(prompts), num_slots, dtype=torch.long, device=device)
     rows = list(range(len(prompts)))  # which image each row of the batch is; finished ones leave
@@ -138,7 +141,7 @@ def decode(
         verdict, refined, law = judge(slots, source, scores)
 
         run, cached = runs(verdict, slots.levels, config.acceptance)
-        committed = (run + 1).minimum(num_slots - window.head)  # the slot behind the run was judged rightly
+        committed = (run + 1).minimum(window.end - window.head)  # the slot behind the run was judged rightly
         if observer is not None:
             observer(_seen(len(log), rows, window, slots, committed, verdict, scores))
         if refined is not verdict.tokens:
@@ -151,7 +154,7 @@ def decode(
         for row, num in zip(rows, num_committed, strict=True):
             log[-1][row] = num
         window.advance(num_committed, committed)
-        going = [place for place, head in enumerate(window.heads) if head < num_slots]
+        going = window.unfinished()
         if not going:
             break
         if len(rows) - len(going) >= _LEAVE_SHARE * len(rows):
@@ -160,7 +163,7 @@ def decode(
             window.keep_rows(going)
             rows = [rows[place] for place in going]
     slot_ids[rows] = window.tokens[:, :num_slots]
-    return DecodeOutput(slot_ids, layout.image_ids(slot_ids), DecodeStats(torch.tensor(log)))
+    return DecodeOutput.of(slot_ids, layouts, DecodeStats(torch.tensor(log)))
 
 
 def _to_host(committed: Tensor, cached: Tensor, config: DecodingConfig) -> tuple[list[int], list[int]]:

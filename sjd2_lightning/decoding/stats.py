@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sjd2_lightning.models.backbone import ImageLayout
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,10 @@ class DecodeStats:
 
     @property
     def settled_iteration(self) -> Tensor:
-        """(B, N) forward pass (from 0) that committed each slot."""
+        """(B, N) forward pass (from 0) that committed each slot; -1 right of an image shorter than others."""
         passes = torch.arange(len(self.committed))
-        return torch.stack([passes.repeat_interleave(row) for row in self.committed.T])
+        rows = [passes.repeat_interleave(row) for row in self.committed.T]
+        return pad_sequence(rows, batch_first=True, padding_value=-1)
 
     @property
     def nfe(self) -> Tensor:
@@ -30,9 +35,9 @@ class DecodeStats:
         return (self.committed > 0).sum(0)
 
     @property
-    def num_generated(self) -> int:
-        """N, slots of an image."""
-        return int(self.committed[:, 0].sum())
+    def num_generated(self) -> Tensor:
+        """(B,) slots of each image."""
+        return self.committed.sum(0)
 
     @property
     def step_compression(self) -> Tensor:
@@ -47,11 +52,41 @@ class DecodeStats:
 
 @dataclass(frozen=True)
 class DecodeOutput:
-    """Decoded images as ids: `slot_ids` (B, N) with structural tokens, `image_ids` (B, H, W), both int64."""
+    """Decoded images as ids.
+
+    Attributes:
+        slot_ids: (B, N) int64 with structural tokens; -1 right of an image shorter than others.
+        layouts: B, of the images.
+        stats: counts.
+    """
 
     slot_ids: Tensor
-    image_ids: Tensor
+    layouts: tuple[ImageLayout, ...]
     stats: DecodeStats
+
+    @classmethod
+    def of(cls, slot_ids: Tensor, layouts: Sequence[ImageLayout], stats: DecodeStats) -> DecodeOutput:
+        """From slot ids (B, N) that hold anything right of each image."""
+        ends = torch.tensor([layout.num_slots for layout in layouts], device=slot_ids.device)
+        beyond = torch.arange(slot_ids.shape[1], device=slot_ids.device) >= ends[:, None]
+        return cls(slot_ids.masked_fill(beyond, -1), tuple(layouts), stats)
+
+    @property
+    def image_ids(self) -> Tensor:
+        """(B, H, W) codes of images of one size.
+
+        Raises:
+            ValueError: if they have several sizes: see `image_ids_by_row`.
+        """
+        if len(set(self.layouts)) > 1:
+            raise ValueError("the images differ in size: read `image_ids_by_row` in place of `image_ids`")
+        return self.layouts[0].image_ids(self.slot_ids)
+
+    @property
+    def image_ids_by_row(self) -> tuple[Tensor, ...]:
+        """(H, W) codes of each image, whatever its size."""
+        pairs = zip(self.layouts, self.slot_ids, strict=True)
+        return tuple(layout.image_ids(row[None, : layout.num_slots])[0] for layout, row in pairs)
 
 
 @dataclass(frozen=True)

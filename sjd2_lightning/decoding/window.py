@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from sjd2_lightning.decoding.randomness import (
 )
 from sjd2_lightning.decoding.span import Span
 from sjd2_lightning.embedding import EmbeddingSpace
-from sjd2_lightning.models.backbone import ImageLayout
+from sjd2_lightning.models.backbone import ImageLayout, by_row
 from sjd2_lightning.noise import blend, kept_share, timesteps
 
 _LEAST_AHEAD = 16  # slots whose random numbers are drawn before they are needed, see `Window`
@@ -55,14 +55,20 @@ class SlotSource:
 
     Args:
         config: the method.
-        layout: which slots are structural.
+        layout: which slots are structural; one for all rows, or one a row.
         table: (K + structural, D) embeddings by slot id.
         num_codes: K.
     """
 
-    def __init__(self, config: DecodingConfig, layout: ImageLayout, table: Tensor, num_codes: int) -> None:
+    def __init__(
+        self,
+        config: DecodingConfig,
+        layout: ImageLayout | Sequence[ImageLayout],
+        table: Tensor,
+        num_codes: int,
+    ) -> None:
         self.config = config
-        self.layout = layout
+        self.layouts = (layout,) if isinstance(layout, ImageLayout) else tuple(layout)
         self.num_codes = num_codes
         self.table = table
         self.space = EmbeddingSpace(table[:num_codes])
@@ -74,6 +80,18 @@ class SlotSource:
             t = self.timesteps.to(table)
             self.kept = kept_share(t, t.roll(1))[:, None]  # (levels + 1, 1), by level; level 0 has t = 0
 
+    def of_slots(self, num_columns: int, value: Callable[[ImageLayout], Tensor]) -> Tensor:
+        """(B or 1, num_columns) int64: a value (N,) of each layout's slots; 0 right of the image."""
+
+        def padded(layout: ImageLayout) -> Tensor:
+            return F.pad(value(layout), (0, num_columns - layout.num_slots))
+
+        return by_row(self.layouts, padded).to(self.table.device)
+
+    def forced(self, num_columns: int) -> Tensor:
+        """(B or 1, num_columns): -1 where a code is drawn, else the slot id that stands there."""
+        return self.of_slots(num_columns, lambda layout: torch.tensor(layout.forced))
+
     def first_drafts(self, seeds: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Drafts and levels (B, n) that slots start with; seeds (B,), slots (n,) absolute.
 
@@ -82,10 +100,9 @@ class SlotSource:
         clean content: they are never committed.
         """
         random = integers(stream(slot_keys(seeds[:, None], slots), Purpose.INITIAL), self.num_codes)
-        beyond = [0] * (len(slots) - self.layout.num_slots)
-        forced = torch.tensor([*self.layout.forced, *beyond], device=slots.device)
+        forced = self.forced(len(slots)).expand(len(seeds), -1)
         levels = torch.where(forced < 0, self.config.num_levels, 0)
-        return random.where(forced < 0, forced), levels.repeat(len(seeds), 1)
+        return random.where(forced < 0, forced), levels
 
     def fresh(self, seeds: Tensor, slots: Tensor) -> dict[str, Tensor]:
         """The wide contents (B, n, ...) that slots start with; seeds (B,), slots (B, n) absolute."""
@@ -120,14 +137,17 @@ class Window:
         self.size = size
         self.ahead = max(_LEAST_AHEAD, size // 2)
         self.strip_len = size + self.ahead
-        num_columns = source.layout.num_slots + 2 * self.strip_len
+        ends = [layout.num_slots for layout in source.layouts]
+        self.ends = ends * (len(seeds) // len(ends))
+        self.end = torch.tensor(self.ends, device=device)
+        num_columns = max(ends) + 2 * self.strip_len
         self.columns = torch.arange(num_columns, device=device)
         self.tokens, self.levels = source.first_drafts(seeds, self.columns)
-        self.is_code = torch.zeros(num_columns, dtype=torch.bool, device=device)
-        self.is_code[source.layout.code_slots.to(device)] = True
+        self.is_code = (source.forced(num_columns) < 0).expand(len(seeds), -1)
         if source.config.draft_init in REPEATED:
             kind = source.config.draft_init
-            self.neighbour = neighbours(source.layout, kind, num_columns, device)
+            found = by_row(source.layouts, lambda layout: neighbours(layout, kind, num_columns))
+            self.neighbour = found.to(device).expand(len(seeds), -1)
         self.seeds = seeds
         self.heads, self.head = [0] * len(seeds), torch.zeros_like(seeds)
         self.bases, self.base = [0] * len(seeds), torch.zeros_like(seeds)
@@ -150,7 +170,9 @@ class Window:
         found = self.source.fresh(self.seeds, slots)
         if self.source.config.draft_init == "gumbel":
             best = found["gumbel"].argmax(-1)
-            self.tokens.scatter_(1, slots, best.where(self.is_code[slots], self.tokens.gather(1, slots)))
+            self.tokens.scatter_(
+                1, slots, best.where(self.is_code.gather(1, slots), self.tokens.gather(1, slots))
+            )
         return found
 
     def _draw_uniforms(self) -> None:
@@ -187,7 +209,7 @@ class Window:
 
     def slots(self) -> Slots:
         """The window as the coming iteration finds it."""
-        tokens, is_code = self.span.read(self.tokens), self.is_code[self.span.index]
+        tokens, is_code = self.span.read(self.tokens), self.span.read(self.is_code)
         levels = self.span.read(self.levels) if self.source.config.num_levels else None
         wide = {name: self.in_strip.read(field) for name, field in self.strip.items()}
         uniforms = None
@@ -236,7 +258,7 @@ class Window:
         slots = self.span.index[:, self.size - most :]
         ends = (self.head - committed + self.size)[:, None]
         tokens, found = repeated(self.tokens, slots, ends, self.neighbour, self.source.config.draft_init)
-        found &= (slots >= ends) & self.is_code[slots]
+        found &= (slots >= ends) & self.is_code.gather(1, slots)
         self.tokens.scatter_(1, slots, tokens.where(found, self.tokens.gather(1, slots)))
         if "draft_probs" in self.strip:
             probs = self.strip["draft_probs"]
@@ -244,12 +266,19 @@ class Window:
             certain = F.one_hot(tokens.clamp_max(probs.shape[-1] - 1), probs.shape[-1]).to(probs)
             probs.scatter_(1, place, certain.where(found[..., None], probs.gather(1, place)))
 
+    def unfinished(self) -> list[int]:
+        """Rows whose image has slots left."""
+        return [row for row, (head, end) in enumerate(zip(self.heads, self.ends, strict=True)) if head < end]
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keeps some rows."""
         index = torch.tensor(rows, device=self.head.device)
         self.heads, self.bases = [self.heads[row] for row in rows], [self.bases[row] for row in rows]
         self.head, self.base, self.seeds = self.head[index], self.base[index], self.seeds[index]
-        self.tokens, self.levels = self.tokens[index], self.levels[index]
+        self.ends, self.end = [self.ends[row] for row in rows], self.end[index]
+        self.tokens, self.levels, self.is_code = self.tokens[index], self.levels[index], self.is_code[index]
+        if self.source.config.draft_init in REPEATED:
+            self.neighbour = self.neighbour[index]
         self.strip = {name: field[index] for name, field in self.strip.items()}
         if self.uniforms is not None:
             self.uniforms = self.uniforms[index]

@@ -8,7 +8,7 @@ vocabulary, and `slot_ids` what fills a slot of the image sequence: codes 0..K-1
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,13 @@ class ImageLayout:
         slots = torch.tensor(self.forced, device=image_ids.device).repeat(len(image_ids), 1)
         slots[:, self.code_slots.to(image_ids.device)] = image_ids.flatten(1)
         return slots
+
+
+def by_row(layouts: Sequence[ImageLayout], value: Callable[[ImageLayout], Tensor]) -> Tensor:
+    """(B, ...) a value of each row's layout, found once for every layout that differs."""
+    kinds = {layout: number for number, layout in enumerate(dict.fromkeys(layouts))}
+    which = torch.tensor([kinds[layout] for layout in layouts])
+    return torch.stack([value(layout) for layout in kinds])[which]
 
 
 def rows_with_newlines(height: int, width: int, newline: int, pixels: tuple[int, int]) -> ImageLayout:

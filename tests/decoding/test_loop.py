@@ -7,7 +7,7 @@ import torch
 
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from tests.decoding.slow_loop import SlowDecoder
-from tests.tiny_backbones import RAGGED_PROMPTS, TableBackbone, tiny_chameleon
+from tests.tiny_backbones import RAGGED_PROMPTS, TableBackbone, strong_table, tiny_chameleon
 
 GUIDED = Sampling(guidance_scale=2.0, top_k=5, temperature=1.1)
 SAMPLINGS = {
@@ -75,7 +75,7 @@ def test_counts_agree_with_each_other(backbone):
         backbone, RAGGED_PROMPTS, [0, 1, 2, 3], DecodingConfig("sjd2", window=5, num_levels=1), layout
     )
     stats = output.stats
-    assert stats.num_generated == layout.num_slots == 4 * 4 - 1
+    assert stats.num_generated.tolist() == [layout.num_slots] * 4 == [4 * 4 - 1] * 4
     assert stats.committed.sum(0).tolist() == [layout.num_slots] * 4
     assert (stats.settled_iteration.diff(dim=1) >= 0).all()
     assert stats.nfe.tolist() == [len(passes) for passes in stats.accepted]
@@ -125,3 +125,40 @@ def test_bad_input_is_named_before_any_forward(backbone):
         decode(backbone, ["red cat", "  "], [1, 2], good, layout)
     with pytest.raises(ValueError, match=r"window.*num_levels"):
         decode(backbone, ["red cat"], [1], replace(good, window=0, num_levels=-1), layout)
+
+
+def test_guidance_needs_an_unconditional_prompt():
+    backbone = strong_table(3)
+    backbone.unconditional_ids = lambda layout, ids=(): []
+    backbone.forward = None  # a call of it would be another error
+    with pytest.raises(ValueError, match="no unconditional prompt"):
+        decode(backbone, ["p1"], [0], replace(RULES["ar"], sampling=GUIDED), backbone.layout(2, 2))
+
+
+def test_a_cache_that_is_too_short_is_named_before_any_forward():
+    backbone = strong_table(3)
+    make = backbone.new_cache
+    backbone.new_cache = lambda batch, max_len: make(batch, max_len - 1)
+    backbone.forward = None
+    with pytest.raises(ValueError, match=r"cache too short: .* take 7 positions, .* gave 6"):
+        decode(backbone, ["p1"], [0], RULES["ar"], backbone.layout(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"window": 0}, "decoding.window must be >= 1"),
+        ({"num_levels": -1}, "decoding.num_levels must be >= 0"),
+        ({"method": "eagle"}, "decoding.method must be one of"),
+        ({"sampling": Sampling(top_p=0.0)}, r"sampling.top_p must lie in \(0, 1\]"),
+        ({"sampling": Sampling(top_p=1.5)}, r"sampling.top_p must lie in \(0, 1\]"),
+    ],
+)
+def test_each_bad_value_is_one_error_before_any_forward(changes, named):
+    backbone = strong_table(3)
+    backbone.forward = backbone.prompt_ids = None
+    good = DecodingConfig("sjd2", window=4, num_levels=1)
+    with pytest.raises(ValueError, match=f"^{named}") as error:
+        decode(backbone, ["p1"], [0], replace(good, **changes), backbone.layout(2, 2))
+    assert len(replace(good, **changes).problems()) == 1
+    assert str(error.value) == replace(good, **changes).problems()[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sjd2_lightning.decoding import DecodingConfig, NearTies, Sampling, decode, decode_reference
+from sjd2_lightning.decoding.methods import METHODS, NOISY
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.masks import attention_mask
 from sjd2_lightning.models.backbone import ImageLayout
@@ -26,6 +27,7 @@ from sjd2_lightning.models.registry import load_backbone
 from sjd2_lightning.module import NoiseConfig, SJD2Module
 from sjd2_lightning.optimizer import OptimizerConfig
 from sjd2_lightning.sequence import NoisyCodes, trunk_input
+from tests.operations import Operations
 
 PROMPTS = ("a red cat", "dog")  # of different lengths
 AR = DecodingConfig("ar", window=1)
@@ -203,6 +205,74 @@ def check_replay(case: Case) -> None:
             assert output.slot_ids[row, :end].tolist() == wanted[row, :end].tolist(), (method, row)
 
 
+def check_replay_everywhere(case: Case) -> None:
+    """Every method that can replay draws autoregression's tokens: any window, levels, batch and guidance."""
+    backbone, layout = case.backbone, case.small
+    for scale in (1.0, 3.0):
+        sampling = Sampling(guidance_scale=scale)
+        ties = NearTies()
+        wanted = decode(backbone, PROMPTS, [5, 6], replace(AR, sampling=sampling), layout, ties).slot_ids
+        for number, config in enumerate(replaying_methods()):
+            config = replace(config, sampling=sampling)
+            rows = [0, 1] if number % 2 else [1]
+            output = decode(
+                backbone, [PROMPTS[row] for row in rows], [5 + row for row in rows], config, layout
+            )
+            for ours, row in zip(output.slot_ids, rows, strict=True):
+                end = min((slot for image, slot in ties.slots if image == row), default=layout.num_slots)
+                assert torch.equal(ours[:end], wanted[row, :end]), (config, row)
+
+
+def replaying_methods() -> list[DecodingConfig]:
+    """Each method that replays: with noise over windows and levels, without in one window each."""
+    found = []
+    for number, method in enumerate(METHODS):
+        if method in NOISY:
+            grid = [
+                (2, 4, "random"),
+                (7, 0, "gumbel"),
+                (7, 1, "random"),
+                (50, 1, "random"),
+                (50, 4, "gumbel"),
+            ]
+        else:
+            grid = [((2, 7, 50)[number % 3], 0, ("random", "gumbel")[number % 2])]
+        configs = [DecodingConfig(method, window, levels, draft_init=init) for window, levels, init in grid]
+        found += [config for config in configs if not config.problems()]
+    return found
+
+
+def check_head(case: Case) -> None:
+    """Only the rows of codes are multiplied: nothing as wide as a larger vocabulary is ever made."""
+    hidden = torch.randn(2, 3, case.backbone.hidden_size, generator=torch.Generator().manual_seed(4))
+    with Operations() as operations:
+        logits = case.backbone.image_logits(hidden)
+    assert logits.shape == (2, 3, case.backbone.num_codes)
+    for name in ("mm", "addmm", "linear"):
+        for _, [shape, *_] in operations.named(name):
+            assert shape[-1] <= max(case.backbone.num_codes, case.backbone.hidden_size)
+
+
+def check_sizes(case: Case) -> None:
+    """A batch with all sizes that the backbone draws: every row is the image that its prompt gives alone."""
+    backbone = case.backbone
+    layouts = [backbone.layout(*size) for size in case.sizes]
+    prompts = [PROMPTS[row % 2] for row in range(2 * len(layouts))]
+    layouts, seeds = [*layouts, *layouts[::-1]], list(range(2 * len(layouts)))
+    sampling = Sampling(guidance_scale=3.0, top_k=2000)
+    for base in (
+        AR,
+        DecodingConfig("sjd2", 5, num_levels=2),
+        DecodingConfig("mc_sjd", 5, acceptance="exact"),
+    ):
+        config = replace(base, sampling=sampling)
+        output = decode(backbone, prompts, seeds, config, layouts)
+        for row, layout in enumerate(layouts):
+            alone = decode(backbone, prompts[row : row + 1], seeds[row : row + 1], config, layout)
+            assert torch.equal(output.image_ids_by_row[row], alone.image_ids[0]), (base.method, row)
+            assert backbone.decode_images(alone.image_ids).shape[2:] == layout.pixels
+
+
 def check_greedy(case: Case) -> None:
     """Greedy tokens are those of transformers' own path, with and without guidance."""
     for scale in (1.0, 3.0):
@@ -275,6 +345,9 @@ CHECKS = [
     check_timestep_tokens,
     check_loss,
     check_replay,
+    check_replay_everywhere,
+    check_head,
+    check_sizes,
     check_greedy,
     check_images,
     check_modes,

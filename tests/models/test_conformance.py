@@ -1,15 +1,18 @@
 """Every family passes the conformance suite; what is particular to one is checked beside it."""
 
+from dataclasses import replace
 from functools import cache
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sjd2_lightning.decoding import Sampling, decode
 from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.models.registry import FAMILIES, build_shrunken
-from tests.models.conformance import CHECKS, PROMPTS, Case
+from tests.models.conformance import AR, CHECKS, PROMPTS, Case
 from tests.tiny_backbones import tiny_chameleon
 
 
@@ -126,6 +129,32 @@ def test_conformance(name, check):
     else:
         with torch.no_grad():
             check(case_of(name))
+
+
+@pytest.mark.parametrize("name", ["tiny", "chameleon"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_chameleon_draws_what_generate_draws(name, scale):
+    """`generate` with its cache and guidance, once its mask of all image logits is taken off."""
+    case = case_of(name)
+    backbone, layout = case.backbone, case.small
+    prompt_ids = backbone.prompt_ids(PROMPTS[0], layout)
+    ids = torch.tensor([prompt_ids])
+    allowed = [backbone.slot_token_ids[:-1].tolist(), [backbone.tokens.newline]]
+    with patch.dict(vars(backbone.model.model.vocabulary_mapping), {"image_tokens": []}):
+        drawn = backbone.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=layout.num_slots,
+            guidance_scale=scale,
+            negative_prompt_ids=torch.tensor([backbone.unconditional_ids(layout, prompt_ids)]),
+            prefix_allowed_tokens_fn=lambda _, ids: allowed[layout.forced[len(ids) - len(prompt_ids)] >= 0],
+            pad_token_id=0,
+        )[0, len(prompt_ids) :]
+    assert len(drawn) == layout.num_slots
+    sampling = Sampling(temperature=0.0, guidance_scale=scale)
+    ours = decode(backbone, PROMPTS[:1], [0], replace(AR, sampling=sampling), layout).slot_ids[0]
+    assert backbone.slot_token_ids[ours].tolist() == drawn.tolist()
 
 
 def test_janus_draws_what_generate_draws():

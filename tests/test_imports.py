@@ -19,7 +19,10 @@ HEAVY = ["lightning", "hydra", "omegaconf", "transformers", "diffusers", "wandb"
 # What each part may not import, beside the rules above: nothing looks up, from the algorithm to the scripts.
 ENTRY = ("config", "config_groups", "config_model", "config_base", "cli")
 RUN = ("module", "callbacks", "recipes", *ENTRY)
-MEASURE = ("evaluation", "comparison", "generation", "quality", "references", "prompts", "ranks", "report")
+MEASURE = (
+    *("evaluation", "comparison", "generation", "quality", "references", "prompts", "ranks", "report"),
+    *("flops", "protocols", "benchmarks"),
+)
 ABOVE = (*MEASURE, *RUN)
 FORBIDDEN = {
     **dict.fromkeys(ALGORITHM, ("decoding", "data", "metrics", "records", *ABOVE)),

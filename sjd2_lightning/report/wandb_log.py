@@ -122,13 +122,13 @@ def start_run(mode: str, settings: dict[str, Any]) -> Any:
     global _stays_offline
     if mode == "online" and not _stays_offline:
         reason = "nobody is logged in (`wandb login`)"
-        if wandb.login(prompt=False):
-            try:
+        try:
+            if wandb.login(prompt=False):  # asks the server about the key, so it too may fail
                 return wandb.init(
                     mode="online", settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S), **settings
                 )
-            except wandb.errors.Error as error:
-                reason = f"the server cannot be used ({error})"
+        except (wandb.errors.Error, OSError) as error:
+            reason = f"the server cannot be used ({error})"
         warnings.warn(
             f"W&B stays offline: {reason}. "
             f"Send the run later with `wandb sync {settings['dir']}/wandb/offline-run-*`",

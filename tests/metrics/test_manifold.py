@@ -48,9 +48,11 @@ def test_figures_equal_a_brute_force(k, shift):
 
 def test_repeated_images_equal_a_brute_force():
     """White pictures are one point: radii of 0, which rounding must not open."""
-    fake = torch.cat([draw(10, 64, 0), 37.3 * torch.ones(8, 64)])
-    real = torch.cat([draw(12, 64, 1), 37.3 * torch.ones(8, 64)])
-    assert figures(fake, real, 3) == pytest.approx(brute_force(fake, real, 3), abs=1e-12)
+    points = draw(20, 64, 0, scale=100.0)
+    fake, real = points.repeat(3, 1), torch.cat([points.repeat(3, 1), draw(4, 64, 1)])
+    expected = brute_force(fake, real, 2)
+    assert expected["precision"] == 0
+    assert figures(fake, real, 2) == pytest.approx(expected, abs=1e-12)
 
 
 def test_known_cases():

@@ -172,7 +172,9 @@ class SamplingCallback(Callback):
         if self._meter is None:
             self._meter = QualityMeter(self.metrics, self.reference)
         self._meter.forget_images()
-        return measure_methods(decoded.store, self.methods, prompts, self._meter, ties=decoded.ties)
+        return measure_methods(
+            decoded.store, self.methods, prompts, self._meter, ties=decoded.ties, flops=decoded.flops
+        )
 
     def _choose_windows(self, backbone: Backbone, layout: ImageLayout, prompts: Sequence[PromptItem]) -> None:
         if self._choices:

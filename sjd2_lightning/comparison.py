@@ -31,7 +31,8 @@ class MethodResult:
     """What one method did.
 
     Attributes:
-        figures: nfe, step_compression, speedup, seconds_per_image, fd, kid, clip_score, clip_score_shuffled,
+        figures: nfe, step_compression, speedup, seconds_per_image, images_per_second, flops_per_token,
+            peak_memory_gib, fd, kid, precision, recall, density, coverage, clip_score, clip_score_shuffled,
             clip_gain, clip_score_minus_ar; a figure that could not be measured is absent.
         seconds_p95: 95th percentile of the seconds an image.
         acceptance_counts: entry n counts the forward passes that committed n slots.
@@ -82,6 +83,7 @@ def measure_methods(
     meter: QualityMeter,
     references: Mapping[str, tuple[int, Quality]] | None = None,
     ties: Mapping[str, Mapping[str, bool]] | None = None,
+    flops: Mapping[str, Mapping[str, float]] | None = None,
 ) -> EvaluationResult:
     """Figures of images that were decoded before.
 
@@ -92,6 +94,7 @@ def measure_methods(
         references: of `measure_references`.
         ties: by method in replay mode and key of an image that differs from the baseline's, whether a near
             tie explains it; see `generation.explained_by_ties`.
+        flops: by method and key of an image, floating-point operations of its passes.
 
     Raises:
         ValueError: if an image is missing or cannot be read.
@@ -102,17 +105,25 @@ def measure_methods(
         name: meter.measure(store.images(rows), [record.prompt for record in rows])
         for name, rows in records.items()
     }
+    resamples = meter.metrics.num_resamples
     results = {
-        name: _method_result(
-            name, config, records, qualities, meter.metrics.num_resamples, sum(ties.get(name, {}).values())
-        )
+        name: _method_result(name, config, records, qualities, resamples, sum(ties.get(name, {}).values()))
         for name, config in methods.items()
     }
+    for name, by_key in (flops or {}).items():
+        results[name].figures["flops_per_token"] = ratio_of_totals(
+            "flops_per_token",
+            [by_key[record.key] for record in records[name]],
+            [record.num_generated for record in records[name]],
+            "trunk and head, guidance included, prefill excluded; "
+            "torch's counter on one pass, prefix lengths of all",
+            resamples,
+        )
     return EvaluationResult(
         methods=results,
         references=dict(references or {}),
         prompts=tuple(prompts),
-        warnings=tuple(_warnings(results, ties)),
+        warnings=(*_protocol_warnings(meter, len(prompts)), *_warnings(results, ties)),
         store=store,
         reference_name=meter.reference.name if meter.reference else None,
         reference_identity=meter.reference.identity if meter.reference else None,
@@ -175,9 +186,7 @@ def _method_result(
         ),
     }
     seconds = latency_summary([r.seconds / r.batch_size for r in own])
-    figures["seconds_per_image"] = MetricResult(
-        "seconds_per_image", seconds.median, None, len(own), "wall clock of a batch / images in it, median"
-    )
+    figures |= _clock_figures(own, seconds.median, num_resamples)
     if baseline is not None:
         figures["speedup"] = speedup(baseline, own, num_resamples)
         scores, baseline_scores = qualities[name].clip_scores, qualities[BASELINE].clip_scores
@@ -197,6 +206,37 @@ def _method_result(
         records=tuple(own),
         clip_scores=qualities[name].clip_scores,
     )
+
+
+def _clock_figures(
+    own: Sequence[ImageRecord], median: float, num_resamples: int, seed: int = 0
+) -> dict[str, MetricResult]:
+    """Latency, throughput and memory; intervals resample batches, which is what was timed."""
+    batches = list({record.batch: record for record in own}.values())
+    taken = np.array([record.seconds / record.batch_size for record in batches])
+    interval = None
+    if num_resamples and len(batches) > 1:
+        rows = np.random.default_rng(seed).integers(0, len(taken), (num_resamples, len(taken)))
+        interval = percentile_interval(np.median(taken[rows], axis=1))
+    found = {
+        "seconds_per_image": MetricResult(
+            "seconds_per_image", median, interval, len(own), "wall clock of a batch / images in it, median"
+        ),
+        "images_per_second": ratio_of_totals(
+            "images_per_second",
+            [record.batch_size for record in batches],
+            [record.seconds for record in batches],
+            "images / wall clock of all batches, image decoder excluded",
+            num_resamples,
+        ),
+    }
+    peaks = [record.peak_bytes for record in own if record.peak_bytes is not None]
+    if peaks:
+        protocol = "most the CUDA allocator held while a batch was decoded, weights included"
+        found["peak_memory_gib"] = MetricResult(
+            "peak_memory_gib", max(peaks) / 2**30, None, len(own), protocol
+        )
+    return found
 
 
 def speedup(
@@ -225,14 +265,27 @@ def _share_equal(own: Sequence[ImageRecord], baseline: Sequence[ImageRecord]) ->
     return float(np.mean(same))
 
 
+def _protocol_warnings(meter: QualityMeter, num_prompts: int) -> Iterator[str]:
+    wanted = meter.reference.num_prompts if meter.reference else None
+    if meter.reference and wanted is not None and wanted != num_prompts:
+        yield (
+            f"{meter.reference.name} asks for {wanted} prompts and {num_prompts} were decoded: "
+            "not comparable with published figures"
+        )
+
+
 def _warnings(results: Mapping[str, MethodResult], ties: Mapping[str, Mapping[str, bool]]) -> Iterator[str]:
-    flags: dict[str, list[str]] = {}
+    methods_of: dict[tuple[str, str], list[str]] = {}  # by flag and figure
     for name, result in results.items():
         for figure in result.figures.values():
             for flag in figure.flags:
-                flags.setdefault(f"{figure.name}: {flag}", []).append(name)
-    for flag, names in flags.items():
-        yield flag if len(names) == len(results) else f"{flag} ({', '.join(names)})"
+                methods_of.setdefault((flag, figure.name), []).append(name)
+    figures_of: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (flag, figure_name), names in methods_of.items():
+        figures_of.setdefault((flag, tuple(names)), []).append(figure_name)
+    for (flag, methods), figure_names in figures_of.items():
+        text = f"{', '.join(figure_names)}: {flag}"
+        yield text if len(methods) == len(results) else f"{text} ({', '.join(methods)})"
     if BASELINE not in results:
         yield f"no method is called {BASELINE!r}: there is no baseline for speedup and equality"
         return

@@ -204,6 +204,28 @@ class ClipRecipe(Group):
     warmup_share: Share
 
 
+class ProtocolConfig(Group):
+    """`protocols.CocoProtocol`."""
+
+    name: Annotated[str, Field(min_length=1)]
+    annotations: str
+    images: str
+    num_images: Count
+
+    def problems(self) -> list[str]:
+        """COCO is not where it should be."""
+        remedy = (
+            "unpack COCO's archives of images and annotations beside each other and give the places with "
+            "metrics.protocol.annotations and metrics.protocol.images"
+        )
+        found = []
+        if not Path(self.annotations).is_file():
+            found.append(f"annotations={self.annotations}: there is no such file; {remedy}")
+        if not Path(self.images).is_dir():
+            found.append(f"images={self.images}: there is no such folder; {remedy}")
+        return found
+
+
 class MetricsConfig(Group):
     """What images are measured with."""
 
@@ -214,6 +236,8 @@ class MetricsConfig(Group):
     clip_pretrained: str | None
     num_resamples: Count
     num_distance_resamples: Natural
+    nearest_k: Count | None
+    protocol: ProtocolConfig | None
     cache_dir: str | None
 
     def problems(self) -> list[str]:
@@ -279,6 +303,15 @@ class SharedConfig(Group):
     compare: Annotated[tuple[str, ...], Field(min_length=1)]
     methods: dict[str, Decoding]
 
+    def problems(self) -> list[str]:
+        """Two sources of prompts."""
+        if self.metrics.protocol and (self.data.prompt_file or self.data.reference_dir):
+            return [
+                f"metrics.protocol: {self.metrics.protocol.name} brings prompts and real images; leave out "
+                "data.prompt_file and data.reference_dir"
+            ]
+        return []
+
 
 class TrainConfig(SharedConfig):
     """The whole configuration of train.py."""
@@ -297,7 +330,7 @@ class TrainConfig(SharedConfig):
 
     def problems(self) -> list[str]:
         """A recipe without its sizes, a checkpoint that is not there."""
-        found = []
+        found = super().problems()
         if self.task in ("tokenizer", "clip") and getattr(self, self.task) is None:
             found.append(
                 f"task={self.task}: needs the group of keys `{self.task}`; use experiment=tiny_{self.task}"
@@ -321,9 +354,35 @@ class EvaluateConfig(SharedConfig):
 
     ckpt_path: Checkpoint | None
     weights: Export
-    num_prompts: Count
+    num_prompts: Count | None
     samples_per_prompt: Count
+    benchmark: Literal["geneval", "dpg"] | None
+    benchmark_prompts: str | None
     batch_size: Count
     device: Literal["auto", "cpu", "cuda", "mps"]
     warm_up: bool
     replace_images: bool
+
+    def problems(self) -> list[str]:
+        """A benchmark without its prompts or samples, and too few images to measure a distance."""
+        found = super().problems()
+        if self.benchmark is not None:
+            if self.benchmark_prompts is None or not Path(self.benchmark_prompts).exists():
+                what = {"geneval": "its evaluation_metadata.jsonl", "dpg": "its folder of .txt prompts"}
+                found.append(
+                    f"benchmark_prompts={self.benchmark_prompts}: there is nothing; "
+                    f"give {what[self.benchmark]}"
+                )
+            if self.samples_per_prompt != 4:
+                found.append(
+                    f"samples_per_prompt={self.samples_per_prompt}: {self.benchmark} judges four images of "
+                    "each prompt; set it to 4"
+                )
+            if self.metrics.protocol or self.data.prompt_file:
+                found.append(
+                    f"benchmark={self.benchmark}: brings its own prompts; leave out metrics.protocol and "
+                    "data.prompt_file"
+                )
+        if self.metrics.features and self.num_prompts == self.samples_per_prompt == 1:
+            found.append("num_prompts=1: distances need at least 2 images; ask for more, or use metrics=none")
+        return found

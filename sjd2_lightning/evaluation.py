@@ -7,14 +7,14 @@ stopped; ranks share the prompts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
 from sjd2_lightning import __version__
 from sjd2_lightning.comparison import (
@@ -25,13 +25,20 @@ from sjd2_lightning.comparison import (
     records_by_method,
 )
 from sjd2_lightning.decoding.methods import DecodingConfig
+from sjd2_lightning.flops import decoding_flops
 from sjd2_lightning.generation import OnBatch, decode_jobs, explained_by_ties, plan_jobs, unfinished
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.prompts import PromptItem, check_prompts
 from sjd2_lightning.quality import QualityMeter, QualityMetrics
 from sjd2_lightning.ranks import collect_on_rank_zero, current_rank, wait_for_all
-from sjd2_lightning.records import ImageRecord, RecordStore, discard_other_run, fingerprint
+from sjd2_lightning.records import (
+    ImageRecord,
+    RecordStore,
+    discard_other_run,
+    fingerprint,
+    remove_leftovers,
+)
 from sjd2_lightning.references import ReferenceSet
 from sjd2_lightning.report.provenance import weights_hash
 
@@ -40,10 +47,14 @@ _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 
 @dataclass(frozen=True)
 class Decoded:
-    """Images of all methods on disk, and which differences from the baseline a near tie explains."""
+    """Images of all methods on disk, which differences from the baseline a near tie explains, and FLOPs.
+
+    `ties` and `flops` are by method and key of an image.
+    """
 
     store: RecordStore
     ties: Mapping[str, Mapping[str, bool]]
+    flops: Mapping[str, Mapping[str, float]]
 
 
 def evaluate_methods(
@@ -60,6 +71,7 @@ def evaluate_methods(
     warm_up: bool = True,
     replace: bool = False,
     progress: bool = True,
+    on_start: Callable[[], None] = lambda: None,
 ) -> EvaluationResult | None:
     """Decodes all prompts by all methods and measures the images.
 
@@ -78,6 +90,7 @@ def evaluate_methods(
         warm_up: decode the first batch once by each method before anything is timed.
         replace: remove records and images of another configuration from the folder, instead of raising.
         progress: show a progress bar.
+        on_start: called on rank 0 once all input was found usable and the folder is this run's.
 
     Returns:
         The result; None on ranks other than 0.
@@ -85,11 +98,16 @@ def evaluate_methods(
     Raises:
         ValueError: unusable methods or prompts, or a folder of another configuration, before decoding.
     """
-    if reference is not None and tuple(reference.images.shape[1:3]) != layout.pixels:
-        raise ValueError(
-            f"reference images of {tuple(reference.images.shape[1:3])} pixels cannot be compared with "
-            f"decoded ones of {layout.pixels}; prepare them at that size"
-        )
+    if reference is not None and isinstance(reference.images, Tensor):
+        size = tuple(reference.images.shape[1:3])
+        if size != layout.pixels:
+            raise ValueError(
+                f"reference images of {size} pixels cannot be compared with decoded ones of "
+                f"{layout.pixels}; prepare them at that size"
+            )
+    check_run(backbone, methods, prompts, layout, batch_size)
+    # Real images are read here: one that cannot be must not stop a run that has decoded for hours.
+    meter = QualityMeter(metrics or QualityMetrics(), reference) if current_rank()[0] == 0 else None
     decoded = decode_methods(
         backbone,
         methods,
@@ -100,12 +118,12 @@ def evaluate_methods(
         warm_up=warm_up,
         replace=replace,
         progress=progress,
+        on_start=on_start,
     )
-    if decoded is None:
+    if decoded is None or meter is None:
         return None
-    meter = QualityMeter(metrics or QualityMetrics(), reference)
     rows = measure_references(meter, prompts, image_tokenizer)
-    return measure_methods(decoded.store, methods, prompts, meter, rows, decoded.ties)
+    return measure_methods(decoded.store, methods, prompts, meter, rows, decoded.ties, decoded.flops)
 
 
 def decode_methods(
@@ -119,16 +137,20 @@ def decode_methods(
     warm_up: bool = True,
     replace: bool = False,
     progress: bool = True,
+    on_start: Callable[[], None] = lambda: None,
 ) -> Decoded | None:
     """The first half of `evaluate_methods`, with the same arguments, returns None and errors."""
     check_run(backbone, methods, prompts, layout, batch_size)
     rank, world_size = current_rank()
     identity = run_identity(backbone, methods, prompts, layout, batch_size)
-    if replace:
-        if rank == 0:
+    if rank == 0:
+        if replace:
             discard_other_run(out_dir, identity)
-        wait_for_all()
+        remove_leftovers(out_dir)
+    wait_for_all()
     store = RecordStore(out_dir, identity, rank)
+    if rank == 0:
+        on_start()
     jobs = unfinished(plan_jobs(prompts, list(methods), batch_size, rank, world_size), store)
     num_images = sum(len(job.prompts) for job in jobs)
     with evaluation_mode(backbone), _progress(progress and rank == 0 and bool(jobs), num_images) as on_batch:
@@ -136,8 +158,10 @@ def decode_methods(
     collect_on_rank_zero(store, rank, world_size)
     if rank != 0:
         return None
+    records = records_by_method(store, methods, prompts)
     with evaluation_mode(backbone):
-        return Decoded(store, _ties(backbone, methods, records_by_method(store, methods, prompts), layout))
+        ties = _ties(backbone, methods, records, layout)
+        return Decoded(store, ties, decoding_flops(backbone, methods, records, layout))
 
 
 def run_identity(

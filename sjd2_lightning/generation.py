@@ -7,7 +7,7 @@ timing covers prefill and token decoding, not the image decoder, which is the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from uuid import uuid4
 
@@ -16,7 +16,7 @@ import torch
 from sjd2_lightning.decoding.loop import Observer, decode
 from sjd2_lightning.decoding.methods import DecodingConfig
 from sjd2_lightning.decoding.stats import DecodeOutput, NearTies
-from sjd2_lightning.metrics.efficiency import timed
+from sjd2_lightning.metrics.efficiency import peak_memory, timed
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.models.image_tokenizer import to_uint8
 from sjd2_lightning.prompts import PromptItem
@@ -83,10 +83,14 @@ def decode_jobs(
     process = uuid4().hex[:12]
     for job in jobs:
         call = partial(_decode, backbone, job.prompts, methods[job.method], layout)
-        output, seconds = timed(call, backbone.device)
+        with peak_memory(backbone.device) as peak:
+            output, seconds = timed(call, backbone.device)
         with torch.no_grad():
             images = to_uint8(backbone.decode_images(output.image_ids))
-        records = _records(job, output, layout, seconds, process)
+        records = [
+            replace(record, peak_bytes=peak.num_bytes)
+            for record in _records(job, output, layout, seconds, process)
+        ]
         store.append(records, images)
         on_batch(job.method, len(job.prompts))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from sjd2_lightning.data.emoji import EmojiImage, load_emoji_index
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _SHOWN_KEY = "letters, digits, '.', '_' and '-', at most 120"
 _NUM_SEEDS = 2**31
+_MAX_TAR_TEXT = 1_000_000  # bytes read of one prompt
 
 
 @dataclass(frozen=True)
@@ -78,31 +80,48 @@ def repeat_prompts(prompts: Sequence[PromptItem], samples_per_prompt: int) -> li
     repeated = list(prompts)
     for repeat in range(1, samples_per_prompt):
         for item in prompts:
-            key = f"{item.key}-r{repeat}"
+            key = repeat_key(item.key, repeat)
             repeated.append(PromptItem(key, item.prompt, seed_of(key, item.seed)))
     return repeated
 
 
-def read_prompts(path: str | Path, seed: int = 0) -> list[PromptItem]:
-    """Prompts of a file: `.txt`, one a line, or `.json`, a list of strings or of objects.
+def repeat_key(key: str, repeat: int) -> str:
+    """Key of a prompt's further sample; the first one, number 0, keeps the key."""
+    return f"{key}-r{repeat}" if repeat else key
 
-    An object has `prompt` and may have `key` and `seed`. Without a key a prompt is named by its place.
+
+def read_prompts(path: str | Path, seed: int = 0) -> list[PromptItem]:
+    """Prompts of a file: `.txt`, one a line, `.json`, a list of strings or objects, or a WebDataset `.tar`.
+
+    An object has `prompt` and may have `key` and `seed`. Without a key a prompt is named by its place, and
+    must not occur twice. A sample of a tar file has its text in `.txt`, or such an object in `.json`; without
+    a key it is named by its files.
 
     Raises:
         ValueError: if the file is missing, unreadable, or holds an unusable prompt.
     """
     path = Path(path)
-    if path.suffix not in (".txt", ".json"):
-        raise ValueError(f"prompt file {path}: its name must end in .txt or .json")
+    if path.suffix not in (".txt", ".json", ".tar"):
+        raise ValueError(f"prompt file {path}: its name must end in .txt, .json or .tar")
     try:
-        text = path.read_text(encoding="utf-8")
-        entries: Any = json.loads(text) if path.suffix == ".json" else text.rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        entries: Any = _tar_entries(path) if path.suffix == ".tar" else _text_entries(path)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, tarfile.TarError) as error:
         raise ValueError(f"prompt file {path} cannot be read: {error}") from error
     if not isinstance(entries, list):
         raise ValueError(f"prompt file {path}: expected a JSON list, found {type(entries).__name__}")
     prompts = [_entry(entry, place, seed, path) for place, entry in enumerate(entries)]
     check_prompts(prompts)
+    unnamed = [
+        item.prompt
+        for item, entry in zip(prompts, entries, strict=True)
+        if isinstance(entry, str) or "key" not in entry
+    ]
+    text, uses = Counter(unnamed).most_common(1)[0] if unnamed else ("", 0)
+    if uses > 1:
+        raise ValueError(
+            f"prompt file {path}: {text!r} occurs {uses} times; leave it once and ask for more images with "
+            "samples_per_prompt, or give each its own key"
+        )
     return prompts
 
 
@@ -125,6 +144,31 @@ def check_prompts(prompts: Sequence[PromptItem]) -> None:
     key, uses = Counter(item.key.lower() for item in prompts).most_common(1)[0]
     if uses > 1:
         raise ValueError(f"prompt key {key!r} occurs {uses} times (case aside); every prompt needs its own")
+
+
+def _text_entries(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if path.suffix == ".json" else text.rstrip("\n").split("\n")
+
+
+def _tar_entries(path: Path) -> list[Any]:
+    """Objects of a WebDataset file, by its own rule: a sample's name ends at the first dot of a file's."""
+    found: dict[str, Any] = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            folder, _, name = member.name.rpartition("/")
+            stem, _, kind = name.partition(".")
+            content = archive.extractfile(member) if kind in ("txt", "json") else None
+            if content is None:
+                continue
+            key = re.sub(r"[^A-Za-z0-9._-]", "-", f"{folder}/{stem}".strip("./"))
+            text = content.read(_MAX_TAR_TEXT).decode("utf-8")
+            if kind == "json":
+                entry = json.loads(text)
+                found[key] = {"key": key, **entry} if isinstance(entry, dict) else entry
+            else:
+                found.setdefault(key, {"key": key, "prompt": text})
+    return list(found.values())
 
 
 def _entry(entry: Any, place: int, seed: int, path: Path) -> PromptItem:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sjd2_lightning.metrics.alignment import CLIPScorer, own_scores, scores_of_others
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
 from sjd2_lightning.metrics.features import FeatureExtractor, FeatureSet, cached_features, extract_features
 from sjd2_lightning.metrics.fidelity import frechet_result, kid_result
+from sjd2_lightning.metrics.manifold import manifold_results
+from sjd2_lightning.records import LazyImages
 from sjd2_lightning.references import ReferenceSet
+from sjd2_lightning.report.provenance import weights_hash
 
 _MIN_IMAGES = 2  # a covariance needs two
 
@@ -28,11 +31,12 @@ class QualityMetrics:
     """What to measure images with.
 
     Attributes:
-        extractors: of features for fd and kid; the first one gives the figures `fd` and `kid`, each further
-            one `fd_<name>` and `kid_<name>`.
+        extractors: of features for the figures fd, kid, precision, recall, density and coverage; the first
+            one gives them these names, each further one appends its own, as in `fd_<name>`.
         clip: scorer of images against prompts; None leaves the CLIP score out.
         num_resamples: bootstrap resamples of means.
         num_distance_resamples: bootstrap resamples of distances; 0 leaves their intervals out.
+        nearest_k: neighbours that precision, recall, density and coverage look at; None leaves them out.
         cache_dir: keeps features of the reference images between runs; None computes them every time.
     """
 
@@ -40,6 +44,7 @@ class QualityMetrics:
     clip: CLIPScorer | None = None
     num_resamples: int = 2000
     num_distance_resamples: int = 100
+    nearest_k: int | None = 5
     cache_dir: str | Path | None = None
 
 
@@ -62,10 +67,15 @@ class QualityMeter:
     def __init__(self, metrics: QualityMetrics, reference: ReferenceSet | None) -> None:
         self.metrics = metrics
         self.reference = reference
+        self._weights = [_weights_sha256(extractor) for extractor in metrics.extractors]
+        self._clip_weights = _weights_sha256(metrics.clip.model) if metrics.clip else ""
         self._features = [_ContentCache(_rows_of(extractor)) for extractor in metrics.extractors]
         self._embeddings = _ContentCache(metrics.clip.embed_images) if metrics.clip else None
         self._measured: dict[bytes, Quality] = {}
-        self._reference = [self._reference_features(extractor, reference) for extractor in metrics.extractors]
+        self._reference = [
+            self._reference_features(extractor, weights, reference)
+            for extractor, weights in zip(metrics.extractors, self._weights, strict=True)
+        ]
 
     def forget_images(self) -> None:
         """Drops what was kept of images; features of the reference stay."""
@@ -75,36 +85,43 @@ class QualityMeter:
 
     def measure(self, images: Sequence[Tensor], captions: Sequence[str]) -> Quality:
         """Quality of uint8 images (h, w, 3) that should show their captions; "" means no caption is known."""
-        content = hashlib.sha256(b"".join(map(_content, images)) + "\n".join(captions).encode()).digest()
+        keys = [_content(image) for image in images]
+        content = hashlib.sha256(b"".join(keys) + "\n".join(captions).encode()).digest()
         if content not in self._measured:
-            self._measured[content] = self._measure(images, captions)
+            self._measured[content] = self._measure(images, keys, captions)
         return self._measured[content]
 
-    def _measure(self, images: Sequence[Tensor], captions: Sequence[str]) -> Quality:
+    def _measure(self, images: Sequence[Tensor], keys: Sequence[bytes], captions: Sequence[str]) -> Quality:
         figures: dict[str, MetricResult] = {}
         for place, (extractor, reference) in enumerate(
             zip(self.metrics.extractors, self._reference, strict=True)
         ):
             if reference is None or len(images) < _MIN_IMAGES:
                 continue
-            rows = self._features[place](images)
-            generated = FeatureSet(extractor.name, extractor.preprocessing, rows)
+            rows = self._features[place](images, keys)
+            generated = FeatureSet(extractor.name, extractor.preprocessing, rows, self._weights[place])
             suffix = f"_{extractor.name}" if place else ""
             resamples = self.metrics.num_distance_resamples
             figures[f"fd{suffix}"] = frechet_result(generated, reference, resamples)
             figures[f"kid{suffix}"] = kid_result(generated, reference, resamples)
-        clip_figures, scores = self._alignment(images, captions)
+            nearest_k = self.metrics.nearest_k
+            if nearest_k is not None and min(len(images), reference.num_images) > nearest_k:
+                found = manifold_results(generated, reference, nearest_k, self.metrics.num_resamples)
+                figures |= {f"{name}{suffix}": result for name, result in found.items()}
+        clip_figures, scores = self._alignment(images, keys, captions)
         return Quality(figures | clip_figures, scores)
 
     def _alignment(
-        self, images: Sequence[Tensor], captions: Sequence[str]
+        self, images: Sequence[Tensor], keys: Sequence[bytes], captions: Sequence[str]
     ) -> tuple[dict[str, MetricResult], tuple[float, ...]]:
         clip = self.metrics.clip
         if clip is None or self._embeddings is None or not all(captions):
             return {}, ()
-        embedded, texts = self._embeddings(images), clip.embed_captions(captions)
+        embedded, texts = self._embeddings(images, keys), clip.embed_captions(captions)
         matched = own_scores(embedded, texts).numpy()
-        protocol, resamples = f"open_clip {clip.name}", self.metrics.num_resamples
+        weights = f" (weights {self._clip_weights[:12]})" if self._clip_weights else ""
+        protocol = f"open_clip {clip.name}{weights}, the resize of that model"
+        resamples = self.metrics.num_resamples
         figures = {"clip_score": mean_result(clip.metric_name, matched, protocol, resamples)}
         if len(set(captions)) > 1:
             shuffled = scores_of_others(embedded, texts, captions).numpy()
@@ -116,13 +133,16 @@ class QualityMeter:
         return figures, tuple(matched.tolist())
 
     def _reference_features(
-        self, extractor: FeatureExtractor, reference: ReferenceSet | None
+        self, extractor: FeatureExtractor, weights: str, reference: ReferenceSet | None
     ) -> FeatureSet | None:
         if reference is None or reference.num_images < _MIN_IMAGES:
             return None
         if self.metrics.cache_dir is not None:
-            return cached_features(extractor, reference.images, self.metrics.cache_dir)
-        return extract_features(extractor, reference.images)
+            folder = self.metrics.cache_dir
+            found = cached_features(extractor, reference.images, folder, weights=weights)
+        else:
+            found = extract_features(extractor, reference.images, weights=weights)
+        return replace(found, images_sha256=reference.identity)
 
 
 class _ContentCache:
@@ -132,16 +152,21 @@ class _ContentCache:
         self.function = function
         self.rows: dict[bytes, Tensor] = {}
 
-    def __call__(self, images: Sequence[Tensor]) -> Tensor:
-        keys = [_content(image) for image in images]
-        new = {key: image for key, image in zip(keys, images, strict=True) if key not in self.rows}
+    def __call__(self, images: Sequence[Tensor], keys: Sequence[bytes]) -> Tensor:
+        new = {key: place for place, key in enumerate(keys) if key not in self.rows}
         if new:
-            self.rows |= dict(zip(new, self.function(list(new.values())), strict=True))
+            unseen = LazyImages(images.__getitem__, list(new.values()))
+            self.rows |= dict(zip(new, self.function(unseen), strict=True))
         return torch.stack([self.rows[key] for key in keys])
 
 
 def _content(image: Tensor) -> bytes:
     return hashlib.sha256(f"{tuple(image.shape)}".encode() + image.numpy().tobytes()).digest()
+
+
+def _weights_sha256(module: object) -> str:
+    """ "" for what has no weights of its own to name."""
+    return weights_hash(module) if isinstance(module, nn.Module) and module.state_dict() else ""
 
 
 def _rows_of(extractor: FeatureExtractor) -> Callable[[Sequence[Tensor]], Tensor]:

@@ -10,12 +10,13 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor
 
 TEMPORARY = ".writing"  # ends the names of files that are not whole yet
 _RUN_FILE = "run.json"
+# What `write_atomic` leaves when the process is killed before it replaces the file.
+_LEFTOVER = re.compile(r"\..+\.(png|jsonl?|md|html|csv|yaml)\.[a-z0-9_]{8}(\.writing)?")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class ImageRecord:
         image_ids: the codes, raster order; `size` is (height, width) in codes.
         seconds: wall clock of decoding the whole batch.
         process: names the process; only decodes of one process are compared in time.
+        peak_bytes: most memory the device held while decoding the batch; None where it cannot be told.
     """
 
     key: str
@@ -54,6 +58,7 @@ class ImageRecord:
     size: tuple[int, int]
     seconds: float
     process: str
+    peak_bytes: int | None = None
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ImageRecord:
@@ -102,6 +107,45 @@ def read_image(path: Path) -> Tensor:
             return torch.from_numpy(np.array(image.convert("RGB")))
     except OSError as error:
         raise ValueError(f"image {path} cannot be read ({error}); remove it and run again") from error
+
+
+class LazyImages(Sequence[Tensor]):
+    """Images, uint8 (h, w, 3) each, read when they are looked at: a set may be larger than the memory.
+
+    Args:
+        read: gives the image of an item.
+        items: what the images are read from.
+    """
+
+    def __init__(self, read: Callable[[Any], Tensor], items: Sequence[Any]) -> None:
+        self._read = read
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, place: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(place, slice):
+            return [self._read(item) for item in self._items[place]]
+        return self._read(self._items[place])
+
+    def select(self, places: Sequence[int]) -> LazyImages:
+        """The images at some places, still unread."""
+        return LazyImages(self._read, [self._items[place] for place in places])
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes the temporary files that a killed run left in its folder; no process may be writing there."""
+    for place in (Path(folder), *Path(folder).glob("images/*"), Path(folder) / "figures"):
+        for path in place.iterdir() if place.is_dir() else ():
+            if _LEFTOVER.fullmatch(path.name):
+                path.unlink()
 
 
 def discard_other_run(folder: str | Path, identity: Mapping[str, Any]) -> bool:
@@ -177,9 +221,9 @@ class RecordStore:
                     found.setdefault((record.method, record.key), record)
         return sorted(found.values(), key=lambda record: (record.batch, record.method, record.key))
 
-    def images(self, records: Sequence[ImageRecord]) -> list[Tensor]:
-        """Pixels of records, uint8 (h, w, 3) each."""
-        return [read_image(self.image_path(record)) for record in records]
+    def images(self, records: Sequence[ImageRecord]) -> LazyImages:
+        """Pixels of records, read when they are looked at; one that cannot be read is a ValueError then."""
+        return LazyImages(read_image, [self.image_path(record) for record in records])
 
     def _claim(self, identity: Mapping[str, Any]) -> None:
         run_file = self.folder / _RUN_FILE

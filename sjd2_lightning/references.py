@@ -17,18 +17,26 @@ from torchvision.transforms.v2 import functional as F
 from sjd2_lightning.data.emoji import load_emoji_index, render
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer, to_uint8
 from sjd2_lightning.prompts import PromptItem
+from sjd2_lightning.records import LazyImages
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class ReferenceSet:
-    """Real images of one size, uint8 (M, h, w, 3), with their keys and, where known, captions ("" if not)."""
+    """Real images, uint8, with their keys and, where known, captions ("" if not).
+
+    Attributes:
+        images: (M, h, w, 3) at the size of generated images, or M images of any sizes that are read when they
+            are looked at; of the latter there are no altered copies.
+        num_prompts: that the protocol of this name asks for; None where nothing is asked for.
+    """
 
     name: str
     keys: tuple[str, ...]
     captions: tuple[str, ...]
-    images: Tensor
+    images: Tensor | LazyImages
+    num_prompts: int | None = None
 
     @property
     def num_images(self) -> int:
@@ -38,7 +46,8 @@ class ReferenceSet:
     def identity(self) -> str:
         """sha256 over keys and pixels."""
         digest = hashlib.sha256("\n".join(self.keys).encode())
-        digest.update(self.images.contiguous().numpy().data)
+        for image in self.images:
+            digest.update(f"{tuple(image.shape)}".encode() + image.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def matching(self, prompts: Sequence[PromptItem]) -> ReferenceSet:
@@ -56,7 +65,8 @@ class ReferenceSet:
             self.name,
             tuple(self.keys[i] for i in chosen),
             tuple(self.captions[i] for i in chosen),
-            self.images[chosen],
+            self.images[chosen] if isinstance(self.images, Tensor) else self.images.select(chosen),
+            self.num_prompts,
         )
 
 
@@ -90,7 +100,12 @@ def image_folder(folder: str | Path, size: tuple[int, int]) -> ReferenceSet:
 
 
 def reference_rows(reference: ReferenceSet, tokenizer: ImageTokenizer | None) -> dict[str, Tensor]:
-    """The images as they are, through the tokenizer, blurred, and patch-shuffled; (M, h, w, 3) uint8 each."""
+    """The images as they are, through the tokenizer, blurred, and patch-shuffled; (M, h, w, 3) uint8 each.
+
+    Empty for images that lie on the disk in sizes of their own.
+    """
+    if not isinstance(reference.images, Tensor):
+        return {}
     rows = {"real": reference.images}
     if tokenizer is not None:
         rows["reconstructed"] = reconstructed(reference.images, tokenizer)

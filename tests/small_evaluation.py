@@ -41,8 +41,8 @@ class Colours:
     dim = 6
 
     def __call__(self, images: Any) -> Tensor:
-        pixels = torch.stack(list(images)).float() / 255
-        return torch.cat([pixels.mean((1, 2)), pixels.std((1, 2))], dim=1)
+        pixels = [image.float() / 255 for image in images]  # of any sizes
+        return torch.stack([torch.cat([p.mean((0, 1)), p.std((0, 1))]) for p in pixels])
 
 
 class _ByLength(nn.Module):
@@ -72,6 +72,21 @@ def reference_set(num_images: int = 12) -> ReferenceSet:
     keys = tuple(f"p{number}" for number in range(num_images))
     captions = tuple(item.prompt for item in PROMPTS) + ("dog",) * (num_images - len(PROMPTS))
     return ReferenceSet("random pictures", keys, captions, images)
+
+
+def tokens(result: EvaluationResult) -> dict[str, list[tuple[int, ...]]]:
+    """Codes of all images by method."""
+    return {name: [record.image_ids for record in method.records] for name, method in result.methods.items()}
+
+
+def figures(result: EvaluationResult) -> dict[tuple[str, str], float]:
+    """All figures but those of the clock."""
+    return {
+        (name, key): figure.value
+        for name, method in result.methods.items()
+        for key, figure in method.figures.items()
+        if key not in ("speedup", "seconds_per_image", "images_per_second")
+    }
 
 
 def small_backbone(seed: int = 0) -> ChameleonBackbone:

@@ -1,77 +1,108 @@
-"""The benchmark's file: its keys and how its numbers hang together, on one small image a method."""
+"""GenEval and DPG-Bench: their prompts are read, and images lie where their judges look."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
+import torch
 
-from tests.source import REPO
+from sjd2_lightning.benchmarks import benchmark_prompts, export_benchmark
+from sjd2_lightning.prompts import repeat_prompts
+from sjd2_lightning.records import read_image
+from tests.small_evaluation import METHODS, SIDE, evaluate
 
-
-def script(name: str):
-    """A script of benchmarks/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", REPO / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+LINES = [
+    '{"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "red cat"}',
+    '{"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "blue"}], "prompt": "blue dog"}',
+]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    arguments = "--num-prompts 2 --batches 1 2 --modes eager --pixels 32 --methods sjd2 sjd2_paper"
-    arguments += " --share-groups 1 --generate-prompts 1 --overrides decoding.window=8"
-    decoding = script("decoding")
-    return json.loads(json.dumps(decoding.measure(decoding.command_line().parse_args(arguments.split()))))
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    (folder / "evaluation_metadata.jsonl").write_text("\n".join(LINES) + "\n")
+    (folder / "dpg").mkdir()
+    (folder / "dpg" / "vrd2.txt").write_text("a red dog\non a mat\n")
+    (folder / "dpg" / "COCOval2014000000000042.txt").write_text("blue cat")
+    return {"geneval": folder / "evaluation_metadata.jsonl", "dpg": folder / "dpg"}
 
 
-def test_methods_are_those_of_the_first_run(found):
-    assert list(found["runs"]) == ["eager, batch 1", "eager, batch 2"]
-    assert found["methods"] == found["runs"]["eager, batch 1"]
-    assert list(found["methods"]) == ["ar", "sjd2", "sjd2_paper"]
-    assert set(found["ar_vs_generate"]) == {"speedup", "ours_seconds", "generate_seconds"}
+@pytest.fixture(scope="module")
+def results(sources, tmp_path_factory):
+    found = {}
+    for name, source in sources.items():
+        prompts = repeat_prompts(benchmark_prompts(name, source), 4)
+        folder = tmp_path_factory.mktemp(name)
+        settings = {"metrics": None, "reference": None, "methods": {"sjd": METHODS["sjd"]}}
+        found[name] = evaluate(folder, prompts=prompts, batch_size=4, **settings)
+    return found
 
 
-def test_what_a_method_came_to(found):
-    for run in found["runs"].values():
-        for name, row in run.items():
-            assert row["lossless"] is (name != "sjd2_paper")
-            assert row["nfe"] * row["step_compression"] == pytest.approx(71, rel=1e-6)
-            assert sum(int(n) * times for n, times in row["acceptance_lengths"].items()) == 2 * 71
-            assert sum(row["acceptance_lengths"].values()) == round(2 * row["nfe"])
-            assert 0 < row["backbone_share"] <= 1
-            assert row["seconds_per_image"] * row["images_per_second"] == pytest.approx(1)
-            assert row["peak_bytes"] > 10_000
-            assert row["nll"] > 0
-            assert row["window"] == (1 if name == "ar" else 8)
-        assert run["ar"]["speedup"] == 1
-        assert run["ar"]["nll_minus_ar"] == 0
-        assert run["sjd2"]["equal_to_ar"] == 1
-        assert run["sjd2"]["nll"] == pytest.approx(run["ar"]["nll"])
+def exported(name, sources, results, folder):
+    result = results[name]
+    return export_benchmark(name, sources[name], result.store, result.methods["sjd"].records, folder)
 
 
-def test_gain_of_a_batch(found):
-    [gains] = found["batch_gain"].values()
-    for name, gain in gains.items():
-        rates = [run[name]["images_per_second"] for run in found["runs"].values()]
-        assert gain == pytest.approx(rates[1] / rates[0])
+def test_prompts_keep_order_and_names(sources):
+    geneval, dpg = (benchmark_prompts(name, source) for name, source in sources.items())
+    assert [(item.key, item.prompt) for item in geneval] == [("00000", "red cat"), ("00001", "blue dog")]
+    assert [(item.key, item.prompt) for item in dpg] == [
+        ("COCOval2014000000000042", "blue cat"), ("vrd2", "a red dog on a mat")
+    ]  # fmt: skip
+    assert len({item.seed for item in [*geneval, *dpg]}) == 4
 
 
-def test_both_modes_are_run_by_default():
-    options = script("decoding").command_line().parse_args([])
-    assert options.modes == ["eager", "compiled"]
-    assert options.batches == [1, 4, 16]
+def test_geneval_layout(sources, results, tmp_path):
+    folder = exported("geneval", sources, results, tmp_path / "geneval" / "sjd")
+    assert sorted(path.name for path in folder.iterdir()) == ["00000", "00001"]
+    records = {record.key: record for record in results["geneval"].methods["sjd"].records}
+    for number, line in enumerate(LINES):
+        place = folder / f"{number:05d}"
+        # The judge reads the file with json.load and takes samples whose names are digits.
+        assert json.loads((place / "metadata.jsonl").read_text()) == json.loads(line)
+        names = [f"{n:04d}.png" for n in range(4)]
+        assert sorted(path.name for path in (place / "samples").iterdir()) == names
+        for name, key in zip(names, ("", "-r1", "-r2", "-r3"), strict=True):
+            own = results["geneval"].store.image_path(records[f"{number:05d}{key}"])
+            assert (place / "samples" / name).read_bytes() == own.read_bytes()
 
 
-def test_reach_of_a_format():
-    """Half a unit of each of two logits, in formats of 8, 11 and 24 bits; guidance weighs both sides."""
-    import torch
+def test_dpg_layout(sources, results, tmp_path):
+    folder = exported("dpg", sources, results, tmp_path / "dpg" / "sjd")
+    assert sorted(path.name for path in folder.iterdir()) == ["COCOval2014000000000042.png", "vrd2.png"]
+    grid = read_image(folder / "vrd2.png")
+    assert grid.shape == (2 * SIDE, 2 * SIDE, 3)
+    records = {record.key: record for record in results["dpg"].methods["sjd"].records}
+    for place, key in enumerate(("vrd2", "vrd2-r1", "vrd2-r2", "vrd2-r3")):
+        row, column = divmod(place, 2)
+        cut = grid[row * SIDE :, column * SIDE :][:SIDE, :SIDE]
+        assert torch.equal(cut, read_image(results["dpg"].store.image_path(records[key])))
 
-    near_ties = script("near_ties")
-    sampling = near_ties.Sampling
-    sizes = torch.tensor([1.0, 1.9, 12.0])
-    assert near_ties.reach(sizes, torch.bfloat16, sampling()).tolist() == [2**-7, 2**-7, 2**-4]
-    assert near_ties.reach(sizes, torch.float16, sampling()).tolist() == [2**-10, 2**-10, 2**-7]
-    guided = near_ties.reach(sizes, torch.bfloat16, sampling(guidance_scale=3.0))
-    assert guided.tolist() == [5 * 2**-7, 5 * 2**-7, 5 * 2**-4]
+
+def test_an_export_is_whole_and_replaces_the_old_one(sources, results, tmp_path):
+    folder = tmp_path / "geneval" / "sjd"
+    (folder / "00009").mkdir(parents=True)
+    exported("geneval", sources, results, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["00000", "00001"]
+    assert [path.name for path in folder.parent.iterdir()] == ["sjd"]
+    records = [r for r in results["geneval"].methods["sjd"].records if r.key != "00001-r2"]
+    with pytest.raises(ValueError, match=r"'00001' has no image '00001-r2'.*samples_per_prompt=4"):
+        export_benchmark("geneval", sources["geneval"], results["geneval"].store, records, tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["geneval"]
+
+
+def test_bad_sources_are_named(tmp_path):
+    path = tmp_path / "m.jsonl"
+    for content in ("{", '{"text": "x"}\n', "[1]\n"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"m\.jsonl cannot be read as GenEval's metadata"):
+            benchmark_prompts("geneval", path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="no prompts"):
+        benchmark_prompts("geneval", path)
+    with pytest.raises(ValueError, match="is no folder"):
+        benchmark_prompts("dpg", path)
+    (tmp_path / "a.txt").write_text(" ")
+    with pytest.raises(ValueError, match="'a' is empty"):
+        benchmark_prompts("dpg", tmp_path)
+    with pytest.raises(ValueError, match="unknown benchmark 'coco'"):
+        benchmark_prompts("coco", path)

@@ -161,6 +161,30 @@ def test_baseline_is_decoded_again_only_when_weights_change(tmp_path, monkeypatc
     assert decoded[2] != decoded[3]
 
 
+class FrozenBelow(Module):
+    """All weights but the head's are frozen: ranks wait for the gradient of every weight that is not."""
+
+    def __init__(self):
+        super().__init__(lr=0.0)
+        self.requires_grad_(False)
+        self.backbone.model.lm_head.weight.requires_grad_(True)
+
+
+@pytest.mark.slow
+def test_ranks_share_the_prompts_and_log_the_same_figures(tmp_path):
+    fit(tmp_path / "one", FrozenBelow(), sampling(tmp_path / "one"))
+    fit(tmp_path / "two", FrozenBelow(), sampling(tmp_path / "two"), strategy="ddp_fork", devices=2)
+    (alone,), (shared,) = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
+    clock = {name for name in alone if "speedup" in name or "second" in name}
+    assert {k: v for k, v in alone.items() if k not in {*clock, "step"}} == {
+        k: v for k, v in shared.items() if k not in {*clock, "step"}
+    }
+    (folder,) = (tmp_path / "two" / "samples").glob("step_*")
+    lines = [len(path.read_text().splitlines()) for path in sorted(folder.glob("records*.jsonl"))]
+    assert len(lines) == 2
+    assert sum(lines) == 2 * 3  # two methods, three prompts, none twice
+
+
 def test_a_trial_run_decodes_one_prompt(tmp_path):
     fit(tmp_path, Module(), sampling(tmp_path, metrics=None, reference=None), fast_dev_run=True)
     assert [line["num_images"] for line in lines_of(tmp_path)] == [1]

@@ -3,9 +3,9 @@
 import csv
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from sjd2_lightning.cli import monitoring
+from sjd2_lightning.cli import building, monitoring
 from sjd2_lightning.cli.evaluate import evaluate, weights_folder
 from sjd2_lightning.cli.evaluate import main as evaluate_main
 from sjd2_lightning.cli.train import main as train_main
@@ -21,6 +21,8 @@ from sjd2_lightning.cli.train import resume_path, train
 from sjd2_lightning.config import conf_dir, evaluate_config
 from sjd2_lightning.config_groups import WandbConfig
 from sjd2_lightning.models.tiny import build_tiny
+from tests.source import REPO
+from tests.test_protocols import tiny_coco
 from tests.tiny_backbones import tiny_image_tokenizer
 
 # A model of random weights and a handful of pictures: what is tested here is that the parts meet.
@@ -215,7 +217,10 @@ def test_a_sweep_of_fine_tuning(command, tiny_folder, tmp_path):
     assert windows == [32, 64]
 
 
-def test_a_sweep_ends_in_one_report_and_lists_what_failed(command, tiny_folder, tmp_path):
+def test_a_sweep_ends_in_one_report_and_lists_what_failed(command, tiny_folder, tmp_path, monkeypatch):
+    loaded, build = [], building.build_backbone
+    monkeypatch.setattr(building, "build_backbone", lambda *args: (loaded.append(args), build(*args))[1])
+    building._kept_backbone.cache_clear()
     broken = tmp_path / "sweep" / "4"
     broken.mkdir(parents=True)
     (broken / "images").write_text("a file where the folder of images should be")
@@ -241,6 +246,24 @@ def test_a_sweep_ends_in_one_report_and_lists_what_failed(command, tiny_folder, 
     } - {("16", "1")}
     assert "decoding.window=16 decoding.num_levels=1" in (tmp_path / "sweep" / "sweep.html").read_text()
     assert (tmp_path / "sweep" / "figures" / "sweep_step_compression.png").is_file()
+    assert (tmp_path / "sweep" / "figures" / "sweep_seconds_per_image.png").is_file()
+    assert len(loaded) == 1, "the backbone is loaded once a process"
+
+
+@pytest.mark.slow
+def test_a_sweep_in_several_processes(tiny_folder, tmp_path):
+    broken = tmp_path / "sweep" / "1"
+    broken.mkdir(parents=True)
+    (broken / "images").write_text("a file where the folder of images should be")
+    command = [sys.executable, str(REPO / "evaluate.py"), "-m", "hydra/launcher=joblib"]
+    command += ["hydra.launcher.n_jobs=2", "decoding.window=4,16", "decoding.num_levels=1,2"]
+    command += [f"model.path={tiny_folder / 'model'}", "run_dir=sweep", "metrics=none", "num_prompts=1"]
+    command += ["warm_up=false", "compare=[ar,sjd2]", "logger=none"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stderr
+    lines = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").read_text().splitlines()))
+    assert {line["job"] for line in lines} == set("0123")
+    assert [line["job"] for line in lines if line["error"]] == ["1"]
 
 
 def test_a_sweep_that_fails_throughout_says_so(command, tmp_path):
@@ -269,20 +292,53 @@ def test_evaluation_writes_what_it_returns(command, tiny_folder, tmp_path):
     assert len(list((tmp_path / "out" / "images" / "sjd2").glob("*.png"))) == 2
 
 
-def test_wandb_mode_of_the_environment_wins_and_a_sweep_waits_once(monkeypatch, tmp_path):
+def test_prompts_of_a_benchmark_end_in_its_folders(command, tiny_folder, tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"tag": "colors", "prompt": "red heart"}\n')
+    settings = [f"model.path={tiny_folder / 'model'}", "metrics=none", "compare=[sjd]", "logger=none"]
+    settings += ["run_dir=out", "benchmark=geneval", "benchmark_prompts=m.jsonl", "samples_per_prompt=4"]
+    assert command(evaluate_main, *settings, "batch_size=4", "warm_up=false") == 0
+    found = sorted(p.relative_to(tmp_path / "out/geneval") for p in (tmp_path / "out/geneval").rglob("*.*"))
+    assert [str(path) for path in found] == [
+        "sjd/00000/metadata.jsonl", *(f"sjd/00000/samples/000{n}.png" for n in range(4))
+    ]  # fmt: skip
+
+
+def test_coco_is_read_from_a_folder(tmp_path, composed):
+    protocol = tiny_coco(tmp_path / "data" / "coco")
+    config = evaluate_config(
+        composed(
+            "evaluate",
+            "metrics=coco2017_5k",
+            "metrics.features=[EffNetLite0]",
+            "metrics.clip=null",
+            "metrics.protocol.num_images=3",
+        )
+    )
+    assert Path(config.metrics.protocol.images).resolve() == protocol.images
+    prompts, reference = building.build_prompts(config, config.num_prompts), building.build_reference(config)
+    assert tuple(item.key for item in prompts) == reference.keys
+    assert (reference.name, reference.num_prompts, len(prompts)) == ("coco2017_5k", 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("red\n\nblue", "'prompt-00001' is empty"), ("red\nred", "'red' occurs 2 times")]
+)
+def test_unusable_prompts_leave_nothing_behind(command, tiny_folder, tmp_path, capfd, text, expected):
+    (tmp_path / "prompts.txt").write_text(text)
+    settings = ["data.prompt_file=prompts.txt", f"model.path={tiny_folder / 'model'}", "metrics=none"]
+    assert command(evaluate_main, *settings, "run_dir=bad") == 2
+    assert expected in capfd.readouterr().err
+    assert {path.name for path in (tmp_path / "bad").iterdir()} <= {"evaluate.log"}
+
+
+def test_wandb_mode_of_the_environment_wins(monkeypatch, tmp_path):
     asked = []
-
-    def start_run(mode, settings):
-        asked.append(mode)
-        return SimpleNamespace(offline=True)  # as without a network
-
-    monkeypatch.setattr(monitoring.wandb_log, "start_run", start_run)
-    monkeypatch.setattr(monitoring, "_stays_offline", False)
+    monkeypatch.setattr(monitoring.wandb_log, "start_run", lambda mode, settings: asked.append(mode))
     wanted = WandbConfig(mode="online", project="p", entity=None, name=None, group=None, tags=())
+    monitoring.start_wandb(wanted, tmp_path, {}, "id")
     monkeypatch.delenv("WANDB_MODE")
-    for _ in range(3):
-        monitoring.start_wandb(wanted, tmp_path, {}, "id")
-    assert asked == ["online", "offline", "offline"]
+    monitoring.start_wandb(wanted, tmp_path, {}, "id")
+    assert asked == ["offline", "online"]
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert monitoring.start_wandb(wanted, tmp_path, {}, "id") is None
     monkeypatch.setenv("WANDB_MODE", "onlin")

@@ -37,6 +37,8 @@ NAMED_FILES = (
     *(f"weights/{name}/config.json" for name in ("emu3_gen", "janus_pro_1b", "janus_pro_7b")),
     "outputs/demo/model/backbone.json",
     "outputs/smoke/model/backbone.json",
+    *(f"data/coco/annotations/captions_val{year}.json" for year in (2014, 2017)),
+    *(f"data/coco/val{year}/a.jpg" for year in (2014, 2017)),
 )
 
 
@@ -161,6 +163,27 @@ def test_typed_groups_match_what_they_configure():
         ("evaluate", ["decoding.sampling.top_p=0"], "decoding.sampling.top_p must lie in (0, 1]"),
         ("evaluate", ["methods.sjd.num_levels=2"], "methods.sjd.method 'sjd' has no noise"),
         ("evaluate", ["data.prompt_file=gone.txt"], "data.prompt_file=gone.txt: there is no such file"),
+        ("evaluate", ["num_prompts=1"], "num_prompts=1: distances need at least 2 images"),
+        (
+            "evaluate",
+            ["metrics=coco2017_5k", "metrics.protocol.images=gone"],
+            "metrics.protocol.images=gone: there is no such folder; unpack COCO's archives",
+        ),
+        (
+            "evaluate",
+            ["metrics=coco2014_30k", "data.prompt_file=weights/tiny/backbone.json"],
+            "metrics.protocol: coco2014_30k brings prompts and real images",
+        ),
+        (
+            "evaluate",
+            ["benchmark=geneval", "samples_per_prompt=4"],
+            "benchmark_prompts=None: there is nothing; give its evaluation_metadata.jsonl",
+        ),
+        (
+            "evaluate",
+            ["benchmark=dpg", "benchmark_prompts=weights"],
+            "samples_per_prompt=1: dpg judges four images of each prompt",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused(root, overrides, expected):

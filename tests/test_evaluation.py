@@ -19,7 +19,17 @@ from sjd2_lightning.generation import plan_jobs
 from sjd2_lightning.prompts import PromptItem
 from sjd2_lightning.quality import QualityMeter
 from sjd2_lightning.records import RecordStore
-from tests.small_evaluation import METHODS, PROMPTS, SIDE, evaluate, metrics, reference_set, small_backbone
+from tests.small_evaluation import (
+    METHODS,
+    PROMPTS,
+    SIDE,
+    evaluate,
+    figures,
+    metrics,
+    reference_set,
+    small_backbone,
+    tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +40,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(folder):
     return evaluate(folder)
-
-
-def tokens(result):
-    return {name: [record.image_ids for record in method.records] for name, method in result.methods.items()}
-
-
-def figures(result):
-    """All figures but those of the clock."""
-    return {
-        (name, key): figure.value
-        for name, method in result.methods.items()
-        for key, figure in method.figures.items()
-        if key not in ("speedup", "seconds_per_image")
-    }
 
 
 def test_every_method_draws_every_prompt(result, folder):
@@ -344,6 +340,41 @@ def test_references_of_other_prompts_are_taken_evenly():
     strangers = [PromptItem(f"q{number}", "red", 0) for number in range(3)]
     assert reference.matching(strangers).keys == ("p0", "p6", "p11")
     assert reference.matching(PROMPTS[1:3]).keys == ("p1", "p2")
+
+
+def test_costs_are_those_of_the_records(result):
+    for method in result.methods.values():
+        batches = {record.batch: record for record in method.records}.values()
+        seconds = sum(record.seconds for record in batches)
+        assert method.figures["images_per_second"].value == pytest.approx(len(PROMPTS) / seconds)
+        low, high = method.figures["seconds_per_image"].interval
+        assert low <= method.figures["seconds_per_image"].value <= high <= method.seconds_p95 * 1.01 + high
+        assert "peak_memory_gib" not in method.figures  # a CPU cannot tell
+    per_token = {name: m.figures["flops_per_token"].value for name, m in result.methods.items()}
+    assert per_token["ar"] < per_token["sjd"] < 6 * per_token["ar"]  # windows of 6, some of them kept
+
+
+def test_peak_memory_is_the_highest_of_all_batches(result, tmp_path):
+    store = RecordStore(tmp_path, {})
+    records = list(result.methods["ar"].records)
+    store.append(
+        [dataclasses.replace(r, peak_bytes=(r.batch + 1) * 2**30) for r in records],
+        result.store.images(records),
+    )
+    found = measure_methods(store, {"ar": METHODS["ar"]}, PROMPTS, QualityMeter(metrics(), None))
+    assert found.methods["ar"].figures["peak_memory_gib"].value == 3
+
+
+def test_unusable_input_is_found_before_the_folder_is_claimed(tmp_path):
+    started = []
+    with pytest.raises(ValueError, match="is empty"):
+        evaluate(tmp_path / "a", prompts=[PromptItem("a", "", 0)], on_start=lambda: started.append(1))
+    assert started == []
+    few = {"prompts": PROMPTS[:2], "methods": {"sjd": METHODS["sjd"]}}
+    evaluate(tmp_path / "b", on_start=lambda: started.append(1), **few)
+    with pytest.raises(ValueError, match="another configuration"):
+        evaluate(tmp_path / "b", backbone=small_backbone(1), on_start=lambda: started.append(2), **few)
+    assert started == [1]
 
 
 def test_progress_bar_counts_images(tmp_path, capsys):

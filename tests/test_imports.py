@@ -21,16 +21,8 @@ HEAVY = ["lightning", "hydra", "omegaconf", "transformers", "diffusers", "wandb"
 ENTRY = ("config", "config_groups", "config_model", "config_base", "cli")
 RUN = ("module", "callbacks", "recipes", *ENTRY)
 MEASURE = (
-    "evaluation",
-    "comparison",
-    "generation",
-    "quality",
-    "references",
-    "prompts",
-    "ranks",
-    "report",
-    "window_choice",
-    "likelihood",
+    *("evaluation", "comparison", "generation", "quality", "references", "prompts", "ranks", "report"),
+    *("flops", "protocols", "benchmarks", "window_choice", "likelihood"),
 )
 ABOVE = (*MEASURE, *RUN)
 FORBIDDEN = {

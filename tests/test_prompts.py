@@ -1,6 +1,8 @@
 """Prompts: the held-out names, files, and what is refused."""
 
+import io
 import json
+import tarfile
 
 import pytest
 
@@ -39,11 +41,53 @@ def test_files(tmp_path):
     assert second[1] == PromptItem("cat", "a cat", 4)
 
 
+def write_tar(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def test_a_webdataset_file(tmp_path):
+    files = {
+        "./0001.txt": b" a cat\n",
+        "./0001.jpg": b"pixels",
+        "set/0002.json": b'{"prompt": "red heart", "seed": 4}',
+        "set/0003.txt": b"a cat",
+        "set/0003.json": b'{"prompt": "a dog", "key": "dog"}',
+    }
+    write_tar(tmp_path / "a.tar", files)
+    found = read_prompts(tmp_path / "a.tar")
+    assert [(item.key, item.prompt) for item in found] == [
+        ("0001", "a cat"), ("set-0002", "red heart"), ("dog", "a dog")
+    ]  # fmt: skip
+    assert found[1].seed == 4
+    for files, message in (
+        ({}, "no prompts"),
+        ({"a.json": b"{"}, "cannot be read"),
+        ({"a.txt": b""}, "empty"),
+    ):
+        write_tar(tmp_path / "a.tar", files)
+        with pytest.raises(ValueError, match=message):
+            read_prompts(tmp_path / "a.tar")
+    (tmp_path / "a.tar").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"a\.tar cannot be read"):
+        read_prompts(tmp_path / "a.tar")
+
+
+def test_texts_that_have_keys_of_their_own_may_repeat(tmp_path):
+    (tmp_path / "a.json").write_text('[{"prompt": "red", "key": "a"}, {"prompt": "red", "key": "b"}]')
+    assert len(read_prompts(tmp_path / "a.json")) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.txt", "red\n\nblue\n", "'prompt-00001' is empty"),
         ("a.txt", "", "is empty"),
+        ("a.txt", "red\nblue\nred \n", "'red' occurs 2 times; leave it once"),
+        ("a.json", '["red", {"prompt": "red", "seed": 1}]', "'red' occurs 2 times"),
         ("a.json", "[", "cannot be read"),
         ("a.json", "{}", "expected a JSON list"),
         ("a.json", '[{"text": "red"}]', "entry 1 is neither"),

@@ -52,7 +52,8 @@ def test_distances_are_those_of_the_metrics_package():
     expected = frechet_result(
         extract_features(Colours(), images), extract_features(Colours(), reference.images), 5
     )
-    assert figures["fd"] == expected
+    assert (figures["fd"].value, figures["fd"].interval) == (expected.value, expected.interval)
+    assert f"12 reference images (sha256 {reference.identity[:12]})" in figures["fd"].protocol
     assert figures["fd_Other"].value == expected.value
     assert (figures["kid_Other"].name, figures["kid"].name) == ("kid_Other", "kid_Colours")
 
@@ -84,6 +85,35 @@ def test_what_cannot_be_measured_is_left_out():
     assert (
         set(QualityMeter(QualityMetrics([Colours()]), None).measure(pictures(2), ["a", "b"]).figures) == set()
     )
+
+
+def test_neighbours_are_looked_at_where_there_are_enough():
+    manifold = {"precision", "recall", "density", "coverage"}
+    for nearest_k, some in ((2, manifold), (4, set()), (None, set())):
+        meter = QualityMeter(
+            QualityMetrics([Colours()], num_distance_resamples=5, nearest_k=nearest_k), reference_set()
+        )
+        assert set(meter.measure(pictures(), CAPTIONS).figures) == {"fd", "kid"} | some
+
+
+def test_figures_name_the_weights_they_were_made_with(tmp_path):
+    class Weighted(Colours, torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(weight))
+
+        def __call__(self, images):
+            return super().__call__(images) * self.weight.detach()
+
+    found = []
+    for weight in (1.0, 2.0, 1.0):  # one name, other weights: their features must not meet in the cache
+        metrics = QualityMetrics([Weighted(weight)], num_distance_resamples=2, cache_dir=tmp_path)
+        found.append(QualityMeter(metrics, reference_set()).measure(pictures(), CAPTIONS).figures["fd"])
+    assert found[0] == found[2]
+    assert found[1].value == pytest.approx(4 * found[0].value)
+    assert found[0].protocol != found[1].protocol
+    assert "Colours (weights " in found[0].protocol
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_reference_features_are_kept_on_disk(tmp_path):

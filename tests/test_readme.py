@@ -12,7 +12,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tests.source import REPO
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/LOG.md"]
+DOCUMENTS = [
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/LOG.md"),
+    "docs/evaluation.md",
+]
 FENCE = re.compile(r"(<!-- run -->\n)?```(\w+)\n(.*?)```", re.S)
 TEXT = {name: (REPO / name).read_text() for name in DOCUMENTS}
 RUNNABLE = [

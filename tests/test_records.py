@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from sjd2_lightning.records import ImageRecord, RecordStore, discard_other_run, write_atomic
+from sjd2_lightning.records import (
+    ImageRecord,
+    LazyImages,
+    RecordStore,
+    discard_other_run,
+    remove_leftovers,
+    write_atomic,
+)
 
 RECORD = ImageRecord(
     key="a",
@@ -84,7 +91,7 @@ def test_broken_files_are_named(tmp_path):
     store.append([RECORD], [PIXELS])
     store.image_path(RECORD).write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"a\.png cannot be read"):
-        store.images(store.load())
+        list(store.images(store.load()))
     store.path.write_text("{}\n")
     with pytest.raises(ValueError, match="line 1 is no record"):
         store.load()
@@ -94,6 +101,37 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "run.json").unlink()
     with pytest.raises(ValueError, match=r"holds records but no run\.json"):
         RecordStore(tmp_path, {})
+
+
+def test_images_are_read_when_they_are_looked_at():
+    seen = []
+    images = LazyImages(lambda item: (seen.append(item), torch.full((1,), item))[1], [3, 4, 5])
+    assert len(images) == 3
+    assert seen == []
+    assert [int(image) for image in images[1:]] == [4, 5] == seen
+    assert [int(image) for image in images.select([2, 0])] == [5, 3]
+    assert int(images[-1]) == 5
+
+
+def test_temporary_files_of_a_killed_run_are_removed_and_no_others(tmp_path, monkeypatch):
+    store = RecordStore(tmp_path, {})
+    store.append([RECORD], [PIXELS])
+    (tmp_path / ".notes.png.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # a process that is killed does not clean up behind itself
+        patch.setattr("os.fsync", killed)
+        patch.setattr("pathlib.Path.unlink", lambda *args, **kwargs: None)
+        for path in (store.image_path(other("b")), tmp_path / "run.json", tmp_path / "figures" / "grid.png"):
+            with pytest.raises(KeyboardInterrupt):
+                write_atomic(path, "half")
+    assert len(sorted(tmp_path.rglob(".*"))) == 4
+    remove_leftovers(tmp_path)
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "figures"] == before
+    remove_leftovers(tmp_path / "absent")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -6,11 +6,12 @@ import pickle
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 
-from sjd2_lightning.config_groups import ModelConfig, SharedConfig, TrainConfig, shipped
+from sjd2_lightning.config_groups import ModelConfig, ProtocolConfig, SharedConfig, TrainConfig, shipped
 from sjd2_lightning.data.datamodule import CodeDataModule
 from sjd2_lightning.data.emoji import load_emoji_index
 from sjd2_lightning.metrics.alignment import load_clip_scorer
@@ -23,11 +24,14 @@ from sjd2_lightning.models.tiny import build_tiny
 from sjd2_lightning.module import NoiseConfig, SJD2Module
 from sjd2_lightning.optimizer import OptimizerConfig
 from sjd2_lightning.prompts import PromptItem, held_out_prompts, read_prompts
+from sjd2_lightning.protocols import CocoProtocol, coco_items, coco_prompts, coco_reference
 from sjd2_lightning.quality import QualityMetrics
 from sjd2_lightning.recipes.clip import ClipModule, EmojiPairs
 from sjd2_lightning.recipes.tokenizer import EmojiPictureData, TokenizerModule
 from sjd2_lightning.references import ReferenceSet, held_out_emoji, image_folder
 from sjd2_lightning.sharding import ShardedModule, gathered_state
+
+_HELD_OUT_PROMPTS = 64
 
 
 def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataModule]:
@@ -178,6 +182,7 @@ def build_metrics(config: SharedConfig, device: str | torch.device = "cpu") -> Q
         clip=clip,
         num_resamples=metrics.num_resamples,
         num_distance_resamples=metrics.num_distance_resamples,
+        nearest_k=metrics.nearest_k,
         cache_dir=metrics.cache_dir,
     )
 
@@ -186,17 +191,32 @@ def build_reference(config: SharedConfig) -> ReferenceSet | None:
     """Real images for the distances; None where no features are asked for."""
     if not config.metrics.features:
         return None
+    if config.metrics.protocol is not None:
+        protocol = CocoProtocol(**_places(config.metrics.protocol))
+        return coco_reference(protocol, coco_items(protocol))
     height, width = config.model.image_size
     if config.data.reference_dir is not None:
         return image_folder(config.data.reference_dir, (height, width))
     return held_out_emoji(height)
 
 
-def build_prompts(config: SharedConfig, num_prompts: int) -> list[PromptItem]:
-    """The first prompts of `data.prompt_file`, or of the held-out names."""
+def build_prompts(config: SharedConfig, num_prompts: int | None) -> list[PromptItem]:
+    """The first prompts of `metrics.protocol`, of `data.prompt_file`, or of the held-out names.
+
+    None is all that the protocol or the file has, or 64 held-out names.
+    """
+    if config.metrics.protocol is not None:
+        protocol = CocoProtocol(**_places(config.metrics.protocol))
+        return coco_prompts(coco_items(protocol), config.seed)[:num_prompts]
     if config.data.prompt_file is not None:
         return read_prompts(config.data.prompt_file, config.seed)[:num_prompts]
-    return held_out_prompts(num_prompts, config.seed)
+    return held_out_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed)
+
+
+def _places(protocol: ProtocolConfig) -> dict[str, Any]:
+    """Its values, the places as paths."""
+    places = {"annotations": Path(protocol.annotations), "images": Path(protocol.images)}
+    return {**protocol.model_dump(), **places}
 
 
 def recipe_dir(config: TrainConfig) -> str:

@@ -14,6 +14,7 @@ from sjd2_lightning.config_groups import EvaluateConfig, shipped
 
 if TYPE_CHECKING:
     from sjd2_lightning.comparison import EvaluationResult
+    from sjd2_lightning.prompts import PromptItem
     from sjd2_lightning.report.writing import ReportFiles
 
 log = logging.getLogger(__name__)
@@ -43,27 +44,24 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     config = evaluate_config(cfg)
     run_dir = Path(config.run_dir)
-    save_config(config, run_dir / "evaluate.yaml")
     weights = weights_folder(config)
 
     import torch
 
     from sjd2_lightning.cli.building import (
         build_metrics,
-        build_prompts,
         build_reference,
         decoding_backbone,
         image_tokenizer_of,
     )
     from sjd2_lightning.evaluation import evaluate_methods, evaluation_mode
-    from sjd2_lightning.prompts import repeat_prompts
     from sjd2_lightning.report.provenance import collect_provenance, redact
     from sjd2_lightning.report.writing import report_object, write_report
     from sjd2_lightning.window_choice import resolve_windows
 
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    prompts = repeat_prompts(build_prompts(config, config.num_prompts), config.samples_per_prompt)
+    prompts = chosen_prompts(config)
     backbone = decoding_backbone(config.model, weights, config.ckpt_path, device)
     layout = backbone.layout(*config.model.image_size)
     with evaluation_mode(backbone):
@@ -89,6 +87,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         image_tokenizer=image_tokenizer_of(backbone),
         warm_up=config.warm_up,
         replace=config.replace_images,
+        on_start=lambda: save_config(config, run_dir / "evaluate.yaml"),
     )
     if result is None:  # rank 0 reports
         return {}
@@ -103,8 +102,35 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     )
     files = write_report(result, provenance)
     publish(config, result, provenance)
+    export(config, result)
     show(config, result, weights, files)
     return report_object(result, provenance)
+
+
+def chosen_prompts(config: EvaluateConfig) -> list[PromptItem]:
+    """The prompts to decode, each with all its samples."""
+    from sjd2_lightning.benchmarks import benchmark_prompts
+    from sjd2_lightning.cli.building import build_prompts
+    from sjd2_lightning.prompts import repeat_prompts
+
+    if config.benchmark is not None and config.benchmark_prompts is not None:
+        found = benchmark_prompts(config.benchmark, config.benchmark_prompts, config.seed)
+        found = found[: config.num_prompts]
+    else:
+        found = build_prompts(config, config.num_prompts)
+    return repeat_prompts(found, config.samples_per_prompt)
+
+
+def export(config: EvaluateConfig, result: EvaluationResult) -> None:
+    """Lays every method's images out in the folders of the benchmark, if there is one."""
+    from sjd2_lightning.benchmarks import export_benchmark
+
+    if config.benchmark is None or config.benchmark_prompts is None:
+        return
+    for name, method in result.methods.items():
+        folder = Path(config.run_dir) / config.benchmark / name
+        export_benchmark(config.benchmark, config.benchmark_prompts, result.store, method.records, folder)
+    log.info("images for %s: %s", config.benchmark, Path(config.run_dir) / config.benchmark)
 
 
 def weights_folder(config: EvaluateConfig) -> Path:

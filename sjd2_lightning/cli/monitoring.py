@@ -115,18 +115,12 @@ def wandb_id(folder: Path, ckpt_path: str | None) -> str:
     return found
 
 
-_stays_offline = False
-
-
 def start_wandb(config: WandbConfig, folder: Path, values: dict[str, Any], run_id: str) -> Any:
     """A W&B run in a folder, or None when disabled; WANDB_MODE wins over the configuration.
-
-    Online is tried once a process: a sweep without network waits for the server once.
 
     Raises:
         ValueError: WANDB_MODE holds an unknown mode.
     """
-    global _stays_offline
     mode = os.environ.get("WANDB_MODE") or config.mode
     if mode not in ("online", "offline", "disabled"):
         raise ValueError(f"WANDB_MODE={mode} is unknown; use online, offline or disabled")
@@ -134,19 +128,8 @@ def start_wandb(config: WandbConfig, folder: Path, values: dict[str, Any], run_i
         return None
     settings = config.model_dump(include={"project", "entity", "name", "group", "tags"})
     settings["tags"] = list(config.tags)
-    run = wandb_log.start_run(
-        "offline" if _stays_offline else mode,
-        {
-            "dir": str(folder),
-            "config": values,
-            "job_type": "train",
-            "id": run_id,
-            "resume": "allow",
-            **settings,
-        },
-    )
-    _stays_offline = mode == "online" and bool(run.offline)
-    return run
+    identity = {"dir": str(folder), "config": values, "job_type": "train", "id": run_id, "resume": "allow"}
+    return wandb_log.start_run(mode, identity | settings)
 
 
 def finish_loggers(loggers: Sequence[Logger]) -> None:

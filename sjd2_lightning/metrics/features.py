@@ -70,11 +70,16 @@ class FeatureStatistics:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features (N, dim), float32 on the CPU, of one set of images, with what they were made by."""
+    """Features (N, dim), float32 on the CPU, of one set of images, with what they were made by.
+
+    `weights` is the sha256 of the extractor's weights, `images_sha256` that of the images; "" where unknown.
+    """
 
     extractor: str
     preprocessing: str
     features: Tensor
+    weights: str = ""
+    images_sha256: str = ""
 
     @property
     def num_images(self) -> int:
@@ -199,8 +204,12 @@ def load_feature_extractor(
     raise ValueError(f"unknown feature extractor {name!r}; choose {known}")
 
 
-def extract_features(extractor: FeatureExtractor, images: Images, batch_size: int = 32) -> FeatureSet:
+def extract_features(
+    extractor: FeatureExtractor, images: Images, batch_size: int = 32, weights: str = ""
+) -> FeatureSet:
     """Features of uint8 images, (N, h, w, 3) or N times (h, w, 3), read `batch_size` at a time (ours).
+
+    `weights` is the sha256 of the extractor's weights, where it is known.
 
     Raises:
         ValueError: there is no image, or one is not uint8 with three channels.
@@ -208,32 +217,36 @@ def extract_features(extractor: FeatureExtractor, images: Images, batch_size: in
     if len(images) == 0:
         raise ValueError("no images to extract features from; check the folder or the number of prompts")
     parts = [extractor(images[i : i + batch_size]).cpu() for i in range(0, len(images), batch_size)]
-    return FeatureSet(extractor.name, extractor.preprocessing, torch.cat(parts))
+    return FeatureSet(extractor.name, extractor.preprocessing, torch.cat(parts), weights)
 
 
 def cached_features(
-    extractor: FeatureExtractor, images: Images, cache_dir: str | Path, batch_size: int = 32
+    extractor: FeatureExtractor,
+    images: Images,
+    cache_dir: str | Path,
+    batch_size: int = 32,
+    weights: str = "",
 ) -> FeatureSet:
     """`extract_features`, kept in `cache_dir` under a hash of what decides them (ours).
 
-    The file is named by the images' bytes and order, the extractor and its preprocessing, so a changed set
-    of images can never meet old features. An unreadable file is written anew.
+    The file is named by the images' bytes and order, the extractor, its weights and its preprocessing, so a
+    changed set of images can never meet old features. An unreadable file is written anew.
     """
-    path = Path(cache_dir) / f"{extractor.name}-{_content_hash(extractor, images)}.safetensors"
+    path = Path(cache_dir) / f"{extractor.name}-{_content_hash(extractor, images, weights)}.safetensors"
     if path.is_file():
         try:
             kept = safetensors.load_file(path)["features"]
         except (SafetensorError, KeyError):
             pass
         else:
-            return FeatureSet(extractor.name, extractor.preprocessing, kept)
-    found = extract_features(extractor, images, batch_size)
+            return FeatureSet(extractor.name, extractor.preprocessing, kept, weights)
+    found = extract_features(extractor, images, batch_size, weights)
     write_atomic(path, safetensors.save({"features": found.features.contiguous()}))
     return found
 
 
-def _content_hash(extractor: FeatureExtractor, images: Images) -> str:
-    digest = hashlib.sha256(f"{extractor.name}|{extractor.preprocessing}|{extractor.dim}".encode())
+def _content_hash(extractor: FeatureExtractor, images: Images, weights: str) -> str:
+    digest = hashlib.sha256(f"{extractor.name}|{extractor.preprocessing}|{extractor.dim}|{weights}".encode())
     for image in images:
         digest.update(str(tuple(image.shape)).encode())
         digest.update(image.cpu().numpy().tobytes())

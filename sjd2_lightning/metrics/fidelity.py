@@ -87,9 +87,9 @@ def frechet_result(
     Raises:
         ValueError: the sets were made by different extractors, or hold fewer than two images.
     """
-    _check_comparable(generated, reference)
+    check_comparable(generated, reference)
     contributions = frechet_contributions(generated.features, reference.statistics)
-    name, protocol = _metric_name("fd", generated), _protocol(generated, reference)
+    name, protocol = _metric_name("fd", generated), distance_protocol(generated, reference)
     result = mean_result(name, contributions.numpy(), protocol, num_resamples, seed, confidence)
     interval = result.interval and (max(result.interval[0], 0.0), result.interval[1])
     return replace(result, interval=interval, flags=_flags(generated, biased=True))
@@ -110,7 +110,7 @@ def kid_result(
     Raises:
         ValueError: different extractors, or fewer than two images in a set.
     """
-    _check_comparable(generated, reference)
+    check_comparable(generated, reference)
     if min(generated.num_images, reference.num_images) < 2:
         raise ValueError(f"KID needs 2 images a set; got {generated.num_images} and {reference.num_images}")
     x, y = generated.features.double(), reference.features.double()
@@ -121,13 +121,15 @@ def kid_result(
         + _mean_over_pairs(y, y_weights)
         - 2 * _weighted_kernel_sum(x, y, x_weights, y_weights) / (x_weights.sum(1) * y_weights.sum(1))
     )
-    interval = percentile_interval(estimates[1:].numpy(), confidence) if num_resamples else None
+    # A resample of few images may be one image alone, which has no pair to look at.
+    replicates = estimates[1:][estimates[1:].isfinite()]
+    interval = percentile_interval(replicates.numpy(), confidence) if len(replicates) else None
     return MetricResult(
         _metric_name("kid", generated),
         float(estimates[0]),
         interval,
         generated.num_images,
-        _protocol(generated, reference),
+        distance_protocol(generated, reference),
         _flags(generated, biased=False),
         confidence,
     )
@@ -165,8 +167,14 @@ def _metric_name(metric: str, features: FeatureSet) -> str:
     return f"{metric}_{features.extractor}"
 
 
-def _protocol(generated: FeatureSet, reference: FeatureSet) -> str:
-    return f"{generated.extractor}, {generated.preprocessing}, {reference.num_images} reference images"
+def distance_protocol(generated: FeatureSet, reference: FeatureSet) -> str:
+    """Extractor and its weights, resize, number of reference images and their hash, as far as known."""
+    weights = f" (weights {generated.weights[:12]})" if generated.weights else ""
+    images = f" (sha256 {reference.images_sha256[:12]})" if reference.images_sha256 else ""
+    return (
+        f"{generated.extractor}{weights}, {generated.preprocessing}, "
+        f"{reference.num_images} reference images{images}"
+    )
 
 
 def _flags(generated: FeatureSet, biased: bool) -> tuple[str, ...]:
@@ -177,7 +185,8 @@ def _flags(generated: FeatureSet, biased: bool) -> tuple[str, ...]:
     return (f"N = {generated.num_images} < {needed}: {effect}",)
 
 
-def _check_comparable(generated: FeatureSet, reference: FeatureSet) -> None:
-    made = [(s.extractor, s.preprocessing, s.dim) for s in (generated, reference)]
+def check_comparable(generated: FeatureSet, reference: FeatureSet) -> None:
+    """Raises ValueError for features of different extractors, weights or resizes."""
+    made = [(s.extractor, s.preprocessing, s.dim, s.weights) for s in (generated, reference)]
     if made[0] != made[1]:
         raise ValueError(f"features of {made[0]} and {made[1]} have no distance; use one extractor for both")

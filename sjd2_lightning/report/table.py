@@ -10,6 +10,7 @@ from rich.table import Table
 
 from sjd2_lightning.comparison import BASELINE, EvaluationResult, MethodResult
 from sjd2_lightning.metrics.bootstrap import MetricResult
+from sjd2_lightning.metrics.manifold import MANIFOLD
 
 MISSING = "–"
 
@@ -48,8 +49,10 @@ _SPEED = (
     Column("step_compression", "tokens / pass", 2),
     Column("speedup", "speedup", 2),
     Column("seconds_per_image", "s / image", 2),
+    Column("peak_memory_gib", "GiB", 1),
 )
-_QUALITY = (("clip_score", 2), ("clip_gain", 2), ("fd", 1), ("kid", 3))
+_QUALITY = (("clip_score", 2), ("clip_gain", 2), ("fd", 1), ("kid", 3), *((name, 2) for name in MANIFOLD))
+_DISTANCES = {"fd_": 1, "kid_": 3, **{f"{name}_": 2 for name in MANIFOLD}}  # of further extractors
 
 
 def columns(result: EvaluationResult) -> tuple[Column, ...]:
@@ -60,9 +63,10 @@ def columns(result: EvaluationResult) -> tuple[Column, ...]:
     names["clip_gain"] = "CLIP gain" if "clip_gain" in names else ""
     quality = [Column(key, names[key], decimals) for key, decimals in _QUALITY if names.get(key)]
     quality += [
-        Column(key, name, 3 if key.startswith("kid") else 1)
+        Column(key, name, decimals)
         for key, name in names.items()
-        if key.startswith(("fd_", "kid_"))
+        for prefix, decimals in _DISTANCES.items()
+        if key.startswith(prefix)
     ]
     return (*(column for column in _SPEED if column.key in names), *quality)
 
@@ -116,7 +120,8 @@ def console_table(result: EvaluationResult) -> Table:
     table.add_column("method", no_wrap=True)
     table.add_column("accept")
     table.add_column("= ar", justify="right")
-    shown = [place for place, column in enumerate(columns(result)) if column.key != "seconds_per_image"]
+    hidden = ("seconds_per_image", "peak_memory_gib", *MANIFOLD)  # a console has room for the others
+    shown = [place for place, column in enumerate(columns(result)) if not column.key.startswith(hidden)]
     for place in shown:
         heading = columns(result)[place].heading
         table.add_column(heading.replace("clip_score_", "CLIP\n").replace("_", "\n", 1), justify="right")

@@ -12,11 +12,13 @@ import numpy as np
 import wandb
 
 from sjd2_lightning.comparison import EvaluationResult, MethodResult
+from sjd2_lightning.metrics.manifold import MANIFOLD
 from sjd2_lightning.report.figures import acceptance_maps, figure_pixels, image_grid
 from sjd2_lightning.report.provenance import redact
 
 INIT_TIMEOUT_S = 15
 _MAX_TABLE_ROWS = 100
+_OF_FEATURES = ("fd", "kid", *MANIFOLD)
 _MODES = ("online", "offline", "disabled")
 
 
@@ -33,7 +35,7 @@ def scalar_row(result: EvaluationResult, prefix: str = "val/") -> dict[str, floa
         suffix = "" if name == main else f"_{name}"
         for key, figure in method.figures.items():
             # Distances carry their extractor in the name; scores their scorer only in the report.
-            log_key = figure.name if key.startswith(("fd", "kid")) else key
+            log_key = figure.name if key.partition("_")[0] in _OF_FEATURES else key
             row[f"{prefix}{log_key}{suffix}"] = figure.value
         if method.equal_to_ar is not None and name != "ar":
             row[f"{prefix}equal_to_ar{suffix}"] = method.equal_to_ar
@@ -109,23 +111,30 @@ def log_to_wandb(
         run.finish()
 
 
+_stays_offline = False
+
+
 def start_run(mode: str, settings: dict[str, Any]) -> Any:
-    """A W&B run; an online one falls back to offline with one warning when it cannot be had."""
-    if mode == "online":
+    """A W&B run; an online one falls back to offline with one warning when it cannot be had.
+
+    Online is tried once a process: a sweep without network waits for the server once.
+    """
+    global _stays_offline
+    if mode == "online" and not _stays_offline:
         reason = "nobody is logged in (`wandb login`)"
-        if wandb.login(prompt=False):
-            try:
+        try:
+            if wandb.login(prompt=False):  # asks the server about the key, so it too may fail
                 return wandb.init(
                     mode="online", settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S), **settings
                 )
-            except wandb.errors.Error as error:
-                reason = f"the server cannot be used ({error})"
+        except (wandb.errors.Error, OSError) as error:
+            reason = f"the server cannot be used ({error})"
         warnings.warn(
             f"W&B stays offline: {reason}. "
             f"Send the run later with `wandb sync {settings['dir']}/wandb/offline-run-*`",
             stacklevel=3,
         )
-        mode = "offline"
+        _stays_offline = True
     return wandb.init(mode="disabled" if mode == "disabled" else "offline", **settings)
 
 

@@ -22,12 +22,19 @@ FIGURES = (
     "step_compression",
     "speedup",
     "seconds_per_image",
+    "images_per_second",
+    "flops_per_token",
+    "peak_memory_gib",
     "clip_score",
     "clip_score_shuffled",
     "clip_gain",
     "clip_score_minus_ar",
     "fd",
     "kid",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
 )
 
 
@@ -117,9 +124,14 @@ def _metrics_object(result: EvaluationResult) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method in result.methods.values():
         for key, figure in method.figures.items():
-            found.setdefault(
-                key, {"name": figure.name, "protocol": figure.protocol, "confidence": figure.confidence}
-            )
+            described = {
+                "name": figure.name,
+                "protocol": figure.protocol,
+                "confidence": figure.confidence,
+                "num_images": figure.num_images,
+                "flags": list(figure.flags),
+            }
+            found.setdefault(key, described)
     return found
 
 

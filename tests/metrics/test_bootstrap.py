@@ -36,6 +36,18 @@ def test_pairing_narrows_the_interval():
     assert high - low < 0.02
 
 
+def test_equal_methods_seldom_seem_to_differ():
+    """False alarms: intervals that leave out 0 where the true difference is 0; 5 % aimed at."""
+    rng = np.random.default_rng(4)
+    alarms = []
+    for trial in range(300):
+        shared = rng.exponential(size=60)  # hard and easy prompts, skewed noise on top
+        first, second = (shared + 0.3 * rng.exponential(size=60) for _ in range(2))
+        low, high = paired_difference("d", first, second, "p", 400, trial).interval
+        alarms.append(not low <= 0 <= high)
+    assert 0.02 <= np.mean(alarms) <= 0.09
+
+
 def test_same_seed_same_interval():
     values = np.random.default_rng(3).normal(size=50)
     one, same, other = (mean_result("m", values, "p", seed=seed).interval for seed in (0, 0, 1))

@@ -120,6 +120,12 @@ def _kid_value(num: int, num_reference: int, seed: int) -> float:
     return kid_result(named(x), named(y), num_resamples=0).value
 
 
+def test_kid_of_few_images_has_an_interval():
+    low, high = kid_result(named(draw(2, 8, 0)), named(draw(3, 8, 1)), num_resamples=50).interval
+    assert math.isfinite(low)
+    assert low < high
+
+
 def test_kid_in_blocks_equals_kid_at_once(monkeypatch):
     x, y = named(draw(50, 8, 0)), named(draw(70, 8, 1))
     whole = kid_result(x, y, 20)

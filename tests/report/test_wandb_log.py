@@ -1,6 +1,10 @@
 """Weights & Biases: an offline run holds everything, online falls back, disabled does nothing."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import wandb
@@ -8,6 +12,7 @@ import wandb
 from sjd2_lightning.report import wandb_log
 from sjd2_lightning.report.wandb_log import log_to_wandb, media_row, scalar_row
 from tests.small_evaluation import METHODS, PROMPTS
+from tests.source import REPO
 from tests.wandb_files import offline_run
 
 
@@ -56,9 +61,58 @@ def test_online_falls_back_with_one_warning(monkeypatch, tmp_path, logged_in):
         if mode == "online":
             raise wandb.errors.CommError("no route")
 
+    monkeypatch.setattr(wandb_log, "_stays_offline", False)
     monkeypatch.setattr(wandb_log.wandb, "init", init)
     monkeypatch.setattr(wandb_log.wandb, "login", lambda **_: logged_in)
     with pytest.warns(UserWarning, match="wandb sync .*offline-run") as caught:
         wandb_log.start_run("online", {"dir": str(tmp_path)})
     assert len(caught) == 1
-    assert calls == (["online", "offline"] if logged_in else ["offline"])
+    once = ["online", "offline"] if logged_in else ["offline"]
+    assert calls == once
+    wandb_log.start_run("online", {"dir": str(tmp_path)})  # the next run of a sweep does not wait again
+    assert calls == [*once, "offline"]
+
+
+UNREACHABLE = """
+import sys, time, warnings
+from pathlib import Path
+from sjd2_lightning.report.wandb_log import log_to_wandb
+from tests.small_evaluation import METHODS, evaluate
+folder = Path(sys.argv[1])
+result = evaluate(folder / "images", methods={name: METHODS[name] for name in ("ar", "sjd")})
+for run in ("first", "second"):
+    (folder / run).mkdir()
+    start = time.monotonic()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log_to_wandb(result, {}, folder / run)
+    print(run, time.monotonic() - start, sum("wandb sync" in str(w.message) for w in caught))
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_costs_under_30_s_once_and_loses_nothing(tmp_path):
+    """In a process of its own: W&B reads its address once a process."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(64)
+        address = {
+            "WANDB_MODE": "online",
+            "WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "WANDB_API_KEY": "0" * 40,
+        }
+        command = [sys.executable, "-c", UNREACHABLE, str(tmp_path)]
+        ran = subprocess.run(
+            command, cwd=REPO, env=os.environ | address, capture_output=True, text=True, timeout=300
+        )
+    assert ran.returncode == 0, ran.stderr
+    timed = {line.split()[0]: line.split()[1:] for line in ran.stdout.splitlines() if line.count(" ") == 2}
+    assert float(timed["first"][0]) < 30
+    assert int(timed["first"][1]) == 1
+    assert float(timed["second"][0]) < 10
+    for run in ("first", "second"):
+        rows, _ = offline_run(tmp_path / run)
+        (row,) = [row for row in rows if "eval/nfe" in row]
+        assert {"eval/images", "eval/passes", "eval/prompts", "eval/acceptance/sjd", "eval/speedup"} <= set(
+            row
+        )

@@ -52,8 +52,13 @@ class KVCache:
         self._start = start
         self._num_visible = num_visible or self.max_len
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Writes the new entries, each (B, H, L, D), and returns all visible ones, (B, H, S, D)."""
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the new entries, each (B, H, L, D), and returns all visible ones, (B, H, S, D).
+
+        transformers gives its own caches more, since 5.24 by keyword; none of it is needed here.
+        """
         all_keys, all_values = self.keys[layer_idx], self.values[layer_idx]
         if self._start is not None:
             all_keys.narrow(2, self._start, keys.shape[2]).copy_(keys)

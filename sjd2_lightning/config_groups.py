@@ -245,6 +245,17 @@ class CallbacksConfig(Group):
     extra: list[dict[str, Any]]
 
 
+class ReportConfig(Group):
+    """What the report of evaluate.py shows; see `report.observations` and `report.page`."""
+
+    num_images: Count
+    page_megabytes: Positive
+    num_trajectories: Natural
+    num_frames: Annotated[int, Field(ge=2)]
+    cost_windows: tuple[Count, ...]
+    publish: Literal["none", "wandb"]
+
+
 class SharedConfig(Group):
     """What train.py and evaluate.py have in common."""
 
@@ -297,3 +308,10 @@ class EvaluateConfig(SharedConfig):
     device: Literal["auto", "cpu", "cuda", "mps"]
     warm_up: bool
     replace_images: bool
+    report: ReportConfig
+
+    def problems(self) -> list[str]:
+        """A W&B Report without a W&B run."""
+        if self.report.publish == "wandb" and self.logger.wandb is None:
+            return ["report.publish=wandb: a W&B Report shows a W&B run; use logger=wandb, or publish=none"]
+        return []

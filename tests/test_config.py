@@ -137,6 +137,14 @@ def test_typed_groups_match_what_they_configure():
         ("train", ["ckpt_path=gone.ckpt"], "ckpt_path=gone.ckpt: there is no such checkpoint"),
         ("train", ["model.path=gone"], "model.path=gone: there is no backbone.json"),
         ("train", ["metrics.clip=gone/clip"], "metrics.clip=gone/clip: there is no such folder"),
+        ("evaluate", ["report.num_frames=1"], "report.num_frames=1: must be greater than or equal to 2"),
+        ("evaluate", ["report.cost_windows=[0]"], "report.cost_windows.0=0: must be greater than"),
+        ("evaluate", ["report.publish=paper"], "report.publish='paper': must be 'none' or 'wandb'"),
+        (
+            "evaluate",
+            ["report.publish=wandb", "logger=none"],
+            "report.publish=wandb: a W&B Report shows a W&B run; use logger=wandb, or publish=none",
+        ),
         ("train", ["task=clip"], "task=clip: needs the group of keys `clip`; use experiment=tiny_clip"),
         ("train", ["decoding=each"], "compare=[]"),
         ("train", ["seed=${gone}"], "Interpolation key 'gone' not found"),
@@ -294,7 +302,7 @@ def test_saved_configuration_is_resolved_and_without_secrets(tmp_path, monkeypat
 def test_every_value_has_its_meaning_beside_it():
     """Keys of the groups that people read first carry a comment, themselves or above their block."""
     bare = []
-    for group in ("data", "model", "noise", "optimizer", "metrics"):
+    for group in ("data", "model", "noise", "optimizer", "metrics", "report"):
         for path in (CONF / group).glob("*.yaml"):
             lines = path.read_text().splitlines()
             if "defaults:" in lines or path.stem == "lumina_mgpt":

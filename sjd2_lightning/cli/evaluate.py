@@ -151,17 +151,17 @@ def publish_to_wandb(config: EvaluateConfig, run_folder: str | None) -> None:
     if run_folder is None:
         log.warning("W&B Report not published: W&B is disabled; run again with logger.wandb.mode=online")
         return
-    where = {"project": config.logger.wandb.project, "entity": config.logger.wandb.entity}
+    project, entity = config.logger.wandb.project, config.logger.wandb.entity
     reason = "the run was kept offline"
     if not Path(run_folder).name.startswith("offline"):
         try:
-            url = publish_report(config.run_dir, **where, run_id=run_id_of(run_folder))
+            url = publish_report(config.run_dir, project=project, entity=entity, run_id=run_id_of(run_folder))
         except ValueError as error:
             reason = str(error)
         else:
             log.info("W&B Report: %s", url)
             return
-    later = later_command(config.run_dir, run_folder, **where)
+    later = later_command(config.run_dir, run_folder, project=project, entity=entity)
     log.warning("W&B Report not published: %s; publish it later with: %s", reason, later)
 
 

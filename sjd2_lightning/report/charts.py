@@ -89,7 +89,7 @@ def cost_chart(
     for cost in methods:
         colour = method_colour(places[cost.method])
         axis.plot(cost.window, 1000 * cost.seconds, "D", color=colour, markersize=6, label=cost.method)
-    ticks = sorted({cost.window for cost in (*passes, *methods)})
+    ticks = sorted({cost.window for cost in passes} | {cost.window for cost in methods})
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_minor_locator(NullLocator())
@@ -109,8 +109,8 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     for side in ("left", "bottom"):
         axis.spines[side].set_color(LINE)
     axis.tick_params(labelsize=8, color=LINE, labelcolor=QUIET)
-    axis.xaxis.label.set_size(8)
-    axis.yaxis.label.set_size(8)
+    axis.xaxis.label.set_fontsize(8)
+    axis.yaxis.label.set_fontsize(8)
     axis.grid(axis="y", color=LINE, linewidth=0.6)
     axis.set_axisbelow(True)
     return figure, axis

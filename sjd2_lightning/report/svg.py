@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ TEXT, QUIET, LINE = "#000000", "#61666d", "#d9dce0"
 _VARIABLES = {TEXT: "--text", QUIET: "--quiet", LINE: "--line"} | {
     colour: f"--method-{place}" for place, colour in enumerate(METHOD_COLOURS)
 }
-_STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}
+_STYLE: dict[Any, str] = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}
 _DROPPED = re.compile(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", re.DOTALL)
 _ID = re.compile(r"(\bid=\"|href=\"#|url\(#)")
 _FONT = re.compile(r"font: ([\d.]+)px [^;\"]*")

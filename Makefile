@@ -11,16 +11,17 @@ DEMO_TRAIN_ARGS ?=
 DEMO_EVAL_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SCREENSHOT_PAGE ?= outputs/demo/report.html
 
 # Nothing but the set-up uses the network, unless the user says otherwise.
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-slow bench lint format clean
+.PHONY: help setup lock demo test test-slow test-browser screenshot bench lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## create .venv and install the package with its development tools
 
@@ -55,6 +56,13 @@ test: $(STAMP)  ## run the default tier of the tests
 
 test-slow: $(STAMP)  ## run the tests that decode or train for minutes
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
+
+test-browser: $(STAMP)  ## open a report's page in headless Chromium; screenshots in outputs/browser
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report $(PYTEST_ARGS)
+
+# Needs Chromium, and a report: make demo writes this one.
+screenshot: $(STAMP)  ## take the README's picture of a page, docs/images/report.png
+	$(BIN)/python -m tests.browser $(SCREENSHOT_PAGE) docs/images/report.png
 
 bench: $(STAMP)  ## measure every decoding method on the shipped weights
 	$(BIN)/python evaluate.py weights=model run_dir=outputs/bench replace_images=true $(BENCH_ARGS)

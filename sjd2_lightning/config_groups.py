@@ -289,6 +289,17 @@ class AutoWindowConfig(Group):
     methods: tuple[str, ...]
 
 
+class ReportConfig(Group):
+    """What the report of evaluate.py shows; see `report.observations` and `report.page`."""
+
+    num_images: Count
+    page_megabytes: Positive
+    num_trajectories: Natural
+    num_frames: Annotated[int, Field(ge=2)]
+    cost_windows: tuple[Count, ...]
+    publish: Literal["none", "wandb"]
+
+
 class SharedConfig(Group):
     """What train.py and evaluate.py have in common."""
 
@@ -362,10 +373,15 @@ class EvaluateConfig(SharedConfig):
     device: Literal["auto", "cpu", "cuda", "mps"]
     warm_up: bool
     replace_images: bool
+    report: ReportConfig
 
     def problems(self) -> list[str]:
-        """A benchmark without its prompts or samples, and too few images to measure a distance."""
+        """A benchmark without its prompts or samples, a W&B Report without a run, too few images."""
         found = super().problems()
+        if self.report.publish == "wandb" and self.logger.wandb is None:
+            found.append(
+                "report.publish=wandb: a W&B Report shows a W&B run; use logger=wandb, or publish=none"
+            )
         if self.benchmark is not None:
             if self.benchmark_prompts is None or not Path(self.benchmark_prompts).exists():
                 what = {"geneval": "its evaluation_metadata.jsonl", "dpg": "its folder of .txt prompts"}

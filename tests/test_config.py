@@ -93,7 +93,8 @@ def test_root_is_valid(root):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_is_valid(option):
-    assert typed("evaluate" if option == "decoding=each" else "train", option)
+    only_evaluate = option == "decoding=each" or option.startswith("report=")
+    assert typed("evaluate" if only_evaluate else "train", option)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -151,6 +152,14 @@ def test_typed_groups_match_what_they_configure():
         ("train", ["model.path=gone"], "model.path=gone: no backbone in gone"),
         ("train", ["model.load_onto=auto"], "model.load_onto=auto: must be one device"),
         ("train", ["metrics.clip=gone/clip"], "metrics.clip=gone/clip: there is no such folder"),
+        ("evaluate", ["report.num_frames=1"], "report.num_frames=1: must be greater than or equal to 2"),
+        ("evaluate", ["report.cost_windows=[0]"], "report.cost_windows.0=0: must be greater than"),
+        ("evaluate", ["report.publish=paper"], "report.publish='paper': must be 'none' or 'wandb'"),
+        (
+            "evaluate",
+            ["report.publish=wandb", "logger=none"],
+            "report.publish=wandb: a W&B Report shows a W&B run; use logger=wandb, or publish=none",
+        ),
         ("train", ["task=clip"], "task=clip: needs the group of keys `clip`; use experiment=tiny_clip"),
         ("train", ["decoding=each"], "compare=[]"),
         ("train", ["seed=${gone}"], "Interpolation key 'gone' not found"),
@@ -329,7 +338,7 @@ def test_saved_configuration_is_resolved_and_without_secrets(tmp_path, monkeypat
 def test_every_value_has_its_meaning_beside_it():
     """Keys of the groups that people read first carry a comment, themselves or above their block."""
     bare = []
-    for group in ("data", "model", "noise", "optimizer", "metrics"):
+    for group in ("data", "model", "noise", "optimizer", "metrics", "report"):
         for path in (CONF / group).glob("*.yaml"):
             lines = path.read_text().splitlines()
             if "defaults:" in lines or path.stem == "lumina_mgpt":

@@ -55,6 +55,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         image_tokenizer_of,
     )
     from sjd2_lightning.evaluation import evaluate_methods, evaluation_mode
+    from sjd2_lightning.report.observations import observe
     from sjd2_lightning.report.provenance import collect_provenance, redact
     from sjd2_lightning.report.writing import report_object, write_report
     from sjd2_lightning.window_choice import resolve_windows
@@ -100,11 +101,25 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             "auto_window": {name: choice.summary() for name, choice in windows.items()},
         },
     )
-    files = write_report(result, provenance)
-    publish(config, result, provenance)
+    observations = observe(
+        backbone,
+        result,
+        layout,
+        num_trajectories=config.report.num_trajectories,
+        num_frames=config.report.num_frames,
+        cost_windows=config.report.cost_windows,
+    )
+    files = write_report(
+        result,
+        provenance,
+        observations,
+        page_prompts=config.report.num_images,
+        page_megabytes=config.report.page_megabytes,
+    )
+    publish(config, result, provenance, files)
     export(config, result)
     show(config, result, weights, files)
-    return report_object(result, provenance)
+    return report_object(result, provenance, observations)
 
 
 def chosen_prompts(config: EvaluateConfig) -> list[PromptItem]:
@@ -152,16 +167,43 @@ def pick_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def publish(config: EvaluateConfig, result: EvaluationResult, provenance: dict[str, Any]) -> None:
-    """Logs the evaluation to W&B, if that is asked for."""
+def publish(
+    config: EvaluateConfig, result: EvaluationResult, provenance: dict[str, Any], files: ReportFiles
+) -> None:
+    """Logs the evaluation to W&B, and publishes it as a W&B Report, if that is asked for."""
     from sjd2_lightning.report.wandb_log import log_to_wandb
 
     if config.logger.wandb is None:
         return
     settings = config.logger.wandb.model_dump(include={"mode", "project", "entity", "name", "group", "tags"})
-    folder = log_to_wandb(result, provenance, config.run_dir, **settings)
-    if folder is not None and Path(folder).name.startswith("offline"):
+    pictures = {"cost": files.cost} | ({"settling": files.settling} if files.settling else {})
+    folder = log_to_wandb(result, provenance, config.run_dir, **settings, pictures=pictures)
+    if config.report.publish == "wandb":
+        publish_to_wandb(config, folder)
+    elif folder is not None and Path(folder).name.startswith("offline"):
         log.info("W&B run kept offline; send it with: wandb sync %s", folder)
+
+
+def publish_to_wandb(config: EvaluateConfig, run_folder: str | None) -> None:
+    """A W&B Report of an online run; of any other, one line that says how to get it."""
+    from sjd2_lightning.report.wandb_report import later_command, publish_report, run_id_of
+
+    assert config.logger.wandb is not None
+    if run_folder is None:
+        log.warning("W&B Report not published: W&B is disabled; run again with logger.wandb.mode=online")
+        return
+    project, entity = config.logger.wandb.project, config.logger.wandb.entity
+    reason = "the run was kept offline"
+    if not Path(run_folder).name.startswith("offline"):
+        try:
+            url = publish_report(config.run_dir, project=project, entity=entity, run_id=run_id_of(run_folder))
+        except ValueError as error:
+            reason = str(error)
+        else:
+            log.info("W&B Report: %s", url)
+            return
+    later = later_command(config.run_dir, run_folder, project=project, entity=entity)
+    log.warning("W&B Report not published: %s; publish it later with: %s", reason, later)
 
 
 def show(config: EvaluateConfig, result: EvaluationResult, weights: Path, files: ReportFiles) -> None:

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from sjd2_lightning.comparison import EvaluationResult, MethodResult
 from sjd2_lightning.records import ImageRecord, write_atomic
+from sjd2_lightning.report.svg import method_colour
 
 _IMAGE_INCHES = 1.15
 # In units of one image: distance between images, room for a caption, room for the names of the lines.
 _CELL, _CAPTION, _MARGIN = 1.06, 0.36, 0.85
-_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d")
 
 
 def image_grid(result: EvaluationResult, num_prompts: int = 8, prompts_per_row: int = 8) -> Figure:
@@ -71,7 +71,7 @@ def acceptance_histogram(methods: Sequence[MethodResult]) -> Figure:
     panels = figure.subplots(len(methods), 1, sharex=True, squeeze=False)[:, 0]
     for place, (axis, method) in enumerate(zip(panels, methods, strict=True)):
         counts = np.array(method.acceptance_counts)
-        axis.bar(np.arange(len(counts)), counts / max(counts.sum(), 1), color=_COLOURS[place % len(_COLOURS)])
+        axis.bar(np.arange(len(counts)), counts / max(counts.sum(), 1), color=method_colour(place))
         mean = method.figures["step_compression"].value
         axis.axvline(mean, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(f"{method.name}: {mean:.2f} slots a pass", fontsize=8, loc="left")

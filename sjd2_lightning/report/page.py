@@ -2,86 +2,185 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib import colormaps
-
-from sjd2_lightning.comparison import EvaluationResult, MethodResult
-from sjd2_lightning.records import ImageRecord, png_bytes
-from sjd2_lightning.report.figures import settled_map
+from sjd2_lightning.comparison import BASELINE, EvaluationResult, MethodResult
+from sjd2_lightning.records import ImageRecord
+from sjd2_lightning.report.charts import cost_chart, settling_curve, settling_map
+from sjd2_lightning.report.cost import method_costs
+from sjd2_lightning.report.headline import headline
+from sjd2_lightning.report.observations import Observations
+from sjd2_lightning.report.pictures import data_uri, embedded_image, heat_map_png
+from sjd2_lightning.report.replay import Replay, sprite
+from sjd2_lightning.report.svg import figure_svg, method_colour
 from sjd2_lightning.report.table import columns, rows
+from sjd2_lightning.report.templating import render
+from sjd2_lightning.report.trajectory import Trajectory, settling
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def html_page(
     result: EvaluationResult,
     provenance: Mapping[str, Any],
+    observations: Observations | None = None,
+    *,
     title: str = "Decoding methods",
     num_prompts: int = 24,
+    max_megabytes: float = 12.0,
 ) -> str:
     """The page as text.
 
     Args:
         result: of `evaluate_methods`.
         provenance: of `collect_provenance`.
+        observations: of `observe`; without them the page has neither replay nor settling.
         title: of the page.
         num_prompts: prompts whose images are shown; the table covers all.
+        max_megabytes: room for images. Replays come first; prompts whose images have no room left are
+            counted and left out, the first one excepted.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    shown = [
-        {
-            "caption": item.prompt,
-            "key": item.key,
-            "seed": item.seed,
-            "images": [_image(result, m, m.records[place]) for m in result.methods.values()],
-        }
-        for place, item in enumerate(result.prompts[:num_prompts])
-    ]
-    return environment.get_template("page.html").render(
+    seen = observations or Observations()
+    places = {name: place for place, name in enumerate(result.methods)}
+    replays = _replays(result, seen.replays)
+    room = 1e6 * max_megabytes - sum(len(entry["sprite"]) for shown in replays for entry in shown["methods"])
+    shown = _prompts(result, num_prompts, room)
+    costs = method_costs(result)
+    return render(
+        "page.html",
         title=title,
+        headline=headline(result),
+        places=places,
         columns=columns(result),
         rows=rows(result),
         warnings=result.warnings,
         prompts=shown,
         num_prompts=len(result.prompts),
+        replays=replays,
+        settling=settling(seen.trajectories),
+        settling_curve=_settling_curve(seen.trajectories, places),
+        settling_maps=_settling_maps(seen.trajectories, places),
+        costs=costs,
+        cost_chart=figure_svg(
+            cost_chart(seen.pass_costs, costs, places, legend=False), "cost", "Milliseconds a pass by window"
+        ),
+        pass_costs=seen.pass_costs,
         histograms=[_histogram(method) for method in result.methods.values()],
         reference_name=result.reference_name,
         protocols=_protocols(result),
         summary=_summary(provenance),
         provenance=json.dumps(dict(provenance), indent=2, ensure_ascii=False),
+        data={
+            "methods": list(places),
+            "prompts": [_numbers(prompt) for prompt in shown],
+            "replays": replays,
+        },
     )
 
 
-def heat_map_png(record: ImageRecord) -> bytes:
-    """The map of passes of one image, one pixel a code."""
-    passes = settled_map(record)
-    colours = colormaps["viridis"](passes / max(record.nfe - 1, 1))[..., :3]
-    return png_bytes((colours * 255).round().astype(np.uint8))
+def _prompts(result: EvaluationResult, num_prompts: int, room: float) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for place, item in enumerate(result.prompts[:num_prompts]):
+        images = [_image(result, method, place) for method in result.methods.values()]
+        room -= sum(len(image["picture"]) + len(image["map"]) for image in images)
+        if room < 0 and found:
+            break
+        records = [method.records[place] for method in result.methods.values()]
+        equal = [[_percent_equal(a, b) for b in records] for a in records]
+        found.append(
+            {"caption": item.prompt, "key": item.key, "seed": item.seed, "images": images, "equal": equal}
+        )
+    return found
 
 
-def _image(result: EvaluationResult, method: MethodResult, record: ImageRecord) -> dict[str, Any]:
-    baseline = result.methods.get("ar")
-    place = method.records.index(record)
+def _image(result: EvaluationResult, method: MethodResult, place: int) -> dict[str, Any]:
+    baseline, record = result.methods.get(BASELINE), method.records[place]
     return {
         "method": method.name,
         "nfe": record.nfe,
-        "compression": record.num_generated / record.nfe,
-        "clip_score": method.clip_scores[place] if method.clip_scores else None,
+        "compression": round(record.num_generated / record.nfe, 2),
+        "clip": round(method.clip_scores[place], 1) if method.clip_scores else None,
         "same": baseline is not None
         and method is not baseline
         and baseline.records[place].image_ids == record.image_ids,
-        "picture": _data_uri(result.store.image_path(record).read_bytes()),
-        "map": _data_uri(heat_map_png(record)),
+        "picture": embedded_image(result.store.image_path(record)),
+        "map": data_uri(heat_map_png(record)),
     }
+
+
+def _percent_equal(own: ImageRecord, other: ImageRecord) -> int:
+    """Share of equal codes in percent, never rounded up to all."""
+    same = sum(a == b for a, b in zip(own.image_ids, other.image_ids, strict=True))
+    return 100 * same // len(own.image_ids)
+
+
+def _numbers(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """What the script needs of a prompt; it takes the pictures from the page."""
+    images = [
+        {name: image[name] for name in ("nfe", "compression", "clip", "same")} for image in prompt["images"]
+    ]
+    return {"caption": prompt["caption"], "seed": prompt["seed"], "images": images, "equal": prompt["equal"]}
+
+
+def _replays(result: EvaluationResult, replays: Sequence[Replay]) -> list[dict[str, Any]]:
+    """A replay a prompt, with an entry a method."""
+    costs = {cost.method: cost.seconds for cost in method_costs(result)}
+    found: dict[str, dict[str, Any]] = {}
+    for replay in replays:
+        trajectory = replay.trajectory
+        entry = found.setdefault(
+            trajectory.item.key,
+            {"caption": trajectory.item.prompt, "size": list(trajectory.size), "methods": []},
+        )
+        sheet, in_row = sprite(replay)
+        seen = trajectory.num_seen
+        entry["methods"].append(
+            {
+                "name": trajectory.method,
+                "passes": trajectory.num_passes,
+                "seconds": costs[trajectory.method],
+                "committed": trajectory.num_committed.tolist(),
+                "seen": seen.tolist(),
+                "frames": list(replay.passes),
+                "levels": [_levels(trajectory, place) for place in replay.passes],
+                "frame_size": [replay.frames.shape[2], replay.frames.shape[1]],
+                "in_row": in_row,
+                "sprite": data_uri(sheet, "webp"),
+            }
+        )
+    return list(found.values())
+
+
+def _levels(trajectory: Trajectory, place: int) -> str:
+    """A character for each draft that is left in the window after a pass: the level it was fed with."""
+    drafts = trajectory.levels[place, trajectory.num_committed[place] : trajectory.num_seen[place]]
+    return "".join(_LEVELS[min(level, len(_LEVELS) - 1)] for level in drafts.tolist())
+
+
+def _settling_curve(trajectories: Sequence[Trajectory], places: Mapping[str, int]) -> str:
+    if not trajectories:
+        return ""
+    figure = settling_curve(settling(trajectories), places, legend=False)
+    return figure_svg(figure, "curve", "Share of tokens already final, by passes before the commit")
+
+
+def _settling_maps(trajectories: Sequence[Trajectory], places: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Of the first prompt, for each method that drafts."""
+    return [
+        {
+            "method": trajectory.method,
+            "caption": trajectory.item.prompt,
+            "svg": figure_svg(
+                settling_map(trajectory, method_colour(places[trajectory.method])),
+                f"map-{places[trajectory.method]}",
+                f"Passes in which {trajectory.method} settled and committed each token",
+            ),
+        }
+        for trajectory in trajectories
+        if trajectory.item == trajectories[0].item and trajectory.method != BASELINE
+    ]
 
 
 def _histogram(method: MethodResult) -> dict[str, Any]:
@@ -106,16 +205,16 @@ def _protocols(result: EvaluationResult) -> list[tuple[str, str]]:
 
 def _summary(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     git, hardware = provenance.get("git", {}), provenance.get("hardware", {})
-    versions = provenance.get("versions", {})
+    versions, seeds = provenance.get("versions", {}), provenance.get("seeds", {})
     commit = git.get("commit") or "not a git checkout"
     return [
         ("made", str(provenance.get("created"))),
         ("code", f"{commit[:12]}{' with local changes' if git.get('dirty') else ''}"),
-        ("weights", str(provenance.get("weights_sha256"))[:16]),
+        (
+            "weights",
+            f"{provenance.get('weights', '')} sha256 {str(provenance.get('weights_sha256'))[:16]}".strip(),
+        ),
         ("hardware", f"{hardware.get('gpu') or hardware.get('cpu')}, {hardware.get('num_threads')} threads"),
         ("software", f"Python {versions.get('python')}, torch {versions.get('torch')}"),
+        ("seeds", f"{len(seeds)}, one a prompt, the same for every method"),
     ]
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -14,15 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from sjd2_lightning.comparison import BASELINE
 from sjd2_lightning.records import write_atomic
 from sjd2_lightning.report.figures import figure_png
 from sjd2_lightning.report.sweep_figures import QUALITY, SweepRow, pareto_figure, sweep_map
+from sjd2_lightning.report.templating import render
 
 JOB_FILE = "job.json"
-_TEMPLATES = Path(__file__).parent / "templates"
 # figure -> (title, whether less is better)
 MAPS = {
     "seconds_per_image": ("seconds an image", True),
@@ -215,12 +213,11 @@ def _markdown(jobs: Sequence[SweepJob], rows: Sequence[SweepRow], figures: Seque
 
 
 def _page(jobs: Sequence[SweepJob], rows: Sequence[SweepRow], drawn: Mapping[str, tuple[str, bytes]]) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     headings, lines = _table(jobs, rows)
     titles = job_titles(jobs)
-    return environment.get_template("sweep.html").render(
+    return render(
+        "sweep.html",
+        title="Sweep",
         num_runs=len(jobs),
         failed=[(titles[job.name], job.error) for job in jobs if job.error is not None],
         best=[(method, row.setting, _number(row.figures.get("speedup"))) for method, row in best_rows(rows)],

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import wandb
 
-from sjd2_lightning.comparison import EvaluationResult, MethodResult
+from sjd2_lightning.comparison import BASELINE, EvaluationResult, MethodResult
 from sjd2_lightning.metrics.manifold import MANIFOLD
 from sjd2_lightning.report.figures import acceptance_maps, figure_pixels, image_grid
 from sjd2_lightning.report.provenance import redact
@@ -28,11 +28,10 @@ def scalar_row(result: EvaluationResult, prefix: str = "val/") -> dict[str, floa
     The first method that is not the baseline has the plain keys, such as `val/nfe` and `val/fd_EffNetLite0`;
     the others have their name behind them, such as `val/nfe_ar`.
     """
-    names = list(result.methods)
-    main = next((name for name in names if name != "ar"), names[0])
     row = {}
+    suffixes = log_suffixes(list(result.methods))
     for name, method in result.methods.items():
-        suffix = "" if name == main else f"_{name}"
+        suffix = suffixes[name]
         for key, figure in method.figures.items():
             # Distances carry their extractor in the name; scores their scorer only in the report.
             log_key = figure.name if key.partition("_")[0] in _OF_FEATURES else key
@@ -40,6 +39,12 @@ def scalar_row(result: EvaluationResult, prefix: str = "val/") -> dict[str, floa
         if method.equal_to_ar is not None and name != "ar":
             row[f"{prefix}equal_to_ar{suffix}"] = method.equal_to_ar
     return row
+
+
+def log_suffixes(names: Sequence[str]) -> dict[str, str]:
+    """What stands behind the log keys of each method; nothing for the first that is not the baseline."""
+    main = next((name for name in names if name != BASELINE), names[0])
+    return {name: "" if name == main else f"_{name}" for name in names}
 
 
 def media_row(result: EvaluationResult, prefix: str = "val/", num_prompts: int = 8) -> dict[str, Any]:
@@ -67,6 +72,7 @@ def log_to_wandb(
     name: str | None = None,
     group: str | None = None,
     tags: Sequence[str] = (),
+    pictures: Mapping[str, Path] | None = None,
 ) -> str | None:
     """Logs an evaluation as a W&B run of its own.
 
@@ -79,6 +85,7 @@ def log_to_wandb(
         folder: W&B writes below `<folder>/wandb`.
         mode: "online", "offline" or "disabled".
         project, entity, name, group, tags: of the run.
+        pictures: further PNG files by log key.
 
     Returns:
         The folder of the run's files; None when disabled.
@@ -103,7 +110,8 @@ def log_to_wandb(
     }
     run = start_run(mode, settings)
     try:
-        run.log(media_row(result, prefix="eval/"))
+        further = {f"eval/{key}": wandb.Image(str(path)) for key, path in (pictures or {}).items()}
+        run.log(media_row(result, prefix="eval/") | further)
         for key, value in scalar_row(result, prefix="eval/").items():
             run.summary[key] = value
         return None if run.disabled else str(Path(run.dir).parent)

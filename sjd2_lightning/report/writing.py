@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sjd2_lightning.comparison import EvaluationResult, MethodResult
+from sjd2_lightning.comparison import BASELINE, EvaluationResult, MethodResult
 from sjd2_lightning.metrics.bootstrap import MetricResult
 from sjd2_lightning.records import write_atomic
+from sjd2_lightning.report.charts import cost_chart, settling_curve
+from sjd2_lightning.report.cost import MethodCost, method_costs
 from sjd2_lightning.report.figures import acceptance_histogram, acceptance_maps, image_grid, save_figure
+from sjd2_lightning.report.headline import headline
+from sjd2_lightning.report.observations import Observations
 from sjd2_lightning.report.page import html_page
-from sjd2_lightning.report.table import markdown_table
+from sjd2_lightning.report.table import MISSING, markdown_table
+from sjd2_lightning.report.trajectory import settling
 
 # Figures that every method has in report.json; null where one could not be measured.
 FIGURES = (
@@ -40,7 +45,7 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """Where the parts of a report lie."""
+    """Where the parts of a report lie; `settling` is there if trajectories were observed."""
 
     json: Path
     markdown: Path
@@ -48,38 +53,58 @@ class ReportFiles:
     grid: Path
     histogram: Path
     maps: Path
+    cost: Path
+    settling: Path | None
 
 
 def write_report(
     result: EvaluationResult,
     provenance: Mapping[str, Any],
+    observations: Observations | None = None,
     folder: str | Path | None = None,
+    *,
     num_prompts: int = 8,
+    page_prompts: int = 24,
+    page_megabytes: float = 12.0,
 ) -> ReportFiles:
     """Writes all files of a report.
 
     Args:
         result: of `evaluate_methods`.
         provenance: of `collect_provenance`.
+        observations: of `observe`.
         folder: default is the folder of the images.
         num_prompts: prompts shown in the figures.
+        page_prompts, page_megabytes: prompts whose images the page shows, and the room that it has for them.
     """
+    observations = observations or Observations()
     folder = Path(folder) if folder is not None else result.store.folder
     figures = folder / "figures"
     methods = list(result.methods.values())
     grid = save_figure(image_grid(result, num_prompts), figures / "grid.png")
     histogram = save_figure(acceptance_histogram(methods), figures / "acceptance.png")
     maps = save_figure(acceptance_maps(result, min(num_prompts, 6)), figures / "passes.png")
+    places = {name: place for place, name in enumerate(result.methods)}
+    chart = cost_chart(observations.pass_costs, method_costs(result), places)
+    cost, curve = save_figure(chart, figures / "cost.png"), None
+    if observations.trajectories:
+        settled = settling_curve(settling(observations.trajectories), places)
+        curve = save_figure(settled, figures / "settling.png")
     markdown, html, report = folder / "report.md", folder / "report.html", folder / "report.json"
-    write_atomic(markdown, _markdown(result, provenance))
-    write_atomic(html, html_page(result, provenance))
+    write_atomic(markdown, _markdown(result, provenance, observations))
+    page = html_page(result, provenance, observations, num_prompts=page_prompts, max_megabytes=page_megabytes)
+    write_atomic(html, page)
     # Last: whoever waits for report.json finds the rest beside it.
-    write_atomic(report, json.dumps(report_object(result, provenance), indent=1, allow_nan=False) + "\n")
-    return ReportFiles(report, markdown, html, grid, histogram, maps)
+    whole = report_object(result, provenance, observations)
+    write_atomic(report, json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    return ReportFiles(report, markdown, html, grid, histogram, maps, cost, curve)
 
 
-def report_object(result: EvaluationResult, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def report_object(
+    result: EvaluationResult, provenance: Mapping[str, Any], observations: Observations | None = None
+) -> dict[str, Any]:
     """The whole result as a JSON object: `methods.<name>.<figure>` and what is needed to read it."""
+    seen = observations or Observations()
     return {
         "methods": {name: _method_object(method) for name, method in result.methods.items()},
         "references": {
@@ -88,6 +113,11 @@ def report_object(result: EvaluationResult, provenance: Mapping[str, Any]) -> di
         },
         "metrics": _metrics_object(result),
         "reference_set": {"name": result.reference_name, "sha256": result.reference_identity},
+        "settling": {name: found.as_object() for name, found in settling(seen.trajectories).items()},
+        "cost": {
+            "passes": [asdict(cost) for cost in seen.pass_costs],
+            "methods": {cost.method: asdict(cost) for cost in method_costs(result)},
+        },
         "warnings": list(result.warnings),
         "provenance": dict(provenance),
     }
@@ -140,11 +170,32 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _markdown(result: EvaluationResult, provenance: Mapping[str, Any]) -> str:
+def _markdown(result: EvaluationResult, provenance: Mapping[str, Any], seen: Observations) -> str:
     git, hardware = provenance.get("git", {}), provenance.get("hardware", {})
-    lines = ["# Decoding methods", "", markdown_table(result)]
-    lines += ["In brackets: 95 % bootstrap intervals. ![images](figures/grid.png)", ""]
+    best = headline(result)
+    lines = ["# Decoding methods", "", *((best.sentence, "") if best else ()), markdown_table(result)]
+    lines += ["In brackets: 95 % bootstrap intervals. `report.html` beside this file shows more.", ""]
     lines += [f"- {warning}" for warning in result.warnings]
+    lines += ["", "![images](figures/grid.png)", "", "## Cost of a pass", ""]
+    lines += _lines(
+        ["method", "window", "tokens a pass", "ms a pass", "in passes of ar"],
+        [
+            [
+                cost.method,
+                f"{cost.window}",
+                f"{cost.tokens:.2f}",
+                f"{1000 * cost.seconds:.1f}",
+                _relative(cost),
+            ]
+            for cost in method_costs(result)
+        ],
+    )
+    if found := {name: s for name, s in settling(seen.trajectories).items() if name != BASELINE}:
+        lines += ["", "## How drafts settle", ""]
+        lines += _lines(
+            ["method", "first guess was final", "passes from settled to committed"],
+            [[name, f"{100 * s.first_guess:.0f} %", f"{s.mean_lead:.1f}"] for name, s in found.items()],
+        )
     lines += [
         "",
         f"Prompts: {len(result.prompts)}. Real images: {result.reference_name or 'none'}. "
@@ -153,3 +204,13 @@ def _markdown(result: EvaluationResult, provenance: Mapping[str, Any]) -> str:
         f"{hardware.get('gpu') or hardware.get('cpu')}, {hardware.get('num_threads')} threads.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _lines(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """A table whose first column is text and whose others are numbers."""
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    return ["| " + " | ".join(line) + " |" for line in (headings, rule, *cells)]
+
+
+def _relative(cost: MethodCost) -> str:
+    return MISSING if cost.relative is None else f"{cost.relative:.2f}"

@@ -12,7 +12,8 @@ from PIL import Image
 from rich.console import Console
 
 from sjd2_lightning.report.figures import figure_pixels, grid_figure, settled_map
-from sjd2_lightning.report.page import heat_map_png, html_page
+from sjd2_lightning.report.page import html_page
+from sjd2_lightning.report.pictures import heat_map_png
 from sjd2_lightning.report.table import columns, console_table, equal_text, markdown_table
 from sjd2_lightning.report.writing import FIGURES, report_object, write_report
 from tests.small_evaluation import METHODS, PROMPTS
@@ -23,7 +24,7 @@ DEMANDED = ("nfe", "step_compression", "speedup", "clip_score", "fd", "kid", "nu
 
 @pytest.fixture(scope="module")
 def files(result, provenance, tmp_path_factory):
-    return write_report(result, provenance, tmp_path_factory.mktemp("report"))
+    return write_report(result, provenance, folder=tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +125,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "link", "img", "br"):
+        self.links += [value for name, value in attrs if name in ("src", "href") and value[0] != "#"]
+        if tag not in ("meta", "link", "img", "br", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -138,8 +139,8 @@ def test_page_is_whole_and_needs_no_network(files, result):
     page.feed(text)
     assert page.open == []
     assert all(link.startswith("data:") for link in page.links)
-    assert page.tags.count("img") == 2 * len(METHODS) * len(PROMPTS)
-    assert "script" not in page.tags
+    assert page.tags.count("img") == 2 * len(METHODS) * len(PROMPTS) + 2  # the last two are filled by choice
+    assert page.tags.count("script") == 2  # the data, and the script whose hash the policy names
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
     assert all(warning.replace("<", "&lt;") in text for warning in result.warnings)
@@ -148,6 +149,7 @@ def test_page_is_whole_and_needs_no_network(files, result):
 def test_prompts_are_text_not_markup(result, provenance):
     prompts = (dataclasses.replace(PROMPTS[0], prompt="<script>alert(1)</script>"), *PROMPTS[1:])
     text = html_page(dataclasses.replace(result, prompts=prompts), provenance, num_prompts=2)
-    assert "<script>" not in text
+    assert "alert(1)</script>" not in text
     assert "&lt;script&gt;" in text
+    assert "\\u003cscript\\u003e" in text  # in the data of the page's script
     assert "3 more prompts" in text

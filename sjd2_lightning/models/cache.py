@@ -52,7 +52,9 @@ class KVCache:
         self._start = start
         self._num_visible = num_visible or self.max_len
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         """Writes the new entries, each (B, H, L, D), and returns all visible ones, (B, H, S, D)."""
         all_keys, all_values = self.keys[layer_idx], self.values[layer_idx]
         if self._start is not None:

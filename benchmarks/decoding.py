@@ -191,6 +191,8 @@ def main() -> None:
             "mc_sjd",
             "gumbel",
             "sjd_pp",
+            "sjd_pac",
+            "gsd",
             "sjd2",
             "sjd2_exact",
             "sjd2_paper",

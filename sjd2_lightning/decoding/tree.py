@@ -175,7 +175,7 @@ class Tree:
         behind = self.behind[at]  # (B, length) slots that the branch has a law for
         laws = this.behind.view(*branches.tokens.shape, -1)[rows, at, which.clamp_min(0)]
         fields = (None if field is None else field[rows[:, None], behind] for field in slots)
-        judged, _, _ = judge(Slots(*fields), self.source, laws)
+        judged, _, _ = judge(Slots._make(fields), self.source, laws)
         gained = (num_leading(judged.accept_mask[:, :-1]) + 1).where(rejected & (which >= 0), 0)
         theirs = behind <= (at + gained)[:, None]
         place = (rows[:, None], behind)

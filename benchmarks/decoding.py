@@ -247,6 +247,8 @@ def command_line() -> argparse.ArgumentParser:
             "mc_sjd",
             "gumbel",
             "sjd_pp",
+            "sjd_pac",
+            "gsd",
             "sjd2",
             "sjd2_exact",
             "sjd2_paper",

@@ -261,6 +261,8 @@ def test_decoding_values_hold_for_every_method_that_drafts():
         "mc_sjd",
         "gumbel",
         "sjd_pp",
+        "sjd_pac",
+        "gsd",
         "sjd2",
         "sjd2_exact",
         "sjd2_paper",
@@ -277,6 +279,8 @@ def test_decoding_values_hold_for_every_method_that_drafts():
         "mc_sjd": 0,
         "gumbel": 0,
         "sjd_pp": 0,
+        "sjd_pac": 0,
+        "gsd": 0,
         "sjd2": 3,
         "sjd2_exact": 3,
         "sjd2_paper": 3,
@@ -313,7 +317,7 @@ def test_default_methods_are_what_reports_promise():
     config = typed("evaluate")
     assert set(config.compare) >= {"ar", "sjd", "mc_sjd", "sjd2", "sjd2_paper"}
     lossless = {name for name, method in config.methods.items() if method.lossless}
-    assert lossless == set(config.methods) - {"sjd2_paper", "sjd2_pure"}
+    assert lossless == set(config.methods) - {"gsd", "sjd2_paper", "sjd2_pure"}
     assert config.methods["sjd2"].acceptance == "replay"
     assert typed("train").compare == ("ar", "sjd2")
 

@@ -67,7 +67,7 @@ class TableBackbone(Backbone):
         visible = attention_mask[:, 0]
         columns = torch.arange(visible.shape[-1])
         own = (visible * columns).amax(-1)
-        before = (own - 1).clamp_min(0)
+        before = (visible & (columns < own[..., None])).mul(columns).amax(-1)  # the last but its own
         kinds = keys[..., :-1].argmax(-1)[:, None].expand_as(visible)
         last = kinds.gather(-1, own[..., None])[..., 0]
         seen = visible.gather(-1, before[..., None])[..., 0] & (own > 0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from sjd2_lightning.decoding.methods import DecodingConfig
 from sjd2_lightning.decoding.probs import guided
 from sjd2_lightning.decoding.span import Span
+from sjd2_lightning.decoding.tree import Branches
 from sjd2_lightning.masks import attention_mask, window_mask
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, by_row, right_aligned
 
@@ -95,28 +96,48 @@ class Context:
         self.cache.place(columns, self.first_slot, 0)
         self.backbone(embeddings, (columns - self.first[:, None]).clamp_min(0), mask, self.cache)
 
-    def logits(self, slots: Span, fed: Tensor, levels: Tensor | None, num_laws: int) -> Tensor:
-        """Guided logits (B, n, K) read at the last n slots fed, each for the slot to its right.
+    def logits(
+        self,
+        slots: Span,
+        fed: Tensor,
+        levels: Tensor | None,
+        num_laws: int,
+        branches: Branches | None = None,
+    ) -> Tensor:
+        """Guided logits (B, n + E, K) read at the last n slots fed and at branches, for what follows each.
 
         Args:
             slots: (B, L) the slots that are fed; those left of the first one are columns of the prompt.
             fed: (B, L, D) their embeddings; in columns of the prompt, anything.
             levels: (B, W - 1) noise levels of the last slots fed; None = all are clean.
             num_laws: n.
+            branches: E tokens that are fed beside the window.
         """
         columns = slots.index + self.first_slot
+        extra = 0 if branches is None else len(branches.roots)
+        num_laws += extra
+        num_visible = self.first_slot + slots.most + slots.length + extra
+        visible = self.visible if self.static else self.visible[..., :num_visible]
+        mask = window_mask(columns, levels, visible)
+        places = columns  # of the slots that the columns are for
+        if branches is not None:
+            edge = columns[:, -1:] + 1
+            mask = torch.cat([mask, branches.mask(edge, visible)], dim=2)
+            places = torch.cat([columns, edge + branches.places], dim=1)
+            columns = torch.cat([columns, edge + branches.columns], dim=1)
+            fed = torch.cat([fed, branches.embeddings], dim=1)
         if self.copies > 1:
             columns, fed = columns.repeat(self.copies, 1), fed.repeat(self.copies, 1, 1)
         if slots.least < 0:
             fed = self._with_prompt(columns, fed)
-        num_visible = self.cache.max_len if self.static else self.first_slot + slots.most + slots.length
-        mask = window_mask(columns[: len(slots.index)], levels, self.visible[..., :num_visible])
         alike = slots.least == slots.most and not self.static
-        self.cache.place(columns, num_visible, self.first_slot + slots.most if alike else None)
-        hidden = self.forward(fed, columns - self.first[:, None], mask, self.cache)
+        start = self.first_slot + slots.most if alike else None
+        self.cache.place(columns, visible.shape[-1], start)
+        positions = places.repeat(self.copies, 1) - self.first[:, None]
+        hidden = self.forward(fed, positions, mask, self.cache)
         scale: float | Tensor = self.sampling.guidance_scale
         if self.copies > 1 and self.sampling.guidance_schedule != "constant":
-            scale = self.scales.gather(1, slots.index[:, -num_laws:] + 1)
+            scale = self.scales.gather(1, places[:, -num_laws:] - self.first_slot + 1)
         return guided(self.backbone.image_logits(hidden[:, -num_laws:]), scale)
 
     def _with_prompt(self, columns: Tensor, fed: Tensor) -> Tensor:

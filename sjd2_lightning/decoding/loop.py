@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from sjd2_lightning.decoding.context import Context
+from sjd2_lightning.decoding.groups import group_of, verify_grouped
 from sjd2_lightning.decoding.methods import DecodingConfig
 from sjd2_lightning.decoding.probs import log_law
 from sjd2_lightning.decoding.refine import REFINERS, Laws, Refined
 from sjd2_lightning.decoding.stats import DecodeOutput, DecodeStats, Iteration
+from sjd2_lightning.decoding.tree import Pass, Tree
 from sjd2_lightning.decoding.verify import (
     Verdict,
     num_leading,
@@ -46,6 +48,7 @@ def judge(slots: Slots, source: SlotSource, scores: Tensor) -> tuple[Verdict, Te
     refined, law = None, None
     if slots.gumbel is not None:
         verdict = verify_replay(slots.tokens, scores, slots.gumbel)
+        law = None if slots.draft_probs is None else scores.softmax(-1)  # siblings are drawn from it
     elif slots.draft_probs is not None:
         verdict, (refined, law) = _judge_by_laws(slots, slots.draft_probs, source, scores.softmax(-1))
     else:
@@ -68,7 +71,11 @@ def _judge_by_laws(
     if source.config.acceptance == "paper" and slots.noisy is not None and noisy is not None:
         codes = source.space.nearest_ids(slots.noisy).where(noisy, codes)
     accept_u, residual_u, fresh_u = slots.uniforms.unbind(-1)
-    verdict = verify_speculative(codes, draft_probs, law, accept_u, residual_u)
+    if source.config.acceptance == "grouped":
+        group = group_of(codes, law, source.space, source.config.groups)
+        verdict = verify_grouped(codes, draft_probs, law, accept_u, residual_u, group)
+    else:
+        verdict = verify_speculative(codes, draft_probs, law, accept_u, residual_u)
     return verdict, REFINERS[source.config.refiner](Laws(codes, draft_probs, law, noisy), verdict, fresh_u)
 
 
@@ -91,6 +98,14 @@ def runs(verdict: Verdict, levels: Tensor | None, acceptance: str) -> tuple[Tens
     stands = verdict.accept_mask[:, :-1]  # the last slot was not fed
     cached = num_leading(stands if levels is None else stands & (levels[:, :-1] == 0))
     return (num_leading(stands) if acceptance == "paper" else cached), cached
+
+
+def num_refed(config: DecodingConfig) -> tuple[int, int]:
+    """Fewest and most accepted tokens that a pass feeds again because the cache does not hold them."""
+    if config.acceptance == "paper":
+        return 1, config.window
+    most = 1 if config.tree.width == 1 else 1 + config.tree.length
+    return (most if config.compile else 1), most
 
 
 @torch.inference_mode()
@@ -126,21 +141,27 @@ def decode(
     device, num_slots = backbone.device, max(layout.num_slots for layout in layouts)
     source = SlotSource(config, layout, backbone.slot_table(), backbone.num_codes)
     side = source.space.timestep_tokens(source.timesteps[1:])
-    refeed = config.window if config.acceptance == "paper" else 1
-    context = Context(backbone, prompts, layouts, side, config.window, refeed, config)
+    tree = Tree.of(source)
+    spare = config.window if tree is None else config.window + tree.num_columns
+    least_refed, most_refed = num_refed(config)
+    context = Context(backbone, prompts, layouts, side, spare, most_refed, config)
     window = Window(source, torch.tensor(list(seeds), device=device))
     slot_ids = torch.empty(len(prompts), num_slots, dtype=torch.long, device=device)
     rows = list(range(len(prompts)))  # which image each row of the batch is; finished ones leave
     log: list[list[int]] = []
-    refeed = 1
+    refeed = least_refed
     while True:
         slots = window.slots()
         fed_slots, fed = window.fed(slots, refeed)
         levels = None if slots.levels is None else slots.levels[:, :-1]
-        scores = log_law(context.logits(fed_slots, fed, levels, config.window), config.sampling)
+        branches = None if tree is None else tree.grow(slots, window)
+        scores = log_law(context.logits(fed_slots, fed, levels, config.window, branches), config.sampling)
+        scores, behind = scores[:, : config.window], scores[:, config.window :]
         verdict, refined, law = judge(slots, source, scores)
 
         run, cached = runs(verdict, slots.levels, config.acceptance)
+        if tree is not None and branches is not None:
+            run = tree.follow(branches, Pass(slots, window, verdict, scores, behind, run), judge)
         committed = (run + 1).minimum(window.end - window.head)  # the slot behind the run was judged rightly
         if observer is not None:
             observer(_seen(len(log), rows, window, slots, committed, verdict, scores))
@@ -148,8 +169,8 @@ def decode(
             refined = verdict.tokens.where(window.columns[: config.window] <= run[:, None], refined)
         window.renew(slots, refined, law)
 
-        num_committed, uncached = _to_host(committed, cached, config)
-        refeed = max(1, *uncached)
+        num_committed, uncached = _to_host(committed, None if least_refed == most_refed else cached)
+        refeed = max(least_refed, *uncached)
         log.append([0] * len(prompts))
         for row, num in zip(rows, num_committed, strict=True):
             log[-1][row] = num
@@ -166,9 +187,9 @@ def decode(
     return DecodeOutput.of(slot_ids, layouts, DecodeStats(torch.tensor(log)))
 
 
-def _to_host(committed: Tensor, cached: Tensor, config: DecodingConfig) -> tuple[list[int], list[int]]:
+def _to_host(committed: Tensor, cached: Tensor | None) -> tuple[list[int], list[int]]:
     """Committed slots of each row, and how many of them are not cached: the only wait for the device."""
-    if config.acceptance != "paper":  # all but the slot behind the run
+    if cached is None:  # no more than are fed again anyway
         return committed.tolist(), [1]
     num_committed, num_cached = torch.stack([committed, cached]).tolist()
     return num_committed, [num - old for num, old in zip(num_committed, num_cached, strict=True)]

@@ -5,16 +5,41 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sjd2_lightning.decoding.drafts import REPEATED
+from sjd2_lightning.decoding.groups import Grouping
 from sjd2_lightning.decoding.probs import Sampling
 from sjd2_lightning.decoding.refine import REFINERS
 from sjd2_lightning.noise import SCHEDULES
 
-METHODS = ("ar", "jacobi", "sjd", "mc_sjd", "gumbel", "sjd_pp", "sjd2", "sjd2_pure")
+METHODS = ("ar", "jacobi", "sjd", "mc_sjd", "gumbel", "sjd_pp", "sjd_pac", "gsd", "sjd2", "sjd2_pure")
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
-ACCEPTANCE = ("replay", "exact", "paper", "match", "pure")
-BY_LAWS = ("exact", "paper")  # acceptance by the law that a draft was drawn from, so that it is recorded
+ACCEPTANCE = ("replay", "exact", "paper", "match", "pure", "grouped")
+BY_LAWS = ("exact", "paper", "grouped")  # acceptance by the law that a draft was drawn from: it is recorded
+WITH_TREE = ("replay", "exact")  # acceptance that knows what becomes of a draft's siblings
 LOSSLESS = ("replay", "exact", "match")
 DRAFT_INITS = ("random", "gumbel", *REPEATED)
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """Branches that are fed beside the window, see `decoding/tree.py`; width 1 is no tree.
+
+    Attributes:
+        width: candidates of a slot, its draft included.
+        depth: slots, counted from the head, that have candidates.
+        length: tokens of a branch: a sibling of the draft and `length - 1` drafts behind it.
+    """
+
+    width: int = 1
+    depth: int = 1
+    length: int = 1
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a sentence each."""
+        return [
+            f"tree.{name} must be >= 1 (width 1 is no tree), got {getattr(self, name)}"
+            for name in ("width", "depth", "length")
+            if getattr(self, name) < 1
+        ]
 
 
 @dataclass(frozen=True)
@@ -26,15 +51,18 @@ class DecodingConfig:
         window: slots drafted ahead, the head included; 1 is plain autoregression.
         num_levels: noisy levels of a new slot; 0 is plain Jacobi decoding.
         acceptance: "replay" (same seed, same image as autoregression), "exact" (same law), "paper" (the
-            rules as printed; not exact), "match" (Jacobi: a draft stands if it is drawn again; same law) or
-            "pure" (a slot stands as soon as it is clean; not exact).
-        refiner: what becomes of drafts that were not reached, for "exact" and "paper": "resample" (SJD: fresh
-            independent draws), "couple" (MC-SJD: what verification drew), "keep" (paper: keep clean drafts
-            whose probability ratio is at least one half), "reuse" (SJD++: the same, its law recorded).
-            The other modes take what verification drew.
+            rules as printed; not exact), "match" (Jacobi: a draft stands if it is drawn again; same law),
+            "pure" (a slot stands as soon as it is clean; not exact) or "grouped" (GSD: by the mass of a group
+            of similar codes; not exact).
+        refiner: what becomes of drafts that were not reached, for "exact", "paper" and "grouped": "resample"
+            (SJD: fresh independent draws), "couple" (MC-SJD: what verification drew), "keep" (paper: keep
+            clean drafts whose probability ratio is at least one half), "reuse" (SJD++: the same, its law
+            recorded). The other modes take what verification drew.
         draft_init: first draft of a clean slot: "random", "gumbel" (the maximum of the slot's own noise),
             "repeat_left" or "repeat_above" (SJD: the token of a neighbour).
         schedule, t_min, rho: grid of noise, see `noise.timesteps`.
+        tree: siblings of the drafts at the head, "exact" and "replay" only.
+        groups: which codes are alike, "grouped" only.
         compile: run the trunk through `torch.compile`, on shapes that stay the same between iterations.
         sampling: temperature, top-k, top-p, guidance.
     """
@@ -48,6 +76,8 @@ class DecodingConfig:
     schedule: str = "linear"
     t_min: float = 0.02
     rho: float = 7.0
+    tree: TreeShape = field(default_factory=TreeShape)
+    groups: Grouping = field(default_factory=Grouping)
     compile: bool = False
     sampling: Sampling = field(default_factory=Sampling)
 
@@ -58,7 +88,7 @@ class DecodingConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a sentence each."""
-        found = self.sampling.problems()
+        found = [*self.sampling.problems(), *self.tree.problems(), *self.groups.problems()]
         choices = {
             "method": (self.method, METHODS),
             "acceptance": (self.acceptance, ACCEPTANCE),
@@ -83,8 +113,21 @@ class DecodingConfig:
             found.append("decoding.refiner 'reuse' needs acceptance 'exact' and num_levels 0")
         if self.acceptance == "pure" and self.num_levels == 0:
             found.append("decoding.acceptance 'pure' accepts what was denoised: set num_levels to at least 1")
+        found += self._problems_beside_the_window()
         if self.draft_init == "gumbel" and self.acceptance != "replay":
             found.append("decoding.draft_init 'gumbel' needs acceptance 'replay'")
+        return found
+
+    def _problems_beside_the_window(self) -> list[str]:
+        found = []
+        if self.tree.width > 1 and self.acceptance not in WITH_TREE:
+            found.append("decoding.tree needs acceptance 'exact' or 'replay': set tree.width to 1 (no tree)")
+        if self.method == "sjd_pac" and self.tree.width == 1:
+            found.append("decoding.method 'sjd_pac' needs tree.width >= 2; without a tree it is mc_sjd")
+        if self.method == "gsd" and self.acceptance != "grouped":
+            found.append("decoding.method 'gsd' needs acceptance 'grouped'")
+        if self.groups.size > 1 and self.acceptance != "grouped":
+            found.append("decoding.groups needs acceptance 'grouped': set groups.size to 1 (no groups)")
         return found
 
     def check(self) -> None:

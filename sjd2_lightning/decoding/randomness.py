@@ -26,6 +26,8 @@ class Purpose(IntEnum):
     INITIAL = 2
     NOISE = 3
     VERDICT = 4
+    SIBLINGS = 5
+    SIBLING_VERDICT = 6
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

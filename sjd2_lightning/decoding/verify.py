@@ -64,6 +64,44 @@ def verify_speculative(
     return Verdict(draft_tokens.where(accept_mask, replacement), accept_mask)
 
 
+def verify_siblings(
+    candidates: Int[Tensor, "B n"],
+    draft_probs: Float[Tensor, "B K"],
+    target_probs: Float[Tensor, "B K"],
+    accept_u: Float[Tensor, "B m"],
+    residual_u: Float[Tensor, " B"],
+) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
+    """A slot whose draft was rejected: its siblings in turn, then the residual of them all.
+
+    Source: recursive rejection sampling without replacement (Yang et al. 2024, Jeon et al. 2024). After each
+    rejection the target is the residual, and the law of the next candidate is the draft law without those
+    that went before; both are made to sum to one again. With the draft's own test in front the token follows
+    the target exactly.
+
+    Args:
+        candidates: (B, n) the rejected draft, then its n - 1 siblings, drawn from the draft law one after
+            the other without replacement.
+        draft_probs, target_probs: (B, K).
+        accept_u: (B, n - 1) and residual_u: (B,) independent uniform numbers, not those of the draft's test.
+
+    Returns:
+        tokens (B,), and which sibling (B,) each is, from 0; -1 = none.
+    """
+    rest = residual(target_probs, draft_probs)
+    which = torch.full_like(candidates[:, 0], -1)
+    for number in range(candidates.shape[1] - 1):
+        draft_probs = draft_probs.scatter(-1, candidates[:, number : number + 1], 0.0)
+        draft_probs = draft_probs / draft_probs.sum(-1, keepdim=True).clamp_min(1e-30)
+        rest = rest / rest.sum(-1, keepdim=True)
+        chosen = candidates[:, number + 1 : number + 2]
+        target, draft = (p.gather(-1, chosen).squeeze(-1) for p in (rest, draft_probs))
+        stands = (accept_u[:, number] * draft < target) & (draft > 0)
+        which = torch.where(stands & (which < 0), number, which)
+        rest = residual(rest, draft_probs)
+    tokens = candidates.gather(1, which[:, None] + 1).squeeze(1)
+    return tokens.where(which >= 0, draw(rest, residual_u)), which
+
+
 def verify_match(
     draft_tokens: Int[Tensor, "B W"], target_probs: Float[Tensor, "B W K"], uniform: Float[Tensor, "B W"]
 ) -> Verdict:

@@ -110,7 +110,7 @@ class SlotSource:
         found = {}
         if self.config.acceptance == "replay":
             found["gumbel"] = gumbel(stream(keys, Purpose.GUMBEL), self.num_codes)
-        elif self.config.acceptance in BY_LAWS:
+        if self.config.acceptance in BY_LAWS or self.config.tree.width > 1:
             flat = torch.full((), 1 / self.num_codes, device=slots.device)
             found["draft_probs"] = flat.expand(*slots.shape, self.num_codes)
         if self.config.num_levels:

@@ -6,7 +6,7 @@ decoder: laws come from `enumeration.code_law`, masks from a loop over pairs of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -145,10 +145,12 @@ class SlowDecoder:
             near = number - len(self.tokens) < max(1, config.window // config.num_levels)
             return token, slot.level == 0 and near, token
         draft = slot.token
+        rest = np.maximum(law - slot.draft_law, 0)
         if config.acceptance == "paper" and slot.level > 0:
             draft = self.nearest_code(slot.noisy)
-        accepted = u[0] < law[draft] / slot.draft_law[draft] if slot.draft_law[draft] > 0 else False
-        rest = np.maximum(law - slot.draft_law, 0)
+        members = self.group(draft, law) if config.acceptance == "grouped" else [draft]
+        possible = slot.draft_law[draft] > 0 and law[draft] > 0
+        accepted = possible and u[0] < law[members].sum() / slot.draft_law[members].sum()
         token = draft if accepted else draw_by_inversion(rest if rest.sum() > 0 else law, u[1])
         if config.refiner == "couple":
             return token, accepted, token
@@ -164,6 +166,63 @@ class SlowDecoder:
             return law
         kept = np.where(law >= 0.5 * slot.draft_law, slot.draft_law, 0)
         return kept + (1 - kept.sum()) * law
+
+    def group(self, draft: int, law: np.ndarray) -> list[int]:
+        """The codes that are about as likely as the draft and look like it."""
+        groups, order = self.config.groups, np.argsort(-law, kind="stable").tolist()
+        first = order.index(draft) - (groups.size - 1) // 2
+        members = order[max(0, first) : first + groups.size]
+        rows = ((self.table - self.mean) / self.std).numpy()
+        return [
+            code
+            for code in members
+            if abs(law[code] - law[draft]) <= groups.gap
+            and np.mean((rows[code] - rows[draft]) ** 2) <= groups.distance
+        ]
+
+    def siblings(self, number: int, slot: Slot, iteration: int) -> list[int]:
+        """Other candidates of a slot: the next best codes under the noise that the draft is the best of."""
+        key = self.key(number, Purpose.GUMBEL)
+        if self.config.acceptance == "exact":
+            key = self.key(number, Purpose.SIBLINGS, iteration)
+        with np.errstate(divide="ignore"):
+            noise = gumbel(key, len(slot.draft_law)).double().numpy()
+            scores = np.log(slot.draft_law) + noise
+        scores[slot.token] = -np.inf
+        order = np.argsort(-scores, kind="stable")[: min(self.config.tree.width, len(scores)) - 1]
+        return [int(code) for code in order if scores[code] > -np.inf]
+
+    def replaced(
+        self, number: int, slot: Slot, law: np.ndarray, token: int, iteration: int
+    ) -> tuple[int, bool]:
+        """Token of a slot whose draft was rejected, and whether it is one of the draft's siblings."""
+        siblings = self.siblings(number, slot, iteration)
+        if self.config.acceptance == "replay":
+            return token, token in siblings
+        numbers = uniform(self.key(number, Purpose.SIBLING_VERDICT, iteration), self.config.tree.width)
+        left, rest, before = slot.draft_law.copy(), np.maximum(law - slot.draft_law, 0), slot.token
+        for sibling, u in zip(siblings, numbers.tolist(), strict=False):
+            left[before], before = 0, sibling
+            left, rest = left / left.sum(), rest / rest.sum()
+            if u * left[sibling] < rest[sibling]:
+                return sibling, True
+            rest = np.maximum(rest - left, 0)
+        residual_u = float(uniform(self.key(number, Purpose.VERDICT, iteration), 3)[1])
+        return draw_by_inversion(rest, residual_u), False
+
+    def behind(self, window: list[Slot], at: int, token: int, iteration: int) -> list[int]:
+        """What a sibling in slot `at` of the window adds: tokens judged by laws behind it and drafts."""
+        head, length = len(self.tokens), min(self.config.tree.length, self.config.window - 1)
+        after = window[at + 1 : at + 1 + length]
+        clean = [replace(slot, level=0) for slot in after]
+        laws = self.laws([*window[:at], replace(window[at], token=token, level=0), *clean])[at + 1 :]
+        found = []
+        for place, slot in enumerate(after):
+            token, stands, _ = self.judge(head + at + 1 + place, slot, laws[place], iteration)
+            found.append(token)
+            if not stands:
+                break
+        return found
 
     @torch.no_grad()
     def decode(self) -> list[int]:
@@ -188,8 +247,14 @@ class SlowDecoder:
                 if not stands:
                     break
                 num += 1
-            self.tokens += [verdict[0] for verdict in verdicts[:num]]
-            self.settled += [iteration] * num
+            settled = [verdict[0] for verdict in verdicts[:num]]
+            tree, at = config.tree, num - 1
+            depth = min(tree.depth, config.window - min(tree.length, config.window - 1))
+            if tree.width > 1 < config.window and at < depth and not verdicts[at][1]:
+                settled[at], known = self.replaced(head + at, window[at], laws[at], settled[at], iteration)
+                settled += self.behind(window, at, settled[at], iteration) if known else []
+            self.tokens += settled
+            self.settled += [iteration] * len(settled)
             for slot, verdict, law in zip(window, verdicts, laws, strict=True):
                 x0_hat = (self.table[verdict[2]] - self.mean) / self.std
                 if slot.level > 0:
@@ -197,6 +262,6 @@ class SlowDecoder:
                     slot.noisy = ratio * slot.noisy + (1 - ratio) * x0_hat
                 slot.draft_law = self.next_law(slot, law)
                 slot.token, slot.level = verdict[2], max(0, slot.level - 1)
-            window = window[num:]
+            window = window[len(settled) :]
             iteration += 1
         return self.tokens

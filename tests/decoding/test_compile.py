@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
+from sjd2_lightning.decoding.methods import TreeShape
 from tests.tiny_backbones import RAGGED_PROMPTS, strong_table, tiny_chameleon
 
 SAMPLING = Sampling(guidance_scale=2.0, top_k=5)
@@ -14,6 +15,9 @@ METHODS = {
     "ar": DecodingConfig("ar", window=1, sampling=SAMPLING),
     "sjd2 replay": DecodingConfig("sjd2", window=6, num_levels=2, sampling=SAMPLING),
     "mc_sjd": DecodingConfig("mc_sjd", window=6, acceptance="exact", sampling=SAMPLING),
+    "sjd_pac": DecodingConfig(
+        "sjd_pac", window=6, acceptance="exact", tree=TreeShape(4, 2, 2), sampling=SAMPLING
+    ),
 }
 
 

@@ -1,18 +1,25 @@
 """The fast loop against the slow one, token by token and pass by pass, for every rule."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
+from sjd2_lightning.decoding.groups import Grouping
+from sjd2_lightning.decoding.methods import TreeShape
 from tests.decoding.slow_loop import SlowDecoder
 from tests.tiny_backbones import RAGGED_PROMPTS, TableBackbone, strong_table, tiny_chameleon
 
+GROUPS = Grouping(size=5, gap=0.2, distance=2.2)
 GUIDED = Sampling(guidance_scale=2.0, top_k=5, temperature=1.1)
 SAMPLINGS = {
     "sjd2-exact-resample": Sampling(top_p=0.9),
     "paper-couple": Sampling(top_p=0.9),
+    "sjd_pac-long": Sampling(guidance_scale=2.0, top_k=6, top_p=0.9),
+    "gsd-couple": Sampling(top_p=0.9),
+    "tree-resample-left": Sampling(guidance_scale=3.0, guidance_schedule="linear"),
     "jacobi": Sampling(guidance_scale=3.0, guidance_schedule="linear"),
     "sjd-replay": Sampling(
         guidance_scale=3.0, guidance_schedule="interval", guidance_start=0.2, guidance_end=0.7
@@ -43,6 +50,30 @@ RULES = {
     "sjd_pp-left": DecodingConfig(
         "sjd_pp", window=6, acceptance="exact", refiner="reuse", draft_init="repeat_left"
     ),
+    "sjd_pac": DecodingConfig("sjd_pac", window=7, acceptance="exact", tree=TreeShape(4, 2, 2)),
+    "sjd_pac-long": DecodingConfig("sjd_pac", window=9, acceptance="exact", tree=TreeShape(5, 3, 5)),
+    "sjd_pac-wide": DecodingConfig("sjd_pac", window=40, acceptance="exact", tree=TreeShape(9, 1, 1)),
+    "sjd_pac-window-2": DecodingConfig("sjd_pac", window=2, acceptance="exact", tree=TreeShape(4, 3, 3)),
+    "sjd_pac-window-1": DecodingConfig("sjd_pac", window=1, acceptance="exact", tree=TreeShape(4, 3, 3)),
+    "tree-resample-left": DecodingConfig(
+        "sjd",
+        window=6,
+        acceptance="exact",
+        refiner="resample",
+        draft_init="repeat_left",
+        tree=TreeShape(3, 3),
+    ),
+    "tree-reuse": DecodingConfig(
+        "sjd_pp", window=6, acceptance="exact", refiner="reuse", tree=TreeShape(3, 2, 2)
+    ),
+    "tree-levels": DecodingConfig(
+        "sjd2", window=6, num_levels=2, acceptance="exact", tree=TreeShape(4, 2, 2)
+    ),
+    "tree-replay": DecodingConfig("gumbel", window=7, draft_init="gumbel", tree=TreeShape(4, 2, 3)),
+    "tree-replay-levels": DecodingConfig("sjd2", window=7, num_levels=2, tree=TreeShape(4, 2, 3)),
+    "gsd": DecodingConfig("gsd", window=6, acceptance="grouped", refiner="resample", groups=GROUPS),
+    "gsd-couple": DecodingConfig("gsd", window=9, acceptance="grouped", groups=replace(GROUPS, size=2)),
+    "gsd-levels": DecodingConfig("sjd2", window=6, num_levels=1, acceptance="grouped", groups=GROUPS),
     "pure": DecodingConfig("sjd2_pure", window=8, num_levels=3, acceptance="pure"),
     "paper-window-1": DecodingConfig("sjd2", window=1, num_levels=2, acceptance="paper", refiner="keep"),
     "paper-clean": DecodingConfig("sjd2", window=30, num_levels=0, acceptance="paper", refiner="keep"),
@@ -125,6 +156,10 @@ def test_bad_input_is_named_before_any_forward(backbone):
         decode(backbone, ["red cat", "  "], [1, 2], good, layout)
     with pytest.raises(ValueError, match=r"window.*num_levels"):
         decode(backbone, ["red cat"], [1], replace(good, window=0, num_levels=-1), layout)
+    with patch.object(type(backbone), "forward", side_effect=AssertionError("a forward pass")):
+        for changes in ({"tree": TreeShape(0)}, {"groups": Grouping(3)}, {"method": "sjd_pac"}):
+            with pytest.raises(ValueError, match=r"tree|groups"):
+                decode(backbone, ["red cat"], [1], replace(good, **changes), layout)
 
 
 def test_guidance_needs_an_unconditional_prompt():

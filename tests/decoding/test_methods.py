@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from sjd2_lightning.decoding import DecodingConfig, Sampling
+from sjd2_lightning.decoding.groups import Grouping
+from sjd2_lightning.decoding.methods import TreeShape
 
 GOOD = DecodingConfig("sjd2", window=8, num_levels=2)
 
@@ -28,6 +30,13 @@ GOOD = DecodingConfig("sjd2", window=8, num_levels=2)
         ({"refiner": "reuse"}, ["'reuse' needs"]),
         ({"acceptance": "pure", "num_levels": 0}, ["'pure' accepts"]),
         ({"draft_init": "gumbel", "acceptance": "exact"}, ["needs acceptance 'replay'"]),
+        ({"tree": TreeShape(0, -1, 0)}, ["tree.width", "tree.depth", "tree.length"]),
+        ({"tree": TreeShape(2), "acceptance": "paper"}, ["decoding.tree needs acceptance 'exact' or"]),
+        ({"tree": TreeShape(2), "acceptance": "grouped"}, ["decoding.tree needs acceptance 'exact' or"]),
+        ({"method": "sjd_pac", "num_levels": 0}, ["'sjd_pac' needs tree.width"]),
+        ({"method": "gsd", "num_levels": 0}, ["'gsd' needs acceptance 'grouped'"]),
+        ({"groups": Grouping(5)}, ["decoding.groups needs acceptance 'grouped'"]),
+        ({"groups": Grouping(0, -1.0, float("nan"))}, ["groups.size", "groups.gap", "groups.distance"]),
         ({"window": 0, "num_levels": -1, "sampling": Sampling(top_p=0)}, ["window", "num_levels", "top_p"]),
     ],
 )
@@ -44,6 +53,7 @@ def test_good_values_pass_and_modes_are_labelled():
         ("match", True),
         ("paper", False),
         ("pure", False),
+        ("grouped", False),
     ]:
         config = replace(GOOD, acceptance=acceptance)
         config.check()

@@ -5,11 +5,22 @@ slot lie within 1e-5, rounding may decide, and the row is compared up to that sl
 """
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from sjd2_lightning.decoding import DecodeOutput, DecodingConfig, NearTies, Sampling, decode, decode_reference
+from sjd2_lightning.decoding import (
+    DecodeOutput,
+    DecodingConfig,
+    NearTies,
+    Sampling,
+    decode,
+    decode_reference,
+    loop,
+)
+from sjd2_lightning.decoding.groups import Grouping
+from sjd2_lightning.decoding.methods import TreeShape
 from tests.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
 AR = DecodingConfig("ar", window=1)
@@ -106,6 +117,10 @@ ANY_RULE = {
     "sjd2 exact": DecodingConfig("sjd2", 6, 2, acceptance="exact"),
     "sjd2 replay": DecodingConfig("sjd2", 6, 2),
     "paper": DecodingConfig("sjd2", 6, 2, acceptance="paper", refiner="keep"),
+    "sjd_pac": DecodingConfig("sjd_pac", 6, acceptance="exact", tree=TreeShape(4, 2, 2)),
+    "sjd2 exact tree": DecodingConfig("sjd2", 6, 1, acceptance="exact", tree=TreeShape(4, 2, 2)),
+    "tree replay": DecodingConfig("sjd2", 6, 1, tree=TreeShape(4, 2, 2)),
+    "gsd": DecodingConfig("gsd", 6, acceptance="grouped", refiner="resample", groups=Grouping(5)),
 }
 
 
@@ -165,13 +180,69 @@ def test_window_of_one_is_autoregression(backbone, layout, acceptance, refiner, 
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-@pytest.mark.parametrize("rule", ["sjd", "mc_sjd", "sjd2 exact"])
+@pytest.mark.parametrize("rule", ["sjd", "mc_sjd", "sjd2 exact", "sjd_pac", "sjd2 exact tree", "gsd"])
 def test_greedy_is_autoregression_in_every_lossless_mode(backbone, layout, rule, scale):
     sampling = Sampling(temperature=0.0, guidance_scale=scale)
     wanted, prompts, seeds = autoregression(backbone, sampling, layout, 8)
     output = decode(backbone, prompts, seeds, replace(ANY_RULE[rule], sampling=sampling), layout)
     assert torch.equal(output.slot_ids, wanted.slot_ids)
     assert output.stats.nfe.float().mean() < layout.num_slots
+
+
+@pytest.mark.parametrize("name", ["plain", "guided top-k", "top-p", "greedy guided"])
+def test_trees_replay_autoregression(backbone, layout, name):
+    """Whatever the tree: the tokens of ar, and in the mean fewer passes than without it."""
+    sampling = SAMPLINGS[name]
+    wanted, prompts, seeds = autoregression(backbone, sampling, layout, 8)
+    ties = near_ties(backbone, prompts, seeds, sampling, layout)
+    for window, num_levels in [(2, 0), (7, 0), (7, 2), (50, 0)]:
+        plain = DecodingConfig("sjd2", window, num_levels, sampling=sampling)
+        bare = decode(backbone, prompts, seeds, plain, layout)
+        for shape in (TreeShape(4, 2, 2), TreeShape(2, 9, 9), TreeShape(99)):
+            output = decode(backbone, prompts, seeds, replace(plain, tree=shape), layout)
+            assert_same(output.slot_ids, wanted.slot_ids, ties)
+            if name != "greedy guided":  # then siblings of a draft are impossible
+                assert output.stats.nfe.float().mean() < bare.stats.nfe.float().mean()
+
+
+def test_what_is_taken_of_a_branch_must_be_fed_again(backbone, layout):
+    """Negative control: tokens differ if the columns of replaced drafts are left as they were."""
+    sampling = SAMPLINGS["plain"]
+    wanted, prompts, seeds = autoregression(backbone, sampling, layout, 4)
+    config = DecodingConfig("gumbel", 7, tree=TreeShape(4, 2, 2), sampling=sampling)
+    with patch.object(loop, "_to_host", lambda committed, cached: (committed.tolist(), [1])):
+        output = decode(backbone, prompts, seeds, config, layout)
+    assert not torch.equal(output.slot_ids, wanted.slot_ids)
+
+
+def test_observers_see_the_law_behind_a_sibling(backbone, layout):
+    """Every committed code is the maximum of the scores that the pass shows for it."""
+    wide = []
+
+    def by_hand(iteration):
+        for row, num in enumerate(iteration.num_committed.tolist()):
+            best = (iteration.scores[row, :num] + iteration.gumbel[row, :num]).argmax(-1)
+            tokens = iteration.tokens[row, :num]
+            assert ((best == tokens) | (tokens >= iteration.scores.shape[-1])).all()
+            wide.append(num)
+
+    config = DecodingConfig("gumbel", 2, tree=TreeShape(4), sampling=SAMPLINGS["guided top-k"])
+    decode(backbone, RAGGED_PROMPTS, range(4), config, layout, by_hand)
+    assert 2 in wide
+
+
+def test_groups_of_one_code_are_the_exact_rule(backbone, layout):
+    shared = {"window": 6, "sampling": SAMPLINGS["guided top-k"]}
+    for refiner in ("resample", "couple"):
+        exact = DecodingConfig("sjd", acceptance="exact", refiner=refiner, **shared)
+        groups = Grouping(size=1, gap=0.0, distance=0.0)
+        gsd = DecodingConfig("gsd", acceptance="grouped", refiner=refiner, groups=groups, **shared)
+        ours = decode(backbone, RAGGED_PROMPTS, range(4), gsd, layout)
+        wanted = decode(backbone, RAGGED_PROMPTS, range(4), exact, layout)
+        assert torch.equal(ours.slot_ids, wanted.slot_ids)
+        assert torch.equal(ours.stats.committed, wanted.stats.committed)
+        more = decode(backbone, RAGGED_PROMPTS, range(4), replace(gsd, groups=Grouping(5)), layout)
+        assert more.stats.nfe.sum() < wanted.stats.nfe.sum(), "larger groups accept more"
 
 
 def test_levels_and_window_are_free_at_inference(backbone, layout):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sjd2_lightning.decoding.groups import Grouping, group_of, verify_grouped
 from sjd2_lightning.decoding.refine import Laws, couple, keep, resample, reuse
 from sjd2_lightning.decoding.verify import (
     Verdict,
@@ -11,8 +12,10 @@ from sjd2_lightning.decoding.verify import (
     verify_match,
     verify_pure,
     verify_replay,
+    verify_siblings,
     verify_speculative,
 )
+from sjd2_lightning.embedding import EmbeddingSpace
 
 
 def _uniform(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -60,6 +63,66 @@ def test_speculative_rule_is_a_maximal_coupling():
     overlap = torch.minimum(draft_law, target_law).sum()
     assert abs(verdict.accept_mask.float().mean() - overlap) < 5 * 0.5 / num**0.5
     assert torch.equal(verdict.accept_mask, verdict.tokens == drafts)
+
+
+@pytest.mark.parametrize("num_siblings", [1, 2, 3, 5])
+def test_draft_and_siblings_in_turn_give_the_target(num_siblings):
+    """The draft's test, then `verify_siblings`: tokens follow the target, whatever the number of siblings."""
+    draft_law = torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0])
+    target_law = torch.tensor([0.1, 0.2, 0.0, 0.4, 0.3])
+    num, shape = 200_000, (200_000, 1, 5)
+    rng = torch.Generator().manual_seed(0)
+    noise = -torch.log(-torch.log(torch.rand(num, 5, generator=rng)))
+    candidates = (draft_law.log() + noise).topk(min(num_siblings + 1, 5)).indices
+    laws = draft_law.expand(shape), target_law.expand(shape)
+    first = verify_speculative(candidates[:, :1], *laws, _uniform(num, 1, seed=1), _uniform(num, 1, seed=2))
+    numbers = _uniform(num, candidates.shape[1] - 1, seed=3), _uniform(num, seed=4)
+    tokens, which = verify_siblings(candidates, laws[0][:, 0], laws[1][:, 0], *numbers)
+    settled = torch.where(first.accept_mask[:, 0], candidates[:, 0], tokens)
+    share = settled.bincount(minlength=5) / num
+    assert torch.allclose(share, target_law, atol=5 * 0.5 / num**0.5)
+    chosen = candidates.gather(1, which[:, None].clamp_min(0) + 1)[:, 0]
+    assert torch.equal(tokens[which >= 0], chosen[which >= 0])
+    assert (which[~first.accept_mask[:, 0]] >= 0).float().mean() > 0.1
+    assert (draft_law[chosen[which >= 0]] > 0).all(), "what the draft law cannot give is no sibling"
+
+
+def test_no_sibling_is_left_of_a_certain_draft():
+    certain, target = _one_hot(0).expand(4, 4), torch.tensor([0.0, 0.5, 0.5, 0.0]).expand(4, 4)
+    candidates = torch.tensor([[0, 1, 2, 3]]).expand(4, 4)
+    tokens, which = verify_siblings(candidates, certain, target, _uniform(4, 3), _uniform(4, seed=1))
+    assert (which == -1).all()
+    assert set(tokens.tolist()) <= {1, 2}
+
+
+def _groups(size, gap=1.0, distance=99.0):
+    space = EmbeddingSpace(torch.tensor([[0.0, 0.0], [0.1, 0.0], [4.0, 4.0], [4.0, 4.1], [-4.0, -4.0]]))
+    law = torch.tensor([0.35, 0.3, 0.2, 0.15, 0.0]).expand(1, 5, 5)
+    codes, belongs = group_of(torch.arange(5)[None], law, space, Grouping(size, gap, distance))
+    return [sorted(c[b].tolist()) for c, b in zip(codes[0], belongs[0], strict=True)]
+
+
+def test_groups_are_neighbours_in_likelihood_that_look_alike():
+    assert _groups(1, 0.0, 0.0) == [[0], [1], [2], [3], [4]]
+    assert _groups(3) == [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4]]
+    assert _groups(2) == [[0, 1], [1, 2], [2, 3], [3, 4], [4]]
+    assert _groups(3, gap=0.06) == [[0, 1], [0, 1], [2, 3], [2, 3], [4]]
+    assert _groups(5, distance=0.1) == [[0, 1], [0, 1], [2, 3], [2, 3], [4]]
+
+
+def test_grouped_rule_accepts_by_mass_and_never_what_is_cut_off():
+    draft, target = torch.tensor([0.6, 0.2, 0.2, 0.0]), torch.tensor([0.1, 0.5, 0.0, 0.4])
+    num = 100_000
+    laws = draft.expand(num, 4, 4), target.expand(num, 4, 4)
+    tokens, numbers = torch.arange(4).expand(num, 4), (_uniform(num, 4), _uniform(num, 4, seed=1))
+    group = torch.tensor([[0, 1], [1, 0], [2, 1], [3, 1]]), torch.ones(4, 2, dtype=torch.bool)
+    group = tuple(part.expand(num, 4, 2) for part in group)
+    verdict = verify_grouped(tokens, *laws, *numbers, group)
+    share = verdict.accept_mask.float().mean(0)
+    assert torch.allclose(share, torch.tensor([0.75, 0.75, 0.0, 0.0]), atol=5 * 0.5 / num**0.5)
+    alone = verify_grouped(tokens, *laws, *numbers, tuple(part[..., :1] for part in group))
+    for ours, exact in zip(alone, verify_speculative(tokens, *laws, *numbers), strict=True):
+        assert torch.equal(ours, exact)
 
 
 def test_replay_takes_the_perturbed_maximum():

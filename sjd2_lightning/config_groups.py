@@ -13,6 +13,8 @@ from pydantic import AfterValidator, Field
 from sjd2_lightning.config_base import Count, Group, Natural, Positive, Share, several
 from sjd2_lightning.config_base import shipped as shipped
 from sjd2_lightning.config_model import ModelConfig as ModelConfig
+from sjd2_lightning.config_recipes import ClipRecipe as ClipRecipe
+from sjd2_lightning.config_recipes import TokenizerRecipe as TokenizerRecipe
 from sjd2_lightning.data.places import place
 from sjd2_lightning.decoding.methods import DecodingConfig
 from sjd2_lightning.noise import RampLaw
@@ -172,36 +174,6 @@ class LoggerConfig(Group):
 
     csv: bool
     wandb: WandbConfig | None
-
-
-class TokenizerRecipe(Group):
-    """`recipes.tokenizer.TokenizerModule`."""
-
-    num_codes: Count
-    code_dim: Count
-    channels: tuple[Count, ...]
-    patch: Count
-    warmup_steps: Natural
-    revive_every: Count
-    isolate_patches: bool
-
-
-class ClipRecipe(Group):
-    """`recipes.clip.ClipModule`."""
-
-    text_dir: str
-    name: str
-    patch_size: Count
-    vision_width: Count
-    vision_layers: Count
-    text_width: Count
-    text_layers: Count
-    head_width: Count
-    embed_dim: Count
-    context_length: Count
-    patch_dropout: Share
-    text_dropout: Share
-    warmup_share: Share
 
 
 class ProtocolConfig(Group):

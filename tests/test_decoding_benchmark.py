@@ -26,6 +26,7 @@ def found(tmp_path_factory):
     return json.loads(json.dumps(decoding.measure(decoding.command_line().parse_args(arguments.split()))))
 
 
+@pytest.mark.slow
 def test_methods_are_those_of_the_first_run(found):
     assert list(found["runs"]) == ["eager, batch 1", "eager, batch 2"]
     assert found["methods"] == found["runs"]["eager, batch 1"]
@@ -33,6 +34,7 @@ def test_methods_are_those_of_the_first_run(found):
     assert set(found["ar_vs_generate"]) == {"speedup", "ours_seconds", "generate_seconds"}
 
 
+@pytest.mark.slow
 def test_what_a_method_came_to(found):
     for run in found["runs"].values():
         for name, row in run.items():
@@ -51,6 +53,7 @@ def test_what_a_method_came_to(found):
         assert run["sjd2"]["nll"] == pytest.approx(run["ar"]["nll"])
 
 
+@pytest.mark.slow
 def test_gain_of_a_batch(found):
     [gains] = found["batch_gain"].values()
     for name, gain in gains.items():

@@ -22,7 +22,7 @@ EXTRAS = {  # module: extra and package it asks for
 HEAVY = ["lightning", "hydra", "omegaconf", "transformers", "diffusers", "wandb", "webdataset"]
 
 # What each part may not import, beside the rules above: nothing looks up, from the algorithm to the scripts.
-ENTRY = ("config", "config_groups", "config_model", "config_base", "cli")
+ENTRY = ("config", "config_groups", "config_model", "config_recipes", "config_base", "cli")
 RUN = ("module", "callbacks", "recipes", *ENTRY)
 MEASURE = (
     *("evaluation", "comparison", "generation", "quality", "references", "prompts", "ranks", "report"),
@@ -48,7 +48,8 @@ FORBIDDEN = {
     "config": ("recipes", "cli"),
     "config_groups": ("recipes", "cli"),
     "config_model": ("recipes", "config", "config_groups", "cli"),
-    "config_base": ("models", "recipes", "config", "config_groups", "config_model", "cli"),
+    "config_recipes": ("models", "recipes", "config", "config_groups", "config_model", "cli"),
+    "config_base": ("models", "recipes", "config", "config_groups", "config_model", "config_recipes", "cli"),
 }
 
 

@@ -5,7 +5,6 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from sjd2_lightning.cli.evaluate import evaluate
-from sjd2_lightning.cli.strategy import build_strategy
 from sjd2_lightning.cli.train import train
 from sjd2_lightning.config import ConfigError, conf_dir
 from sjd2_lightning.models.registry import load_backbone
@@ -121,15 +120,6 @@ def test_missing_weights_are_refused_with_the_command(composed):
             train(composed("train", f"model={model}"))
         assert command in str(error.value)
         assert "model.path=" in str(error.value)
-
-
-def test_fsdp_wraps_layers():
-    from lightning.pytorch.strategies import FSDPStrategy
-
-    module = SJD2Module(tiny_chameleon(3), NoiseConfig(), OptimizerConfig(), (4, 4))
-    strategy = build_strategy("fsdp", module)
-    assert isinstance(strategy, FSDPStrategy)
-    assert build_strategy("ddp", module) == "ddp"
 
 
 def test_training_puts_the_trunk_into_train_mode_and_nothing_else():

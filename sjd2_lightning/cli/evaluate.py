@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,11 @@ from sjd2_lightning.config_groups import EvaluateConfig, shipped
 
 if TYPE_CHECKING:
     from sjd2_lightning.comparison import EvaluationResult
+    from sjd2_lightning.decoding.methods import DecodingConfig
+    from sjd2_lightning.models.backbone import Backbone, ImageLayout
     from sjd2_lightning.prompts import PromptItem
     from sjd2_lightning.report.writing import ReportFiles
+    from sjd2_lightning.window_choice import WindowChoice
 
 log = logging.getLogger(__name__)
 
@@ -54,28 +58,17 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         decoding_backbone,
         image_tokenizer_of,
     )
-    from sjd2_lightning.evaluation import evaluate_methods, evaluation_mode
+    from sjd2_lightning.evaluation import evaluate_methods
     from sjd2_lightning.report.observations import observe
     from sjd2_lightning.report.provenance import collect_provenance, redact
     from sjd2_lightning.report.writing import report_object, write_report
-    from sjd2_lightning.window_choice import resolve_windows
 
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     prompts = chosen_prompts(config)
     backbone = decoding_backbone(config.model, weights, config.ckpt_path, device)
     layout = backbone.layout(*config.model.image_size)
-    with evaluation_mode(backbone):
-        methods, windows = resolve_windows(
-            backbone,
-            {name: config.methods[name] for name in config.compare},
-            config.auto_window.methods,
-            prompts[: config.batch_size],
-            layout,
-            windows=config.auto_window.windows,
-            repeats=config.auto_window.repeats,
-            folder=run_dir,
-        )
+    methods, windows = chosen_methods(config, backbone, prompts, layout)
     result = evaluate_methods(
         backbone,
         methods,
@@ -101,14 +94,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             "auto_window": {name: choice.summary() for name, choice in windows.items()},
         },
     )
-    observations = observe(
-        backbone,
-        result,
-        layout,
-        num_trajectories=config.report.num_trajectories,
-        num_frames=config.report.num_frames,
-        cost_windows=config.report.cost_windows,
-    )
+    wanted = config.report.model_dump(include={"num_trajectories", "num_frames", "cost_windows"})
+    observations = observe(backbone, result, layout, **wanted)
     files = write_report(
         result,
         provenance,
@@ -120,6 +107,26 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     export(config, result)
     show(config, result, weights, files)
     return report_object(result, provenance, observations)
+
+
+def chosen_methods(
+    config: EvaluateConfig, backbone: Backbone, prompts: Sequence[PromptItem], layout: ImageLayout
+) -> tuple[dict[str, DecodingConfig], dict[str, WindowChoice]]:
+    """The methods to compare, a window of `auto` replaced by the one that is fastest here, and why it is."""
+    from sjd2_lightning.evaluation import evaluation_mode
+    from sjd2_lightning.window_choice import resolve_windows
+
+    with evaluation_mode(backbone):
+        return resolve_windows(
+            backbone,
+            {name: config.methods[name] for name in config.compare},
+            config.auto_window.methods,
+            prompts[: config.batch_size],
+            layout,
+            windows=config.auto_window.windows,
+            repeats=config.auto_window.repeats,
+            folder=Path(config.run_dir),
+        )
 
 
 def chosen_prompts(config: EvaluateConfig) -> list[PromptItem]:

@@ -310,7 +310,13 @@ TREE_CONTROLS = {
 }
 
 
-@pytest.mark.parametrize("name", TREE_CONTROLS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "law behind the draft" else pytest.param(name, marks=pytest.mark.slow)
+        for name in TREE_CONTROLS
+    ],
+)
 def test_wrong_trees_fail(strong, name):
     config = DecodingConfig("sjd_pac", 9, acceptance="exact", refiner="resample", tree=TreeShape(3, 4, 2))
     with patch.object(*TREE_CONTROLS[name]):

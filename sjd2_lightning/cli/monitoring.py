@@ -81,12 +81,15 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: 
 class StepLogger(WandbLogger):
     """W&B with the optimizer's step as its own: what a resumed run logs goes on where the first part stopped.
 
-    With W&B's own count the second part would begin at 0 again, and hide the first or be dropped.
+    With W&B's own count the second part would begin at 0 again, and hide the first or be dropped. Lightning
+    counts a validation to the step in front of it; W&B drops what is behind its newest row, so it goes into
+    that one.
     """
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """One row for each step."""
+        step = max(step or 0, self.experiment.step)
         self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
 
 

@@ -22,6 +22,7 @@ from tests.decoding.enumeration import chi_square, histogram, p_value, sequence_
 from tests.tiny_backbones import RAGGED_PROMPTS, strong_table, tiny_chameleon
 
 P_PASS, P_FAIL = 1e-6, 1e-12
+MOST_ROWS = 20_000  # of one batch: 400,000 take more memory than a small machine has
 SAMPLING = Sampling(guidance_scale=2.0, top_k=2, top_p=0.95, temperature=1.2)
 TABLE_PROMPTS = ("p1", "p0 p2", "p0 p0 p3", "p1 p0 p0 p2 p1")
 
@@ -80,7 +81,7 @@ def law_p(
     config = replace(config, sampling=sampling)
     prompts = prompts[:num_prompts]
     rows = [prompts[draw % num_prompts] for draw in range(num_draws)]
-    batch_size = batch_size or num_draws
+    batch_size = batch_size or min(num_draws, MOST_ROWS)
     batches = [range(start, start + batch_size) for start in range(0, num_draws, batch_size)]
     outputs = [decode(backbone, [rows[seed] for seed in seeds], seeds, config, layout) for seeds in batches]
     images = torch.cat([output.image_ids for output in outputs])

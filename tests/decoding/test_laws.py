@@ -22,7 +22,7 @@ from tests.decoding.enumeration import chi_square, histogram, p_value, sequence_
 from tests.tiny_backbones import RAGGED_PROMPTS, strong_table, tiny_chameleon
 
 P_PASS, P_FAIL = 1e-6, 1e-12
-MOST_ROWS = 20_000  # of one batch: 400,000 take more memory than a small machine has
+MOST_ROWS = 20_000  # of one batch: five times as many take more memory than a small machine has
 SAMPLING = Sampling(guidance_scale=2.0, top_k=2, top_p=0.95, temperature=1.2)
 TABLE_PROMPTS = ("p1", "p0 p2", "p0 p0 p3", "p1 p0 p0 p2 p1")
 
@@ -151,14 +151,14 @@ def test_trunk_law(trunk, rule, window):
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_table_law_closely(table, rule):
-    assert law_p(table, replace(RULES[rule], window=4), 400_000) > P_PASS
+    assert law_p(table, replace(RULES[rule], window=4), 100_000) > P_PASS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [2, 4])
 @pytest.mark.parametrize("rule", RULES)
 def test_trunk_law_closely(trunk, rule, window):
-    assert law_p(trunk, replace(RULES[rule], window=window), 100_000) > P_PASS
+    assert law_p(trunk, replace(RULES[rule], window=window), 40_000) > P_PASS
 
 
 @pytest.mark.slow

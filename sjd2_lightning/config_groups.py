@@ -104,6 +104,10 @@ class NoiseSettings(Group):
     schedule: Literal["linear", "karras"]
     t_min: Annotated[float, Field(gt=0, lt=1)]
     rho: Positive
+    continuous: bool
+    tied: bool
+    on_policy: bool
+    path: Literal["flow", "drafts"]
     ramp: RampLaw
 
     def problems(self) -> list[str]:
@@ -119,6 +123,8 @@ class NoiseSettings(Group):
         ]
         if not 0 <= self.ramp.clean_share <= 1:
             found.append(f"ramp.clean_share={self.ramp.clean_share}: must lie in [0, 1]")
+        if self.path == "drafts" and not self.on_policy:
+            found.append("path=drafts: is of codes that decoding drew; set noise.on_policy=true")
         return found
 
 
@@ -328,6 +334,11 @@ class TrainConfig(SharedConfig):
             if self.optimizer.name == "muon":
                 found.append(
                     "optimizer.name=muon: needs whole matrices; with trainer.strategy=fsdp use adamw"
+                )
+            if self.noise.on_policy and len(set(self.noise.num_levels)) > 1:
+                found.append(
+                    "noise.on_policy: ranks must take equally many passes; with trainer.strategy=fsdp set "
+                    "noise.num_levels to [n, n]"
                 )
         return found
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 SCHEDULES = ("linear", "karras")
+PATHS = ("flow", "drafts")  # what a slot between pure noise and clean holds
 
 
 def timesteps(

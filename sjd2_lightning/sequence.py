@@ -15,11 +15,19 @@ from sjd2_lightning.noise import perturb
 
 
 class NoisyCodes(NamedTuple):
-    """Noise of one batch: levels (B, n) of the n codes, on the CPU; grid of t; and eps (B, n, D)."""
+    """Noise of one batch.
+
+    Attributes:
+        levels: (B, n) of the n codes, on the CPU.
+        timesteps: the grid of t, on the CPU.
+        eps: (B, n, D).
+        states: (B, n, D) normalised embeddings that noisy codes are fed as; None = their own, perturbed.
+    """
 
     levels: Tensor
     timesteps: Tensor
     eps: Tensor
+    states: Tensor | None = None
 
 
 class TrunkInput(NamedTuple):
@@ -58,7 +66,11 @@ def trunk_input(
         code_levels = noise.levels[:, :-1].to(device)
         t = noise.timesteps.to(device, slot_embeddings.dtype)[code_levels][..., None]
         clean = slot_embeddings[:, fed]
-        noisy = space.denormalise(perturb(space.normalise(clean), t, noise.eps[:, :-1].to(clean)))
+        if noise.states is None:
+            states = perturb(space.normalise(clean), t, noise.eps[:, :-1].to(clean))
+        else:
+            states = noise.states[:, :-1].to(clean)
+        noisy = space.denormalise(states)
         slot_embeddings = slot_embeddings.index_copy(1, fed, torch.where(t > 0, noisy, clean))
         levels = levels.index_copy(1, fed, code_levels)
         side = space.timestep_tokens(noise.timesteps[1:].to(device))

@@ -22,7 +22,11 @@ from sjd2_lightning.config_groups import (
 )
 
 CONF = conf_dir()
-EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+EXPERIMENTS = sorted(
+    str(path.relative_to(CONF / "experiment").with_suffix(""))
+    for path in (CONF / "experiment").rglob("*.yaml")
+    if path.stem != "shared"
+)
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in CONF.glob("*/*.yaml")
@@ -114,7 +118,10 @@ def test_experiment_says_what_it_claims(experiment):
 
 def test_option_list_is_not_empty():
     assert {"model=tiny", "noise=off", "decoding=sjd2_paper", "trainer=cpu", "logger=none"} <= set(OPTIONS)
-    assert {"demo", "tiny_base", "tiny_tokenizer", "tiny_clip", "smoke"} == set(EXPERIMENTS)
+    assert {"demo", "tiny_base", "tiny_tokenizer", "tiny_clip", "smoke"} == {
+        name for name in EXPERIMENTS if "/" not in name
+    }
+    assert {"study/plain", "study/recipe", "study/tied", "study/drafts"} <= set(EXPERIMENTS)
 
 
 def test_typed_groups_match_what_they_configure():

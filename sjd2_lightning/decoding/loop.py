@@ -167,7 +167,7 @@ def decode(
             observer(_seen(len(log), rows, window, slots, committed, verdict, scores))
         if refined is not verdict.tokens:
             refined = verdict.tokens.where(window.columns[: config.window] <= run[:, None], refined)
-        window.renew(slots, refined, law)
+        window.renew(slots, refined, law, scores)
 
         num_committed, uncached = _to_host(committed, None if least_refed == most_refed else cached)
         refeed = max(least_refed, *uncached)

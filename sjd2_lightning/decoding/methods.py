@@ -8,7 +8,7 @@ from sjd2_lightning.decoding.drafts import REPEATED
 from sjd2_lightning.decoding.groups import Grouping
 from sjd2_lightning.decoding.probs import Sampling
 from sjd2_lightning.decoding.refine import REFINERS
-from sjd2_lightning.noise import SCHEDULES
+from sjd2_lightning.noise import PATHS, SCHEDULES
 
 METHODS = ("ar", "jacobi", "sjd", "mc_sjd", "gumbel", "sjd_pp", "sjd_pac", "gsd", "sjd2", "sjd2_pure")
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
@@ -17,6 +17,8 @@ BY_LAWS = ("exact", "paper", "grouped")  # acceptance by the law that a draft wa
 WITH_TREE = ("replay", "exact")  # acceptance that knows what becomes of a draft's siblings
 LOSSLESS = ("replay", "exact", "match")
 DRAFT_INITS = ("random", "gumbel", *REPEATED)
+LEVEL_RULES = ("age", "stable", "confident")
+ESTIMATES = ("drawn", "expected")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,13 @@ class DecodingConfig:
         draft_init: first draft of a clean slot: "random", "gumbel" (the maximum of the slot's own noise),
             "repeat_left" or "repeat_above" (SJD: the token of a neighbour).
         schedule, t_min, rho: grid of noise, see `noise.timesteps`.
+        tied: a slot's noise is made of its Gumbel vector (`tied`); in replay mode only.
+        path: what a slot between noise and clean holds, "flow" or "drafts", see `module.NoiseConfig`.
+        level_rule: when a slot turns clean: "age" (one level cleaner in each iteration, as in the paper),
+            "stable" (once the same code was drawn twice in a row) or "confident" (once its code has half of
+            the law); until then it waits at level 1. Ours.
+        estimate: of the clean embedding of a slot that stays noisy: "drawn" (of the code that verification
+            drew, so coupled from one iteration to the next) or "expected" (the mean under its law). Ours.
         tree: siblings of the drafts at the head, "exact" and "replay" only.
         groups: which codes are alike, "grouped" only.
         compile: run the trunk through `torch.compile`, on shapes that stay the same between iterations.
@@ -76,6 +85,10 @@ class DecodingConfig:
     schedule: str = "linear"
     t_min: float = 0.02
     rho: float = 7.0
+    tied: bool = False
+    path: str = "flow"
+    level_rule: str = "age"
+    estimate: str = "drawn"
     tree: TreeShape = field(default_factory=TreeShape)
     groups: Grouping = field(default_factory=Grouping)
     compile: bool = False
@@ -95,6 +108,9 @@ class DecodingConfig:
             "refiner": (self.refiner, tuple(REFINERS)),
             "draft_init": (self.draft_init, DRAFT_INITS),
             "schedule": (self.schedule, SCHEDULES),
+            "path": (self.path, PATHS),
+            "level_rule": (self.level_rule, LEVEL_RULES),
+            "estimate": (self.estimate, ESTIMATES),
         }
         for name, (value, known) in choices.items():
             if value not in known:

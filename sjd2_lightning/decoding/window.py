@@ -24,7 +24,9 @@ from sjd2_lightning.decoding.span import Span
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import ImageLayout, by_row
 from sjd2_lightning.noise import blend, kept_share, timesteps
+from sjd2_lightning.tied import tied_noise
 
+CONFIDENT = 0.5  # least probability of a code that level_rule "confident" calls settled. Our choice
 _LEAST_AHEAD = 16  # slots whose random numbers are drawn before they are needed, see `Window`
 
 
@@ -78,7 +80,8 @@ class SlotSource:
         if config.num_levels:
             self.normalised = self.space.normalise(table)
             t = self.timesteps.to(table)
-            self.kept = kept_share(t, t.roll(1))[:, None]  # (levels + 1, 1), by level; level 0 has t = 0
+            # (levels + 1, 1), by level; level 0 has t = 0
+            self.kept = kept_share(t, t.roll(1))[:, None] * (config.path == "flow")
 
     def of_slots(self, num_columns: int, value: Callable[[ImageLayout], Tensor]) -> Tensor:
         """(B or 1, num_columns) int64: a value (N,) of each layout's slots; 0 right of the image."""
@@ -113,7 +116,9 @@ class SlotSource:
         if self.config.acceptance in BY_LAWS or self.config.tree.width > 1:
             flat = torch.full((), 1 / self.num_codes, device=slots.device)
             found["draft_probs"] = flat.expand(*slots.shape, self.num_codes)
-        if self.config.num_levels:
+        if self.config.num_levels and self.config.tied and "gumbel" in found:
+            found["noisy"] = tied_noise(found["gumbel"], self.normalised[: self.num_codes])
+        elif self.config.num_levels:
             found["noisy"] = normal(stream(keys, Purpose.NOISE), self.table.shape[1]).to(self.table)
         return found
 
@@ -232,17 +237,45 @@ class Window:
             drafts.copy_(noisy.where(slots.levels[:, :-1, None] > 0, drafts))
         return span, embeddings
 
-    def renew(self, slots: Slots, tokens: Tensor, probs: Tensor | None) -> None:
-        """One iteration later: `tokens` (B, W), for drafts of law `probs`; noisy slots one level cleaner."""
-        self.span.write(self.tokens, tokens)
+    def renew(self, slots: Slots, tokens: Tensor, probs: Tensor | None, scores: Tensor) -> None:
+        """One iteration later.
+
+        Args:
+            slots: the window as it was fed.
+            tokens: (B, W) the drafts that follow.
+            probs: (B, W, K) the law that they were drawn from; None = it is not recorded.
+            scores: (B, W, K) unnormalised log-probabilities.
+        """
         if probs is not None:
             self.in_strip.write(self.strip["draft_probs"], probs)
         if slots.levels is not None and slots.noisy is not None:
-            if self.source.config.num_levels > 1:  # from level 1 a slot goes straight to a clean embedding
-                x0_hat = F.embedding(tokens, self.source.normalised)
-                kept = F.embedding(slots.levels, self.source.kept)
-                self.in_strip.write(self.strip["noisy"], blend(slots.noisy, x0_hat, kept))
-            self.span.write(self.levels, (slots.levels - 1).clamp_min(0))
+            config = self.source.config
+            levels = (slots.levels - 1).clamp_min(0)
+            kept = F.embedding(slots.levels, self.source.kept)
+            if config.level_rule != "age":
+                waits = (slots.levels == 1) & ~self._settled(slots, tokens, scores)
+                levels = levels.where(~waits, slots.levels)
+                if config.path == "flow":  # the amount of noise stays, and so does its share
+                    kept = kept.masked_fill(waits[..., None], 1.0)
+            if config.num_levels > 1 or config.path == "drafts":  # else level 1, noise, is followed by clean
+                noisy = blend(slots.noisy, self._estimate(tokens, scores), kept)
+                self.in_strip.write(self.strip["noisy"], noisy)
+            self.span.write(self.levels, levels)
+        self.span.write(self.tokens, tokens)  # last: `slots` may be a view of what it replaces
+
+    def _settled(self, slots: Slots, tokens: Tensor, scores: Tensor) -> Tensor:
+        """(B, W) whether a slot may turn clean, by `level_rule`."""
+        if self.source.config.level_rule == "stable":
+            return tokens == slots.tokens
+        codes = tokens.clamp_max(self.source.num_codes - 1)[..., None]  # structural slots are clean anyway
+        return scores.softmax(-1).gather(-1, codes).squeeze(-1) >= CONFIDENT
+
+    def _estimate(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """(B, W, D) normalised clean embeddings that noisy slots are moved towards."""
+        if self.source.config.estimate == "drawn":
+            return F.embedding(tokens, self.source.normalised)
+        table = self.source.normalised[: self.source.num_codes]
+        return scores.softmax(-1).to(table) @ table
 
     def advance(self, num_committed: Sequence[int], committed: Tensor) -> None:
         """Moves each row's window on; `num_committed` on the host, `committed` (B,) on the device."""

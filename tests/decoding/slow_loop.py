@@ -59,6 +59,11 @@ class SlowDecoder:
         num_codes, config = self.backbone.num_codes, self.config
         flat = np.full(num_codes, 1 / num_codes)
         noisy = normal(self.key(slot, Purpose.NOISE), self.table.shape[1])
+        if config.tied:
+            noise = gumbel(self.key(slot, Purpose.GUMBEL), num_codes)
+            rows = (self.table[:num_codes] - self.mean) / self.std
+            numbers = ((noise - np.euler_gamma) * np.sqrt(6) / np.pi).tolist()
+            noisy = sum(number * row for number, row in zip(numbers, rows, strict=True)) / num_codes**0.5
         if self.layout.forced[slot] >= 0:
             return Slot(self.layout.forced[slot], 0, noisy, flat)
         token = int(integers(self.key(slot, Purpose.INITIAL), num_codes))
@@ -224,6 +229,21 @@ class SlowDecoder:
                 break
         return found
 
+    def make_cleaner(self, slot: Slot, token: int, law: np.ndarray) -> None:
+        """Moves a noisy slot towards what was drawn for it, and to its next level."""
+        if slot.level == 0:
+            return
+        settled = {"age": True, "stable": token == slot.token, "confident": law[token] >= 0.5}
+        waits = slot.level == 1 and not settled[self.config.level_rule]
+        level = 1 if waits else slot.level - 1
+        ratio = self.grid[level] / self.grid[slot.level] if self.config.path == "flow" else 0.0
+        x0_hat = (self.table[token] - self.mean) / self.std
+        if self.config.estimate == "expected":
+            mean = torch.tensor(law).float() @ self.table[: len(law)]
+            x0_hat = (mean - self.mean) / self.std
+        slot.noisy = ratio * slot.noisy + (1 - ratio) * x0_hat
+        slot.level = level
+
     @torch.no_grad()
     def decode(self) -> list[int]:
         config, num_slots = self.config, self.layout.num_slots
@@ -256,12 +276,9 @@ class SlowDecoder:
             self.tokens += settled
             self.settled += [iteration] * len(settled)
             for slot, verdict, law in zip(window, verdicts, laws, strict=True):
-                x0_hat = (self.table[verdict[2]] - self.mean) / self.std
-                if slot.level > 0:
-                    ratio = self.grid[slot.level - 1] / self.grid[slot.level]
-                    slot.noisy = ratio * slot.noisy + (1 - ratio) * x0_hat
+                self.make_cleaner(slot, verdict[2], law)
                 slot.draft_law = self.next_law(slot, law)
-                slot.token, slot.level = verdict[2], max(0, slot.level - 1)
+                slot.token = verdict[2]
             window = window[len(settled) :]
             iteration += 1
         return self.tokens

@@ -82,8 +82,9 @@ def law_p(
     prompts = prompts[:num_prompts]
     rows = [prompts[draw % num_prompts] for draw in range(num_draws)]
     batch_size = batch_size or min(num_draws, MOST_ROWS)
-    batches = [range(start, start + batch_size) for start in range(0, num_draws, batch_size)]
-    outputs = [decode(backbone, [rows[seed] for seed in seeds], seeds, config, layout) for seeds in batches]
+    seeds = range(num_draws)
+    batches = [seeds[start : start + batch_size] for start in range(0, num_draws, batch_size)]
+    outputs = [decode(backbone, [rows[seed] for seed in batch], batch, config, layout) for batch in batches]
     images = torch.cat([output.image_ids for output in outputs])
     statistics = []
     for number, prompt in enumerate(prompts):

@@ -34,6 +34,17 @@ RULES = {
     "sjd2-replay-karras": DecodingConfig(
         "sjd2", window=40, num_levels=3, schedule="karras", t_min=0.1, rho=5.0
     ),
+    "sjd2-tied": DecodingConfig("sjd2", window=8, num_levels=2, tied=True),
+    "sjd2-drafts": DecodingConfig("sjd2", window=8, num_levels=3, path="drafts"),
+    "sjd2-stable": DecodingConfig("sjd2", window=9, num_levels=2, level_rule="stable"),
+    "sjd2-stable-drafts": DecodingConfig(
+        "sjd2", window=9, num_levels=1, level_rule="stable", path="drafts", estimate="expected"
+    ),
+    "sjd2-confident": DecodingConfig("sjd2", window=9, num_levels=1, level_rule="confident"),
+    "sjd2-confident-exact": DecodingConfig(
+        "sjd2", window=9, num_levels=3, level_rule="confident", acceptance="exact", estimate="expected"
+    ),
+    "sjd2-expected": DecodingConfig("sjd2", window=8, num_levels=4, estimate="expected"),
     "sjd2-exact": DecodingConfig("sjd2", window=6, num_levels=3, acceptance="exact"),
     "sjd2-exact-resample": DecodingConfig(
         "sjd2", window=6, num_levels=1, acceptance="exact", refiner="resample"

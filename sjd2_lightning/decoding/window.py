@@ -28,6 +28,7 @@ from sjd2_lightning.tied import tied_noise
 
 CONFIDENT = 0.5  # least probability of a code that level_rule "confident" calls settled. Our choice
 _LEAST_AHEAD = 16  # slots whose random numbers are drawn before they are needed, see `Window`
+_MOST_AHEAD = 2**15  # numbers, as wide as the vocabulary, that they may be: memory is held for the window alone
 
 
 class Slots(NamedTuple):
@@ -129,7 +130,8 @@ class Window:
     Tokens and levels lie in one column for each slot of the image, committed tokens and drafts alike.
     Contents as wide as the vocabulary or an embedding lie in a strip of W + A slots that starts at or left
     of each row's head. It moves on only when a window would leave it, so that random numbers are drawn for
-    many slots at once: on small models a draw for each iteration costs more than its numbers do.
+    many slots at once: on small models a draw for each iteration costs more than its numbers do. On large
+    vocabularies, whose numbers cost more than the call does, A is small.
 
     Args:
         source: of the slots; holds the method.
@@ -140,7 +142,7 @@ class Window:
         size, device = source.config.window, seeds.device
         self.source = source
         self.size = size
-        self.ahead = max(_LEAST_AHEAD, size // 2)
+        self.ahead = min(max(_LEAST_AHEAD, size // 2), _MOST_AHEAD // source.num_codes)
         self.strip_len = size + self.ahead
         ends = [layout.num_slots for layout in source.layouts]
         self.ends = ends * (len(seeds) // len(ends))

@@ -91,7 +91,7 @@ def own_work(window: int, vocabulary: int, levels: int, rows: int) -> Callable[[
         slots = state.slots()
         state.fed(slots, 1)
         _, refined, law = judge(slots, state.source, scores)
-        state.renew(slots, refined, law, scores)
+        state.renew(slots, refined, law)
         state.iteration -= 1  # the window stays where it is, so that every call does the same
         state.advance([0] * rows, torch.zeros(rows, dtype=torch.long))
 

@@ -1,289 +1,290 @@
-"""The variants of the study: tokens a pass of every decoding, on every set of weights, paired by prompt.
+"""Variants of noise training against decoding without training: tokens a pass over window and levels.
 
-    .venv/bin/python train.py -m experiment=study/plain,study/levels_1 seed=0,1
-    .venv/bin/python benchmarks/study.py outputs/study/{plain,levels_1}-{0,1} --json docs/study/variants.json
+    python train.py -m experiment=study/plain,study/recipe seed=0,1
+    python benchmarks/study.py --runs outputs/study --json outputs/study.json
 
-Every run's weights decode the same held-out prompts with the same seeds: by noise-tuned drafts in replay
-mode and by the lossless methods that need no training. A run decodes with the noise that it was trained
-with. Replay gives the images of plain autoregression, so tokens a pass say all; whether every image is equal
-is checked. Counts are kept beside each run, a file a sampling, as they come: a second start goes on.
+Every trained variant decodes the same held-out prompts with the same seeds: in replay mode by each number of
+levels, 0 being plain coupled drafts, and by the lossless methods that need no training, on the same weights.
+What a variant decodes with (schedule of noise, first drafts and so on) is what its train.yaml says of sjd2;
+only window, levels and sampling are set here. A token is a slot, row ends included, as in `DecodeStats`; the
+siblings of sjd_pac are fed beside its window.
+
+Tokens a pass do not depend on the batch, so many prompts are decoded at once; `--time` adds the wall clock of
+single prompts. A setting that is done lies in a file of its own under `--out` and is not decoded again: after
+a kill the same command goes on. Seeds of training are pooled: a prompt counts its passes over all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
+import io
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from matplotlib.figure import Figure
+from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from study_table import COLUMNS, Run, figure, lines, markdown, tabulate
 
+from sjd2_lightning.config import BASELINE, conf_dir, evaluate_config
+from sjd2_lightning.config_base import Group
+from sjd2_lightning.config_groups import Decoding
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
-from sjd2_lightning.decoding.methods import TreeShape
-from sjd2_lightning.metrics.bootstrap import ratio_of_totals
+from sjd2_lightning.likelihood import log_laws
+from sjd2_lightning.metrics.efficiency import timed, warm_up
+from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import load_backbone
-from sjd2_lightning.prompts import held_out_prompts
-from sjd2_lightning.records import write_atomic
+from sjd2_lightning.prompts import PromptItem, held_out_prompts
+from sjd2_lightning.records import fingerprint, write_atomic
+from sjd2_lightning.report.figures import figure_png
 
-AR = DecodingConfig("ar", window=1)
-RIVALS = {  # lossless, and no training: the best of them is what noise-tuned drafts must beat
-    "replay": DecodingConfig("gumbel"),
-    "mc_sjd": DecodingConfig("mc_sjd", acceptance="exact"),
-    "sjd_pp": DecodingConfig("sjd_pp", acceptance="exact", refiner="reuse"),
-    "sjd_pac": DecodingConfig("sjd_pac", acceptance="exact", tree=TreeShape(4, 2, 2)),
-}
-SHARED = ("schedule", "t_min", "rho", "tied", "path")  # of decoding: as in training
+TRAINING_FREE = ("mc_sjd", "gumbel", "sjd_pp", "sjd_pac")  # lossless methods of conf/decoding
 
 
-@dataclass(frozen=True)
-class Run:
-    """Weights to decode with.
+class Methods(Group):
+    """The part of train.yaml that decoding follows."""
 
-    Attributes:
-        name: of the table's rows.
-        folder: where its counts are kept.
-        weights: folder of the backbone.
-        clean_loss: held-out loss of clean input in nats; None = not known.
-        noise: keys of decoding that training decided.
-    """
-
-    name: str
-    folder: Path
-    weights: Path
-    clean_loss: float | None
-    noise: dict[str, Any]
+    methods: dict[str, Decoding]
 
 
 def read_run(folder: Path) -> Run:
-    """A run of train.py, or a bare folder of weights.
-
-    Raises:
-        ValueError: the folder holds neither.
-    """
-    if (folder / "backbone.json").is_file():
-        return Run("shipped", Path("outputs/study/shipped"), folder, None, {})
-    if not (folder / "model" / "backbone.json").is_file():
-        raise ValueError(f"{folder} holds no exported weights (model/); train it first, or wait for its end")
-    noise = yaml.safe_load((folder / "train.yaml").read_text())["noise"]
-    losses = [
-        row["val/loss_clean"]
-        for path in sorted(folder.glob("csv/*/metrics.csv"), key=lambda path: path.stat().st_mtime)
-        for row in csv.DictReader(path.open())
-        if row.get("val/loss_clean")
-    ]
+    """What train.py left in its folder."""
+    config = yaml.safe_load((folder / "train.yaml").read_text())
+    methods = Methods.model_validate_json(json.dumps({"methods": config["methods"]})).methods
+    variant = folder.name.removesuffix(f"-{config['seed']}")
+    model = config["model"]
     return Run(
-        folder.name,
-        folder,
-        folder / "model",
-        float(losses[-1]) if losses else None,
-        {name: noise[name] for name in SHARED if name in noise},
+        folder=folder,
+        variant=variant,
+        seed=config["seed"],
+        base=f"{model['path']}/{model['trunk']}" if model["init"] == "pretrained" else None,
+        is_plain=not config["noise"]["enabled"],
+        family=model["family"],
+        pixels=tuple(model["image_size"]),
+        method=methods["sjd2"],
+        losses=validation_losses(folder),
     )
 
 
-def settings(
-    options: argparse.Namespace, noise: dict[str, Any], sampling: Sampling
-) -> dict[str, DecodingConfig]:
-    """By name; rivals have no levels."""
-    found = {"ar": replace(AR, sampling=sampling)}
+def finished_runs(folders: Iterable[Path]) -> list[Run]:
+    """Runs in the folders, or in the folders inside them, that left weights; plain variants first."""
+    places = [inner for folder in folders for inner in (folder, *sorted(folder.glob("*/")))]
+    runs = [read_run(place) for place in places if (place / "model" / "backbone.json").is_file()]
+    return sorted(runs, key=lambda run: (not run.is_plain, run.variant, run.seed))
+
+
+def validation_losses(folder: Path) -> dict[str, dict[str, float]]:
+    """First and last value of each validation loss in the tables of a run, however often it was continued."""
+    tables = sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:]))
+    losses: dict[str, dict[str, float]] = {"start": {}, "end": {}}
+    for table in tables:
+        for row in csv.DictReader(io.StringIO(table.read_text())):
+            values = {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
+            losses["start"] = values | losses["start"]
+            losses["end"] |= values
+    return losses
+
+
+def settings(run: Run, options: argparse.Namespace) -> dict[str, DecodingConfig]:
+    """The baseline and every setting, by the name of its file."""
+    sampling = Sampling(options.temperature, guidance_scale=options.guidance_scale)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        shipped = evaluate_config(compose("evaluate")).methods
+    found = {BASELINE: replace(shipped[BASELINE], sampling=sampling)}
     for window in options.windows:
-        for name in options.rivals:
-            found[f"{name} w{window}"] = replace(RIVALS[name], window=window, sampling=sampling)
-        for num_levels in options.levels:
-            for rule in options.level_rules:
-                for estimate in options.estimates:
-                    words = [word for word in (rule, estimate) if word not in ("age", "drawn")]
-                    found[" ".join(["sjd2", f"w{window}", f"l{num_levels}", *words])] = DecodingConfig(
-                        "sjd2", window, num_levels, **noise, level_rule=rule, estimate=estimate,
-                        sampling=sampling,
-                    )  # fmt: skip
+        for levels in options.levels:
+            found[f"replay-l{levels}-w{window}"] = replace(
+                run.method, window=window, num_levels=levels, acceptance="replay", sampling=sampling
+            )
+        for name in options.training_free:
+            found[f"{name}-w{window}"] = replace(shipped[name], window=window, sampling=sampling)
     return found
 
 
-class Entropy:
-    """Observer: mean entropy in nats of the laws of the codes that plain autoregression draws."""
-
-    def __init__(self) -> None:
-        self.total, self.num = 0.0, 0
-
-    def __call__(self, iteration: Any) -> None:
-        """Adds those of one pass."""
-        is_code = iteration.tokens[:, 0] < iteration.scores.shape[-1]
-        log_probs = iteration.scores[:, 0].log_softmax(-1)[is_code]
-        self.total -= float((log_probs.exp() * log_probs.clamp_min(-1e4)).sum())
-        self.num += int(is_code.sum())
+def identity(config: DecodingConfig, weights: str, prompts: list[PromptItem]) -> str:
+    """Names all that decides a setting's tokens; a field that a later version adds counts once it is used."""
+    standard = asdict(DecodingConfig(config.method))
+    chosen = {name: value for name, value in asdict(config).items() if value != standard[name]}
+    return fingerprint([config.method, chosen, weights, [asdict(item) for item in prompts]])
 
 
-@torch.inference_mode()
-def decode_run(run: Run, options: argparse.Namespace, sampling: Sampling) -> dict[str, Any]:
-    """Counts of every setting, those found in the run's folder and new ones."""
-    name = f"decoded_t{sampling.temperature:g}_g{sampling.guidance_scale:g}_n{options.num_prompts}.json"
-    path = run.folder / name
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    wanted = settings(options, run.noise, sampling)
-    missing = {name: config for name, config in wanted.items() if name not in found}
-    if missing:
-        backbone = load_backbone("chameleon", run.weights).eval()
-        layout = backbone.layout(*options.pixels)
-        prompts = held_out_prompts(options.num_prompts)
-        run.folder.mkdir(parents=True, exist_ok=True)
-    for name, config in track(missing.items(), run.name) if missing else ():
-        nfe, runs, images, entropy = [], Counter[int](), [], Entropy()
-        for start in range(0, len(prompts), options.batch_size):
-            part = prompts[start : start + options.batch_size]
-            texts, seeds = [item.prompt for item in part], [item.seed for item in part]
-            output = decode(backbone, texts, seeds, config, layout, entropy if name == "ar" else None)
-            nfe += output.stats.nfe.tolist()
-            runs.update(num for passes in output.stats.accepted for num in passes)
-            images += output.slot_ids.tolist()
-        found[name] = {"nfe": nfe, "runs": {str(length): runs[length] for length in sorted(runs)}}
-        if name == "ar":
-            found[name] |= {"entropy": entropy.total / entropy.num, "images": images}
-        elif config.acceptance == "replay":
-            same = [ours == theirs for ours, theirs in zip(images, found["ar"]["images"], strict=True)]
-            found[name]["equal_to_ar"] = sum(same)
-        write_atomic(path, json.dumps(found))
-    return {name: found[name] for name in wanted}
+def weights_digest(folder: Path) -> str:
+    """sha256 of a backbone folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
-def tokens_a_pass(base: Sequence[int], nfe: Sequence[int]) -> dict[str, Any]:
-    """Ratio of passes with its interval over prompts."""
-    result = ratio_of_totals("ratio", base, nfe, "passes, paired by prompt", num_resamples=1000)
-    low, high = result.interval or (result.value, result.value)
-    return {"value": round(result.value, 3), "interval": [round(low, 3), round(high, 3)]}
+def decoded(
+    backbone: Backbone,
+    config: DecodingConfig,
+    prompts: list[PromptItem],
+    pixels: tuple[int, int],
+    batch: int,
+    baseline: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Decodes all prompts by one setting: passes, what they committed, and tokens against the baseline's.
+
+    The baseline (None: this is it) keeps its tokens, and mean entropy of its law and negative
+    log-probability on its images, in nats a code.
+    """
+    layout = backbone.layout(*pixels)
+    found: dict[str, Any] = {"num_slots": layout.num_slots, "nfe": []}
+    accepted: Counter[int] = Counter()
+    slot_ids: list[list[int]] = []
+    entropy: list[float] = []
+    nll: list[float] = []
+    for start in range(0, len(prompts), batch):
+        group = prompts[start : start + batch]
+        texts = [item.prompt for item in group]
+        output = decode(backbone, texts, [item.seed for item in group], config, layout)
+        found["nfe"] += output.stats.nfe.tolist()
+        slot_ids += output.slot_ids.tolist()
+        for passes in output.stats.accepted:
+            accepted.update(passes)
+        if baseline is None:
+            laws = log_laws(backbone, texts, output.image_ids, layout, config.sampling)
+            entropy += torch.special.entr(laws.exp()).sum(-1).mean(1).tolist()
+            codes = output.image_ids.flatten(1)[..., None]
+            nll += (-laws.gather(-1, codes)).squeeze(-1).mean(1).tolist()
+    found["accepted"] = {str(num): accepted[num] for num in sorted(accepted)}
+    if baseline is None:
+        return found | {"slot_ids": slot_ids, "entropy": entropy, "nll": nll}
+    pairs = zip(slot_ids, baseline["slot_ids"], strict=True)
+    return found | {"equal_to_ar": [ours == theirs for ours, theirs in pairs]}
 
 
-def best_of(cells: dict[str, Any], kinds: Sequence[str]) -> str:
-    """The setting of these kinds with the fewest passes."""
-    return min((name for name in cells if name.split()[0] in kinds), key=lambda name: sum(cells[name]["nfe"]))
+def held(path: Path, wanted: str) -> dict[str, Any] | None:
+    """What a file holds if it was made with this identity."""
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    return content if content.get("identity") == wanted else None
 
 
-def summary(run: Run, cells: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """Figures of one run; `reference` are the counts of the run that training-free methods are quoted on."""
-    found: dict[str, Any] = {
-        "clean_loss": None if run.clean_loss is None else round(run.clean_loss, 4),
-        "entropy": round(cells["ar"]["entropy"], 4),
-        "settings": {},
-    }
-    ar = cells["ar"]["nfe"]
-    for name, cell in cells.items():
-        passes = sum(cell["runs"].values())
-        row = {
-            "tokens_a_pass": tokens_a_pass(ar, cell["nfe"]),
-            "share_of_passes_with_one": round(cell["runs"].get("1", 0) / passes, 3),
-            "runs": cell["runs"],
-        }
-        if "equal_to_ar" in cell:
-            row["equal_to_ar"] = f"{cell['equal_to_ar']} of {len(ar)}"
-        found["settings"][name] = row
-    if any(name.startswith("sjd2") for name in cells):
-        ours = found["best_sjd2"] = best_of(cells, ["sjd2"])
-        rival = found["best_rival"] = best_of(cells, list(RIVALS))
-        theirs = found["best_rival_of_reference"] = best_of(reference, list(RIVALS))
-        found["over_rival"] = tokens_a_pass(cells[rival]["nfe"], cells[ours]["nfe"])
-        found["over_rival_of_reference"] = tokens_a_pass(reference[theirs]["nfe"], cells[ours]["nfe"])
-    return found
+def measure(run: Run, options: argparse.Namespace) -> None:
+    """Fills a run with what its settings came to, decoding those that are missing."""
+    prompts = held_out_prompts(options.num_prompts)
+    sampling = f"t{options.temperature:g}-g{options.guidance_scale:g}"
+    out = options.out / run.folder.name / sampling
+    weights = weights_digest(run.folder / "model")
+    backbone = load_backbone(run.family, run.folder / "model").eval().to(options.device)
+    configs = settings(run, options)
+    names = {name: identity(config, weights, prompts) for name, config in configs.items()}
+    for name in track(configs, f"{run.folder.name} {sampling}"):
+        path = out / f"{name}.json"
+        found = held(path, names[name])
+        if found is None and not options.tabulate:
+            job = (backbone, configs[name], prompts, run.pixels, options.batch, run.found.get(BASELINE))
+            content, seconds = timed(partial(decoded, *job), options.device)
+            found = {"identity": names[name], "seconds": seconds, **content}
+            write_atomic(path, json.dumps(found))
+        if found is not None:
+            run.found[name] = found
+    if options.time:
+        measure_times(run, backbone, configs, out / "times.json", fingerprint(names), options)
 
 
-def lines(results: dict[str, Any]) -> list[list[str]]:
-    """Rows of the table, a run each, with its head."""
-    rows = [
-        ["weights", "clean loss", "entropy", "best rival", "tokens/pass", "best sjd2", "tokens/pass",
-         "passes with one", "over its rival", "over the reference's"]
-    ]  # fmt: skip
-    for name, run in results.items():
-        if "best_sjd2" not in run:
-            continue
-        ours, rival = run["settings"][run["best_sjd2"]], run["settings"][run["best_rival"]]
-        loss = "" if run["clean_loss"] is None else f"{run['clean_loss']:.3f}"
-        values = (
-            _value(rival["tokens_a_pass"]),
-            run["best_sjd2"],
-            _value(ours["tokens_a_pass"]),
-            f"{100 * ours['share_of_passes_with_one']:.0f} %",
-            _value(run["over_rival"]),
-            _value(run["over_rival_of_reference"]),
-        )
-        rows.append([name, loss, f"{run['entropy']:.2f}", run["best_rival"], *values])
-    return rows
+def measure_times(
+    run: Run,
+    backbone: Backbone,
+    configs: Mapping[str, DecodingConfig],
+    path: Path,
+    wanted: str,
+    options: argparse.Namespace,
+) -> None:
+    """Wall clock at batch 1: each prompt by every setting in turn, so that drift of the machine hits all."""
+    layout, prompts = backbone.layout(*run.pixels), held_out_prompts(options.num_prompts)
+    run.times = (held(path, wanted) or {"rounds": []})["rounds"]
+    if options.tabulate:
+        return
+    for place, item in enumerate(prompts[len(run.times) : options.time]):
+        seconds = {}
+        for name, config in configs.items():
+            job = partial(decode, backbone, [item.prompt], [item.seed], config, layout)
+            if place == 0:
+                warm_up(job, 1, options.device)
+            seconds[name] = timed(job, options.device)[1]
+        run.times.append(seconds)
+        write_atomic(path, json.dumps({"identity": wanted, "rounds": run.times}))
 
 
-def _value(result: dict[str, Any]) -> str:
-    low, high = result["interval"]
-    return f"{result['value']:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def figure(results: dict[str, Any]) -> Figure:
-    """Tokens a pass over the window, a line for each run's best levels and one for its best rival."""
-    drawing = Figure(figsize=(7, 4.2), layout="constrained")
-    axis = drawing.subplots()
-    for number, (name, run) in enumerate(results.items()):
-        for kinds, style in ((["sjd2"], "-"), (list(RIVALS), ":")):
-            best: dict[int, float] = {}
-            for setting, row in run["settings"].items():
-                if setting.split()[0] in kinds:
-                    window = int(setting.split()[1].removeprefix("w"))
-                    best[window] = max(best.get(window, 0), row["tokens_a_pass"]["value"])
-            windows = sorted(best)
-            label = name if style == "-" else None
-            axis.plot(windows, [best[w] for w in windows], style, marker="o", color=f"C{number}", label=label)
-    axis.set(xlabel="window", ylabel="tokens a pass", xscale="log")
-    axis.set_xticks(windows, [str(window) for window in windows])
-    axis.minorticks_off()
-    axis.legend(title="solid: sjd2 in replay mode\ndotted: best training-free", fontsize="small")
-    return drawing
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+def command_line() -> argparse.ArgumentParser:
+    """What may be asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", help="of train.py, or of weights; the first is "
-                        "the reference that training-free methods are quoted on")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the table goes")
-    parser.add_argument("--figure", type=Path, help="where the picture goes (.png or .svg)")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        nargs="+",
+        default=[Path("outputs/study")],
+        help="folders of runs, or of such folders",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/study_decoding"), help="where each setting is kept"
+    )
+    parser.add_argument("--json", type=Path, help="write the table here")
+    parser.add_argument("--markdown", type=Path, help="and here, as text")
+    parser.add_argument("--figure", type=Path, help="PNG: tokens a pass over the window")
     parser.add_argument("--num-prompts", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--windows", type=int, nargs="+", default=[16, 32, 64, 128])
-    parser.add_argument("--levels", type=int, nargs="*", default=[1, 2, 4, 8])
-    parser.add_argument("--level-rules", nargs="+", default=["age"])
-    parser.add_argument("--estimates", nargs="+", default=["drawn"])
-    parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=list(RIVALS))
+    parser.add_argument("--levels", type=int, nargs="+", default=[0, 1, 2, 4, 8])
+    parser.add_argument("--training-free", nargs="*", default=list(TRAINING_FREE), choices=TRAINING_FREE)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
-    parser.add_argument("--pixels", type=int, nargs=2, default=[64, 64])
-    options = parser.parse_args(arguments)
-    sampling = Sampling(options.temperature, guidance_scale=options.guidance_scale)
-    runs = [read_run(folder) for folder in options.runs]
-    cells = {run.name: decode_run(run, options, sampling) for run in runs}
-    results = {run.name: summary(run, cells[run.name], cells[runs[0].name]) for run in runs}
-    rows = lines(results)
-    table = Table(*rows[0])
-    for row in rows[1:]:
-        table.add_row(*row)
+    parser.add_argument("--time", type=int, default=0, metavar="N", help="time N prompts, one by one")
+    parser.add_argument("--tabulate", action="store_true", help="decode nothing: tabulate what is there")
+    parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def study(options: argparse.Namespace) -> dict[str, Any]:
+    """Decodes what is missing and returns what `--json` gets."""
+    runs = finished_runs(options.runs)
+    if not runs:
+        raise SystemExit(
+            f"no run with weights in {', '.join(map(str, options.runs))}: train the variants first"
+        )
+    for run in runs:
+        measure(run, options)
+    runs = [run for run in runs if len(run.found) > 1]
+    if not runs:
+        raise SystemExit(f"nothing is decoded in {options.out} with these options: leave out --tabulate")
+    sampling = {"temperature": options.temperature, "guidance_scale": options.guidance_scale}
+    return {"num_prompts": options.num_prompts, **sampling, **tabulate(runs)}
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """JSON with one line a setting."""
+    return re.sub(r"\n {5,}", " ", json.dumps(found, indent=1)) + "\n"
+
+
+def main() -> None:
+    """Command line."""
+    options = command_line().parse_args()
+    found = study(options)
+    table = Table(*COLUMNS)
+    for line in lines(found):
+        table.add_row(*(cell.replace(" [", "\n[") for cell in line))
     Console().print(table)
-    for path in filter(None, (options.json, options.markdown, options.figure)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if options.json:
-        facts = {"num_prompts": options.num_prompts, "sampling": {"temperature": options.temperature,
-                 "guidance_scale": options.guidance_scale}, "reference": runs[0].name}  # fmt: skip
-        write_atomic(options.json, json.dumps({**facts, "runs": results}, indent=1))
-    if options.markdown:
-        head = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-        body = ["| " + " | ".join(row) + " |" for row in rows[1:]]
-        write_atomic(options.markdown, "\n".join([*head, *body]) + "\n")
-    if options.figure:
-        figure(results).savefig(options.figure, dpi=110)
+    if options.json is not None:
+        write_atomic(options.json, as_text(found))
+    if options.markdown is not None:
+        write_atomic(options.markdown, markdown(found))
+    if options.figure is not None:
+        write_atomic(options.figure, figure_png(figure(found)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from sjd2_lightning.config_recipes import ClipRecipe as ClipRecipe
 from sjd2_lightning.config_recipes import TokenizerRecipe as TokenizerRecipe
 from sjd2_lightning.data.places import place
 from sjd2_lightning.decoding.methods import DecodingConfig
-from sjd2_lightning.noise import RampLaw
+from sjd2_lightning.noise import NoiseConfig, RampLaw
 
 
 def _no_decoding_problems(config: DecodingConfig) -> DecodingConfig:
@@ -104,14 +104,20 @@ class NoiseSettings(Group):
     schedule: Literal["linear", "karras"]
     t_min: Annotated[float, Field(gt=0, lt=1)]
     rho: Positive
-    continuous: bool
-    tied: bool
-    on_policy: bool
-    path: Literal["flow", "drafts"]
     ramp: RampLaw
+    source: Literal["gaussian", "tied", "tied_white", "mean"]
+    trajectory: bool
+    state: Literal["blended", "draft"]
+    estimate: Literal["drawn", "expected"]
+    random_grid: bool
+
+    @property
+    def of_training(self) -> NoiseConfig:
+        """What the training module is built with."""
+        return NoiseConfig(**self.model_dump(exclude={"val_levels", "ramp"}), ramp=self.ramp)
 
     def problems(self) -> list[str]:
-        """Bounds in the wrong order."""
+        """Bounds in the wrong order, choices that do not go together."""
         bounds = {"num_levels": (1, self.num_levels)} | {
             f"ramp.{name}": (least, getattr(self.ramp, name))
             for name, least in (("clean_run", 1), ("segment", 1), ("top_run", 0))
@@ -123,9 +129,7 @@ class NoiseSettings(Group):
         ]
         if not 0 <= self.ramp.clean_share <= 1:
             found.append(f"ramp.clean_share={self.ramp.clean_share}: must lie in [0, 1]")
-        if self.path == "drafts" and not self.on_policy:
-            found.append("path=drafts: is of codes that decoding drew; set noise.on_policy=true")
-        return found
+        return found + [line.removeprefix("noise.") for line in self.of_training.problems()]
 
 
 class OptimizerSettings(Group):
@@ -335,9 +339,9 @@ class TrainConfig(SharedConfig):
                 found.append(
                     "optimizer.name=muon: needs whole matrices; with trainer.strategy=fsdp use adamw"
                 )
-            if self.noise.on_policy and len(set(self.noise.num_levels)) > 1:
+            if self.noise.trajectory and len(set(self.noise.num_levels)) > 1:
                 found.append(
-                    "noise.on_policy: ranks must take equally many passes; with trainer.strategy=fsdp set "
+                    "noise.trajectory: ranks must take equally many passes; with trainer.strategy=fsdp set "
                     "noise.num_levels to [n, n]"
                 )
         return found

@@ -38,6 +38,18 @@ def nats_per_code(
     """
     if sampling.temperature == 0:
         raise ValueError("greedy decoding has no likelihood: give a temperature above 0")
+    scores = log_laws(backbone, prompts, image_ids, layout, replace(sampling, top_k=0, top_p=1.0))
+    return -scores.gather(-1, image_ids.flatten(1)[..., None]).squeeze(-1).mean(1)
+
+
+@torch.inference_mode()
+def log_laws(
+    backbone: Backbone, prompts: Sequence[str], image_ids: Tensor, layout: ImageLayout, sampling: Sampling
+) -> Tensor:
+    """(B, height * width, K) log-probabilities of every code given those before it, in one full forward.
+
+    Source: ours. Arguments as in `nats_per_code`; codes that `sampling` cuts off have -inf.
+    """
     rows = [backbone.prompt_ids(prompt, layout) for prompt in prompts]
     scale: float | Tensor = sampling.guidance_scale
     if scale != 1:
@@ -47,6 +59,4 @@ def nats_per_code(
             scale = sampling.scales(layout.num_slots)[layout.code_slots].to(backbone.device)
             scale = scale.expand(len(prompts), -1)
     logits = code_logits(backbone, trunk_input(backbone, rows, image_ids, layout, None), layout)
-    scores = log_law(guided(logits, scale), replace(sampling, top_k=0, top_p=1.0)).log_softmax(-1)
-    codes = image_ids[: len(prompts)].flatten(1)
-    return -scores.gather(-1, codes[..., None]).squeeze(-1).mean(1)
+    return log_law(guided(logits, scale), sampling).log_softmax(-1)

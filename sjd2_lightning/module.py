@@ -3,70 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
-from sjd2_lightning.noise import PATHS, RampLaw, draw_levels, timesteps
+from sjd2_lightning.noise import NoiseConfig as NoiseConfig
+from sjd2_lightning.noise import draw_levels, random_timesteps, timesteps
 from sjd2_lightning.objective import TokenLoss, next_clean_token_loss
 from sjd2_lightning.optimizer import OptimizerConfig, build_optimizer, warmup_cosine
-from sjd2_lightning.sequence import NoisyCodes, code_logits, trunk_input
-from sjd2_lightning.tied import posterior_gumbel, tied_noise
-from sjd2_lightning.trajectory import decoding_states
-
-Prompts = Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True)
-class NoiseConfig:
-    """Noise of training.
-
-    Attributes:
-        num_levels: (fewest, most) levels; the grid size is drawn per batch, so that one checkpoint serves
-            decoding with any number in between (not in the paper; our choice).
-        schedule, t_min, rho: grid of t, see `noise.timesteps`.
-        continuous: the grid of t is drawn anew for each training batch, uniform between 0 and 1.
-        tied: noise is made of the Gumbel vector that decides the code, see `tied`.
-        on_policy: noisy codes are states of decoding, see `trajectory`, in place of the data perturbed.
-        path: what a code between pure noise and clean is: "flow" (its share of noise, as in the paper) or
-            "drafts" (the code drawn for it last, told from a clean one by its timestep token alone).
-        ramp: law of the segments.
-        enabled: False is ordinary autoregressive training.
-
-    Raises:
-        ValueError: for values that do not go together.
-    """
-
-    num_levels: tuple[int, int] = (1, 8)
-    schedule: str = "linear"
-    t_min: float = 0.02
-    rho: float = 7.0
-    continuous: bool = False
-    tied: bool = False
-    on_policy: bool = False
-    path: str = "flow"
-    ramp: RampLaw = field(default_factory=RampLaw)
-    enabled: bool = True
-
-    def __post_init__(self) -> None:
-        if self.path not in PATHS:
-            raise ValueError(f"noise.path must be one of {', '.join(PATHS)}; got {self.path!r}")
-        if self.path == "drafts" and not self.on_policy:
-            raise ValueError(
-                "noise.path 'drafts' is of codes that decoding drew: set noise.on_policy to true"
-            )
-
-    def grid(self, num_levels: int, rng: torch.Generator | None) -> Tensor:
-        """The grid of t; with a generator that of a training batch, which may be a random one."""
-        if rng is None or not self.continuous:
-            return timesteps(num_levels, self.schedule, self.t_min, self.rho)
-        inner = torch.rand(num_levels - 1, generator=rng).sort().values
-        return torch.cat([torch.zeros(1), inner, torch.ones(1)])
+from sjd2_lightning.sequence import NoisyCodes
+from sjd2_lightning.trajectory import Sample, logits_of, noisy_codes
 
 
 class CodeBatch(Protocol):
@@ -92,6 +42,9 @@ class SJD2Module(L.LightningModule):
         freeze: prefixes of parameter names of the backbone that are not trained.
         seed: of levels, noise and prompt dropout; they depend on (seed, global step, rank) alone.
         save_trained_only: checkpoints hold the weights that are trained, as for a low-rank adapter.
+
+    Raises:
+        ValueError: choices of the noise that do not go together.
     """
 
     def __init__(
@@ -107,6 +60,8 @@ class SJD2Module(L.LightningModule):
         save_trained_only: bool = False,
     ) -> None:
         super().__init__()
+        if found := noise.problems():
+            raise ValueError("; ".join(found))
         self.strict_loading = not save_trained_only
         self.backbone = backbone
         self.noise = noise
@@ -145,37 +100,15 @@ class SJD2Module(L.LightningModule):
             for row, ids in enumerate(rows)
         ]
 
-    def _noisy(
-        self, batch: CodeBatch, prompts: Prompts, levels: Tensor, grid: Tensor, rng: torch.Generator
-    ) -> NoisyCodes:
-        """Noise of a batch whose codes are to have the given levels (B, n)."""
-        noise = NoisyCodes(levels, grid, torch.randn(*levels.shape, self.backbone.hidden_size, generator=rng))
-        if not (self.noise.tied or self.noise.on_policy):
-            return noise
-        ids = batch.image_ids.flatten(1)
-        with torch.no_grad():
-            law = self._logits(batch, prompts, None).log_softmax(-1)
-            exponential = torch.empty(*ids.shape, law.shape[-1]).exponential_(generator=rng)
-            gumbel = posterior_gumbel(law, ids, exponential.to(law.device).clamp_min(1e-30))
-            table = self.backbone.slot_table()[: self.backbone.num_codes]
-            normalised = EmbeddingSpace(table).normalise(table)
-            if self.noise.tied:
-                noise = noise._replace(eps=tied_noise(gumbel, normalised))
-            if not self.noise.on_policy:
-                return noise
-            states = decoding_states(
-                noise, gumbel, normalised, self.noise.path, lambda codes: self._logits(batch, prompts, codes)
-            )
-        return noise._replace(states=states)
+    def _grid(self, num_levels: int) -> Tensor:
+        return timesteps(num_levels, self.noise.schedule, self.noise.t_min, self.noise.rho)
 
-    def _logits(self, batch: CodeBatch, prompts: Prompts, noise: NoisyCodes | None) -> Tensor:
-        """Logits (B, n, K) for every code, float32."""
-        fed = trunk_input(self.backbone, prompts, batch.image_ids, self.image_layout, noise)
-        return code_logits(self.backbone, fed, self.image_layout).float()
-
-    def losses(self, batch: CodeBatch, prompts: Prompts, noise: NoisyCodes | None) -> TokenLoss:
+    def losses(
+        self, batch: CodeBatch, prompts: Sequence[Sequence[int]], noise: NoisyCodes | None
+    ) -> TokenLoss:
         """Next-clean-token loss of a batch in nats a code."""
-        return next_clean_token_loss(self._logits(batch, prompts, noise), batch.image_ids.flatten(1))
+        sample = Sample(prompts, batch.image_ids, self.image_layout)
+        return next_clean_token_loss(logits_of(self.backbone, sample, noise), batch.image_ids.flatten(1))
 
     def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
         # global_step does not move inside gradient accumulation, batch_idx does
@@ -187,8 +120,9 @@ class SJD2Module(L.LightningModule):
             num_levels = int(torch.randint(fewest, most + 1, (), generator=rng))
             batch_size, num_codes = len(batch.image_ids), batch.image_ids[0].numel()
             levels = draw_levels(batch_size, num_codes, num_levels, self.noise.ramp, rng)
-            grid = self.noise.grid(num_levels, rng)
-            noise = self._noisy(batch, prompts, levels, grid, rng)
+            sample = Sample(prompts, batch.image_ids, self.image_layout)
+            grid = random_timesteps(num_levels, rng) if self.noise.random_grid else self._grid(num_levels)
+            noise = noisy_codes(self.backbone, sample, levels, grid, self.noise, rng)
         loss = self.losses(batch, prompts, noise).total
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.image_ids))
         return loss
@@ -205,8 +139,10 @@ class SJD2Module(L.LightningModule):
         self.log("val/loss_clean", clean, prog_bar=True, sync_dist=True, batch_size=size)
         ramp = replace(self.noise.ramp, clean_share=0.0)
         levels = draw_levels(size, batch.image_ids[0].numel(), self.val_levels, ramp, rng)
-        grid = self.noise.grid(self.val_levels, None)
-        per_token = self.losses(batch, prompts, self._noisy(batch, prompts, levels, grid, rng)).per_token
+        sample = Sample(prompts, batch.image_ids, self.image_layout)
+        grid = self._grid(self.val_levels)
+        noise = noisy_codes(self.backbone, sample, levels, grid, self.noise, rng)
+        per_token = self.losses(batch, prompts, noise).per_token
         levels = levels.roll(1, dims=1)  # the token left of a code is what the code is predicted from
         levels[:, 0] = 0
         half = max(1, self.val_levels // 2)

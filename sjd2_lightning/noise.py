@@ -7,14 +7,17 @@ clean (t = 0), level `num_levels` pure noise (t = 1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 SCHEDULES = ("linear", "karras")
-PATHS = ("flow", "drafts")  # what a slot between pure noise and clean holds
+TIED = ("tied", "tied_white")
+SOURCES = ("gaussian", *TIED, "mean")
+STATES = ("blended", "draft")
+ESTIMATES = ("drawn", "expected")
 
 
 def timesteps(
@@ -48,6 +51,12 @@ def timesteps(
     raise ValueError(f"unknown noise schedule {kind!r}; known: {', '.join(SCHEDULES)}")
 
 
+def random_timesteps(num_levels: int, rng: torch.Generator) -> Float[Tensor, " grid"]:
+    """A grid of t drawn at random (ours): sorted uniforms, 0 in front and 1 at the end; (num_levels + 1,)."""
+    inner = torch.rand(max(0, num_levels - 1), generator=rng).clamp_min(1e-4).sort().values
+    return torch.cat([torch.zeros(1), inner, torch.ones(min(1, num_levels))])
+
+
 def perturb(
     x0: Float[Tensor, "*batch D"], t: Float[Tensor, "*#batch #D"], eps: Float[Tensor, "*batch D"]
 ) -> Float[Tensor, "*batch D"]:
@@ -78,6 +87,56 @@ def denoise(
     At s = 0 it is `x0_hat`: an ordinary Jacobi update. Where t = 0 it returns `x0_hat` as well.
     """
     return blend(xt, x0_hat, kept_share(t, s))
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """What an iteration makes of a noisy slot; decoding and training's trajectories share it.
+
+    Attributes:
+        source: "mean": what plays the noise below the top is the mean embedding under the slot's law (ours);
+            otherwise it is what the slot started from (paper).
+        state: "blended" (paper: x_s) or "draft" (ours: x0_hat alone; below the top, the timestep token alone
+            tells a noisy slot from a clean one).
+        estimate: x0_hat: "drawn", the embedding of the token drawn (paper), or "expected", the mean
+            embedding under the law (ours).
+    """
+
+    source: str = "gaussian"
+    state: str = "blended"
+    estimate: str = "drawn"
+
+    @property
+    def reads_mean(self) -> bool:
+        """Whether mean embeddings under the law are needed."""
+        return self.estimate == "expected" or (self.source == "mean" and self.state == "blended")
+
+    def carried_share(self, grid: Float[Tensor, " grid"]) -> Float[Tensor, " grid"]:
+        """By level, the share that is not x0_hat in what a slot holds one level down."""
+        if self.state == "draft":
+            return torch.zeros_like(grid)
+        following = grid.roll(1)
+        return following.where(grid > 0, 0.0) if self.source == "mean" else kept_share(grid, following)
+
+    def __call__(
+        self,
+        held: Float[Tensor, "*batch D"],
+        drawn: Float[Tensor, "*batch D"],
+        mean: Float[Tensor, "*batch D"] | None,
+        carried: Float[Tensor, "*#batch #D"],
+    ) -> Float[Tensor, "*batch D"]:
+        """What slots hold one level down, normalised.
+
+        Args:
+            held: (..., D) what they hold.
+            drawn: (..., D) embeddings of the tokens drawn.
+            mean: (..., D) mean embeddings under their laws; None where not `reads_mean`.
+            carried: (..., 1) of their level, from `carried_share`.
+        """
+        if mean is None:
+            return blend(held, drawn, carried)
+        x0_hat = mean if self.estimate == "expected" else drawn
+        return blend(mean if self.source == "mean" else held, x0_hat, carried)
 
 
 @dataclass(frozen=True)
@@ -131,3 +190,58 @@ def _chain_of_ramps(length: int, num_levels: int, law: RampLaw, rng: torch.Gener
             values += [top] * uniform(law.top_run)
         start = 0
     return torch.tensor(values[:length])
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Noise of training.
+
+    Attributes:
+        num_levels: (fewest, most) levels; the grid size is drawn per batch, so that one checkpoint serves
+            decoding with any number in between (not in the paper; our choice).
+        schedule, t_min, rho: grid of t, see `timesteps`.
+        ramp: law of the segments.
+        enabled: False is ordinary autoregressive training.
+        source: what slots start from at the top level: "gaussian" (paper), or "tied" and "tied_white" (ours):
+            made of the Gumbel vector that decides the token, see `posterior`; or "mean" (ours): the mean
+            embedding of the table, and below the top that under the law of clean input in place of noise.
+        trajectory: noisy slots hold what decoding's own iterations make of them, see `trajectory` (ours);
+            False perturbs the true embedding (paper).
+        state, estimate: how slots move on a trajectory, see `Renewal`.
+        random_grid: training draws the grid per batch, see `random_timesteps`; validation keeps the schedule.
+    """
+
+    num_levels: tuple[int, int] = (1, 8)
+    schedule: str = "linear"
+    t_min: float = 0.02
+    rho: float = 7.0
+    ramp: RampLaw = field(default_factory=RampLaw)
+    enabled: bool = True
+    source: str = "gaussian"
+    trajectory: bool = False
+    state: str = "blended"
+    estimate: str = "drawn"
+    random_grid: bool = False
+
+    @property
+    def renewal(self) -> Renewal:
+        """What an iteration makes of a noisy slot."""
+        return Renewal(self.source, self.state, self.estimate)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the choices, a sentence each."""
+        choices = {
+            "source": (self.source, SOURCES),
+            "state": (self.state, STATES),
+            "estimate": (self.estimate, ESTIMATES),
+        }
+        found = [
+            f"noise.{name} must be one of {', '.join(known)}; got {value!r}"
+            for name, (value, known) in choices.items()
+            if value not in known
+        ]
+        if self.state == "draft" and not self.trajectory:
+            found.append("noise.state 'draft' needs drafts: set noise.trajectory to true")
+        if self.estimate == "expected" and not self.trajectory:
+            found.append("noise.estimate 'expected' needs laws on the way: set noise.trajectory to true")
+        return found

@@ -19,9 +19,9 @@ class NoisyCodes(NamedTuple):
 
     Attributes:
         levels: (B, n) of the n codes, on the CPU.
-        timesteps: the grid of t, on the CPU.
-        eps: (B, n, D).
-        states: (B, n, D) normalised embeddings that noisy codes are fed as; None = their own, perturbed.
+        timesteps: the grid of t.
+        eps: (B, n, D) what codes start from at the top level.
+        states: (B, n, D) what noisy codes hold, normalised; None = x_t of their level and eps.
     """
 
     levels: Tensor

@@ -1,48 +1,108 @@
-"""On-policy noise: training on the states that decoding itself goes through (ours).
+"""What noisy codes of a training batch hold: the paper's x_t, tied noise, or what decoding would have made.
 
-The Gumbel vectors of a real image are drawn from their posterior, so that the image is the fixed point of
-the replay map, and its trajectory comes from data: no samples of a teacher are needed.
+Source: ours, but for the Gaussian case. Everything is computed without gradients before the training pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from sjd2_lightning.noise import blend, kept_share
-from sjd2_lightning.sequence import NoisyCodes
+from sjd2_lightning.embedding import EmbeddingSpace
+from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.noise import TIED, NoiseConfig, Renewal
+from sjd2_lightning.posterior import posterior_gumbel, tied_noise, tied_rows
+from sjd2_lightning.sequence import NoisyCodes, code_logits, trunk_input
 
 
-def decoding_states(
-    noise: NoisyCodes,
-    gumbel: Tensor,
-    normalised: Tensor,
-    path: str,
-    logits_of: Callable[[NoisyCodes], Tensor],
-) -> Tensor:
-    """Normalised states (B, n, D) of noisy codes after the iterations that their levels tell of.
+class Sample(NamedTuple):
+    """Images under teacher forcing: B prompts as token ids, clean codes (B, height, width), their layout."""
 
-    All start as noise at the top level. In each iteration those that are to be cleaner take a step towards
-    the code that is drawn for them, as `Window.renew` does. A pass without gradient for each level but one.
+    prompts: Sequence[Sequence[int]]
+    image_ids: Tensor
+    layout: ImageLayout
+
+
+def noisy_codes(
+    backbone: Backbone, sample: Sample, levels: Tensor, grid: Tensor, noise: NoiseConfig, rng: torch.Generator
+) -> NoisyCodes:
+    """Noise of one batch.
+
+    Gaussian x_t costs no pass, other sources one, a trajectory one and one more for each level below the top.
 
     Args:
-        noise: levels (B, n) to reach, the grid, and eps (B, n, D).
-        gumbel: (B, n, K) of the codes.
-        normalised: (K, D) table.
-        path: "flow" or "drafts", see `module.NoiseConfig`.
-        logits_of: logits (B, n, K) of noisy codes.
+        levels: (B, n) of the codes, on the CPU.
+        grid: (L + 1,) amounts of noise.
+        noise: its source, whether codes walk a trajectory, and what they hold on it.
+        rng: on the CPU.
     """
-    levels, grid = noise.levels, noise.timesteps
-    top = len(grid) - 1
-    states = noise.eps.to(normalised)
-    current = torch.where(levels > 0, top, 0)
-    for level in range(top, 1, -1):
-        drawn = (logits_of(NoisyCodes(current, grid, noise.eps, states)).log_softmax(-1) + gumbel).argmax(-1)
-        kept = kept_share(grid[level], grid[level - 1]) * (path == "flow")
-        moving = (levels < current)[..., None].to(states.device)
-        x0_hat = torch.nn.functional.embedding(drawn, normalised)
-        states = blend(states, x0_hat, kept.to(states).expand(1, 1)).where(moving, states)
-        current = torch.where(levels < current, level - 1, current)
+    shape = (*levels.shape, backbone.hidden_size)
+    if noise.source == "gaussian" and not noise.trajectory:
+        return NoisyCodes(levels, grid, torch.randn(shape, generator=rng))
+    with torch.no_grad():
+        rows = _normalised_rows(backbone)
+        log_probs = logits_of(backbone, sample, None).log_softmax(-1)
+        if noise.source == "mean" and not noise.trajectory:
+            below = (levels < len(grid) - 1)[..., None].to(rows)  # at the top nothing is known of the law
+            found = NoisyCodes(levels, grid, below * (log_probs.exp() @ rows))
+        else:
+            race = torch.empty(log_probs.shape).exponential_(generator=rng).to(log_probs)
+            gumbel = posterior_gumbel(log_probs, sample.image_ids.flatten(1), race)
+            found = NoisyCodes(levels, grid, _start(rows, gumbel, noise.source, rng))
+            if noise.trajectory:
+                found = found._replace(states=walk(backbone, sample, found, gumbel, noise.renewal))
+    # autocast of some versions keeps weights that it cast without gradients for the pass that needs them
+    torch.clear_autocast_cache()
+    return found
+
+
+def _normalised_rows(backbone: Backbone) -> Tensor:
+    table = backbone.slot_table()[: backbone.num_codes]
+    return EmbeddingSpace(table).normalise(table).float()
+
+
+def _start(rows: Tensor, gumbel: Tensor, source: str, rng: torch.Generator) -> Tensor:
+    """What codes hold at the top level (B, n, D), by normalised rows (K, D) and Gumbel vectors (B, n, K)."""
+    shape = (*gumbel.shape[:-1], rows.shape[-1])
+    if source in TIED:
+        return tied_noise(gumbel, tied_rows(rows, source == "tied_white")).to(rows)
+    return rows.new_zeros(shape) if source == "mean" else torch.randn(shape, generator=rng).to(rows)
+
+
+def walk(backbone: Backbone, sample: Sample, start: NoisyCodes, gumbel: Tensor, renewal: Renewal) -> Tensor:
+    """States (B, n, D) float32 in which decoding would find the noisy codes, normalised.
+
+    A code of level l entered the window L - l iterations ago, those left of it earlier. So k iterations ago
+    its level was min(L, l + k), and each iteration moved it by the draft argmax(log p + g) that the model
+    drew there. With the posterior g of the true tokens the image is the fixed point of that map. Codes of
+    level 0 count as committed all the time.
+
+    Args:
+        start: levels, grid, and what codes start from (B, n, D).
+        gumbel: (B, n, K) of each code.
+        renewal: what an iteration makes of a code.
+    """
+    top, levels = len(start.timesteps) - 1, start.levels
+    rows, states = _normalised_rows(backbone), start.eps
+    share = renewal.carried_share(start.timesteps)
+    for ago in range(top - 1, 0, -1):
+        moves = (levels > 0) & (levels + ago <= top)
+        if not moves.any():  # levels are on the CPU: no wait for the device
+            continue
+        before = torch.where(levels > 0, (levels + ago).clamp_max(top), 0)
+        logits = logits_of(backbone, sample, start._replace(levels=before, states=states))
+        drawn = F.embedding((logits + gumbel).argmax(-1), rows)
+        mean = logits.softmax(-1) @ rows if renewal.reads_mean else None
+        moved = renewal(states, drawn, mean, share[before][..., None].to(states))
+        states = moved.where(moves[..., None].to(states.device), states)
     return states
+
+
+def logits_of(backbone: Backbone, sample: Sample, noise: NoisyCodes | None) -> Tensor:
+    """Logits (B, n, K) float32 of every code; `None` is clean input."""
+    fed = trunk_input(backbone, sample.prompts, sample.image_ids, sample.layout, noise)
+    return code_logits(backbone, fed, sample.layout).float()

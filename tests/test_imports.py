@@ -10,7 +10,7 @@ import pytest
 
 from tests.source import PACKAGE, REPO, closure, cycle, imported_names, imports, modules
 
-ALGORITHM = ("noise", "embedding", "masks", "sequence", "objective", "tied", "trajectory")
+ALGORITHM = ("noise", "posterior", "embedding", "masks", "sequence", "trajectory", "objective")
 TORCH_ONLY = (*ALGORITHM, "decoding", "models.backbone", "models.cache")
 LIGHTNING = ("module", "callbacks", "data.datamodule", "recipes", "cli")
 LIGHTNING += ("checkpoints", "guards", "resuming", "sharding")

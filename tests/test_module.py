@@ -158,6 +158,48 @@ def test_noise_changes_the_loss_and_the_target_stays_clean(monkeypatch):
     assert not torch.equal(seen[0][2].total, module_of(OFF).training_step(batch, 0))
 
 
+def test_random_grids_in_training_and_the_schedule_in_validation(monkeypatch):
+    module, seen = module_of(replace(NOISE, random_grid=True)), []
+    losses = module.losses
+
+    def spy(batch, prompts, noise):
+        seen.append(None if noise is None else noise.timesteps)
+        return losses(batch, prompts, noise)
+
+    monkeypatch.setattr(module, "losses", spy)
+    for step in range(20):
+        module.training_step(batch_of(), step)
+    inner = [tuple(grid[1:-1].tolist()) for grid in seen if len(grid) > 2]
+    assert len(inner) > 5
+    assert len(set(inner)) == len(inner), "a grid of its own for every batch"
+    seen.clear()
+    validate(module, [batch_of()])
+    assert torch.equal(seen[-1], torch.tensor([0, 0.5, 1]))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"source": "tied"},
+        {"source": "mean"},
+        {"trajectory": True, "state": "draft", "random_grid": True},
+        {"trajectory": True, "source": "mean", "estimate": "expected"},
+    ],
+)
+def test_every_variant_learns(values):
+    module = module_of(replace(NOISE, **values), prompt_dropout=0.0)
+    before = validate(module, [batch_of()])
+    train(module, 60)
+    after = validate(module, [batch_of()])
+    for band in ("clean", "high"):
+        assert after[f"val/loss_{band}"] < 0.7 * before[f"val/loss_{band}"], band
+
+
+def test_choices_that_do_not_go_together_are_refused():
+    with pytest.raises(ValueError, match=r"noise\.state 'draft' needs drafts"):
+        module_of(replace(NOISE, state="draft"))
+
+
 def test_randomness_belongs_to_seed_and_step():
     def losses(seed):
         module = module_of(seed=seed)

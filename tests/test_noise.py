@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sjd2_lightning.noise import RampLaw, denoise, draw_levels, perturb, timesteps
+from sjd2_lightning.noise import RampLaw, denoise, draw_levels, perturb, random_timesteps, timesteps
 
 
 def _normals(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -90,6 +90,21 @@ def test_denoising_takes_a_level_for_each_slot():
     assert torch.equal(together[0], x0_hat[0])
     assert torch.allclose(together[1], 0.5 * xt[1] + 0.5 * x0_hat[1])
     assert torch.allclose(together[2], 0.75 * xt[2] + 0.25 * x0_hat[2])
+
+
+@pytest.mark.parametrize("num_levels", [0, 1, 2, 6])
+def test_random_grids_are_order_statistics_of_uniforms(num_levels):
+    """From 0 to 1, sorted; the mean of the i-th of m uniforms is i / (m + 1), in five standard errors."""
+    rng = torch.Generator().manual_seed(0)
+    grids = torch.stack([random_timesteps(num_levels, rng) for _ in range(2000)])
+    assert grids.shape == (2000, num_levels + 1)
+    assert (grids[:, 0] == 0).all()
+    if num_levels:
+        assert (grids[:, -1] == 1).all()
+        assert (grids[:, 1] > 0).all()
+    assert (grids.diff(dim=1) >= 0).all()
+    wanted = timesteps(num_levels)
+    assert (grids.mean(0) - wanted).abs().max() < 5 * 0.29 / 2000**0.5
 
 
 def test_unknown_schedule_and_negative_levels_are_named():

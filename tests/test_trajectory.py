@@ -1,134 +1,196 @@
-"""On-policy states of training are those that the decoder goes through."""
+"""What noisy codes of training hold: against the slow decoder's own steps, and the gradients behind it."""
 
-from unittest.mock import patch
+from dataclasses import replace
 
 import pytest
 import torch
 
-from sjd2_lightning.decoding import DecodingConfig, decode
-from sjd2_lightning.decoding.randomness import Purpose, gumbel, normal, slot_keys, stream
-from sjd2_lightning.decoding.window import Window
-from sjd2_lightning.embedding import EmbeddingSpace
-from sjd2_lightning.module import NoiseConfig, SJD2Module
-from sjd2_lightning.noise import RampLaw, timesteps
-from sjd2_lightning.optimizer import OptimizerConfig
+from sjd2_lightning.decoding import DecodingConfig
+from sjd2_lightning.noise import NoiseConfig, Renewal, timesteps
+from sjd2_lightning.posterior import posterior_gumbel
 from sjd2_lightning.sequence import NoisyCodes
-from sjd2_lightning.tied import tied_noise
-from sjd2_lightning.trajectory import decoding_states
-from tests.test_module import CAPTIONS, batch_of, train
-from tests.tiny_backbones import tiny_chameleon
+from sjd2_lightning.trajectory import Sample, logits_of, noisy_codes, walk
+from tests.decoding.slow_loop import Slot, SlowDecoder
+from tests.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
-SEED = 5
+LEVELS = torch.tensor([[0, 1, 1, 2, 3, 0], [0] * 6, [3, 3, 0, 0, 1, 2], [1, 2, 3, 3, 3, 3]])
+OPTIONS = {
+    "blended": {},
+    "draft": {"state": "draft"},
+    "tied": {"source": "tied"},
+    "tied draft": {"source": "tied", "state": "draft"},
+    "mean": {"source": "mean"},
+    "mean draft": {"source": "mean", "state": "draft"},
+    "expected": {"estimate": "expected"},
+    "expected mean": {"source": "mean", "estimate": "expected"},
+}
 
 
-def module_of(**noise) -> SJD2Module:
-    backbone = tiny_chameleon(7, seed=4, scale=0.6).eval()
-    ramp = RampLaw(clean_run=(1, 2), segment=(1, 2), top_run=(0, 2))
-    config = NoiseConfig(num_levels=(3, 3), ramp=ramp, **noise)
-    return SJD2Module(backbone, config, OptimizerConfig(), image_size=(6, 6), val_levels=2)
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_chameleon(7, seed=2, scale=0.5).requires_grad_(False)
 
 
-@pytest.mark.parametrize("path", ["flow", "drafts"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_first_step_of_a_whole_window_is_the_decoders(path, tied):
-    module = module_of()
-    backbone, layout = module.backbone, module.image_layout
-    states = []
-    renew = Window.renew
+@pytest.fixture(scope="module")
+def sample(backbone):
+    """Images of 3 x 2 codes."""
+    layout = backbone.layout(6, 4)
+    prompts = [backbone.prompt_ids(prompt, layout) for prompt in RAGGED_PROMPTS]
+    image_ids = torch.randint(7, (4, 3, 2), generator=torch.Generator().manual_seed(0))
+    return Sample(prompts, image_ids, layout)
 
-    def spy(window, *args):
-        renew(window, *args)
-        if not states:
-            states.append(window.strip["noisy"][:, : layout.num_slots].clone())
 
-    config = DecodingConfig("sjd2", layout.num_slots + 1, num_levels=3, path=path, tied=tied)
-    with patch.object(Window, "renew", spy):
-        decode(backbone, CAPTIONS[:1], [SEED], config, layout)
-    slots = layout.code_slots
-    keys = slot_keys(torch.tensor([[SEED]]), slots)
-    table = backbone.slot_table()[: backbone.num_codes].detach()
-    normalised = EmbeddingSpace(table).normalise(table)
-    noise = gumbel(stream(keys, Purpose.GUMBEL), backbone.num_codes)
-    eps = normal(stream(keys, Purpose.NOISE), table.shape[1])
-    eps = tied_noise(noise, normalised) if tied else eps
-    codes = NoisyCodes(torch.full((1, len(slots)), 2), timesteps(3), eps)
-    batch = batch_of()._replace(captions=CAPTIONS[:1], image_ids=batch_of().image_ids[:1])
-    prompts = module._prompts(batch.captions, None)
-    with torch.no_grad():
-        ours = decoding_states(
-            codes, noise, normalised, path, lambda codes: module._logits(batch, prompts, codes)
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Teacher(SlowDecoder):
+    """The slow decoder with given Gumbel vectors: what it would have held when `levels` are what they are."""
+
+    def judge(self, number, slot, law, iteration):
+        token = int((torch.tensor(law).log() + self.vectors[number]).argmax())
+        return token, False, token
+
+    def states(self, tokens, levels, start, vectors) -> list[torch.Tensor]:
+        """Of a row of slots: what noisy ones hold after they were denoised to `levels`, pass by pass."""
+        top, self.vectors = self.config.num_levels, vectors
+        window = [
+            Slot(token, top if level else 0, noisy, None)
+            for token, level, noisy in zip(tokens, levels, start, strict=True)
+        ]
+        for ago in range(top - 1, 0, -1):
+            for slot, level in zip(window, levels, strict=True):
+                assert slot.level == (min(top, level + ago) if level else 0)
+            laws = self.laws(window)
+            for number, (slot, level) in enumerate(zip(window, levels, strict=True)):
+                if 0 < level <= top - ago:
+                    self.renew(slot, self.judge(number, slot, laws[number], 0)[0], laws[number])
+        return [slot.noisy for slot in window]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_states_are_those_of_decoding(backbone, sample, option):
+    """Every code takes the slow decoder's own steps, from its start to its level."""
+    noise = NoiseConfig(trajectory=True, **OPTIONS[option])
+    found = noisy_codes(backbone, sample, LEVELS, timesteps(3), noise, rng())
+    log_probs = logits_of(backbone, sample, None).log_softmax(-1)
+    race = torch.empty(log_probs.shape).exponential_(generator=rng())
+    vectors = posterior_gumbel(log_probs, sample.image_ids.flatten(1), race)
+    assert torch.equal((log_probs + vectors).argmax(-1), sample.image_ids.flatten(1))
+    config = DecodingConfig("sjd2", 9, 3, **OPTIONS[option])
+    slot_ids, is_code = sample.layout.slot_ids(sample.image_ids), sample.layout.code_slots
+    moved = 0
+    for row, prompt in enumerate(RAGGED_PROMPTS):
+        per_slot = []
+        for values in (LEVELS[row, :, None], found.eps[row], vectors[row]):
+            wide = torch.zeros(len(slot_ids[row]), values.shape[-1])
+            per_slot.append(wide.index_copy(0, is_code, values.float()))
+        levels, start, vectors_of = per_slot
+        decoder = Teacher(backbone, prompt, 0, config, sample.layout)
+        states = decoder.states(slot_ids[row].tolist(), levels[:, 0].long().tolist(), start, vectors_of)
+        for code, slot in enumerate(is_code.tolist()):
+            if LEVELS[row, code]:
+                assert torch.allclose(found.states[row, code], states[slot], atol=1e-4), (row, code)
+                moved += not torch.equal(states[slot], start[slot])
+    assert moved == int(((LEVELS > 0) & (LEVELS < 3)).sum())
+
+
+def test_drafts_are_embeddings_of_codes_below_the_top_and_noise_at_it(backbone, sample):
+    noise = NoiseConfig(trajectory=True, state="draft")
+    found = noisy_codes(backbone, sample, LEVELS, timesteps(3), noise, rng())
+    codes = backbone.slot_table()[:7]
+    rows = (codes - codes.mean(0)) / codes.std(0, correction=0)
+    distance = torch.cdist(found.states, rows).amin(-1)
+    assert (distance[(LEVELS > 0) & (LEVELS < 3)] < 1e-4).all()
+    assert torch.equal(found.states[LEVELS == 3], found.eps[LEVELS == 3])
+
+
+def test_a_certain_law_leads_to_the_image(backbone, sample):
+    """Where Gumbel vectors decide the true tokens under any law, drafts are the image: its fixed point."""
+    start = NoisyCodes(LEVELS, timesteps(3), torch.randn(4, 6, backbone.hidden_size, generator=rng()))
+    truth = 1e3 * torch.nn.functional.one_hot(sample.image_ids.flatten(1), 7).float()
+    states = walk(backbone, sample, start, truth, Renewal())
+    codes = backbone.slot_table()[:7]
+    x0 = ((codes - codes.mean(0)) / codes.std(0, correction=0))[sample.image_ids.flatten(1)]
+    t = (LEVELS / 3)[..., None]
+    wanted = (1 - t) * x0 + t * start.eps
+    assert torch.allclose(states[LEVELS > 0], wanted[LEVELS > 0], atol=1e-4)
+
+
+def test_mean_embeddings_in_place_of_noise(backbone, sample):
+    """Below the top the mean under the law of clean input, code by code; at the top nothing is known."""
+    found = noisy_codes(backbone, sample, LEVELS, timesteps(3), NoiseConfig(source="mean"), rng())
+    law = logits_of(backbone, sample, None).softmax(-1)
+    codes = backbone.slot_table()[:7]
+    rows = (codes - codes.mean(0)) / codes.std(0, correction=0)
+    for row, code in (LEVELS >= 0).nonzero().tolist():
+        wanted = (
+            sum(law[row, code, k] * rows[k] for k in range(7)) if LEVELS[row, code] < 3 else torch.zeros(8)
         )
-    assert torch.allclose(ours, states[0][:, slots], atol=1e-4)
-    assert not torch.allclose(ours, eps, atol=0.1)
+        assert torch.allclose(found.eps[row, code], wanted, atol=1e-5)
+    assert found.states is None
 
 
-def test_slots_take_as_many_steps_as_their_levels_tell():
-    """By hand: a slot of the top level is its noise; one below has taken one step, when all were noise."""
-    module, batch = module_of(), batch_of()
-    table = module.backbone.slot_table()[:7].detach()
-    normalised = EmbeddingSpace(table).normalise(table)
-    rng = torch.Generator().manual_seed(0)
-    eps, noise = torch.randn(4, 9, table.shape[1], generator=rng), torch.randn(4, 9, 7, generator=rng)
-    levels = torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3, 3]]).expand(4, -1)
-    prompts, seen = module._prompts(batch.captions, None), []
-
-    def logits_of(codes):
-        seen.append(codes.levels[0].tolist())
-        return module._logits(batch, prompts, codes)
-
-    with torch.no_grad():
-        states = decoding_states(NoisyCodes(levels, timesteps(3), eps), noise, normalised, "flow", logits_of)
-        first = module._logits(batch, prompts, NoisyCodes(levels.clamp(0, 1) * 3, timesteps(3), eps, eps))
-    assert seen == [[0, 0, 3, 3, 3, 3, 3, 3, 3], [0, 0, 2, 2, 2, 2, 3, 3, 3]]
-    assert torch.equal(states[:, 6:], eps[:, 6:])
-    x0_hat = normalised[(first.log_softmax(-1) + noise).argmax(-1)]
-    wanted = (2 / 3 * eps + 1 / 3 * x0_hat)[:, 4:6]
-    assert torch.allclose(states[:, 4:6], wanted, atol=1e-6)
+def test_the_default_draws_what_it_always_drew(backbone, sample):
+    found = noisy_codes(backbone, sample, LEVELS, timesteps(3), NoiseConfig(), rng(5))
+    assert torch.equal(found.eps, torch.randn(4, 6, backbone.hidden_size, generator=rng(5)))
+    assert found.states is None
 
 
-def test_the_image_is_the_fixed_point_of_its_posterior_noise():
-    module, batch = module_of(tied=True, on_policy=True), batch_of()
-    prompts = module._prompts(batch.captions, None)
-    levels = torch.zeros(4, 9, dtype=torch.long)
-    levels[:, 4:] = 2
-    seen = {}
-
-    def spy(noise, gumbel, *others):
-        seen["gumbel"] = gumbel
-        return decoding_states(noise, gumbel, *others)
-
-    with patch("sjd2_lightning.module.decoding_states", spy):
-        noise = module._noisy(batch, prompts, levels, timesteps(2), torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        law = module._logits(batch, prompts, None).log_softmax(-1)
-    assert torch.equal((law + seen["gumbel"]).argmax(-1), batch.image_ids.flatten(1))
-    assert not noise.states.requires_grad
+def passes(backbone, call) -> int:
+    """Forward passes of a call."""
+    count = []
+    handle = backbone.register_forward_hook(lambda *_: count.append(1))
+    call()
+    handle.remove()
+    return len(count)
 
 
 @pytest.mark.parametrize(
-    "noise",
-    [{"tied": True}, {"on_policy": True}, {"on_policy": True, "path": "drafts"}, {"continuous": True}],
+    ("values", "num_levels", "wanted"),
+    [
+        ({}, 3, 0),
+        ({"source": "tied"}, 3, 1),
+        ({"source": "mean"}, 3, 1),
+        ({"trajectory": True}, 1, 1),
+        ({"trajectory": True}, 3, 3),
+        ({"trajectory": True, "source": "tied", "state": "draft"}, 5, 5),
+    ],
 )
-def test_every_kind_of_noise_trains(noise):
-    trainer = train(module_of(**noise), 3)
-    assert torch.isfinite(trainer.callback_metrics["train/loss"])
-    assert torch.isfinite(trainer.callback_metrics["val/loss_high"])
+def test_passes_beside_the_training_pass(backbone, sample, values, num_levels, wanted):
+    noise = NoiseConfig(**values)
+    levels = LEVELS.clamp_max(num_levels)
+    grid = timesteps(num_levels)
+    assert passes(backbone, lambda: noisy_codes(backbone, sample, levels, grid, noise, rng())) == wanted
+    clean = torch.zeros_like(levels)
+    most = passes(backbone, lambda: noisy_codes(backbone, sample, clean, grid, noise, rng()))
+    assert most == min(1, wanted), "where nothing is noisy, nothing moves"
 
 
-def test_the_random_grid_is_a_grid():
-    rng = torch.Generator().manual_seed(0)
-    noise = NoiseConfig(continuous=True)
-    for num_levels in (1, 2, 8):
-        grid = noise.grid(num_levels, rng)
-        assert len(grid) == num_levels + 1
-        assert (grid[0], grid[-1]) == (0, 1)
-        assert (grid.diff() > 0).all()
-    assert torch.equal(noise.grid(4, None), timesteps(4))
-    assert not torch.equal(noise.grid(4, rng), noise.grid(4, rng))
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_are_those_of_the_training_pass_alone(sample, autocast):
+    """Autocast keeps the weights it has cast: those of passes without gradients must not serve this one."""
+    noise = NoiseConfig(trajectory=True, source="tied")
+    gradients = []
+    for again in (False, True):
+        backbone = tiny_chameleon(7, seed=2, scale=0.5)
+        found = noisy_codes(backbone, sample, LEVELS, timesteps(3), noise, rng())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if again:
+                noisy_codes(backbone, sample, LEVELS, timesteps(3), noise, rng())
+            logits_of(backbone, sample, found).logsumexp(-1).sum().backward()
+        named = {name: p.grad for name, p in backbone.named_parameters() if "model.model" in name}
+        gradients.append({name: grad for name, grad in named.items() if grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any("self_attn.q_proj" in name for name in gradients[0])
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_values_that_do_not_go_together_are_refused():
-    with pytest.raises(ValueError, match=r"set noise\.on_policy to true"):
-        NoiseConfig(path="drafts")
-    with pytest.raises(ValueError, match=r"noise\.path must be one of flow, drafts; got 'x'"):
-        NoiseConfig(path="x")
+def test_wrong_choices_are_named():
+    assert NoiseConfig().problems() == []
+    [line] = replace(NoiseConfig(), source="mask").problems()
+    assert line == "noise.source must be one of gaussian, tied, tied_white, mean; got 'mask'"
+    [line] = replace(NoiseConfig(), state="draft").problems()
+    assert "set noise.trajectory to true" in line
+    [line] = replace(NoiseConfig(), estimate="expected").problems()
+    assert "set noise.trajectory to true" in line

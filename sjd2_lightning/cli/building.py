@@ -21,7 +21,7 @@ from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.models.lora import has_adapter
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.tiny import build_tiny
-from sjd2_lightning.module import NoiseConfig, SJD2Module
+from sjd2_lightning.module import SJD2Module
 from sjd2_lightning.optimizer import OptimizerConfig
 from sjd2_lightning.prompts import PromptItem, held_out_prompts, read_prompts
 from sjd2_lightning.protocols import CocoProtocol, coco_items, coco_prompts, coco_reference
@@ -133,11 +133,10 @@ def load_trained(backbone: Backbone, ckpt_path: str | Path) -> None:
 
 def build_module(config: TrainConfig, backbone: Backbone) -> SJD2Module:
     """Next-clean-token training of a backbone."""
-    noise = config.noise.model_dump(exclude={"val_levels", "ramp"})
     kind = ShardedModule if config.trainer.strategy == "fsdp" else SJD2Module
     return kind(
         backbone,
-        NoiseConfig(**noise, ramp=config.noise.ramp),
+        config.noise.of_training,
         OptimizerConfig(**config.optimizer.model_dump(exclude={"freeze"})),
         image_size=config.model.image_size,
         prompt_dropout=config.data.prompt_dropout,

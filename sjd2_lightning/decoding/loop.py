@@ -38,7 +38,10 @@ _LEAVE_SHARE = 0.25  # finished rows leave the batch once they are this share of
 
 
 def judge(slots: Slots, source: SlotSource, scores: Tensor) -> tuple[Verdict, Tensor, Tensor | None]:
-    """Verdict on every slot of the window, refined drafts and the law that those were drawn from.
+    """Verdict on every slot of the window, refined drafts and the law that those were drawn from, if needed.
+
+    Noisy slots are judged like clean ones: x0_hat too is coupled through the levels, by the slot's own Gumbel
+    vector or by the maximal coupling.
 
     Args:
         slots: the window.
@@ -48,11 +51,13 @@ def judge(slots: Slots, source: SlotSource, scores: Tensor) -> tuple[Verdict, Te
     refined, law = None, None
     if slots.gumbel is not None:
         verdict = verify_replay(slots.tokens, scores, slots.gumbel)
-        law = None if slots.draft_probs is None else scores.softmax(-1)  # siblings are drawn from it
+        if slots.draft_probs is not None or source.config.reads_law:  # siblings are drawn from it
+            law = scores.softmax(-1)
     elif slots.draft_probs is not None:
         verdict, (refined, law) = _judge_by_laws(slots, slots.draft_probs, source, scores.softmax(-1))
     else:
-        verdict = _judge_by_tokens(slots, source.config, scores.softmax(-1))
+        law = scores.softmax(-1)
+        verdict = _judge_by_tokens(slots, source.config, law)
     # structural slots have a one-hot law on the token they start with: they always stand
     tokens = verdict.tokens.where(slots.is_code, slots.tokens)
     accept_mask = verdict.accept_mask | ~slots.is_code
@@ -167,7 +172,7 @@ def decode(
             observer(_seen(len(log), rows, window, slots, committed, verdict, scores))
         if refined is not verdict.tokens:
             refined = verdict.tokens.where(window.columns[: config.window] <= run[:, None], refined)
-        window.renew(slots, refined, law, scores)
+        window.renew(slots, refined, law)
 
         num_committed, uncached = _to_host(committed, None if least_refed == most_refed else cached)
         refeed = max(least_refed, *uncached)

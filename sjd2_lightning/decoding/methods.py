@@ -8,7 +8,7 @@ from sjd2_lightning.decoding.drafts import REPEATED
 from sjd2_lightning.decoding.groups import Grouping
 from sjd2_lightning.decoding.probs import Sampling
 from sjd2_lightning.decoding.refine import REFINERS
-from sjd2_lightning.noise import PATHS, SCHEDULES
+from sjd2_lightning.noise import ESTIMATES, SCHEDULES, SOURCES, STATES, TIED, Renewal
 
 METHODS = ("ar", "jacobi", "sjd", "mc_sjd", "gumbel", "sjd_pp", "sjd_pac", "gsd", "sjd2", "sjd2_pure")
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
@@ -16,9 +16,8 @@ ACCEPTANCE = ("replay", "exact", "paper", "match", "pure", "grouped")
 BY_LAWS = ("exact", "paper", "grouped")  # acceptance by the law that a draft was drawn from: it is recorded
 WITH_TREE = ("replay", "exact")  # acceptance that knows what becomes of a draft's siblings
 LOSSLESS = ("replay", "exact", "match")
-DRAFT_INITS = ("random", "gumbel", *REPEATED)
 LEVEL_RULES = ("age", "stable", "confident")
-ESTIMATES = ("drawn", "expected")
+DRAFT_INITS = ("random", "gumbel", *REPEATED)
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,13 @@ class DecodingConfig:
         draft_init: first draft of a clean slot: "random", "gumbel" (the maximum of the slot's own noise),
             "repeat_left" or "repeat_above" (SJD: the token of a neighbour).
         schedule, t_min, rho: grid of noise, see `noise.timesteps`.
-        tied: a slot's noise is made of its Gumbel vector (`tied`); in replay mode only.
-        path: what a slot between noise and clean holds, "flow" or "drafts", see `module.NoiseConfig`.
-        level_rule: when a slot turns clean: "age" (one level cleaner in each iteration, as in the paper),
-            "stable" (once the same code was drawn twice in a row) or "confident" (once its code has half of
-            the law); until then it waits at level 1. Ours.
-        estimate: of the clean embedding of a slot that stays noisy: "drawn" (of the code that verification
-            drew, so coupled from one iteration to the next) or "expected" (the mean under its law). Ours.
+        source: what a new slot holds, as in training: "gaussian", "mean", or, with "replay", "tied" and
+            "tied_white"; see `noise.NoiseConfig`.
+        state, estimate: what an iteration makes of a noisy slot, as in training, see `noise.Renewal`.
+        level_rule: which slots are clean at once (ours): none ("age": one level cleaner each iteration,
+            paper); those whose token is the draft of the iteration before ("stable"; new slots have none);
+            or those whose law gives their token at least `confidence` ("confident").
+        confidence: in (0, 1], for level_rule "confident".
         tree: siblings of the drafts at the head, "exact" and "replay" only.
         groups: which codes are alike, "grouped" only.
         compile: run the trunk through `torch.compile`, on shapes that stay the same between iterations.
@@ -85,10 +84,11 @@ class DecodingConfig:
     schedule: str = "linear"
     t_min: float = 0.02
     rho: float = 7.0
-    tied: bool = False
-    path: str = "flow"
-    level_rule: str = "age"
+    source: str = "gaussian"
+    state: str = "blended"
     estimate: str = "drawn"
+    level_rule: str = "age"
+    confidence: float = 0.9
     tree: TreeShape = field(default_factory=TreeShape)
     groups: Grouping = field(default_factory=Grouping)
     compile: bool = False
@@ -99,6 +99,16 @@ class DecodingConfig:
         """Whether samples follow the law of autoregression with the loaded weights."""
         return self.acceptance in LOSSLESS
 
+    @property
+    def renewal(self) -> Renewal:
+        """What an iteration makes of a noisy slot."""
+        return Renewal(self.source, self.state, self.estimate)
+
+    @property
+    def reads_law(self) -> bool:
+        """Whether slots get cleaner by their law, not by the token drawn from it alone."""
+        return self.num_levels > 1 and (self.renewal.reads_mean or self.level_rule == "confident")
+
     def problems(self) -> list[str]:
         """What is wrong with the values, a sentence each."""
         found = [*self.sampling.problems(), *self.tree.problems(), *self.groups.problems()]
@@ -108,9 +118,10 @@ class DecodingConfig:
             "refiner": (self.refiner, tuple(REFINERS)),
             "draft_init": (self.draft_init, DRAFT_INITS),
             "schedule": (self.schedule, SCHEDULES),
-            "path": (self.path, PATHS),
-            "level_rule": (self.level_rule, LEVEL_RULES),
+            "source": (self.source, SOURCES),
+            "state": (self.state, STATES),
             "estimate": (self.estimate, ESTIMATES),
+            "level_rule": (self.level_rule, LEVEL_RULES),
         }
         for name, (value, known) in choices.items():
             if value not in known:
@@ -132,6 +143,10 @@ class DecodingConfig:
         found += self._problems_beside_the_window()
         if self.draft_init == "gumbel" and self.acceptance != "replay":
             found.append("decoding.draft_init 'gumbel' needs acceptance 'replay'")
+        if self.source in TIED and self.acceptance != "replay":
+            found.append(f"decoding.source {self.source!r} needs acceptance 'replay': use gaussian")
+        if not 0 < self.confidence <= 1:
+            found.append(f"decoding.confidence must lie in (0, 1], got {self.confidence}")
         return found
 
     def _problems_beside_the_window(self) -> list[str]:

@@ -23,12 +23,13 @@ from sjd2_lightning.decoding.randomness import (
 from sjd2_lightning.decoding.span import Span
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import ImageLayout, by_row
-from sjd2_lightning.noise import blend, kept_share, timesteps
-from sjd2_lightning.tied import tied_noise
+from sjd2_lightning.noise import TIED, timesteps
+from sjd2_lightning.posterior import tied_noise, tied_rows
 
-CONFIDENT = 0.5  # least probability of a code that level_rule "confident" calls settled. Our choice
 _LEAST_AHEAD = 16  # slots whose random numbers are drawn before they are needed, see `Window`
-_MOST_AHEAD = 2**15  # numbers, as wide as the vocabulary, that they may be: memory is held for the window alone
+_MOST_AHEAD = (
+    2**15
+)  # numbers, as wide as the vocabulary, that they may be: memory is held for the window alone
 
 
 class Slots(NamedTuple):
@@ -81,8 +82,10 @@ class SlotSource:
         if config.num_levels:
             self.normalised = self.space.normalise(table)
             t = self.timesteps.to(table)
-            # (levels + 1, 1), by level; level 0 has t = 0
-            self.kept = kept_share(t, t.roll(1))[:, None] * (config.path == "flow")
+            self.renewal = config.renewal
+            self.carried = self.renewal.carried_share(t)[:, None]  # (levels + 1, 1), by level
+            if config.source in TIED:
+                self.tied_rows = tied_rows(self.normalised[:num_codes], config.source == "tied_white")
 
     def of_slots(self, num_columns: int, value: Callable[[ImageLayout], Tensor]) -> Tensor:
         """(B or 1, num_columns) int64: a value (N,) of each layout's slots; 0 right of the image."""
@@ -99,7 +102,7 @@ class SlotSource:
     def first_drafts(self, seeds: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Drafts and levels (B, n) that slots start with; seeds (B,), slots (n,) absolute.
 
-        Noise N(0, I) at the top level with an independent uniform draft (paper); without levels a random
+        Noise at the top level with an independent uniform draft (paper); without levels a random
         code (SJD). Structural slots start, and stay, at their token. Slots right of the image hold any
         clean content: they are never committed.
         """
@@ -117,11 +120,33 @@ class SlotSource:
         if self.config.acceptance in BY_LAWS or self.config.tree.width > 1:
             flat = torch.full((), 1 / self.num_codes, device=slots.device)
             found["draft_probs"] = flat.expand(*slots.shape, self.num_codes)
-        if self.config.num_levels and self.config.tied and "gumbel" in found:
-            found["noisy"] = tied_noise(found["gumbel"], self.normalised[: self.num_codes])
-        elif self.config.num_levels:
-            found["noisy"] = normal(stream(keys, Purpose.NOISE), self.table.shape[1]).to(self.table)
+        if self.config.num_levels:
+            if self.config.source in TIED:
+                noisy = tied_noise(found["gumbel"], self.tied_rows)
+            elif self.config.source == "mean":
+                noisy = torch.zeros(*slots.shape, self.table.shape[1], device=slots.device)
+            else:
+                noisy = normal(stream(keys, Purpose.NOISE), self.table.shape[1])
+            found["noisy"] = noisy.to(self.table)
         return found
+
+    def renewed(self, levels: Tensor, noisy: Tensor, tokens: Tensor, law: Tensor | None) -> Tensor:
+        """What slots hold one level down (B, W, D), by the tokens (B, W) and laws (B, W, K) of this pass."""
+        mean = None
+        if law is not None and self.renewal.reads_mean:
+            mean = law.to(self.normalised) @ self.normalised[: self.num_codes]
+        drawn, carried = F.embedding(tokens, self.normalised), F.embedding(levels, self.carried)
+        return self.renewal(noisy, drawn, mean, carried)
+
+    def next_levels(self, levels: Tensor, drafts: Tensor, tokens: Tensor, law: Tensor | None) -> Tensor:
+        """Levels (B, W) of the next iteration, by the drafts (B, W) fed, tokens (B, W) and laws (B, W, K)."""
+        lower = (levels - 1).clamp_min(0)
+        if self.config.level_rule == "stable":
+            return lower.masked_fill((tokens == drafts) & (levels < self.config.num_levels), 0)
+        if self.config.level_rule == "confident" and law is not None:
+            chosen = tokens.clamp_max(self.num_codes - 1)[..., None]  # structural slots are clean anyway
+            return lower.masked_fill(law.gather(-1, chosen).squeeze(-1) >= self.config.confidence, 0)
+        return lower
 
 
 class Window:
@@ -239,45 +264,17 @@ class Window:
             drafts.copy_(noisy.where(slots.levels[:, :-1, None] > 0, drafts))
         return span, embeddings
 
-    def renew(self, slots: Slots, tokens: Tensor, probs: Tensor | None, scores: Tensor) -> None:
-        """One iteration later.
-
-        Args:
-            slots: the window as it was fed.
-            tokens: (B, W) the drafts that follow.
-            probs: (B, W, K) the law that they were drawn from; None = it is not recorded.
-            scores: (B, W, K) unnormalised log-probabilities.
-        """
-        if probs is not None:
-            self.in_strip.write(self.strip["draft_probs"], probs)
+    def renew(self, slots: Slots, tokens: Tensor, law: Tensor | None) -> None:
+        """One iteration later: `tokens` (B, W), for drafts of law (B, W, K); noisy slots cleaner."""
         if slots.levels is not None and slots.noisy is not None:
-            config = self.source.config
-            levels = (slots.levels - 1).clamp_min(0)
-            kept = F.embedding(slots.levels, self.source.kept)
-            if config.level_rule != "age":
-                waits = (slots.levels == 1) & ~self._settled(slots, tokens, scores)
-                levels = levels.where(~waits, slots.levels)
-                if config.path == "flow":  # the amount of noise stays, and so does its share
-                    kept = kept.masked_fill(waits[..., None], 1.0)
-            if config.num_levels > 1 or config.path == "drafts":  # else level 1, noise, is followed by clean
-                noisy = blend(slots.noisy, self._estimate(tokens, scores), kept)
+            levels = self.source.next_levels(slots.levels, slots.tokens, tokens, law)
+            if self.source.config.num_levels > 1:  # from level 1 a slot goes straight to a clean embedding
+                noisy = self.source.renewed(slots.levels, slots.noisy, tokens, law)
                 self.in_strip.write(self.strip["noisy"], noisy)
             self.span.write(self.levels, levels)
-        self.span.write(self.tokens, tokens)  # last: `slots` may be a view of what it replaces
-
-    def _settled(self, slots: Slots, tokens: Tensor, scores: Tensor) -> Tensor:
-        """(B, W) whether a slot may turn clean, by `level_rule`."""
-        if self.source.config.level_rule == "stable":
-            return tokens == slots.tokens
-        codes = tokens.clamp_max(self.source.num_codes - 1)[..., None]  # structural slots are clean anyway
-        return scores.softmax(-1).gather(-1, codes).squeeze(-1) >= CONFIDENT
-
-    def _estimate(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        """(B, W, D) normalised clean embeddings that noisy slots are moved towards."""
-        if self.source.config.estimate == "drawn":
-            return F.embedding(tokens, self.source.normalised)
-        table = self.source.normalised[: self.source.num_codes]
-        return scores.softmax(-1).to(table) @ table
+        self.span.write(self.tokens, tokens)  # last: what is read of the window may be a view of it
+        if law is not None and "draft_probs" in self.strip:
+            self.in_strip.write(self.strip["draft_probs"], law)
 
     def advance(self, num_committed: Sequence[int], committed: Tensor) -> None:
         """Moves each row's window on; `num_committed` on the host, `committed` (B,) on the device."""

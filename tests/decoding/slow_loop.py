@@ -48,6 +48,7 @@ class SlowDecoder:
         self.table = table
         codes = table[: backbone.num_codes]
         self.mean, self.std = codes.mean(0), codes.std(0, correction=0).clamp_min(1e-6)
+        self.rows = (table - self.mean) / self.std
         self.grid = timesteps(config.num_levels, config.schedule, config.t_min, config.rho).tolist()
         self.tokens: list[int] = []
         self.settled: list[int] = []
@@ -58,18 +59,47 @@ class SlowDecoder:
     def new_slot(self, slot: int) -> Slot:
         num_codes, config = self.backbone.num_codes, self.config
         flat = np.full(num_codes, 1 / num_codes)
-        noisy = normal(self.key(slot, Purpose.NOISE), self.table.shape[1])
-        if config.tied:
-            noise = gumbel(self.key(slot, Purpose.GUMBEL), num_codes)
-            rows = (self.table[:num_codes] - self.mean) / self.std
-            numbers = ((noise - np.euler_gamma) * np.sqrt(6) / np.pi).tolist()
-            noisy = sum(number * row for number, row in zip(numbers, rows, strict=True)) / num_codes**0.5
+        noisy = self.new_noise(slot)
         if self.layout.forced[slot] >= 0:
             return Slot(self.layout.forced[slot], 0, noisy, flat)
         token = int(integers(self.key(slot, Purpose.INITIAL), num_codes))
         if config.draft_init == "gumbel":
             token = int(gumbel(self.key(slot, Purpose.GUMBEL), num_codes).argmax())
         return Slot(token, config.num_levels, noisy, flat)
+
+    def new_noise(self, slot: int) -> Tensor:
+        """What a slot starts from."""
+        if self.config.source == "gaussian":
+            return normal(self.key(slot, Purpose.NOISE), self.table.shape[1])
+        if self.config.source == "mean":
+            return torch.zeros(self.table.shape[1])
+        num_codes = self.backbone.num_codes
+        vector = gumbel(self.key(slot, Purpose.GUMBEL), num_codes).double().numpy()
+        rows = self.rows[:num_codes].double().numpy() / num_codes**0.5
+        if self.config.source == "tied_white":  # the nearest matrix with orthonormal columns
+            left, sizes, right = np.linalg.svd(rows, full_matrices=False)
+            rows = left[:, sizes > 3e-3 * sizes[0]] @ right[sizes > 3e-3 * sizes[0]]
+        return torch.tensor((vector - np.euler_gamma) / (np.pi / 6**0.5) @ rows).float()
+
+    def renew(self, slot: Slot, token: int, law: np.ndarray) -> None:
+        """One iteration later: the slot's next draft, and what it holds one level cleaner."""
+        config, level = self.config, max(0, slot.level - 1)
+        if slot.level > 0:
+            mean = sum(float(p) * row for p, row in zip(law, self.rows, strict=False))
+            x0_hat = mean if config.estimate == "expected" else self.rows[token]
+            if config.state == "draft":
+                slot.noisy = x0_hat
+            elif config.source == "mean":
+                slot.noisy = self.grid[level] * mean + (1 - self.grid[level]) * x0_hat
+            else:
+                ratio = self.grid[level] / self.grid[slot.level]
+                slot.noisy = ratio * slot.noisy + (1 - ratio) * x0_hat
+        if config.level_rule == "stable" and token == slot.token and slot.level < config.num_levels:
+            level = 0
+        if config.level_rule == "confident" and slot.level > 0 and law[token] >= config.confidence:
+            level = 0
+        slot.draft_law = self.next_law(slot, law)
+        slot.token, slot.level = token, level
 
     def side_tokens(self) -> Tensor:
         """Sinusoids of 1000 t, standardised over the width, on the scale of the embeddings."""
@@ -128,7 +158,7 @@ class SlowDecoder:
             slot.draft_law = np.eye(self.backbone.num_codes)[slot.token]
 
     def nearest_code(self, noisy: Tensor) -> int:
-        rows = (self.table[: self.backbone.num_codes] - self.mean) / self.std
+        rows = self.rows[: self.backbone.num_codes]
         return int(torch.cosine_similarity(rows, noisy[None], dim=-1).argmax())
 
     def judge(self, number: int, slot: Slot, law: np.ndarray, iteration: int) -> tuple[int, bool, int]:
@@ -177,7 +207,7 @@ class SlowDecoder:
         groups, order = self.config.groups, np.argsort(-law, kind="stable").tolist()
         first = order.index(draft) - (groups.size - 1) // 2
         members = order[max(0, first) : first + groups.size]
-        rows = ((self.table - self.mean) / self.std).numpy()
+        rows = self.rows.numpy()
         return [
             code
             for code in members
@@ -229,21 +259,6 @@ class SlowDecoder:
                 break
         return found
 
-    def make_cleaner(self, slot: Slot, token: int, law: np.ndarray) -> None:
-        """Moves a noisy slot towards what was drawn for it, and to its next level."""
-        if slot.level == 0:
-            return
-        settled = {"age": True, "stable": token == slot.token, "confident": law[token] >= 0.5}
-        waits = slot.level == 1 and not settled[self.config.level_rule]
-        level = 1 if waits else slot.level - 1
-        ratio = self.grid[level] / self.grid[slot.level] if self.config.path == "flow" else 0.0
-        x0_hat = (self.table[token] - self.mean) / self.std
-        if self.config.estimate == "expected":
-            mean = torch.tensor(law).float() @ self.table[: len(law)]
-            x0_hat = (mean - self.mean) / self.std
-        slot.noisy = ratio * slot.noisy + (1 - ratio) * x0_hat
-        slot.level = level
-
     @torch.no_grad()
     def decode(self) -> list[int]:
         config, num_slots = self.config, self.layout.num_slots
@@ -276,9 +291,7 @@ class SlowDecoder:
             self.tokens += settled
             self.settled += [iteration] * len(settled)
             for slot, verdict, law in zip(window, verdicts, laws, strict=True):
-                self.make_cleaner(slot, verdict[2], law)
-                slot.draft_law = self.next_law(slot, law)
-                slot.token = verdict[2]
+                self.renew(slot, verdict[2], law)
             window = window[len(settled) :]
             iteration += 1
         return self.tokens

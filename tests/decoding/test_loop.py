@@ -34,17 +34,31 @@ RULES = {
     "sjd2-replay-karras": DecodingConfig(
         "sjd2", window=40, num_levels=3, schedule="karras", t_min=0.1, rho=5.0
     ),
-    "sjd2-tied": DecodingConfig("sjd2", window=8, num_levels=2, tied=True),
-    "sjd2-drafts": DecodingConfig("sjd2", window=8, num_levels=3, path="drafts"),
-    "sjd2-stable": DecodingConfig("sjd2", window=9, num_levels=2, level_rule="stable"),
-    "sjd2-stable-drafts": DecodingConfig(
-        "sjd2", window=9, num_levels=1, level_rule="stable", path="drafts", estimate="expected"
+    "tied": DecodingConfig("sjd2", window=6, num_levels=2, source="tied"),
+    "tied-white-drafts": DecodingConfig("sjd2", window=9, num_levels=3, source="tied_white", state="draft"),
+    "drafts": DecodingConfig("sjd2", window=6, num_levels=3, acceptance="exact", state="draft"),
+    "mean": DecodingConfig("sjd2", window=6, num_levels=3, source="mean"),
+    "mean-exact": DecodingConfig("sjd2", window=6, num_levels=3, acceptance="exact", source="mean"),
+    "mask": DecodingConfig("sjd2", window=7, num_levels=3, source="mean", state="draft"),
+    "expected": DecodingConfig("sjd2", window=6, num_levels=3, estimate="expected"),
+    "expected-karras": DecodingConfig(
+        "sjd2", window=9, num_levels=4, schedule="karras", t_min=0.1, source="mean", estimate="expected"
     ),
-    "sjd2-confident": DecodingConfig("sjd2", window=9, num_levels=1, level_rule="confident"),
-    "sjd2-confident-exact": DecodingConfig(
-        "sjd2", window=9, num_levels=3, level_rule="confident", acceptance="exact", estimate="expected"
+    "expected-drafts": DecodingConfig(
+        "sjd2", window=6, num_levels=3, acceptance="exact", estimate="expected", state="draft"
     ),
-    "sjd2-expected": DecodingConfig("sjd2", window=8, num_levels=4, estimate="expected"),
+    "stable": DecodingConfig("sjd2", window=9, num_levels=4, level_rule="stable"),
+    "stable-exact": DecodingConfig("sjd2", window=9, num_levels=4, acceptance="exact", level_rule="stable"),
+    "stable-paper": DecodingConfig(
+        "sjd2", window=9, num_levels=4, acceptance="paper", refiner="keep", level_rule="stable"
+    ),
+    "confident": DecodingConfig("sjd2", window=9, num_levels=4, level_rule="confident", confidence=0.5),
+    "confident-pure": DecodingConfig(
+        "sjd2_pure", window=9, num_levels=4, acceptance="pure", level_rule="confident", confidence=0.4
+    ),
+    "confident-tree": DecodingConfig(
+        "sjd2", 9, 4, tree=TreeShape(3, 2, 2), level_rule="confident", confidence=0.4, estimate="expected"
+    ),
     "sjd2-exact": DecodingConfig("sjd2", window=6, num_levels=3, acceptance="exact"),
     "sjd2-exact-resample": DecodingConfig(
         "sjd2", window=6, num_levels=1, acceptance="exact", refiner="resample"

@@ -94,6 +94,34 @@ def test_every_method_replays_autoregression(backbone, layout, name, num_levels)
         assert (output.stats.nfe < wanted.stats.nfe).all(), "the last and longest window saved no pass"
 
 
+VARIANTS = {
+    "tied": {"source": "tied"},
+    "tied white": {"source": "tied_white", "draft_init": "gumbel"},
+    "drafts": {"state": "draft"},
+    "tied drafts": {"source": "tied", "state": "draft", "tree": TreeShape(3, 2, 2)},
+    "mean": {"source": "mean"},
+    "expected": {"estimate": "expected", "source": "mean", "state": "draft"},
+    "stable": {"level_rule": "stable"},
+    "confident": {"level_rule": "confident", "confidence": 0.4, "estimate": "expected"},
+}
+
+
+@pytest.mark.parametrize("name", ["plain", "guided top-k"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_replays_autoregression(backbone, layout, variant, name):
+    """Whatever noisy slots hold and however they get clean: the tokens of ar, in batches of one and eight."""
+    sampling = SAMPLINGS[name]
+    wanted, prompts, seeds = autoregression(backbone, sampling, layout, 8)
+    ties = near_ties(backbone, prompts, seeds, sampling, layout)
+    for window, num_levels in [(2, 1), (7, 2), (7, 5), (50, 3)]:
+        config = DecodingConfig("sjd2", window, num_levels, sampling=sampling, **VARIANTS[variant])
+        output = decode(backbone, prompts, seeds, config, layout)
+        assert_same(output.slot_ids, wanted.slot_ids, ties)
+        alone = decode(backbone, prompts[:1], seeds[:1], config, layout)
+        assert_same(alone.slot_ids, wanted.slot_ids[:1], ties)
+        assert (output.stats.nfe <= wanted.stats.nfe).all()
+
+
 @pytest.mark.parametrize("name", ["plain", "guided top-k"])
 def test_batch_one_and_ragged_four(backbone, layout, name):
     """Every row of a batch is the image that the prompt gives alone, and takes as many passes."""

@@ -61,7 +61,7 @@ def test_numbers_belong_to_slot_and_iteration_wherever_the_strip_lies(acceptance
         assert torch.equal(slots.noisy[untouched], noise[untouched])
         law = torch.full((3, 6, 5), float(iteration)) if acceptance == "exact" else None
         before = window.base.clone()
-        window.renew(slots, slots.tokens, law, torch.zeros(3, 6, 5))
+        window.renew(slots, slots.tokens, law)
         window.advance(num, torch.tensor(num))
         moves += int((window.base != before).any())
         if acceptance == "exact":  # what stayed in the window keeps its law, what entered is flat

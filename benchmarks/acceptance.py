@@ -179,11 +179,9 @@ def show(found: dict[str, Any]) -> None:
         table.add_row(name, str(one["compared"]), f"{one['rejected']:.3f}", f"{one['share_of_rejected']:.3f}")
     console.print(table)
     for kind in ("entropy", "distance", "column", "row"):
-        groups = seen[f"by_{kind}"]
-        table = Table(kind, *groups)
-        table.add_row("rejected", *(f"{one['rejected']:.2f}" for one in groups.values()))
-        console.print(table)
-    console.print("same token from the next law:", seen["coupling"], "laws of the images:", seen["laws"])
+        rates = (f"{title}: {one['rejected']:.2f}" for title, one in seen[f"by_{kind}"].items())
+        console.print(f"rejected by {kind}:", ", ".join(rates), highlight=False)
+    console.print("same token from the true law:", seen["coupling"], "laws of the images:", seen["laws"])
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
+from sjd2_lightning import module
 from sjd2_lightning.cli.train import train
 from sjd2_lightning.config import conf_dir
 from sjd2_lightning.models.tiny import build_tiny
@@ -68,28 +69,32 @@ def digest(*parts: Any) -> str:
 def recording(stop_at: int | None = None, number: int = signal.SIGTERM) -> Iterator[list[dict[str, Any]]]:
     """Notes data, noise, loss and random state of every batch; at a step the process is told to end."""
     seen: list[dict[str, Any]] = []
-    step, noisy = SJD2Module.training_step, SJD2Module._noisy
+    step, noisy = SJD2Module.training_step, module.noisy_codes
+    in_training = False
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        nonlocal in_training
         seen.append({"step": self.global_step, "keys": list(batch.keys), "noise": None})
         if self.global_step == stop_at:
             os.kill(os.getpid(), number)
         before = digest(torch.rand(2))  # uses the global generator, as dropout would
+        in_training = True
         loss = step(self, batch, batch_idx)
+        in_training = False
         seen[-1] |= {"loss": float(loss.detach()).hex(), "random": before}
         return loss
 
-    def noise_of(self: Any, levels: Any, num_levels: int, rng: Any) -> Any:
-        found = noisy(self, levels, num_levels, rng)
-        if self.trainer.training:
-            seen[-1]["noise"] = digest(levels, found.eps)
+    def noise_of(*arguments: Any) -> Any:
+        found = noisy(*arguments)
+        if in_training:
+            seen[-1]["noise"] = digest(found.levels, found.eps)
         return found
 
-    SJD2Module.training_step, SJD2Module._noisy = training_step, noise_of  # type: ignore[method-assign]
+    SJD2Module.training_step, module.noisy_codes = training_step, noise_of  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        SJD2Module.training_step, SJD2Module._noisy = step, noisy  # type: ignore[method-assign]
+        SJD2Module.training_step, module.noisy_codes = step, noisy  # type: ignore[method-assign]
 
 
 def run(overrides: Sequence[str], stop_at: int | None = None) -> tuple[list[dict[str, Any]], int]:

@@ -339,10 +339,10 @@ class TrainConfig(SharedConfig):
                 found.append(
                     "optimizer.name=muon: needs whole matrices; with trainer.strategy=fsdp use adamw"
                 )
-            if self.noise.trajectory and len(set(self.noise.num_levels)) > 1:
+            if self.noise.trajectory:
                 found.append(
-                    "noise.trajectory: ranks must take equally many passes; with trainer.strategy=fsdp set "
-                    "noise.num_levels to [n, n]"
+                    "noise.trajectory: ranks take different numbers of passes; with trainer.strategy=fsdp "
+                    "set it to false"
                 )
         return found
 

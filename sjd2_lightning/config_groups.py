@@ -105,7 +105,7 @@ class NoiseSettings(Group):
     t_min: Annotated[float, Field(gt=0, lt=1)]
     rho: Positive
     ramp: RampLaw
-    source: Literal["gaussian", "tied", "tied_white", "mean"]
+    source: Literal["gaussian", "tied", "tied_white", "mean", "above"]
     trajectory: bool
     state: Literal["blended", "draft"]
     estimate: Literal["drawn", "expected"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 SCHEDULES = ("linear", "karras")
 TIED = ("tied", "tied_white")
-SOURCES = ("gaussian", *TIED, "mean")
+SOURCES = ("gaussian", *TIED, "mean", "above")
 STATES = ("blended", "draft")
 ESTIMATES = ("drawn", "expected")
 
@@ -203,8 +203,9 @@ class NoiseConfig:
         ramp: law of the segments.
         enabled: False is ordinary autoregressive training.
         source: what slots start from at the top level: "gaussian" (paper), or "tied" and "tied_white" (ours):
-            made of the Gumbel vector that decides the token, see `posterior`; or "mean" (ours): the mean
-            embedding of the table, and below the top that under the law of clean input in place of noise.
+            made of the Gumbel vector that decides the token, see `posterior`; or "above" (ours): the
+            embedding of the code one row up, told from a clean one by its timestep token; or "mean" (ours):
+            the mean embedding of the table, and below the top that under the law of clean input.
         trajectory: noisy slots hold what decoding's own iterations make of them, see `trajectory` (ours);
             False perturbs the true embedding (paper).
         state, estimate: how slots move on a trajectory, see `Renewal`.

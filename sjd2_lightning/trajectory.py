@@ -45,6 +45,8 @@ def noisy_codes(
         return NoisyCodes(levels, grid, torch.randn(shape, generator=rng))
     with torch.no_grad():
         rows = _normalised_rows(backbone)
+        if noise.source == "above" and not noise.trajectory:
+            return NoisyCodes(levels, grid, _above(rows, sample.image_ids))
         log_probs = logits_of(backbone, sample, None).log_softmax(-1)
         if noise.source == "mean" and not noise.trajectory:
             below = (levels < len(grid) - 1)[..., None].to(rows)  # at the top nothing is known of the law
@@ -52,7 +54,7 @@ def noisy_codes(
         else:
             race = torch.empty(log_probs.shape).exponential_(generator=rng).to(log_probs)
             gumbel = posterior_gumbel(log_probs, sample.image_ids.flatten(1), race)
-            found = NoisyCodes(levels, grid, _start(rows, gumbel, noise.source, rng))
+            found = NoisyCodes(levels, grid, _start(rows, gumbel, sample, noise.source, rng))
             if noise.trajectory:
                 found = found._replace(states=walk(backbone, sample, found, gumbel, noise.renewal))
     # autocast of some versions keeps weights that it cast without gradients for the pass that needs them
@@ -65,11 +67,20 @@ def _normalised_rows(backbone: Backbone) -> Tensor:
     return EmbeddingSpace(table).normalise(table).float()
 
 
-def _start(rows: Tensor, gumbel: Tensor, source: str, rng: torch.Generator) -> Tensor:
+def _above(rows: Tensor, image_ids: Tensor) -> Tensor:
+    """(B, n, D) embeddings of the codes one row up, by normalised rows (K, D); of the first row, the mean."""
+    found = F.embedding(image_ids.roll(1, dims=1), rows)
+    found[:, 0] = 0
+    return found.flatten(1, 2)
+
+
+def _start(rows: Tensor, gumbel: Tensor, sample: Sample, source: str, rng: torch.Generator) -> Tensor:
     """What codes hold at the top level (B, n, D), by normalised rows (K, D) and Gumbel vectors (B, n, K)."""
     shape = (*gumbel.shape[:-1], rows.shape[-1])
     if source in TIED:
         return tied_noise(gumbel, tied_rows(rows, source == "tied_white")).to(rows)
+    if source == "above":
+        return _above(rows, sample.image_ids)
     return rows.new_zeros(shape) if source == "mean" else torch.randn(shape, generator=rng).to(rows)
 
 

@@ -131,6 +131,20 @@ def test_mean_embeddings_in_place_of_noise(backbone, sample):
     assert found.states is None
 
 
+def test_codes_start_from_the_code_above(backbone, sample):
+    """Row by row; nothing stands above the first one. A trajectory starts there too."""
+    codes = backbone.slot_table()[:7]
+    rows = (codes - codes.mean(0)) / codes.std(0, correction=0)
+    for trajectory in (False, True):
+        noise = NoiseConfig(source="above", trajectory=trajectory)
+        eps = noisy_codes(backbone, sample, LEVELS, timesteps(3), noise, rng()).eps
+        eps = eps.unflatten(1, sample.image_ids.shape[1:])
+        assert torch.equal(eps[:, 0], torch.zeros_like(eps[:, 0]))
+        for image, row, column in (sample.image_ids[:, 1:] >= 0).nonzero().tolist():
+            wanted = rows[sample.image_ids[image, row, column]]
+            assert torch.allclose(eps[image, row + 1, column], wanted, atol=1e-5)
+
+
 def test_the_default_draws_what_it_always_drew(backbone, sample):
     found = noisy_codes(backbone, sample, LEVELS, timesteps(3), NoiseConfig(), rng(5))
     assert torch.equal(found.eps, torch.randn(4, 6, backbone.hidden_size, generator=rng(5)))
@@ -189,7 +203,7 @@ def test_gradients_are_those_of_the_training_pass_alone(sample, autocast):
 def test_wrong_choices_are_named():
     assert NoiseConfig().problems() == []
     [line] = replace(NoiseConfig(), source="mask").problems()
-    assert line == "noise.source must be one of gaussian, tied, tied_white, mean; got 'mask'"
+    assert line == "noise.source must be one of gaussian, tied, tied_white, mean, above; got 'mask'"
     [line] = replace(NoiseConfig(), state="draft").problems()
     assert "set noise.trajectory to true" in line
     [line] = replace(NoiseConfig(), estimate="expected").problems()

@@ -62,8 +62,8 @@ class DecodingConfig:
         draft_init: first draft of a clean slot: "random", "gumbel" (the maximum of the slot's own noise),
             "repeat_left" or "repeat_above" (SJD: the token of a neighbour).
         schedule, t_min, rho: grid of noise, see `noise.timesteps`.
-        source: what a new slot holds, as in training: "gaussian", "mean", or, with "replay", "tied" and
-            "tied_white"; see `noise.NoiseConfig`.
+        source: what a new slot holds, as in training: "gaussian", "mean", "above", or, with "replay", "tied"
+            and "tied_white"; see `noise.NoiseConfig`.
         state, estimate: what an iteration makes of a noisy slot, as in training, see `noise.Renewal`.
         level_rule: which slots are clean at once (ours): none ("age": one level cleaner each iteration,
             paper); those whose token is the draft of the iteration before ("stable"; new slots have none);

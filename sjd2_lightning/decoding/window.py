@@ -123,7 +123,7 @@ class SlotSource:
         if self.config.num_levels:
             if self.config.source in TIED:
                 noisy = tied_noise(found["gumbel"], self.tied_rows)
-            elif self.config.source == "mean":
+            elif self.config.source in ("mean", "above"):  # what stands above is not known yet
                 noisy = torch.zeros(*slots.shape, self.table.shape[1], device=slots.device)
             else:
                 noisy = normal(stream(keys, Purpose.NOISE), self.table.shape[1])
@@ -180,6 +180,10 @@ class Window:
             kind = source.config.draft_init
             found = by_row(source.layouts, lambda layout: neighbours(layout, kind, num_columns))
             self.neighbour = found.to(device).expand(len(seeds), -1)
+        self.above: Tensor | None = None
+        if source.config.source == "above" and source.config.num_levels:
+            found = by_row(source.layouts, lambda layout: neighbours(layout, "repeat_above", num_columns))
+            self.above = found.to(device).expand(len(seeds), -1)
         self.seeds = seeds
         self.heads, self.head = [0] * len(seeds), torch.zeros_like(seeds)
         self.bases, self.base = [0] * len(seeds), torch.zeros_like(seeds)
@@ -284,6 +288,8 @@ class Window:
         self._place()
         if self.source.config.draft_init in REPEATED:
             self._repeat(committed, max(num_committed))
+        if self.above is not None:
+            self._start_from_above(self.above, committed, max(num_committed))
 
     def _repeat(self, committed: Tensor, most: int) -> None:
         """Lets the slots that entered the window repeat a neighbour; of a row, at most the last `most`."""
@@ -298,6 +304,17 @@ class Window:
             certain = F.one_hot(tokens.clamp_max(probs.shape[-1] - 1), probs.shape[-1]).to(probs)
             probs.scatter_(1, place, certain.where(found[..., None], probs.gather(1, place)))
 
+    def _start_from_above(self, above: Tensor, committed: Tensor, most: int) -> None:
+        """Lets the slots that entered the window hold the embedding of what now stands one row up."""
+        slots = self.span.index[:, self.size - most :]
+        ends = (self.head - committed + self.size)[:, None]
+        tokens, found = repeated(self.tokens, slots, ends, above, "repeat_above")
+        found = (found & (slots >= ends))[..., None]
+        noisy = self.strip["noisy"]
+        place = (slots - self.base[:, None])[..., None].expand(-1, -1, noisy.shape[-1])
+        rows = F.embedding(tokens, self.source.normalised)
+        noisy.scatter_(1, place, rows.where(found, noisy.gather(1, place)))
+
     def unfinished(self) -> list[int]:
         """Rows whose image has slots left."""
         return [row for row, (head, end) in enumerate(zip(self.heads, self.ends, strict=True)) if head < end]
@@ -311,6 +328,8 @@ class Window:
         self.tokens, self.levels, self.is_code = self.tokens[index], self.levels[index], self.is_code[index]
         if self.source.config.draft_init in REPEATED:
             self.neighbour = self.neighbour[index]
+        if self.above is not None:
+            self.above = self.above[index]
         self.strip = {name: field[index] for name, field in self.strip.items()}
         if self.uniforms is not None:
             self.uniforms = self.uniforms[index]

@@ -71,7 +71,7 @@ class SlowDecoder:
         """What a slot starts from."""
         if self.config.source == "gaussian":
             return normal(self.key(slot, Purpose.NOISE), self.table.shape[1])
-        if self.config.source == "mean":
+        if self.config.source in ("mean", "above"):
             return torch.zeros(self.table.shape[1])
         num_codes = self.backbone.num_codes
         vector = gumbel(self.key(slot, Purpose.GUMBEL), num_codes).double().numpy()
@@ -156,6 +156,13 @@ class SlowDecoder:
         for source in sources:
             slot.token = so_far[source]
             slot.draft_law = np.eye(self.backbone.num_codes)[slot.token]
+
+    def start_from_above(self, window: list[Slot], slot: Slot, ends: int) -> None:
+        """Gives a slot that enters behind `window` the embedding of the token one row up, if there is one."""
+        number = len(self.tokens) + len(window)
+        codes = [place for place in range(number) if self.layout.forced[place] < 0][-self.layout.width :]
+        if len(codes) == self.layout.width and codes[0] < ends and self.layout.forced[number] < 0:
+            slot.noisy = self.rows[[*self.tokens, *(old.token for old in window)][codes[0]]]
 
     def nearest_code(self, noisy: Tensor) -> int:
         rows = self.rows[: self.backbone.num_codes]
@@ -271,6 +278,8 @@ class SlowDecoder:
                 slot = self.new_slot(head + len(window))
                 if config.draft_init.startswith("repeat") and iteration > 0:
                     self.repeat_neighbour(window, slot, ends)
+                if config.source == "above" and iteration > 0:
+                    self.start_from_above(window, slot, ends)
                 window.append(slot)
             laws = self.laws(window)
             verdicts = [self.judge(head + i, slot, laws[i], iteration) for i, slot in enumerate(window)]

@@ -100,6 +100,7 @@ VARIANTS = {
     "drafts": {"state": "draft"},
     "tied drafts": {"source": "tied", "state": "draft", "tree": TreeShape(3, 2, 2)},
     "mean": {"source": "mean"},
+    "above": {"source": "above"},
     "expected": {"estimate": "expected", "source": "mean", "state": "draft"},
     "stable": {"level_rule": "stable"},
     "confident": {"level_rule": "confident", "confidence": 0.4, "estimate": "expected"},

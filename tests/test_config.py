@@ -155,7 +155,7 @@ def test_typed_groups_match_what_they_configure():
         (
             "train",
             ["noise.source=tide", "decoding.source=gaussian"],
-            "noise.source='tide': must be 'gaussian', 'tied', 'tied_white' or 'mean'",
+            "noise.source='tide': must be 'gaussian', 'tied', 'tied_white', 'mean' or 'above'",
         ),
         ("train", ["noise.estimate=expected"], "noise.estimate 'expected' needs laws on the way: set"),
         ("evaluate", ["methods.sjd2.level_rule=x"], "methods.sjd2.level_rule must be one of age, stable"),

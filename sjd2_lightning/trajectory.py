@@ -32,7 +32,8 @@ def noisy_codes(
 ) -> NoisyCodes:
     """Noise of one batch.
 
-    Gaussian x_t costs no pass, other sources one, a trajectory one and one more for each level below the top.
+    Gaussian x_t and codes from above cost no pass, other sources one; a trajectory costs one and one more for
+    each level below the top.
 
     Args:
         levels: (B, n) of the codes, on the CPU.

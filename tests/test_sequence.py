@@ -9,7 +9,7 @@ from sjd2_lightning.decoding.window import SlotSource
 from sjd2_lightning.noise import timesteps
 from sjd2_lightning.sequence import NoisyCodes, code_logits, trunk_input
 from tests.decoding.slow_loop import Slot, SlowDecoder
-from tests.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
+from tests.tiny_backbones import NOISY_LEVELS, RAGGED_PROMPTS, tiny_chameleon
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,9 @@ def batch(backbone):
     prompts = [backbone.prompt_ids(prompt, layout) for prompt in RAGGED_PROMPTS]
     rng = torch.Generator().manual_seed(0)
     image_ids = torch.randint(7, (4, 3, 2), generator=rng)
-    levels = torch.tensor([[0, 1, 1, 2, 3, 0], [0] * 6, [3, 3, 0, 0, 1, 2], [1, 2, 3, 3, 3, 3]])
-    noise = NoisyCodes(levels, timesteps(3), torch.randn(4, 6, backbone.hidden_size, generator=rng))
+    noise = NoisyCodes(
+        torch.tensor(NOISY_LEVELS), timesteps(3), torch.randn(4, 6, backbone.hidden_size, generator=rng)
+    )
     return layout, prompts, image_ids, noise
 
 

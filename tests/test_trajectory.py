@@ -11,9 +11,9 @@ from sjd2_lightning.posterior import posterior_gumbel
 from sjd2_lightning.sequence import NoisyCodes
 from sjd2_lightning.trajectory import Sample, logits_of, noisy_codes, walk
 from tests.decoding.slow_loop import Slot, SlowDecoder
-from tests.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
+from tests.tiny_backbones import NOISY_LEVELS, RAGGED_PROMPTS, tiny_chameleon
 
-LEVELS = torch.tensor([[0, 1, 1, 2, 3, 0], [0] * 6, [3, 3, 0, 0, 1, 2], [1, 2, 3, 3, 3, 3]])
+LEVELS = torch.tensor(NOISY_LEVELS)
 OPTIONS = {
     "blended": {},
     "draft": {"state": "draft"},

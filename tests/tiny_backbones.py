@@ -18,6 +18,7 @@ from sjd2_lightning.models.image_tokenizer import VQImageTokenizer
 
 WORDS = ("red", "green", "blue", "cat", "dog", "on", "a", "mat")
 PIXELS_PER_CODE = 2  # of the tiny image tokenizer
+NOISY_LEVELS = ((0, 1, 1, 2, 3, 0), (0,) * 6, (3, 3, 0, 0, 1, 2), (1, 2, 3, 3, 3, 3))  # of 4 images, 3 x 2
 RAGGED_PROMPTS = ("red cat", "dog on a green mat", "blue", "a red dog on a blue cat")
 
 

@@ -6,8 +6,9 @@
 Every trained variant decodes the same held-out prompts with the same seeds: in replay mode by each number of
 levels, 0 being plain coupled drafts, and by the lossless methods that need no training, on the same weights.
 What a variant decodes with (schedule of noise, first drafts and so on) is what its train.yaml says of sjd2;
-only window, levels and sampling are set here. A token is a slot, row ends included, as in `DecodeStats`; the
-siblings of sjd_pac are fed beside its window.
+only window, levels and sampling are set here, and what is asked for behind a plus: `--training-free
+mc_sjd+draft_init=repeat_above`, `--noisy +tree.width=3`. A token is a slot, row ends included, as in
+`DecodeStats`; the siblings of a tree are fed beside its window.
 
 Tokens a pass do not depend on the batch, so many prompts are decoded at once; `--time` adds the wall clock of
 single prompts. A setting that is done lies in a file of its own under `--out` and is not decoded again: after
@@ -49,7 +50,16 @@ from sjd2_lightning.prompts import PromptItem, held_out_prompts
 from sjd2_lightning.records import fingerprint, write_atomic
 from sjd2_lightning.report.figures import figure_png
 
-TRAINING_FREE = ("mc_sjd", "gumbel", "sjd_pp", "sjd_pac")  # lossless methods of conf/decoding
+# lossless methods of conf/decoding
+TRAINING_FREE = (
+    "mc_sjd",
+    "mc_sjd+draft_init=repeat_above",
+    "gumbel",
+    "gumbel+draft_init=repeat_above",
+    "sjd_pp",
+    "sjd_pac",
+    "sjd_pac+draft_init=repeat_above",
+)
 
 
 class Methods(Group):
@@ -102,14 +112,37 @@ def settings(run: Run, options: argparse.Namespace) -> dict[str, DecodingConfig]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         shipped = evaluate_config(compose("evaluate")).methods
     found = {BASELINE: replace(shipped[BASELINE], sampling=sampling)}
+    bases = {
+        f"replay-l{levels}{changes}": changed(
+            replace(run.method, num_levels=levels, acceptance="replay"), changes
+        )
+        for levels in options.levels
+        for changes in options.noisy
+    }
+    for title in options.training_free:
+        name, plus, changes = title.partition("+")
+        if name not in shipped:
+            raise SystemExit(f"--training-free {title}: no method {name!r}; known: {', '.join(shipped)}")
+        bases[title] = changed(shipped[name], plus + changes)
     for window in options.windows:
-        for levels in options.levels:
-            found[f"replay-l{levels}-w{window}"] = replace(
-                run.method, window=window, num_levels=levels, acceptance="replay", sampling=sampling
-            )
-        for name in options.training_free:
-            found[f"{name}-w{window}"] = replace(shipped[name], window=window, sampling=sampling)
+        for title, config in bases.items():
+            found[f"{title}-w{window}"] = replace(config, window=window, sampling=sampling)
     return found
+
+
+def changed(config: DecodingConfig, changes: str) -> DecodingConfig:
+    """A method with fields set as `+field=value+group.field=value` says."""
+    for change in filter(None, changes.split("+")):
+        name, _, value = change.partition("=")
+        group, _, field = name.rpartition(".")
+        try:
+            held = getattr(config, group) if group else config
+            held = replace(held, **{field: yaml.safe_load(value)})
+        except (AttributeError, TypeError):
+            raise SystemExit(f"+{change}: there is no decoding.{name}; see conf/decoding/sjd2.yaml") from None
+        config = replace(config, **{group: held}) if group else held
+    config.check()
+    return config
 
 
 def identity(config: DecodingConfig, weights: str, prompts: list[PromptItem]) -> str:
@@ -236,12 +269,17 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, help="write the table here")
     parser.add_argument("--markdown", type=Path, help="and here, as text")
-    parser.add_argument("--figure", type=Path, help="PNG: tokens a pass over the window")
+    parser.add_argument(
+        "--figure", type=Path, help="PNG: tokens a pass over the window and over the clean loss"
+    )
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--windows", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--levels", type=int, nargs="+", default=[0, 1, 2, 4, 8])
-    parser.add_argument("--training-free", nargs="*", default=list(TRAINING_FREE), choices=TRAINING_FREE)
+    parser.add_argument("--training-free", nargs="*", default=list(TRAINING_FREE), metavar="METHOD+CHANGES")
+    parser.add_argument(
+        "--noisy", nargs="*", default=[""], metavar="+CHANGES", help="of replay, for all of --levels"
+    )
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--time", type=int, default=0, metavar="N", help="time N prompts, one by one")

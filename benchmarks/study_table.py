@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sjd2_lightning.config import BASELINE
@@ -68,7 +69,7 @@ class Run:
 
 def is_training_free(setting: str) -> bool:
     """Whether a setting decodes without noise."""
-    return not setting.startswith("replay-l") or setting.startswith("replay-l0-")
+    return not setting.startswith("replay-l") or setting.startswith(("replay-l0-", "replay-l0+"))
 
 
 def window_of(setting: str) -> int:
@@ -262,32 +263,48 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def figure(found: dict[str, Any]) -> Figure:
-    """Tokens a pass over the window: each variant at its best number of levels, and no training (dashed)."""
-    drawn = Figure(figsize=(6.4, 4.2), dpi=120, layout="constrained")
-    axis = drawn.subplots()
+    """Two panels, a colour a variant: what windows give, and what it costs the clean law."""
+    drawn = Figure(figsize=(11, 4.6), dpi=120, layout="constrained")
+    over_window, over_loss = drawn.subplots(1, 2)
+    _over_window(over_window, found)
+    _over_loss(over_loss, found)
+    for axis in (over_window, over_loss):
+        axis.set_ylabel("tokens a forward pass")
+        axis.spines[["top", "right"]].set_visible(False)
+    return drawn
+
+
+def _over_window(axis: Axes, found: dict[str, Any]) -> None:
+    """Each variant with as many levels as give it most; dotted: the best without noise, on plain weights."""
     for place, (name, variant) in enumerate(found["variants"].items()):
-        for setting_name, dashes in ((variant["best_noisy"], "-"), (variant["best_training_free"], ":")):
-            if setting_name is None or (dashes == ":" and variant["plain"] != name):
+        for best_one, dashes in ((variant["best_noisy"], "-"), (variant["best_training_free"], ":")):
+            if best_one is None or (dashes == ":" and variant["plain"] != name):
                 continue
-            kind = setting_name.rpartition("-w")[0]
+            kind = best_one.rpartition("-w")[0]
             points = sorted(
                 (window_of(title), row["tokens_a_pass"]["value"])
                 for title, row in variant["settings"].items()
                 if title.rpartition("-w")[0] == kind
             )
             label = f"{name}, {kind.replace('replay-l', 'levels ')}"
-            axis.plot(
-                *zip(*points, strict=True),
-                dashes,
-                marker="o",
-                markersize=3,
-                color=method_colour(place),
-                label=label,
-            )
+            colour = method_colour(place)
+            axis.plot(*zip(*points, strict=True), dashes, marker="o", markersize=3, color=colour, label=label)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("window")
-    axis.set_ylabel("tokens a forward pass")
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=7, frameon=False)
-    return drawn
+
+
+def _over_loss(axis: Axes, found: dict[str, Any]) -> None:
+    """Best with noise (filled) and best without on the same weights (hollow), over the clean loss."""
+    for place, (name, variant) in enumerate(found["variants"].items()):
+        losses = [loss for loss in variant["loss_clean"] if loss is not None]
+        if not losses:
+            continue
+        for best_one, filled in ((variant["best_noisy"], True), (variant["best_training_free"], False)):
+            if best_one is not None:
+                point = (np.mean(losses), variant["settings"][best_one]["tokens_a_pass"]["value"])
+                colour = method_colour(place)
+                axis.plot(*point, "o", color=colour, markerfacecolor=colour if filled else "none")
+                axis.annotate(name if filled else "", point, (4, 4), textcoords="offset points", fontsize=7)
+    axis.set_xlabel("clean validation loss, nats a code (hollow: best method without noise)")

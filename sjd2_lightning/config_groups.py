@@ -109,6 +109,7 @@ class NoiseSettings(Group):
     trajectory: bool
     state: Literal["blended", "draft"]
     estimate: Literal["drawn", "expected"]
+    mark_drafts: bool
     random_grid: bool
 
     @property

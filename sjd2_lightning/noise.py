@@ -209,6 +209,8 @@ class NoiseConfig:
         trajectory: noisy slots hold what decoding's own iterations make of them, see `trajectory` (ours);
             False perturbs the true embedding (paper).
         state, estimate: how slots move on a trajectory, see `Renewal`.
+        mark_drafts: whether timestep tokens tell the drafts of state "draft" from clean codes; False feeds
+            them as decoding with one level does, as clean ones (ours).
         random_grid: training draws the grid per batch, see `random_timesteps`; validation keeps the schedule.
     """
 
@@ -222,6 +224,7 @@ class NoiseConfig:
     trajectory: bool = False
     state: str = "blended"
     estimate: str = "drawn"
+    mark_drafts: bool = True
     random_grid: bool = False
 
     @property
@@ -245,4 +248,9 @@ class NoiseConfig:
             found.append("noise.state 'draft' needs drafts: set noise.trajectory to true")
         if self.estimate == "expected" and not self.trajectory:
             found.append("noise.estimate 'expected' needs laws on the way: set noise.trajectory to true")
+        if not self.mark_drafts and (self.state, self.estimate) != ("draft", "drawn"):
+            found.append(
+                "noise.mark_drafts false feeds drafts as clean codes: set noise.state to draft and "
+                "noise.estimate to drawn"
+            )
         return found

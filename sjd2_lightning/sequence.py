@@ -22,12 +22,21 @@ class NoisyCodes(NamedTuple):
         timesteps: the grid of t.
         eps: (B, n, D) what codes start from at the top level.
         states: (B, n, D) what noisy codes hold, normalised; None = x_t of their level and eps.
+        marked: whether levels between clean and the top have timestep tokens; False: only the top has one,
+            and the states between them count as clean.
     """
 
     levels: Tensor
     timesteps: Tensor
     eps: Tensor
     states: Tensor | None = None
+    marked: bool = True
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """Levels (B, n) and grid of the timestep tokens."""
+        if self.marked:
+            return self.levels, self.timesteps
+        return (self.levels == len(self.timesteps) - 1).long(), self.timesteps[[0, -1]]
 
 
 class TrunkInput(NamedTuple):
@@ -72,8 +81,9 @@ def trunk_input(
             states = noise.states[:, :-1].to(clean)
         noisy = space.denormalise(states)
         slot_embeddings = slot_embeddings.index_copy(1, fed, torch.where(t > 0, noisy, clean))
-        levels = levels.index_copy(1, fed, code_levels)
-        side = space.timestep_tokens(noise.timesteps[1:].to(device))
+        seen, grid = noise.seen()
+        levels = levels.index_copy(1, fed, seen[:, :-1].to(device))
+        side = space.timestep_tokens(grid[1:].to(device))
     ids, starts = right_aligned(prompt_ids)
     ids, starts = ids.to(device), starts.to(device)
     num_side, prompt_len, batch = len(side), ids.shape[1], len(ids)

@@ -55,7 +55,8 @@ def noisy_codes(
         else:
             race = torch.empty(log_probs.shape).exponential_(generator=rng).to(log_probs)
             gumbel = posterior_gumbel(log_probs, sample.image_ids.flatten(1), race)
-            found = NoisyCodes(levels, grid, _start(rows, gumbel, sample, noise.source, rng))
+            start = _start(rows, gumbel, sample, noise.source, rng)
+            found = NoisyCodes(levels, grid, start, marked=noise.mark_drafts)
             if noise.trajectory:
                 found = found._replace(states=walk(backbone, sample, found, gumbel, noise.renewal))
     # autocast of some versions keeps weights that it cast without gradients for the pass that needs them

@@ -183,6 +183,7 @@ def test_random_grids_in_training_and_the_schedule_in_validation(monkeypatch):
         {"source": "tied"},
         {"source": "mean"},
         {"trajectory": True, "state": "draft", "random_grid": True},
+        {"trajectory": True, "state": "draft", "mark_drafts": False},
         {"trajectory": True, "source": "mean", "estimate": "expected"},
     ],
 )
@@ -198,6 +199,8 @@ def test_every_variant_learns(values):
 def test_choices_that_do_not_go_together_are_refused():
     with pytest.raises(ValueError, match=r"noise\.state 'draft' needs drafts"):
         module_of(replace(NOISE, state="draft"))
+    with pytest.raises(ValueError, match=r"noise\.mark_drafts false .* set noise\.state to draft"):
+        module_of(replace(NOISE, trajectory=True, mark_drafts=False))
 
 
 def test_randomness_belongs_to_seed_and_step():

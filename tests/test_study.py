@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from sjd2_lightning.decoding import Sampling, decode
-from sjd2_lightning.decoding.methods import DecodingConfig
+from sjd2_lightning.decoding.methods import DecodingConfig, TreeShape
 from sjd2_lightning.likelihood import log_laws, nats_per_code
 from sjd2_lightning.prompts import held_out_prompts
 from tests.benchmark_scripts import script
@@ -53,7 +53,8 @@ def options(study, tmp_path_factory):
         leave_run(folder / "runs" / f"bent-{seed}", seed, True, "karras", [2.0, 1.0 + seed])
     (folder / "runs" / "unfinished-0").mkdir()
     arguments = f"--runs {folder}/runs --out {folder}/out --num-prompts {NUM_PROMPTS} --batch 2 --windows 3 5"
-    arguments += " --levels 0 2 --training-free mc_sjd gumbel --temperature 0.9 --guidance-scale 2 --time 2"
+    arguments += " --levels 0 2 --training-free mc_sjd gumbel+draft_init=repeat_left"
+    arguments += " --temperature 0.9 --guidance-scale 2 --time 2"
     return study.command_line().parse_args(arguments.split())
 
 
@@ -98,6 +99,7 @@ def test_seeds_are_pooled_and_pairs_are_of_equal_seeds(options, found):
             assert row["equal_to_ar"] == [2 * NUM_PROMPTS] * 2
     free = [name for name in bent["settings"] if not name.startswith("replay-l2")]
     assert len(free) == 6
+    assert bent["settings"]["gumbel+draft_init=repeat_left-w5"]["tokens_a_pass"]["value"] > 0
     fewest = min(free, key=lambda name: sum(passes["bent", name, seed] for seed in (0, 1)))
     assert bent["best_training_free"] == fewest
     assert bent["settings"][fewest]["over_training_free"]["value"] == 1
@@ -125,6 +127,24 @@ def test_what_is_done_is_not_decoded_again(study, options, found, monkeypatch):
     monkeypatch.setattr(options, "num_prompts", NUM_PROMPTS)
     monkeypatch.setattr(options, "tabulate", True)
     with pytest.raises(SystemExit, match="nothing is decoded"):
+        study.study(options)
+
+
+def test_changes_of_a_method(study):
+    config = study.changed(DecodingConfig("sjd2"), "+tree.width=3+tree.depth=2+draft_init=repeat_left")
+    tree = TreeShape(width=3, depth=2)
+    assert config == DecodingConfig("sjd2", draft_init="repeat_left", tree=tree)
+    assert study.changed(config, "") == config
+    for wrong in ("+trees.width=3", "+tree.wide=3", "+windows=3"):
+        with pytest.raises(SystemExit, match="there is no decoding"):
+            study.changed(config, wrong)
+    with pytest.raises(ValueError, match="draft_init"):
+        study.changed(config, "+draft_init=repeat_below")
+
+
+def test_an_unknown_method_is_named(study, options, monkeypatch):
+    monkeypatch.setattr(options, "training_free", ["mc_sdj+draft_init=gumbel"])
+    with pytest.raises(SystemExit, match=r"no method 'mc_sdj'; known: .*mc_sjd"):
         study.study(options)
 
 

@@ -105,6 +105,23 @@ def test_drafts_are_embeddings_of_codes_below_the_top_and_noise_at_it(backbone, 
     assert torch.equal(found.states[LEVELS == 3], found.eps[LEVELS == 3])
 
 
+def test_unmarked_drafts_look_like_clean_codes(backbone, sample):
+    """Fed as the codes that they are: laws are those of an image with the drafts in it, and noise at the top."""
+    noise = NoiseConfig(trajectory=True, state="draft", mark_drafts=False)
+    found = noisy_codes(backbone, sample, LEVELS, timesteps(3), noise, rng())
+    assert not found.marked
+    codes, is_draft = backbone.slot_table()[:7], ((LEVELS > 0) & (LEVELS < 3))[..., None]
+    drafts = (sample.image_ids.flatten(1) + 1) % 7  # all wrong
+    rows = ((codes - codes.mean(0)) / codes.std(0, correction=0))[drafts]
+    found = found._replace(states=rows.where(is_draft, found.states))
+    image_ids = drafts.where(is_draft[..., 0], sample.image_ids.flatten(1)).view_as(sample.image_ids)
+    same = NoisyCodes((LEVELS == 3).long(), timesteps(1), found.eps)
+    wanted = logits_of(backbone, sample._replace(image_ids=image_ids), same)
+    assert torch.allclose(logits_of(backbone, sample, found), wanted, atol=1e-4)
+    marked = logits_of(backbone, sample, found._replace(marked=True))
+    assert not torch.allclose(marked, wanted, atol=1e-2)
+
+
 def test_a_certain_law_leads_to_the_image(backbone, sample):
     """Where Gumbel vectors decide the true tokens under any law, drafts are the image: its fixed point."""
     start = NoisyCodes(LEVELS, timesteps(3), torch.randn(4, 6, backbone.hidden_size, generator=rng()))

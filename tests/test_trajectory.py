@@ -106,7 +106,7 @@ def test_drafts_are_embeddings_of_codes_below_the_top_and_noise_at_it(backbone, 
 
 
 def test_unmarked_drafts_look_like_clean_codes(backbone, sample):
-    """Fed as the codes that they are: laws are those of an image with the drafts in it, and noise at the top."""
+    """Fed as the codes that they are: laws are those of an image with drafts in it, and noise at the top."""
     noise = NoiseConfig(trajectory=True, state="draft", mark_drafts=False)
     found = noisy_codes(backbone, sample, LEVELS, timesteps(3), noise, rng())
     assert not found.marked

@@ -35,6 +35,7 @@ OPTIONS = sorted(
 # What configurations name but this checkout need not hold.
 NAMED_FILES = (
     "weights/tiny/backbone.json",
+    "weights/tiny/pairs.safetensors",
     "weights/tiny/tokenizer/config.json",
     "weights/tiny/clip/open_clip_config.json",
     *(f"weights/lumina_mgpt_7b_{size}/backbone.json" for size in (512, 768, 1024)),
@@ -160,6 +161,12 @@ def test_typed_groups_match_what_they_configure():
         ("train", ["noise.estimate=expected"], "noise.estimate 'expected' needs laws on the way: set"),
         ("evaluate", ["methods.sjd2.level_rule=x"], "methods.sjd2.level_rule must be one of age, stable"),
         ("evaluate", ["methods.sjd2.confidence=2"], "methods.sjd2.confidence must lie in (0, 1], got 2"),
+        (
+            "evaluate",
+            ["methods.sjd2.pairs.table=none.safetensors"],
+            "methods.sjd2.pairs.table: there is no file none",
+        ),
+        ("evaluate", ["methods.sjd2.pairs.sweeps=0"], "methods.sjd2.pairs.sweeps must be >= 1"),
         ("train", ["noise.state=draft"], "noise.state 'draft' needs drafts: set noise.trajectory to true"),
         (
             "train",

@@ -10,7 +10,7 @@ import pytest
 
 from tests.source import PACKAGE, REPO, closure, cycle, imported_names, imports, modules
 
-ALGORITHM = ("noise", "posterior", "embedding", "masks", "sequence", "trajectory", "objective")
+ALGORITHM = ("noise", "posterior", "embedding", "masks", "sequence", "trajectory", "objective", "code_pairs")
 TORCH_ONLY = (*ALGORITHM, "decoding", "models.backbone", "models.cache")
 LIGHTNING = ("module", "callbacks", "data.datamodule", "recipes", "cli")
 LIGHTNING += ("checkpoints", "guards", "resuming", "sharding")
@@ -73,9 +73,11 @@ def test_algorithm_needs_only_torch():
         for module in modules()
         if within(module, TORCH_ONLY)
         for target in sorted(closure(module))
-        if (extra := imports(target)[1] - {"torch", "jaxtyping"})
+        if (extra := imports(target)[1] - {"torch", "jaxtyping", "safetensors"})
     ]
-    assert not wrong, "noise, embedding, objective and decoding reach packages beside torch"
+    assert not wrong, (
+        "noise, embedding, objective and decoding reach packages beside torch and its file format"
+    )
 
 
 @pytest.mark.parametrize(

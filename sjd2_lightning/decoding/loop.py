@@ -21,6 +21,7 @@ from sjd2_lightning.decoding.methods import DecodingConfig
 from sjd2_lightning.decoding.probs import log_law
 from sjd2_lightning.decoding.refine import REFINERS, Laws, Refined
 from sjd2_lightning.decoding.stats import DecodeOutput, DecodeStats, Iteration
+from sjd2_lightning.decoding.sweeps import Sweeper
 from sjd2_lightning.decoding.tree import Pass, Tree
 from sjd2_lightning.decoding.verify import (
     Verdict,
@@ -146,7 +147,7 @@ def decode(
     device, num_slots = backbone.device, max(layout.num_slots for layout in layouts)
     source = SlotSource(config, layout, backbone.slot_table(), backbone.num_codes)
     side = source.space.timestep_tokens(source.timesteps[1:])
-    tree = Tree.of(source)
+    tree, sweeper = Tree.of(source), Sweeper.of(source)
     spare = config.window if tree is None else config.window + tree.num_columns
     least_refed, most_refed = num_refed(config)
     context = Context(backbone, prompts, layouts, side, spare, most_refed, config)
@@ -170,8 +171,11 @@ def decode(
         committed = (run + 1).minimum(window.end - window.head)  # the slot behind the run was judged rightly
         if observer is not None:
             observer(_seen(len(log), rows, window, slots, committed, verdict, scores))
-        if refined is not verdict.tokens:
-            refined = verdict.tokens.where(window.columns[: config.window] <= run[:, None], refined)
+        settled = window.columns[: config.window] <= run[:, None]
+        if sweeper is not None:
+            refined = sweeper(slots, verdict.tokens, scores, settled)
+        elif refined is not verdict.tokens:
+            refined = verdict.tokens.where(settled, refined)
         window.renew(slots, refined, law)
 
         num_committed, uncached = _to_host(committed, None if least_refed == most_refed else cached)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sjd2_lightning.code_pairs import PairSweeps
 from sjd2_lightning.decoding.drafts import REPEATED
 from sjd2_lightning.decoding.groups import Grouping
 from sjd2_lightning.decoding.probs import Sampling
@@ -71,6 +72,7 @@ class DecodingConfig:
         confidence: in (0, 1], for level_rule "confident".
         tree: siblings of the drafts at the head, "exact" and "replay" only.
         groups: which codes are alike, "grouped" only.
+        pairs: correction of drafts by their left neighbours, "replay" only.
         compile: run the trunk through `torch.compile`, on shapes that stay the same between iterations.
         sampling: temperature, top-k, top-p, guidance.
     """
@@ -91,6 +93,7 @@ class DecodingConfig:
     confidence: float = 0.9
     tree: TreeShape = field(default_factory=TreeShape)
     groups: Grouping = field(default_factory=Grouping)
+    pairs: PairSweeps = field(default_factory=PairSweeps)
     compile: bool = False
     sampling: Sampling = field(default_factory=Sampling)
 
@@ -111,7 +114,11 @@ class DecodingConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a sentence each."""
-        found = [*self.sampling.problems(), *self.tree.problems(), *self.groups.problems()]
+        found = [
+            problem
+            for part in (self.sampling, self.tree, self.groups, self.pairs)
+            for problem in part.problems()
+        ]
         choices = {
             "method": (self.method, METHODS),
             "acceptance": (self.acceptance, ACCEPTANCE),
@@ -159,6 +166,8 @@ class DecodingConfig:
             found.append("decoding.method 'gsd' needs acceptance 'grouped'")
         if self.groups.size > 1 and self.acceptance != "grouped":
             found.append("decoding.groups needs acceptance 'grouped': set groups.size to 1 (no groups)")
+        if self.pairs.table is not None and self.acceptance != "replay":
+            found.append("decoding.pairs.table needs acceptance 'replay': set it to null")
         return found
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sjd2_lightning.code_pairs import PairTable
 from sjd2_lightning.decoding import DecodingConfig
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, integers, normal, slot_keys, stream, uniform
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
@@ -252,6 +253,23 @@ class SlowDecoder:
         residual_u = float(uniform(self.key(number, Purpose.VERDICT, iteration), 3)[1])
         return draw_by_inversion(rest, residual_u), False
 
+    def swept(self, window: list[Slot], drafts: list[int], laws: np.ndarray, num_settled: int) -> list[int]:
+        """Drafts, each drawn again by what the table says of its left neighbour now and when it was fed."""
+        table, num_codes = PairTable.load(self.config.pairs.table, laws.shape[-1]), laws.shape[-1]
+        says = (table.left.double() @ table.right.double().T).numpy()
+        for _ in range(self.config.pairs.sweeps):
+            before = list(drafts)
+            for place in range(max(1, num_settled), len(window)):
+                number, left = len(self.tokens) - num_settled + place, window[place - 1]
+                if self.layout.forced[number] >= 0 or self.layout.forced[number - 1] >= 0:
+                    continue
+                shift = says[before[place - 1]] - (0 if left.level else says[left.token])
+                noise = gumbel(self.key(number, Purpose.GUMBEL), num_codes).double().numpy()
+                with np.errstate(divide="ignore"):
+                    scores = np.log(laws[place]) + noise + self.config.pairs.strength * shift
+                drafts[place] = int(scores.argmax())
+        return drafts
+
     def behind(self, window: list[Slot], at: int, token: int, iteration: int) -> list[int]:
         """What a sibling in slot `at` of the window adds: tokens judged by laws behind it and drafts."""
         head, length = len(self.tokens), min(self.config.tree.length, self.config.window - 1)
@@ -299,8 +317,11 @@ class SlowDecoder:
                 settled += self.behind(window, at, settled[at], iteration) if known else []
             self.tokens += settled
             self.settled += [iteration] * len(settled)
-            for slot, verdict, law in zip(window, verdicts, laws, strict=True):
-                self.renew(slot, verdict[2], law)
+            drafts = [verdict[2] for verdict in verdicts]
+            if config.pairs.table is not None:
+                drafts = self.swept(window, [*settled, *drafts[len(settled) :]], laws, len(settled))
+            for slot, draft, law in zip(window, drafts, laws, strict=True):
+                self.renew(slot, draft, law)
             window = window[len(settled) :]
             iteration += 1
         return self.tokens

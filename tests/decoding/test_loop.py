@@ -6,6 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from sjd2_lightning.code_pairs import PairSweeps, PairTable
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.groups import Grouping
 from sjd2_lightning.decoding.methods import TreeShape
@@ -115,8 +116,29 @@ def backbone():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_fast_loop_is_the_slow_one(backbone, rule):
-    sampling = SAMPLINGS.get(rule, GUIDED)
-    config = replace(RULES[rule], sampling=sampling)
+    assert_slow_loop_agrees(backbone, replace(RULES[rule], sampling=SAMPLINGS.get(rule, GUIDED)))
+
+
+SWEPT = {
+    "replay": DecodingConfig("sjd2", window=7, num_levels=1),
+    "levels": DecodingConfig("sjd2", window=9, num_levels=3),
+    "clean": DecodingConfig("gumbel", window=30, draft_init="repeat_above"),
+    "tree": DecodingConfig("sjd2", window=7, num_levels=1, tree=TreeShape(4, 2, 3)),
+    "short": DecodingConfig("gumbel", window=2),
+}
+
+
+@pytest.mark.parametrize("sweeps", [1, 3])
+@pytest.mark.parametrize("rule", SWEPT)
+def test_fast_sweeps_are_the_slow_ones(backbone, tmp_path, rule, sweeps):
+    path = tmp_path / "pairs.safetensors"
+    factors = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(sweeps))
+    PairTable(*factors).save(path)
+    config = replace(SWEPT[rule], pairs=PairSweeps(str(path), 1.5, sweeps), sampling=GUIDED)
+    assert_slow_loop_agrees(backbone, config)
+
+
+def assert_slow_loop_agrees(backbone, config):
     layout = backbone.layout(6, 6)
     seeds = [11, 12, 13, 14]
     output = decode(backbone, RAGGED_PROMPTS, seeds, config, layout)

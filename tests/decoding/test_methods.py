@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from sjd2_lightning.code_pairs import PairSweeps
 from sjd2_lightning.decoding import DecodingConfig, Sampling
 from sjd2_lightning.decoding.groups import Grouping
 from sjd2_lightning.decoding.methods import TreeShape
@@ -44,6 +45,9 @@ GOOD = DecodingConfig("sjd2", window=8, num_levels=2)
         ({"method": "gsd", "num_levels": 0}, ["'gsd' needs acceptance 'grouped'"]),
         ({"groups": Grouping(5)}, ["decoding.groups needs acceptance 'grouped'"]),
         ({"groups": Grouping(0, -1.0, float("nan"))}, ["groups.size", "groups.gap", "groups.distance"]),
+        ({"pairs": PairSweeps(strength=0, sweeps=0)}, ["pairs.strength", "pairs.sweeps"]),
+        ({"pairs": PairSweeps("nowhere.safetensors")}, ["no file nowhere.safetensors", "data.pairs"]),
+        ({"pairs": PairSweeps(__file__), "acceptance": "exact"}, ["decoding.pairs.table needs acceptance"]),
         ({"window": 0, "num_levels": -1, "sampling": Sampling(top_p=0)}, ["window", "num_levels", "top_p"]),
     ],
 )

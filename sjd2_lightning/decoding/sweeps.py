@@ -27,9 +27,12 @@ from sjd2_lightning.decoding.window import Slots, SlotSource
 
 
 @lru_cache(maxsize=4)
-def _loaded(path: str, changed: int, num_codes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    table = PairTable.load(path, num_codes)  # of code K, noise, nothing is known: zeros
-    return F.pad(table.left, (0, 0, 0, 1)).to(device), table.right.T.contiguous().to(device)
+def _loaded(path: str, changed: int, num_codes: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    left, right = PairTable.load(path, num_codes)
+    left = F.pad(left, (0, 0, 0, 1))  # of code K, noise, nothing is known: zeros
+    if right.shape[1] >= num_codes:  # of full rank the table itself is no larger, and needs no product
+        return (left @ right.T).to(device), None
+    return left.to(device), right.T.contiguous().to(device)
 
 
 class Sweeper:
@@ -74,6 +77,7 @@ class Sweeper:
         behind, moves = (scores + slots.gumbel)[:, 1:], (slots.is_code & ~settled)[:, 1:]
         for _ in range(self.config.sweeps):
             now = F.embedding(tokens[:, :-1].clamp_max(self.num_codes), self.left)
-            best = torch.add(behind, (now - before) @ self.right, alpha=self.config.strength).argmax(-1)
+            shift = now - before if self.right is None else (now - before) @ self.right
+            best = torch.add(behind, shift, alpha=self.config.strength).argmax(-1)
             tokens = torch.cat([tokens[:, :1], best.where(moves, tokens[:, 1:])], dim=1)
         return tokens

@@ -215,7 +215,7 @@ def measure(run: Run, options: argparse.Namespace) -> None:
     configs = settings(run, options)
     names = {name: identity(config, weights, prompts) for name, config in configs.items()}
     for name in track(configs, f"{run.folder.name} {sampling}"):
-        path = out / f"{name}.json"
+        path = out / f"{name.replace('/', '_')}.json"  # a change may hold the path of a table
         found = held(path, names[name])
         if found is None and not options.tabulate:
             job = (backbone, configs[name], prompts, run.pixels, options.batch, run.found.get(BASELINE))

@@ -111,6 +111,7 @@ class NoiseSettings(Group):
     estimate: Literal["drawn", "expected"]
     mark_drafts: bool
     random_grid: bool
+    consistency: Share
 
     @property
     def of_training(self) -> NoiseConfig:

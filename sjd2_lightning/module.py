@@ -13,7 +13,7 @@ from torch import Tensor
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.noise import NoiseConfig as NoiseConfig
 from sjd2_lightning.noise import draw_levels, random_timesteps, timesteps
-from sjd2_lightning.objective import TokenLoss, next_clean_token_loss
+from sjd2_lightning.objective import OwnLaw, TokenLoss, next_clean_token_loss
 from sjd2_lightning.optimizer import OptimizerConfig, build_optimizer, warmup_cosine
 from sjd2_lightning.sequence import NoisyCodes
 from sjd2_lightning.trajectory import Sample, logits_of, noisy_codes
@@ -106,9 +106,14 @@ class SJD2Module(L.LightningModule):
     def losses(
         self, batch: CodeBatch, prompts: Sequence[Sequence[int]], noise: NoisyCodes | None
     ) -> TokenLoss:
-        """Next-clean-token loss of a batch in nats a code."""
+        """Next-clean-token loss of a batch in nats a code; noise that has the law of clean input shares it."""
         sample = Sample(prompts, batch.image_ids, self.image_layout)
-        return next_clean_token_loss(logits_of(self.backbone, sample, noise), batch.image_ids.flatten(1))
+        own_law = None
+        if noise is not None and noise.clean_law is not None:
+            share = self.noise.consistency * noise.reaches().to(noise.clean_law)
+            own_law = OwnLaw(noise.clean_law, share)
+        logits = logits_of(self.backbone, sample, noise)
+        return next_clean_token_loss(logits, batch.image_ids.flatten(1), own_law)
 
     def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
         # global_step does not move inside gradient accumulation, batch_idx does
@@ -142,7 +147,8 @@ class SJD2Module(L.LightningModule):
         sample = Sample(prompts, batch.image_ids, self.image_layout)
         grid = self._grid(self.val_levels)
         noise = noisy_codes(self.backbone, sample, levels, grid, self.noise, rng)
-        per_token = self.losses(batch, prompts, noise).per_token
+        # against the true codes alone: comparable whatever the targets of training
+        per_token = self.losses(batch, prompts, noise._replace(clean_law=None)).per_token
         levels = levels.roll(1, dims=1)  # the token left of a code is what the code is predicted from
         levels[:, 0] = 0
         half = max(1, self.val_levels // 2)

@@ -212,6 +212,8 @@ class NoiseConfig:
         mark_drafts: whether timestep tokens tell the drafts of state "draft" from clean codes; False feeds
             them as decoding with one level does, as clean ones (ours).
         random_grid: training draws the grid per batch, see `random_timesteps`; validation keeps the schedule.
+        consistency: share of the target behind noise that is the model's own law on clean input in place of
+            the true code, see `objective` (consistency distillation).
     """
 
     num_levels: tuple[int, int] = (1, 8)
@@ -226,6 +228,17 @@ class NoiseConfig:
     estimate: str = "drawn"
     mark_drafts: bool = True
     random_grid: bool = False
+    consistency: float = 0.0
+
+    @property
+    def reads_gumbel(self) -> bool:
+        """Whether the Gumbel vectors that decide the true codes are needed."""
+        return self.trajectory or self.source in TIED
+
+    @property
+    def reads_law(self) -> bool:
+        """Whether the law of clean input is needed, which costs a pass."""
+        return self.reads_gumbel or self.source == "mean" or self.consistency > 0
 
     @property
     def renewal(self) -> Renewal:
@@ -248,6 +261,8 @@ class NoiseConfig:
             found.append("noise.state 'draft' needs drafts: set noise.trajectory to true")
         if self.estimate == "expected" and not self.trajectory:
             found.append("noise.estimate 'expected' needs laws on the way: set noise.trajectory to true")
+        if not 0 <= self.consistency <= 1:
+            found.append(f"noise.consistency is a share: it must lie in [0, 1], got {self.consistency}")
         if not self.mark_drafts and (self.state, self.estimate) != ("draft", "drawn"):
             found.append(
                 "noise.mark_drafts false feeds drafts as clean codes: set noise.state to draft and "

@@ -16,18 +16,37 @@ class TokenLoss(NamedTuple):
     per_token: Tensor
 
 
-def next_clean_token_loss(logits: Float[Tensor, "B n K"], image_ids: Int[Tensor, "B n"]) -> TokenLoss:
+class OwnLaw(NamedTuple):
+    """What the model itself says of clean input, as a target: `log_probs` (B, n, K), and its `share` (B, n)."""
+
+    log_probs: Tensor
+    share: Tensor
+
+
+def next_clean_token_loss(
+    logits: Float[Tensor, "B n K"], image_ids: Int[Tensor, "B n"], own_law: OwnLaw | None = None
+) -> TokenLoss:
     """Plain cross-entropy at every image position; no regression term, no weight by t (paper).
 
     The law is normalised over the image codes, which is the law that decoding draws from (ours): logits of
     other tokens take no part.
 
+    With a share of the model's own law in the target it is consistency distillation too (consistency LLMs,
+    Kou et al. 2024): the gradient is that of the divergence from the law at the fixed point, clean input, to
+    the law behind noise. That law is what the true code is a draw of, so it says the same with less variance
+    where the model is right, and teaches its errors where it is not.
+
     Args:
         logits: (B, n, K) at the position left of each code.
         image_ids: (B, n) the clean codes.
+        own_law: target beside the clean codes; `None` is no share.
 
     Returns:
         The mean, and the loss of each token (B, n).
     """
     per_token = F.cross_entropy(logits.flatten(0, 1).float(), image_ids.flatten(), reduction="none")
-    return TokenLoss(per_token.mean(), per_token.view_as(image_ids))
+    per_token = per_token.view_as(image_ids)
+    if own_law is not None:
+        soft = -(own_law.log_probs.exp() * logits.float().log_softmax(-1)).sum(-1)
+        per_token = per_token.lerp(soft, own_law.share)
+    return TokenLoss(per_token.mean(), per_token)

@@ -24,6 +24,7 @@ class NoisyCodes(NamedTuple):
         states: (B, n, D) what noisy codes hold, normalised; None = x_t of their level and eps.
         marked: whether levels between clean and the top have timestep tokens; False: only the top has one,
             and the states between them count as clean.
+        clean_law: (B, n, K) log-probabilities of clean input, where they were computed.
     """
 
     levels: Tensor
@@ -31,6 +32,11 @@ class NoisyCodes(NamedTuple):
     eps: Tensor
     states: Tensor | None = None
     marked: bool = True
+    clean_law: Tensor | None = None
+
+    def reaches(self) -> Tensor:
+        """(B, n) on the CPU, True = there is noise to the left of the code."""
+        return self.levels.cumsum(1) > self.levels
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """Levels (B, n) and grid of the timestep tokens."""

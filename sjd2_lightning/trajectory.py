@@ -32,8 +32,8 @@ def noisy_codes(
 ) -> NoisyCodes:
     """Noise of one batch.
 
-    Gaussian x_t and codes from above cost no pass, other sources one; a trajectory costs one and one more for
-    each level below the top.
+    Gaussian x_t and codes from above cost no pass, other sources and the model's own law as a target one; a
+    trajectory costs one and one more for each level below the top.
 
     Args:
         levels: (B, n) of the codes, on the CPU.
@@ -41,24 +41,20 @@ def noisy_codes(
         noise: its source, whether codes walk a trajectory, and what they hold on it.
         rng: on the CPU.
     """
-    shape = (*levels.shape, backbone.hidden_size)
-    if noise.source == "gaussian" and not noise.trajectory:
-        return NoisyCodes(levels, grid, torch.randn(shape, generator=rng))
     with torch.no_grad():
-        rows = _normalised_rows(backbone)
-        if noise.source == "above" and not noise.trajectory:
-            return NoisyCodes(levels, grid, _above(rows, sample.image_ids))
-        log_probs = logits_of(backbone, sample, None).log_softmax(-1)
-        if noise.source == "mean" and not noise.trajectory:
-            below = (levels < len(grid) - 1)[..., None].to(rows)  # at the top nothing is known of the law
-            found = NoisyCodes(levels, grid, below * (log_probs.exp() @ rows))
-        else:
-            race = torch.empty(log_probs.shape).exponential_(generator=rng).to(log_probs)
-            gumbel = posterior_gumbel(log_probs, sample.image_ids.flatten(1), race)
-            start = _start(rows, gumbel, sample, noise.source, rng)
-            found = NoisyCodes(levels, grid, start, marked=noise.mark_drafts)
-            if noise.trajectory:
-                found = found._replace(states=walk(backbone, sample, found, gumbel, noise.renewal))
+        law = logits_of(backbone, sample, None).log_softmax(-1) if noise.reads_law else None
+        gumbel = None
+        if law is not None and noise.reads_gumbel:
+            race = torch.empty(law.shape).exponential_(generator=rng).to(law)
+            gumbel = posterior_gumbel(law, sample.image_ids.flatten(1), race)
+        eps = _start(backbone, sample, noise.source, gumbel, rng)
+        if law is not None and noise.source == "mean" and not noise.trajectory:
+            below = (levels < len(grid) - 1)[..., None].to(eps)  # at the top nothing is known of the law
+            eps = below * (law.exp() @ _normalised_rows(backbone))
+        kept = law if noise.consistency else None
+        found = NoisyCodes(levels, grid, eps, marked=noise.mark_drafts, clean_law=kept)
+        if gumbel is not None and noise.trajectory:
+            found = found._replace(states=walk(backbone, sample, found, gumbel, noise.renewal))
     # autocast of some versions keeps weights that it cast without gradients for the pass that needs them
     torch.clear_autocast_cache()
     return found
@@ -76,14 +72,17 @@ def _above(rows: Tensor, image_ids: Tensor) -> Tensor:
     return found.flatten(1, 2)
 
 
-def _start(rows: Tensor, gumbel: Tensor, sample: Sample, source: str, rng: torch.Generator) -> Tensor:
-    """What codes hold at the top level (B, n, D), by normalised rows (K, D) and Gumbel vectors (B, n, K)."""
-    shape = (*gumbel.shape[:-1], rows.shape[-1])
-    if source in TIED:
+def _start(
+    backbone: Backbone, sample: Sample, source: str, gumbel: Tensor | None, rng: torch.Generator
+) -> Tensor:
+    """What codes hold at the top level (B, n, D); `gumbel` (B, n, K) decides them, for tied noise."""
+    shape = (*sample.image_ids.flatten(1).shape, backbone.hidden_size)
+    if source == "gaussian":
+        return torch.randn(shape, generator=rng).to(sample.image_ids.device)
+    rows = _normalised_rows(backbone)
+    if gumbel is not None and source in TIED:
         return tied_noise(gumbel, tied_rows(rows, source == "tied_white")).to(rows)
-    if source == "above":
-        return _above(rows, sample.image_ids)
-    return rows.new_zeros(shape) if source == "mean" else torch.randn(shape, generator=rng).to(rows)
+    return _above(rows, sample.image_ids) if source == "above" else rows.new_zeros(shape)
 
 
 def walk(backbone: Backbone, sample: Sample, start: NoisyCodes, gumbel: Tensor, renewal: Renewal) -> Tensor:

@@ -27,6 +27,7 @@ RUN = ("module", "callbacks", "recipes", *ENTRY)
 MEASURE = (
     *("evaluation", "comparison", "generation", "quality", "references", "prompts", "ranks", "report"),
     *("flops", "protocols", "benchmarks", "window_choice", "likelihood"),
+    "teacher_samples",
 )
 ABOVE = (*MEASURE, *RUN)
 FORBIDDEN = {

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from sjd2_lightning.module import NoiseConfig, SJD2Module
 from sjd2_lightning.noise import RampLaw
 from sjd2_lightning.optimizer import OptimizerConfig
+from sjd2_lightning.trajectory import Sample, logits_of
 from tests.tiny_backbones import tiny_chameleon
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # no trainer here
@@ -185,6 +186,7 @@ def test_random_grids_in_training_and_the_schedule_in_validation(monkeypatch):
         {"trajectory": True, "state": "draft", "random_grid": True},
         {"trajectory": True, "state": "draft", "mark_drafts": False},
         {"trajectory": True, "source": "mean", "estimate": "expected"},
+        {"consistency": 0.5},
     ],
 )
 def test_every_variant_learns(values):
@@ -194,6 +196,36 @@ def test_every_variant_learns(values):
     after = validate(module, [batch_of()])
     for band in ("clean", "high"):
         assert after[f"val/loss_{band}"] < 0.7 * before[f"val/loss_{band}"], band
+
+
+def test_the_own_law_is_a_target_behind_noise_alone(monkeypatch):
+    """Codes with nothing noisy to their left keep the true code; validation knows no other target."""
+    noise = replace(NOISE, consistency=1.0)
+    told, plain = module_of(noise, prompt_dropout=0.0), module_of(prompt_dropout=0.0)
+    seen = []
+    for module in (told, plain):
+
+        def spy(batch, prompts, noise, losses=module.losses):
+            seen.append((noise, losses(batch, prompts, noise).per_token.detach()))
+            return losses(batch, prompts, noise)
+
+        monkeypatch.setattr(module, "losses", spy)
+        module.training_step(batch_of(), 0)
+    (noise, ours), (same, theirs) = seen
+    assert torch.equal(noise.levels, same.levels)
+    assert torch.equal(noise.eps, same.eps)
+    behind = noise.reaches()
+    assert 0 < behind.sum() < behind.numel()
+    assert torch.equal(ours[~behind], theirs[~behind])
+    wanted = -(noise.clean_law.exp() * told_logits(told, noise).log_softmax(-1)).sum(-1)
+    assert torch.allclose(ours[behind], wanted[behind], atol=1e-5)
+    assert validate(told, [batch_of()]) == validate(plain, [batch_of()])
+
+
+def told_logits(module: SJD2Module, noise) -> torch.Tensor:
+    """What a module says of a batch with this noise."""
+    prompts = module._prompts(CAPTIONS, None)
+    return logits_of(module.backbone, Sample(prompts, batch_of().image_ids, module.image_layout), noise)
 
 
 def test_choices_that_do_not_go_together_are_refused():

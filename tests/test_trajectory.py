@@ -168,6 +168,24 @@ def test_the_default_draws_what_it_always_drew(backbone, sample):
     assert found.states is None
 
 
+@pytest.mark.parametrize("values", [{}, {"source": "above"}, {"source": "mean"}, {"trajectory": True}])
+def test_the_own_law_as_a_target_changes_no_noise(backbone, sample, values):
+    """It is the law of clean input, without gradients, and draws nothing."""
+    found = noisy_codes(backbone, sample, LEVELS, timesteps(3), NoiseConfig(**values), rng())
+    assert found.clean_law is None
+    told = noisy_codes(backbone, sample, LEVELS, timesteps(3), NoiseConfig(**values, consistency=0.5), rng())
+    assert torch.equal(told.clean_law, logits_of(backbone, sample, None).log_softmax(-1))
+    assert not told.clean_law.requires_grad
+    for kept, again in ((found.eps, told.eps), (found.states, told.states)):
+        assert (kept is None and again is None) or torch.equal(kept, again)
+
+
+def test_noise_reaches_what_stands_right_of_it():
+    levels = torch.tensor([[0, 2, 0, 0], [0, 0, 0, 1], [1, 0, 3, 0]])
+    wanted = [[False, False, True, True], [False] * 4, [False, True, True, True]]
+    assert NoisyCodes(levels, timesteps(3), torch.empty(0)).reaches().tolist() == wanted
+
+
 def passes(backbone, call) -> int:
     """Forward passes of a call."""
     count = []
@@ -186,6 +204,9 @@ def passes(backbone, call) -> int:
         ({"trajectory": True}, 1, 1),
         ({"trajectory": True}, 3, 3),
         ({"trajectory": True, "source": "tied", "state": "draft"}, 5, 5),
+        ({"consistency": 0.5}, 3, 1),
+        ({"source": "above", "consistency": 1.0}, 3, 1),
+        ({"trajectory": True, "consistency": 0.5}, 3, 3),
     ],
 )
 def test_passes_beside_the_training_pass(backbone, sample, values, num_levels, wanted):
@@ -223,5 +244,7 @@ def test_wrong_choices_are_named():
     assert line == "noise.source must be one of gaussian, tied, tied_white, mean, above; got 'mask'"
     [line] = replace(NoiseConfig(), state="draft").problems()
     assert "set noise.trajectory to true" in line
+    [line] = replace(NoiseConfig(), consistency=1.5).problems()
+    assert line == "noise.consistency is a share: it must lie in [0, 1], got 1.5"
     [line] = replace(NoiseConfig(), estimate="expected").problems()
     assert "set noise.trajectory to true" in line

@@ -106,7 +106,7 @@ class SJD2Module(L.LightningModule):
     def losses(
         self, batch: CodeBatch, prompts: Sequence[Sequence[int]], noise: NoisyCodes | None
     ) -> TokenLoss:
-        """Next-clean-token loss of a batch in nats a code; noise that has the law of clean input shares it."""
+        """Next-clean-token loss of a batch in nats a code; a law of clean input shares in the target."""
         sample = Sample(prompts, batch.image_ids, self.image_layout)
         own_law = None
         if noise is not None and noise.clean_law is not None:

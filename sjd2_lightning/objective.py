@@ -17,7 +17,7 @@ class TokenLoss(NamedTuple):
 
 
 class OwnLaw(NamedTuple):
-    """What the model itself says of clean input, as a target: `log_probs` (B, n, K), and its `share` (B, n)."""
+    """What the model says of clean input, as a target: `log_probs` (B, n, K), and its `share` (B, n)."""
 
     log_probs: Tensor
     share: Tensor

@@ -1,7 +1,7 @@
 """Draws a model's own images for the captions of a data set: what consistency distillation trains on.
 
-    python -m sjd2_lightning.teacher_samples data/emoji_demo/codes outputs/teacher/codes --weights weights/tiny
-    python train.py data=shards data.data_dir=outputs/teacher noise.trajectory=true noise.consistency=1
+    python -m sjd2_lightning.teacher_samples data/emoji_demo/codes data/teacher/codes --weights weights/tiny
+    python train.py data=shards data.data_dir=data/teacher noise.trajectory=true noise.consistency=1
 
 Plain autoregression at temperature 1 without guidance, so that the images follow the law that is to be kept;
 other values sharpen it. With `--real-share 0.5` half of the captions keep the data set's own image: mixed
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(1, f"{error}\n")
     folder = asked.out.parent if asked.out.name == "codes" else asked.out
-    print(f"{asked.out}: {index.num_samples:,} samples; train on them with data=shards data.data_dir={folder}")
+    print(f"{asked.out}: {index.num_samples:,} samples; train with data=shards data.data_dir={folder}")
 
 
 if __name__ == "__main__":

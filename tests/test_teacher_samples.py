@@ -1,4 +1,4 @@
-"""Images that a teacher draws for a data set's captions: its own samples, whole after a kill, and readable."""
+"""Images that a teacher draws for a data set's captions: its own, whole after a kill, and readable."""
 
 import json
 import tarfile
@@ -33,8 +33,8 @@ def backbone(tmp_path_factory):
 def source(backbone, tmp_path):
     """A data set of two shards and a bit, and its validation shard."""
     for split in ("train", "val"):
-        meta = ShardMeta("codes", split, "made up", 3, 2, "nobody", "hash", 7, backbone.image_tokenizer.identity)
-        meta = ShardMeta(**(vars(meta) | {"pixel_size": PIXELS}))
+        facts = {"num_codes": 7, "tokenizer_hash": backbone.image_tokenizer.identity, "pixel_size": PIXELS}
+        meta = ShardMeta("codes", split, "made up", 3, 2, "nobody", "hash", **facts)
         codes = torch.randint(7, (NUM_SAMPLES, 3, 2), generator=torch.Generator().manual_seed(len(split)))
         samples = [
             {"key": f"{split}{n}", "caption": RAGGED_PROMPTS[n % 4], "image_ids": image.numpy()}
@@ -70,7 +70,9 @@ def test_images_are_what_decoding_gives(backbone, source, tmp_path):
     assert draw(backbone, source, tmp_path / "other", seed=1).shards != index.shards
     held_out = [list(read_all(folder / "val")) for folder in (source, out)]
     assert [s.key for s in held_out[0]] == [s.key for s in held_out[1]]
-    assert index.meta.source != ShardIndex.load(source / "train").meta.source, "or training would build it anew"
+    assert index.meta.source != ShardIndex.load(source / "train").meta.source, (
+        "or training would build it anew"
+    )
 
 
 def test_mixed_labels_keep_real_images(backbone, source, tmp_path):
@@ -109,17 +111,18 @@ def test_a_kill_loses_one_shard(backbone, source, tmp_path, monkeypatch):
     found = draw(backbone, source, out)
     assert sum(calls[4:]) == NUM_SAMPLES - 8, "the first shard is not drawn again"
     assert found.shards == whole.shards
+    calls.clear()
     with pytest.raises(KeyboardInterrupt):
-        calls.clear()
         draw(backbone, source, out, seed=1)
     monkeypatch.undo()
-    assert draw(backbone, source, out, seed=2).shards != whole.shards, "another seed: nothing of before counts"
+    assert draw(backbone, source, out, seed=2).shards != whole.shards, "nothing of another seed counts"
 
 
 def test_command_line(backbone, source, tmp_path, capsys):
     arguments = [str(source), str(tmp_path / "t" / "codes"), "--weights", str(backbone.folder)]
     main([*arguments, "--num-samples", "3"])
-    assert f"3 samples; train on them with data=shards data.data_dir={tmp_path / 't'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"3 samples; train with data=shards data.data_dir={tmp_path / 't'}" in said
 
 
 @pytest.mark.parametrize(

@@ -146,9 +146,10 @@ class SJD2Module(L.LightningModule):
         levels = draw_levels(size, batch.image_ids[0].numel(), self.val_levels, ramp, rng)
         sample = Sample(prompts, batch.image_ids, self.image_layout)
         grid = self._grid(self.val_levels)
-        noise = noisy_codes(self.backbone, sample, levels, grid, self.noise, rng)
         # against the true codes alone: comparable whatever the targets of training
-        per_token = self.losses(batch, prompts, noise._replace(clean_law=None)).per_token
+        alone = replace(self.noise, consistency=0.0)
+        noise = noisy_codes(self.backbone, sample, levels, grid, alone, rng)
+        per_token = self.losses(batch, prompts, noise).per_token
         levels = levels.roll(1, dims=1)  # the token left of a code is what the code is predicted from
         levels[:, 0] = 0
         half = max(1, self.val_levels // 2)

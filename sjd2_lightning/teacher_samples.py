@@ -101,9 +101,10 @@ def draw_shards(backbone: Backbone, weights: Path, source: Path, out: Path, how:
         how: images are drawn.
 
     Raises:
-        ValueError: the shards are missing, damaged, or of another image tokenizer than the model's.
+        ValueError: the shards are missing, damaged, or of another image tokenizer than the model's, or `out`
+            is where they lie.
     """
-    index = ShardIndex.load(source / "train")
+    index = _checked(source, out)
     identity = getattr(getattr(backbone, "image_tokenizer", None), "identity", None)
     index.check_model(backbone.num_codes, identity)
     if index.meta.kind != "codes" or index.meta.pixel_size is None:
@@ -129,6 +130,20 @@ def draw_shards(backbone: Backbone, weights: Path, source: Path, out: Path, how:
     shutil.copytree(source / "val", out / "val")
     replace_folder(building, out / "train")
     return ShardIndex.load(out / "train")
+
+
+def _checked(source: Path, out: Path) -> ShardIndex:
+    """The index of the training shards; raises ValueError before anything is drawn or replaced."""
+    if out.resolve() == source.resolve():
+        raise ValueError(f"{out} holds the real images; name another folder for the drawn ones")
+    indexes = [ShardIndex.load(source / split) for split in ("train", "val")]
+    for index in indexes:
+        index.check_files()
+        if damaged := index.damaged_shards():
+            raise ValueError(
+                f"{index.folder}: {', '.join(damaged[:5])} not as written; restore them, or build them again"
+            )
+    return indexes[0]
 
 
 def _done(building: Path, made_from: str) -> list[Shard]:
@@ -173,10 +188,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if found := how.problems():
             raise ValueError("; ".join(found))
-        ShardIndex.load(asked.shards / "train")  # before the weights are read
+        _checked(asked.shards, asked.out)  # before the weights are read
         backbone = load_backbone(asked.family, asked.weights).eval().to(asked.device)
         index = draw_shards(backbone, asked.weights, asked.shards, asked.out, how)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk; finished shards are kept
         parser.exit(1, f"{error}\n")
     folder = asked.out.parent if asked.out.name == "codes" else asked.out
     print(f"{asked.out}: {index.num_samples:,} samples; train with data=shards data.data_dir={folder}")

@@ -151,3 +151,38 @@ def test_shards_of_another_tokenizer_are_refused(backbone, source, tmp_path):
     with pytest.raises(ValueError, match="image tokenizer"):
         draw(backbone, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_data_that_would_be_lost_or_cannot_be_used_is_said_first(backbone, source, tmp_path, capsys):
+    """Nothing is drawn or touched: for the real images, a damaged shard, a split that is not there."""
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    weights = ["--weights", str(backbone.folder)]
+
+    def stopped_by(folder, out) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(folder), str(out), *weights])
+        assert stopped.value.code == 1
+        return capsys.readouterr().err
+
+    assert "holds the real images; name another folder" in stopped_by(source, source / ".." / "codes")
+    assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before
+    shard = source / "train" / "train-00001.tar"
+    damaged = bytearray(before[shard])
+    damaged[600] ^= 1
+    shard.write_bytes(bytes(damaged))
+    assert "train-00001.tar not as written" in stopped_by(source, tmp_path / "out")
+    shard.write_bytes(before[shard])
+    (source / "val" / "index.json").unlink()
+    assert "No shards in" in stopped_by(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_sentence(backbone, source, tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(teacher_samples, "write_shard", full)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(source), str(tmp_path / "out"), "--weights", str(backbone.folder)])
+    assert stopped.value.code == 1
+    assert "No space left on device" in capsys.readouterr().err

@@ -5,7 +5,7 @@
 
 Plain autoregression at temperature 1 without guidance, so that the images follow the law that is to be kept;
 other values sharpen it. With `--real-share 0.5` half of the captions keep the data set's own image: mixed
-labels, as in CEED-VLA (Song et al. 2025). Validation shards are the data set's own. Finished shards are kept
+labels, after CEED-VLA (Song et al. 2025). Validation shards are the data set's own. Finished shards are kept
 when the command is stopped, and the same command goes on behind them. Source: ours.
 """
 
@@ -90,35 +90,33 @@ def drawn_samples(
             }
 
 
-def draw_shards(backbone: Backbone, weights: Path, source: Path, out: Path, how: Drawing) -> ShardIndex:
+def draw_shards(backbone: Backbone, weights: Path, real: ShardIndex, out: Path, how: Drawing) -> ShardIndex:
     """Writes `out`/train with drawn images, and the data set's own validation shards beside it.
 
     Args:
         backbone: the teacher, in eval mode.
         weights: its folder, whose bytes tell one teacher from another.
-        source: folder of the data set's shards of codes, with train and val inside.
+        real: the data set's training shards, from `real_images`; its validation shards lie beside them.
         out: folder to write; what lies there is replaced once the new shards are complete.
         how: images are drawn.
 
     Raises:
-        ValueError: the shards are missing, damaged, or of another image tokenizer than the model's, or `out`
-            is where they lie.
+        ValueError: the shards are of another image tokenizer than the model's.
     """
-    index = _checked(source, out)
     identity = getattr(getattr(backbone, "image_tokenizer", None), "identity", None)
-    index.check_model(backbone.num_codes, identity)
-    if index.meta.kind != "codes" or index.meta.pixel_size is None:
-        raise ValueError(f"{source} holds pictures; encode them by python -m sjd2_lightning.data.prepare")
-    pixels = index.meta.pixel_size
+    real.check_model(backbone.num_codes, identity)
+    folder, pixels = real.folder, real.meta.pixel_size
+    assert isinstance(folder, Path)  # `real_images` takes local folders, and sizes that are known
+    assert pixels is not None
     files = sorted(path for path in weights.rglob("*") if path.is_file())
     teacher = [[str(path.relative_to(weights)), file_sha256(path)] for path in files]
-    made_from = hash_of([index.meta.inputs_hash, teacher, repr(replace(how, batch=0))])
-    meta = replace(index.meta, source=f"{index.meta.source}, drawn by a teacher", inputs_hash=made_from)
+    made_from = hash_of([real.meta.inputs_hash, teacher, repr(replace(how, batch=0))])
+    meta = replace(real.meta, source=f"{real.meta.source}, drawn by a teacher", inputs_hash=made_from)
     building = out / ".train-building"
     done = _done(building, made_from)
-    num_samples = min(how.num_samples or index.num_samples, index.num_samples)
+    num_samples = min(how.num_samples or real.num_samples, real.num_samples)
     num_done = sum(shard.num_samples for shard in done)
-    rest = islice(read_all(source / "train"), num_done, num_samples)
+    rest = islice(read_all(folder), num_done, num_samples)
     starts = range(num_done, num_samples, how.samples_per_shard)
     for number, _ in enumerate(track(starts, "shards"), len(done)):
         chosen = list(islice(rest, how.samples_per_shard))
@@ -127,22 +125,33 @@ def draw_shards(backbone: Backbone, weights: Path, source: Path, out: Path, how:
         ShardIndex(building, meta, tuple(done)).save(building)
     if (out / "val").exists():
         shutil.rmtree(out / "val")
-    shutil.copytree(source / "val", out / "val")
+    shutil.copytree(folder.parent / "val", out / "val")
     replace_folder(building, out / "train")
     return ShardIndex.load(out / "train")
 
 
-def _checked(source: Path, out: Path) -> ShardIndex:
-    """The index of the training shards; raises ValueError before anything is drawn or replaced."""
+def real_images(source: Path, out: Path) -> ShardIndex:
+    """The training shards of a data set, seen to be whole, before anything is drawn or replaced.
+
+    Args:
+        source: folder of its shards of codes, with train and val inside.
+        out: where drawn images will go.
+
+    Raises:
+        ValueError: shards are missing, damaged or of pictures, or `out` is where they lie.
+    """
     if out.resolve() == source.resolve():
         raise ValueError(f"{out} holds the real images; name another folder for the drawn ones")
     indexes = [ShardIndex.load(source / split) for split in ("train", "val")]
     for index in indexes:
+        index.check_codes()
         index.check_files()
         if damaged := index.damaged_shards():
             raise ValueError(
                 f"{index.folder}: {', '.join(damaged[:5])} not as written; restore them, or build them again"
             )
+    if indexes[0].meta.pixel_size is None:
+        raise ValueError(f"{indexes[0].folder} does not say how large its pictures are; build it again")
     return indexes[0]
 
 
@@ -188,9 +197,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if found := how.problems():
             raise ValueError("; ".join(found))
-        _checked(asked.shards, asked.out)  # before the weights are read
+        real = real_images(asked.shards, asked.out)  # before the weights are read
         backbone = load_backbone(asked.family, asked.weights).eval().to(asked.device)
-        index = draw_shards(backbone, asked.weights, asked.shards, asked.out, how)
+        index = draw_shards(backbone, asked.weights, real, asked.out, how)
     except (ValueError, OSError) as error:  # OSError: a full disk; finished shards are kept
         parser.exit(1, f"{error}\n")
     folder = asked.out.parent if asked.out.name == "codes" else asked.out

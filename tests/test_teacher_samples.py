@@ -11,7 +11,7 @@ from sjd2_lightning.data.reading import read_all
 from sjd2_lightning.data.shards import ShardIndex, ShardMeta
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.prompts import seed_of
-from sjd2_lightning.teacher_samples import Drawing, draw_shards, drawn_samples, main
+from sjd2_lightning.teacher_samples import Drawing, draw_shards, drawn_samples, main, real_images
 from tests.data.conftest import write_shards
 from tests.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
@@ -49,7 +49,7 @@ def drawing(**values) -> Drawing:
 
 
 def draw(backbone, source, out, **values) -> ShardIndex:
-    return draw_shards(backbone, backbone.folder, source, out, drawing(**values))
+    return draw_shards(backbone, backbone.folder, real_images(source, out), out, drawing(**values))
 
 
 def test_images_are_what_decoding_gives(backbone, source, tmp_path):
@@ -172,6 +172,16 @@ def test_data_that_would_be_lost_or_cannot_be_used_is_said_first(backbone, sourc
     shard.write_bytes(bytes(damaged))
     assert "train-00001.tar not as written" in stopped_by(source, tmp_path / "out")
     shard.write_bytes(before[shard])
+    for changed, said in (
+        ({"kind": "raw"}, "holds pictures, not codes"),
+        ({"pixel_size": None}, "how large"),
+    ):
+        index = ShardIndex.load(source / "train")
+        ShardIndex(index.folder, ShardMeta(**(vars(index.meta) | changed)), index.shards).save(
+            source / "train"
+        )
+        assert said in stopped_by(source, tmp_path / "out")
+        (source / "train" / "index.json").write_bytes(before[source / "train" / "index.json"])
     (source / "val" / "index.json").unlink()
     assert "No shards in" in stopped_by(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -27,10 +27,7 @@ def count_pairs(folder: Path) -> Tensor:
         ValueError: the folder holds no shards of codes, or damaged ones.
     """
     index = ShardIndex.load(folder)
-    if index.meta.kind != "codes":
-        raise ValueError(
-            f"{folder} holds pictures, not codes; encode them by python -m sjd2_lightning.data.prepare"
-        )
+    index.check_codes()
     num_codes = index.meta.num_codes
     assert num_codes is not None  # of codes it is known
     counts = torch.zeros(num_codes * num_codes, dtype=torch.float64)

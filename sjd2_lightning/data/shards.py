@@ -144,6 +144,14 @@ class ShardIndex:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         part.replace(folder / INDEX_NAME)
 
+    def check_codes(self) -> None:
+        """Raise ValueError if the folder holds pictures in place of codes."""
+        if self.meta.kind != "codes":
+            raise ValueError(
+                f"{self.folder} holds pictures, not codes; encode them by python -m "
+                "sjd2_lightning.data.prepare"
+            )
+
     def check_files(self) -> None:
         """Raise ValueError naming every shard of the index that is not in the folder."""
         missing = [shard.name for shard in self.shards if not (self.folder / shard.name).is_file()]

@@ -62,7 +62,7 @@ test-browser: $(STAMP)  ## open a report's page in headless Chromium; screenshot
 
 # Needs Chromium, and a report: make demo writes this one.
 screenshot: $(STAMP)  ## take the README's picture of a page, docs/images/report.png
-	$(BIN)/python -m tests.browser $(SCREENSHOT_PAGE) docs/images/report.png
+	$(BIN)/python -m tests.tools.browser $(SCREENSHOT_PAGE) docs/images/report.png
 
 bench: $(STAMP)  ## measure every decoding method on the shipped weights
 	$(BIN)/python evaluate.py weights=model run_dir=outputs/bench replace_images=true $(BENCH_ARGS)

@@ -28,9 +28,9 @@ import webdataset as wds
 from rich.console import Console
 from rich.table import Table
 
+from sjd2_lightning.data.index import INDEX_NAME, ShardIndex, ShardMeta
 from sjd2_lightning.data.loader import CodeDataset, CodeLoader
 from sjd2_lightning.data.reading import read_all
-from sjd2_lightning.data.shards import INDEX_NAME, ShardIndex, ShardMeta
 from sjd2_lightning.data.writing import write_shard
 
 

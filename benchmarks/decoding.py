@@ -24,21 +24,21 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from likelihood import nats_per_code
+from memory import LiveBytes
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sjd2_lightning.config import BASELINE, conf_dir, evaluate_config
-from sjd2_lightning.config_groups import AutoWindowConfig
+from sjd2_lightning.config.groups import AutoWindowConfig
+from sjd2_lightning.config.reading import BASELINE, conf_dir, evaluate_config
 from sjd2_lightning.decoding import DecodingConfig, decode
-from sjd2_lightning.likelihood import nats_per_code
+from sjd2_lightning.evaluation.auto_window import resolve_windows
+from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts
 from sjd2_lightning.metrics.bootstrap import mean_result, paired_difference, ratio_of_totals
 from sjd2_lightning.metrics.efficiency import peak_memory, speedup_result, time_inside, timed, warm_up
-from sjd2_lightning.metrics.memory import LiveBytes
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import load_backbone
-from sjd2_lightning.prompts import PromptItem, held_out_prompts
-from sjd2_lightning.window_choice import resolve_windows
 
 
 @dataclass

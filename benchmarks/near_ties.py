@@ -22,10 +22,10 @@ from rich.console import Console
 from torch import Tensor
 
 from sjd2_lightning.decoding import DecodingConfig, Iteration, Sampling, decode
+from sjd2_lightning.evaluation.prompts import held_out_prompts
 from sjd2_lightning.metrics.bootstrap import mean_result
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import load_backbone
-from sjd2_lightning.prompts import held_out_prompts
 
 FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LOOSE = 1e-5  # the tolerance of `NearTies`, in float32

@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from memory import LiveBytes
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -36,7 +37,6 @@ from sjd2_lightning.decoding.loop import judge
 from sjd2_lightning.decoding.window import SlotSource, Window
 from sjd2_lightning.masks import window_mask
 from sjd2_lightning.metrics.efficiency import timed
-from sjd2_lightning.metrics.memory import LiveBytes
 from sjd2_lightning.models.backbone import Backbone, rows_with_newlines
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 

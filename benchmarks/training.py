@@ -34,13 +34,13 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from sjd2_lightning.cli.prepare import prepare_emoji
+from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.loader import CodeDataset, CodeLoader
-from sjd2_lightning.data.prepare import prepare_emoji
-from sjd2_lightning.data.shards import ShardIndex
 from sjd2_lightning.models.backbone import ImageLayout, right_aligned
 from sjd2_lightning.models.chameleon import ChameleonBackbone, load_chameleon
-from sjd2_lightning.module import NoiseConfig, SJD2Module
-from sjd2_lightning.optimizer import OptimizerConfig, build_optimizer
+from sjd2_lightning.training.module import NoiseConfig, SJD2Module
+from sjd2_lightning.training.optimizer import OptimizerConfig, build_optimizer
 
 CAPTIONS = ("red apple", "smiling face with open mouth", "flag", "person in lotus position: medium skin tone")
 GROWTH = {"batch": (2, 4, 8, 16), "pixels": (32, 64, 96)}

@@ -21,10 +21,10 @@ from rich.progress import track
 from rich.table import Table
 
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
+from sjd2_lightning.evaluation.prompts import held_out_prompts
 from sjd2_lightning.metrics.bootstrap import ratio_of_totals
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.registry import load_backbone
-from sjd2_lightning.prompts import held_out_prompts
 
 MODES = {
     "sjd": DecodingConfig("sjd", acceptance="exact", refiner="resample"),

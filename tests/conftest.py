@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 # Before torch is imported: more threads than cores make small models slower, and no test may reach a network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,16 +17,14 @@ os.environ["MPLBACKEND"] = "Agg"
 REPO = Path(__file__).resolve().parent.parent
 
 # Parts whose signatures carry jaxtyping shapes; their calls are checked with beartype in every test.
-CHECKED = ["noise", "embedding", "objective", "decoding", "models"]
+CHECKED = ["noise", "embedding", "training.objective", "decoding", "models"]
 
+# Types and shapes of the tensor parts are checked; the hook must be there before any of them is imported.
+import tests.tools.typecheck  # noqa: E402, F401  the hook looks it up as an attribute of `tests.tools`
 
-def pytest_configure() -> None:
-    """Check types and shapes of the tensor parts, before any of them is imported."""
-    from jaxtyping import install_import_hook
+install_import_hook([f"sjd2_lightning.{name}" for name in CHECKED], "tests.tools.typecheck.checked")
 
-    import tests.typecheck  # noqa: F401  the hook looks it up as an attribute of `tests`
-
-    install_import_hook([f"sjd2_lightning.{name}" for name in CHECKED], "tests.typecheck.checked")
+pytest_plugins = ["tests.tools.shards"]
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,14 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import DataLoader
 
-from sjd2_lightning import callbacks, window_choice
+from sjd2_lightning import callbacks
 from sjd2_lightning.callbacks import SamplingCallback
-from sjd2_lightning.decoding.methods import DecodingConfig
-from sjd2_lightning.prompts import PromptItem
-from sjd2_lightning.report.provenance import weights_hash
-from tests.small_evaluation import METHODS, PROMPTS, SIDE, metrics, reference_set, small_backbone
-from tests.wandb_files import offline_run
+from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.evaluation.compare import auto_window as window_choice
+from sjd2_lightning.evaluation.prompts import PromptItem
+from sjd2_lightning.run.provenance import weights_hash
+from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, metrics, reference_set, small_backbone
+from tests.tools.wandb_files import offline_run
 
 
 class Module(L.LightningModule):

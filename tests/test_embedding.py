@@ -7,7 +7,7 @@ import torch
 
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.noise import timesteps
-from tests.tiny_backbones import tiny_chameleon
+from tests.tools.tiny_backbones import tiny_chameleon
 
 
 @pytest.fixture(params=["random", "trunk"])

@@ -5,7 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sjd2_lightning.noise import RampLaw, denoise, draw_levels, perturb, random_timesteps, timesteps
+from sjd2_lightning.noise import denoise, perturb, timesteps
+from sjd2_lightning.training.noise import RampLaw, draw_levels, random_timesteps
 
 
 def _normals(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from sjd2_lightning.cli.launch import launch
-from sjd2_lightning.config import evaluate_config, save_config
-from sjd2_lightning.config_groups import EvaluateConfig, shipped
+from sjd2_lightning.config.groups import shipped
+from sjd2_lightning.config.reading import evaluate_config, save_config
+from sjd2_lightning.config.runs import EvaluateConfig
 
 if TYPE_CHECKING:
-    from sjd2_lightning.comparison import EvaluationResult
-    from sjd2_lightning.decoding.methods import DecodingConfig
+    from sjd2_lightning.decoding.config import DecodingConfig
+    from sjd2_lightning.evaluation.auto_window import WindowChoice
+    from sjd2_lightning.evaluation.prompts import PromptItem
+    from sjd2_lightning.evaluation.results import EvaluationResult
     from sjd2_lightning.models.backbone import Backbone, ImageLayout
-    from sjd2_lightning.prompts import PromptItem
-    from sjd2_lightning.report.writing import ReportFiles
-    from sjd2_lightning.window_choice import WindowChoice
+    from sjd2_lightning.report.write import ReportFiles
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +53,11 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
     import torch
 
-    from sjd2_lightning.cli.building import (
-        build_metrics,
-        build_reference,
-        decoding_backbone,
-        image_tokenizer_of,
-    )
-    from sjd2_lightning.evaluation import evaluate_methods
-    from sjd2_lightning.report.observations import observe
-    from sjd2_lightning.report.provenance import collect_provenance, redact
-    from sjd2_lightning.report.writing import report_object, write_report
+    from sjd2_lightning.cli.build import build_metrics, build_reference, decoding_backbone, image_tokenizer_of
+    from sjd2_lightning.evaluation.compare import evaluate_methods
+    from sjd2_lightning.report.observe import observe
+    from sjd2_lightning.report.write import report_object, write_report
+    from sjd2_lightning.run.provenance import collect_provenance, redact
 
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
@@ -113,8 +109,8 @@ def chosen_methods(
     config: EvaluateConfig, backbone: Backbone, prompts: Sequence[PromptItem], layout: ImageLayout
 ) -> tuple[dict[str, DecodingConfig], dict[str, WindowChoice]]:
     """The methods to compare, a window of `auto` replaced by the one that is fastest here, and why it is."""
-    from sjd2_lightning.evaluation import evaluation_mode
-    from sjd2_lightning.window_choice import resolve_windows
+    from sjd2_lightning.evaluation.auto_window import resolve_windows
+    from sjd2_lightning.models.backbone import evaluation_mode
 
     with evaluation_mode(backbone):
         return resolve_windows(
@@ -131,9 +127,9 @@ def chosen_methods(
 
 def chosen_prompts(config: EvaluateConfig) -> list[PromptItem]:
     """The prompts to decode, each with all its samples."""
-    from sjd2_lightning.benchmarks import benchmark_prompts
-    from sjd2_lightning.cli.building import build_prompts
-    from sjd2_lightning.prompts import repeat_prompts
+    from sjd2_lightning.cli.build import build_prompts
+    from sjd2_lightning.evaluation.geneval_dpg import benchmark_prompts
+    from sjd2_lightning.evaluation.prompts import repeat_prompts
 
     if config.benchmark is not None and config.benchmark_prompts is not None:
         found = benchmark_prompts(config.benchmark, config.benchmark_prompts, config.seed)
@@ -145,7 +141,7 @@ def chosen_prompts(config: EvaluateConfig) -> list[PromptItem]:
 
 def export(config: EvaluateConfig, result: EvaluationResult) -> None:
     """Lays every method's images out in the folders of the benchmark, if there is one."""
-    from sjd2_lightning.benchmarks import export_benchmark
+    from sjd2_lightning.evaluation.geneval_dpg import export_benchmark
 
     if config.benchmark is None or config.benchmark_prompts is None:
         return

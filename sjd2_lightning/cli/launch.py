@@ -12,19 +12,19 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra._internal.instantiate import _instantiate2
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sjd2_lightning.cli.sweep import SweepReport
-from sjd2_lightning.cli.targets import restrict_targets
-from sjd2_lightning.config import conf_dir
-from sjd2_lightning.launched import HANDED_DOWN, started_by_lightning
+from sjd2_lightning.config.reading import ALLOWED_TARGETS, conf_dir
+from sjd2_lightning.run.processes import HANDED_DOWN, started_by_lightning
 
 log = logging.getLogger(__name__)
 
@@ -158,3 +158,59 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
         for name, value in node.items():
             yield f"{prefix}{name}"
             yield from _keys(value, f"{prefix}{name}.")
+
+
+OF_HYDRA = frozenset(
+    {
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+        "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+        "sjd2_lightning.cli.launch.SweepReport",
+    }
+)
+
+
+def restrict_targets() -> None:
+    """From now on Hydra calls no name that is not on the lists, in this process."""
+    inner = _instantiate2._resolve_target
+    if getattr(inner, "restricted", False):
+        return
+
+    def resolve(target: str | Callable[..., Any], full_key: str) -> Any:
+        name = target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
+        if name not in ALLOWED_TARGETS | OF_HYDRA:
+            raise InstantiationException(f"{full_key or '_target_'}={name}: this target is not allowed")
+        return inner(target, full_key)
+
+    resolve.restricted = True  # type: ignore[attr-defined]
+    _instantiate2._resolve_target = resolve
+
+
+log = logging.getLogger(__name__)
+
+
+class SweepReport(Callback):
+    """Writes sweep.csv, sweep.md, sweep.html and figures of a sweep into its folder.
+
+    Whatever the launcher: runs leave word in their folders, and this reads it once all have ended.
+    """
+
+    all_failed: ClassVar[bool] = False
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra in the process that started the sweep."""
+        from sjd2_lightning.report.sweep import job_titles, read_sweep, write_sweep_report
+
+        folder = Path(config.hydra.sweep.dir)
+        jobs = read_sweep(folder)
+        if not jobs:
+            return
+        files = write_sweep_report(jobs, folder)
+        SweepReport.all_failed = files.num_failed == len(jobs)
+        titles = job_titles(jobs)
+        for job in jobs:
+            if job.error is not None:
+                log.error("failed: %s (%s): %s", titles[job.name], folder / job.name, job.error)
+        log.info("sweep of %d runs, %d failed: %s", len(jobs), files.num_failed, files.html)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import torch
 from omegaconf import DictConfig, open_dict
+from torch import nn
 
-from sjd2_lightning.config import train_config
-from sjd2_lightning.config_groups import TrainConfig
-
-if TYPE_CHECKING:
-    from sjd2_lightning.models.plan import RunSettings
+from sjd2_lightning.config.reading import train_config
+from sjd2_lightning.config.runs import TrainConfig
+from sjd2_lightning.models.lora import LoraSettings
+from sjd2_lightning.models.pretrained import PretrainedBackbone, VocabularyBackbone
+from sjd2_lightning.models.registry import family_of
+from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK, missing_weights
 
 _GIB = 2**30
 
@@ -28,8 +33,6 @@ def show_plan(cfg: DictConfig) -> dict[str, float]:
     """
     from rich.console import Console
     from rich.table import Table
-
-    from sjd2_lightning.models.plan import plan_run
 
     cfg = copy.deepcopy(cfg)
     with open_dict(cfg):
@@ -77,8 +80,6 @@ def run_settings(config: TrainConfig) -> RunSettings:
     """What of the configuration decides the memory."""
     import torch
 
-    from sjd2_lightning.models.plan import RunSettings
-
     trainer, drafting = config.trainer, [method for name, method in config.methods.items() if name != "ar"]
     sampling = config.callbacks.sampling
     return RunSettings(
@@ -108,3 +109,214 @@ def remarks(config: TrainConfig) -> list[str]:
     if config.model.family == "chameleon" and config.model.get is not None:
         found.append("vqgan.ckpt is Meta's: github.com/facebookresearch/chameleon says how to ask for it")
     return found
+
+
+# Sizes of Janus' language models, as far as known; a config.json in the weights' folder replaces them.
+_JANUS_TEXT = {
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 32,
+    },
+}
+_ACTIVATION_BYTES = (
+    34  # a layer, token and unit of width in 16 bits without attention scores (arXiv 2205.05198)
+)
+_OPTIMIZER_STATES = 2  # AdamW
+_TEXT_TOKENS = 128  # a long prompt
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What of a run decides its memory.
+
+    Attributes:
+        dtype: of the weights.
+        compute_dtype: of activations.
+        batch_size: images a device and training step.
+        num_devices: that share the work.
+        strategy: Lightning's name: with "fsdp" and "deepspeed_stage_3" everything is shared out, with
+            "deepspeed_stage_2" gradients and optimizer states are; otherwise each device has all.
+        lora: sizes of an adapter; None trains all weights.
+        checkpointing: whether activations are computed again in the backward pass.
+        decode_batch: prompts decoded together.
+        window: slots drafted ahead.
+        guided: whether guidance doubles the rows.
+    """
+
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    batch_size: int
+    num_devices: int
+    strategy: str
+    lora: LoraSettings | None
+    checkpointing: bool
+    decode_batch: int
+    window: int
+    guided: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes are of one device.
+
+    Attributes:
+        parameters: of the whole model, and by part.
+        trained: how many of them train.
+        grid: (height, width) in codes.
+        slots: tokens of an image that are drawn or forced.
+        training, decoding: bytes by what they hold.
+        missing: files that are not there yet.
+        assumed: the sizes are those of the release as known here, for want of its config.json.
+    """
+
+    parameters: dict[str, int]
+    trained: int
+    grid: tuple[int, int]
+    slots: int
+    training: dict[str, int]
+    decoding: dict[str, int]
+    missing: list[str]
+    assumed: bool
+
+
+def plan_run(
+    family: str,
+    folder: Path,
+    trunk: str,
+    image_size: tuple[int, int],
+    settings: RunSettings,
+    size: str = "1b",
+) -> Plan:
+    """Counts and estimates without reading a weight.
+
+    Args:
+        family: of the registry.
+        folder: where the weights lie, or will lie.
+        trunk: sub-folder of a saved backbone.
+        image_size: (height, width) in pixels.
+        settings: of the run.
+        size: "1b" or "7b", for a family with several sizes whose folder has no config.json yet.
+    """
+    adapter = family_of(family).adapter
+    saved = (folder / BACKBONE_FILE).is_file() or family == "chameleon"
+    weights = folder / trunk if saved else folder
+    assumed = not (weights / "config.json").is_file()
+    config = _known_config(adapter, size) if assumed else adapter.MODEL.config_class.from_pretrained(weights)
+    with torch.device("meta"):
+        model = adapter.MODEL(config)
+    parameters = _count(adapter, model)
+    height, width = (side // _downsample(folder, config) for side in image_size)
+    newline = int(issubclass(adapter, VocabularyBackbone))
+    slots = height * (width + newline) - newline
+    trained = parameters["total"] - parameters["frozen"]
+    if settings.lora is not None:
+        trained = _lora_parameters(adapter, model, settings.lora)
+    return Plan(
+        parameters,
+        trained,
+        (height, width),
+        slots,
+        _training(config, parameters["total"], trained, slots, _num_codes(config), settings),
+        _decoding(config, parameters["total"], slots, _num_codes(config), settings),
+        missing_files(folder, weights, saved, adapter.FILES),
+        assumed,
+    )
+
+
+def missing_files(folder: Path, weights: Path, saved: bool, extra: tuple[str, ...] = ()) -> list[str]:
+    """Paths of the files that a backbone folder lacks."""
+    found = [weights / name for name in missing_weights(weights)]
+    wanted = [(folder / TEXT if saved else folder) / "tokenizer.json"]
+    wanted += [folder / BACKBONE_FILE] if saved else [folder / name for name in extra]
+    if weights.name == TRUNK:
+        wanted.append(folder / TOKENIZER / "diffusion_pytorch_model.safetensors")
+    return [str(path) for path in [*found, *(path for path in wanted if not path.is_file())]]
+
+
+def _known_config(adapter: type[PretrainedBackbone], size: str) -> Any:
+    if adapter.FAMILY == "janus":
+        text = {"model_type": "llama", "vocab_size": 102400, **_JANUS_TEXT[size]}
+        width = {"projection_dim": text["hidden_size"]}
+        vq = {**width, "image_token_embed_dim": text["hidden_size"]}
+        return adapter.MODEL.config_class(text_config=text, vision_config=width, vq_config=vq)
+    return adapter.MODEL.config_class(vocabulary_map={"<image>": 0})
+
+
+def _count(adapter: type[PretrainedBackbone], model: nn.Module) -> dict[str, int]:
+    def of(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    frozen = sum(of(model.get_submodule(part)) for part in adapter.UNTRAINED)
+    layers = of(model.get_submodule(f"{adapter.TRUNK_PATH}.layers"))
+    total = of(model)
+    return {"total": total, "layers": layers, "other": total - layers - frozen, "frozen": frozen}
+
+
+def _lora_parameters(adapter: type[PretrainedBackbone], model: nn.Module, lora: LoraSettings) -> int:
+    layers = model.get_submodule(f"{adapter.TRUNK_PATH}.layers")
+    return sum(
+        lora.rank * (module.in_features + module.out_features)
+        for name, module in layers.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in lora.targets
+    )
+
+
+def _num_codes(config: Any) -> int:
+    vq = config.vq_config
+    return int(getattr(vq, "codebook_size", None) or vq.num_embeddings)
+
+
+def _downsample(folder: Path, config: Any) -> int:
+    """Pixels a code covers; the image tokenizer of a saved Chameleon lies beside its trunk."""
+    own = folder / TOKENIZER / "config.json"
+    if own.is_file():
+        fields = json.loads(own.read_text())
+        patch = round((fields["in_channels"] / 3) ** 0.5)
+        return patch * 2 ** (len(fields["block_out_channels"]) - 1)
+    return 2 ** (len(config.vq_config.channel_multiplier) - 1)
+
+
+def _training(
+    config: Any, total: int, trained: int, slots: int, num_codes: int, settings: RunSettings
+) -> dict[str, int]:
+    text = config.get_text_config()
+    width = settings.dtype.itemsize
+    stage = {"fsdp": 3, "deepspeed_stage_3": 3, "deepspeed_stage_2": 2}.get(settings.strategy, 0)
+    weights_share = settings.num_devices if stage == 3 else 1
+    states_share = settings.num_devices if stage >= 2 else 1
+    tokens = settings.batch_size * (slots + _TEXT_TOKENS)
+    layer = _ACTIVATION_BYTES * text.hidden_size * settings.compute_dtype.itemsize // 2
+    kept = text.hidden_size * settings.compute_dtype.itemsize
+    per_token = text.num_hidden_layers * (kept if settings.checkpointing else layer)
+    return {
+        "weights": total * width // weights_share,
+        "gradients": trained * width // states_share,
+        "optimizer": trained * _OPTIMIZER_STATES * width // states_share,
+        # with recomputation one layer at a time is whole
+        "activations": tokens * (per_token + (layer if settings.checkpointing else 0)),
+        # logits, their gradient and the law, in single precision
+        "logits": settings.batch_size * slots * num_codes * 3 * 4,
+        # the weights of a layer are gathered before use, and the next ones with them
+        "gathered": 2 * total * width // text.num_hidden_layers if stage == 3 else 0,
+    }
+
+
+def _decoding(config: Any, total: int, slots: int, num_codes: int, settings: RunSettings) -> dict[str, int]:
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    entry = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * settings.dtype.itemsize
+    rows = settings.decode_batch * (2 if settings.guided else 1)
+    return {
+        "weights": total * settings.dtype.itemsize,
+        "cache": rows * (slots + settings.window + _TEXT_TOKENS) * entry,
+        # logits of both sides, scores, noise of the window and a copy of each
+        "window": settings.decode_batch * settings.window * num_codes * 4 * 6,
+    }

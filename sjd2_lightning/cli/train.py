@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from sjd2_lightning.cli.launch import launch
 from sjd2_lightning.cli.plan import show_plan
-from sjd2_lightning.cli.strategy import build_plugins, build_strategy
-from sjd2_lightning.config import save_config, train_config
-from sjd2_lightning.config_groups import TrainConfig
-from sjd2_lightning.launched import is_first_process
+from sjd2_lightning.config.reading import save_config, train_config
+from sjd2_lightning.config.runs import TrainConfig
+from sjd2_lightning.run.processes import is_first_process
 
 if TYPE_CHECKING:
     import lightning as L
+from sjd2_lightning.cli.trainer import build_trainer
 
 
 def main() -> None:
@@ -49,9 +49,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     import lightning as L
 
-    from sjd2_lightning.checkpoints import remove_leftovers
-    from sjd2_lightning.cli.building import build_task, export_model
-    from sjd2_lightning.cli.monitoring import build_callbacks, build_loggers, finish_loggers
+    from sjd2_lightning.cli.build import build_task, export_model
+    from sjd2_lightning.cli.trainer import build_callbacks, build_loggers, finish_loggers
+    from sjd2_lightning.run.files import remove_unfinished
 
     logging.getLogger("lightning.pytorch").handlers.clear()  # Hydra's root logger prints these lines already
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")  # Lightning's own
@@ -60,7 +60,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     )  # image tokenizers and what else is not trained, on purpose
     L.seed_everything(config.seed, workers=True)
     if is_first_process():
-        remove_leftovers(run_dir)
+        remove_unfinished(run_dir)
     module, data = build_task(config)
     loggers = build_loggers(config)
     try:
@@ -85,24 +85,6 @@ def start_metrics(
     return {f"start/{name}": float(value) for name, value in sorted(trainer.callback_metrics.items())}
 
 
-def build_trainer(
-    config: TrainConfig, module: L.LightningModule, loggers: list[Any], callbacks: list[Any]
-) -> L.Trainer:
-    """The trainer of a configuration."""
-    import lightning as L
-
-    return L.Trainer(
-        **config.trainer.model_dump(exclude={"max_time"}) | {"strategy": build_strategy(config, module)},
-        plugins=build_plugins(),
-        logger=loggers or False,
-        callbacks=callbacks,
-        enable_checkpointing=config.callbacks.checkpoint is not None,
-        enable_progress_bar=config.callbacks.progress_bar is not None,
-        enable_model_summary=False,
-        default_root_dir=config.run_dir,
-    )
-
-
 def resume_path(ckpt_path: str | None, run_dir: Path) -> Path | None:
     """The checkpoint to go on from; see `ckpt_path` in conf/train.yaml.
 
@@ -111,7 +93,7 @@ def resume_path(ckpt_path: str | None, run_dir: Path) -> Path | None:
     """
     if ckpt_path is None:
         return None
-    from sjd2_lightning.checkpoints import newest_sound_checkpoint
+    from sjd2_lightning.training.checkpoints import newest_sound_checkpoint
 
     if ckpt_path not in ("auto", "last"):
         return Path(ckpt_path)

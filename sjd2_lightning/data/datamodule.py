@@ -14,10 +14,10 @@ import lightning as L
 import torch
 from torch import nn
 
-from sjd2_lightning.data.emoji_shards import SOURCE, prepare_emoji
+from sjd2_lightning.data.index import INDEX_NAME, ShardIndex
 from sjd2_lightning.data.loader import Batch, CodeDataset, CodeLoader, PictureBatch
 from sjd2_lightning.data.places import Place, place
-from sjd2_lightning.data.shards import INDEX_NAME, ShardIndex
+from sjd2_lightning.data.sources.emoji_shards import SOURCE, prepare_emoji
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 
 __all__ = ["Batch", "CodeDataModule", "PictureBatch"]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sjd2_lightning.data.building import BATCH_PIXELS, Build, PictureSet
-from sjd2_lightning.data.parallel import build_folder
-from sjd2_lightning.data.shards import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardMeta, hash_of
+from sjd2_lightning.data.build import BATCH_PIXELS, Build, PictureSet
+from sjd2_lightning.data.index import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardMeta, hash_of
+from sjd2_lightning.data.workers import build_folder
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 
 CODE_VERSION = 2  # raise it when the same inputs would give other samples

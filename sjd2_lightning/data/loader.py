@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sjd2_lightning.data import plan
+from sjd2_lightning.data import order as plan
+from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.reading import (
     AnySample,
     BadDataError,
@@ -26,7 +27,6 @@ from sjd2_lightning.data.reading import (
     SkippedSample,
     make_pipeline,
 )
-from sjd2_lightning.data.shards import ShardIndex
 
 logger = logging.getLogger(__name__)
 

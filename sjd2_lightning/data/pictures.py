@@ -6,9 +6,14 @@ Source: ours.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # nothing that runs a program (EPS) or holds a document
 MAX_BYTES = 2**26  # of a picture's file
@@ -63,3 +68,54 @@ def cropped(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
     box = (left, top, left + scale * width, top + scale * height)
     box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))
     return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def png_bytes(pixels: Tensor | np.ndarray) -> bytes:
+    """A uint8 image (h, w, 3) as PNG; lossless, so metrics of the file are metrics of the image."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(pixels)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def read_image(path: Path) -> Tensor:
+    """A PNG as uint8 (h, w, 3).
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB")))
+    except OSError as error:
+        raise ValueError(f"image {path} cannot be read ({error}); remove it and run again") from error
+
+
+class LazyImages(Sequence[Tensor]):
+    """Images, uint8 (h, w, 3) each, read when they are looked at: a set may be larger than the memory.
+
+    Args:
+        read: gives the image of an item.
+        items: what the images are read from.
+    """
+
+    def __init__(self, read: Callable[[Any], Tensor], items: Sequence[Any]) -> None:
+        self._read = read
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, place: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(place, slice):
+            return [self._read(item) for item in self._items[place]]
+        return self._read(self._items[place])
+
+    def select(self, places: Sequence[int]) -> LazyImages:
+        """The images at some places, still unread."""
+        return LazyImages(self._read, [self._items[place] for place in places])

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +20,9 @@ import webdataset as wds
 from PIL import Image
 from torch import Tensor
 
+from sjd2_lightning.data.index import KEY, PAYLOAD, ShardIndex, payload_checksum
+from sjd2_lightning.data.order import Segment
 from sjd2_lightning.data.places import Place
-from sjd2_lightning.data.plan import Segment
-from sjd2_lightning.data.shards import KEY, PAYLOAD, ShardIndex, payload_checksum
-from sjd2_lightning.data.tar import Member, read_members
 
 wds.utils.enforce_security = True  # in case webdataset was imported before this package
 
@@ -243,3 +243,36 @@ def _decode_image(payload: bytes, index: ShardIndex) -> np.ndarray:
             return np.asarray(picture.convert("RGB"))
     except Exception as error:  # decoders raise all sorts of errors at damaged bytes
         raise ValueError(f"the PNG cannot be read ({error})") from error
+
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+class Member(NamedTuple):
+    """A file of a tar: its content, or what is wrong with it."""
+
+    name: str
+    data: bytes
+    problem: str | None = None
+
+
+def read_members(stream: BinaryIO, max_bytes: int) -> Iterator[Member]:
+    """The members of an uncompressed tar, in order.
+
+    Args:
+        stream: at the first header.
+        max_bytes: larger members are not read.
+    """
+    while block := stream.read(BLOCK):
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+        except (tarfile.HeaderError, ValueError):
+            continue  # the end mark, or damage: the next header is looked for block by block
+        if not info.isreg():
+            yield Member(info.name, b"", "is no regular file")
+        elif not 0 <= info.size <= max_bytes:
+            yield Member(info.name, b"", f"claims {info.size} bytes, {max_bytes} are the most")
+        else:
+            data = stream.read(info.size + -info.size % BLOCK)
+            short = len(data) < info.size
+            yield Member(info.name, b"" if short else data[: info.size], "ends early" if short else None)

@@ -16,7 +16,8 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from sjd2_lightning.data.shards import KEY, PAYLOAD, Shard, ShardMeta, file_sha256, payload_checksum
+from sjd2_lightning.data.index import KEY, PAYLOAD, Shard, ShardMeta, payload_checksum
+from sjd2_lightning.run.files import file_sha256
 
 SampleFields = Mapping[str, Any]  # key, caption, image_ids or image; the rest goes into its .json
 

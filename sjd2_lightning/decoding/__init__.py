@@ -7,11 +7,11 @@
 >>> wide = decode(backbone, ["red heart", "blue car"], [0, 1], method, sizes).image_ids_by_row[1]
 """
 
+from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.law import Sampling
 from sjd2_lightning.decoding.loop import Observer, decode
-from sjd2_lightning.decoding.methods import DecodingConfig
-from sjd2_lightning.decoding.probs import Sampling
+from sjd2_lightning.decoding.output import DecodeOutput, DecodeStats, Iteration, NearTies
 from sjd2_lightning.decoding.reference import decode_reference
-from sjd2_lightning.decoding.stats import DecodeOutput, DecodeStats, Iteration, NearTies
 
 __all__ = [
     "DecodeOutput",

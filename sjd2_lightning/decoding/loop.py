@@ -15,15 +15,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.context import Context
-from sjd2_lightning.decoding.groups import group_of, verify_grouped
-from sjd2_lightning.decoding.methods import DecodingConfig
-from sjd2_lightning.decoding.probs import log_law
-from sjd2_lightning.decoding.refine import REFINERS, Laws, Refined
-from sjd2_lightning.decoding.stats import DecodeOutput, DecodeStats, Iteration
-from sjd2_lightning.decoding.sweeps import Sweeper
-from sjd2_lightning.decoding.tree import Pass, Tree
-from sjd2_lightning.decoding.verify import (
+from sjd2_lightning.decoding.law import log_law
+from sjd2_lightning.decoding.output import DecodeOutput, DecodeStats, Iteration
+from sjd2_lightning.decoding.rules import (
+    REFINERS,
+    Laws,
+    Refined,
     Verdict,
     num_leading,
     verify_match,
@@ -31,6 +30,9 @@ from sjd2_lightning.decoding.verify import (
     verify_replay,
     verify_speculative,
 )
+from sjd2_lightning.decoding.variants.grouped import group_of, verify_grouped
+from sjd2_lightning.decoding.variants.pairs import Sweeper
+from sjd2_lightning.decoding.variants.tree import Pass, Tree
 from sjd2_lightning.decoding.window import Slots, SlotSource, Window
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 

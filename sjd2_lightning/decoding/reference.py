@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sjd2_lightning.decoding.probs import Sampling, log_law
+from sjd2_lightning.decoding.law import Sampling, log_law
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, slot_keys, stream
 from sjd2_lightning.masks import attention_mask
 from sjd2_lightning.models.backbone import Backbone, ImageLayout

@@ -9,22 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sjd2_lightning.decoding.drafts import REPEATED, neighbours, repeated
-from sjd2_lightning.decoding.methods import BY_LAWS, DecodingConfig
-from sjd2_lightning.decoding.randomness import (
-    Purpose,
-    gumbel,
-    integers,
-    normal,
-    slot_keys,
-    stream,
-    uniform,
-)
+from sjd2_lightning.decoding.config import BY_LAWS, REPEATED, DecodingConfig
+from sjd2_lightning.decoding.randomness import Purpose, gumbel, integers, normal, slot_keys, stream, uniform
 from sjd2_lightning.decoding.span import Span
+from sjd2_lightning.decoding.variants.first_drafts import neighbours, repeated
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import ImageLayout, by_row
-from sjd2_lightning.noise import TIED, timesteps
-from sjd2_lightning.posterior import tied_noise, tied_rows
+from sjd2_lightning.noise import TIED, tied_noise, tied_rows, timesteps
 
 _LEAST_AHEAD = 16  # slots whose random numbers are drawn before they are needed, see `Window`
 _MOST_AHEAD = (

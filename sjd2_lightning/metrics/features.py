@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from sjd2_lightning.records import write_atomic
+from sjd2_lightning.run.files import write_atomic
 
 Images = Tensor | Sequence[Tensor]  # uint8, (N, h, w, 3) or N times (h, w, 3)
 INCEPTION_FILE = "inception-2015-12-05.pt"

@@ -12,9 +12,8 @@ from transformers import ChameleonForConditionalGeneration, PreTrainedTokenizerF
 
 from sjd2_lightning.models.backbone import ImageLayout, rows_with_newlines
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer, load_image_tokenizer
-from sjd2_lightning.models.loading import LoadOptions, load_parts
 from sjd2_lightning.models.pretrained import PromptTokens, VocabularyBackbone
-from sjd2_lightning.models.sources import TOKENIZER
+from sjd2_lightning.models.weights import TOKENIZER, LoadOptions, load_parts
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from sjd2_lightning.models.chameleon import LUMINA_MGPT
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer
-from sjd2_lightning.models.sources import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK
 from sjd2_lightning.models.taming import generator_weights, read_pickle, vq_from_taming
+from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK
 
 MANIFEST = "manifest.json"
 VQ_PREFIX = "model.vqmodel."

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+from torch import Tensor
 from transformers import Emu3ForConditionalGeneration, PreTrainedTokenizerFast
 
 from sjd2_lightning.models.backbone import ImageLayout, rows_with_newlines
-from sjd2_lightning.models.loading import LoadOptions, load_parts
+from sjd2_lightning.models.image_tokenizer import InnerTokenizer
 from sjd2_lightning.models.pretrained import PromptTokens, VocabularyBackbone
-from sjd2_lightning.models.released_tokenizers import Emu3Tokenizer
+from sjd2_lightning.models.weights import LoadOptions, load_parts
 
 
 @dataclass(frozen=True)
@@ -105,3 +107,14 @@ def load_emu3(folder: str | Path, trunk: str = "trunk", options: LoadOptions | N
     options = options or LoadOptions()
     model, text, fields = load_parts(Emu3ForConditionalGeneration, Path(folder), trunk, "emu3", options)
     return Emu3Backbone(model, text, options.tokens(Emu3Tokens(), fields))
+
+
+class Emu3Tokenizer(InnerTokenizer):
+    """Emu3's: a video tokenizer that takes a picture as frames that are all alike."""
+
+    def _codes(self, pixels: Tensor) -> Tensor:
+        sizes = torch.tensor([pixels.shape[-2:]] * len(pixels))
+        return torch.stack(list(self.vq.encode(pixels, sizes).image_tokens))
+
+    def _pixels(self, image_ids: Tensor) -> Tensor:
+        return self.vq.decode(image_ids)

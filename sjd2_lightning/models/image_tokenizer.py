@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from diffusers import VQModel
@@ -160,3 +160,47 @@ def load_image_tokenizer(folder: str | Path) -> VQImageTokenizer:
     settings = folder / _SETTINGS
     isolate = json.loads(settings.read_text())["isolate_patches"] if settings.is_file() else False
     return VQImageTokenizer(vq, isolate).eval().requires_grad_(False)
+
+
+class InnerTokenizer:
+    """A tokenizer over a model's `vqmodel`; pixels go in and come out in [0, 1], the module's are in [-1, 1].
+
+    Args:
+        vq: the module, in single precision: half precision shows in flat areas.
+        num_codes: size of its codebook.
+        downsample: pixels a code covers on each side.
+    """
+
+    def __init__(self, vq: Any, num_codes: int, downsample: int) -> None:
+        self.vq = vq.float().eval().requires_grad_(False)
+        self.num_codes = num_codes
+        self.downsample = downsample
+
+    @property
+    def identity(self) -> str:
+        """Hash of the weights: shards say with it which tokenizer made them."""
+        return weights_identity(self.vq)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Image ids (B, H, W) int64 of images (B, 3, h, w) in [0, 1].
+
+        Raises:
+            ValueError: if the size is no multiple of `downsample`.
+        """
+        height, width = images.shape[-2:]
+        if height % self.downsample or width % self.downsample:
+            raise ValueError(f"images of {width}x{height} pixels: must be multiples of {self.downsample}")
+        return self._codes(images * 2 - 1)
+
+    @torch.no_grad()
+    def decode(self, image_ids: Tensor) -> Tensor:
+        """Images (B, 3, h, w) in [0, 1] of image ids (B, H, W); raises ValueError outside the codebook."""
+        check_image_ids(image_ids, self.num_codes)
+        return ((self._pixels(image_ids) + 1) / 2).clamp(0, 1)
+
+    def _codes(self, pixels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _pixels(self, image_ids: Tensor) -> Tensor:
+        raise NotImplementedError

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from sjd2_lightning.models.backbone import ImageLayout
-from sjd2_lightning.models.loading import LoadOptions, load_parts
+from sjd2_lightning.models.image_tokenizer import InnerTokenizer
 from sjd2_lightning.models.pretrained import PretrainedBackbone, PromptTokens
-from sjd2_lightning.models.released_tokenizers import JanusTokenizer
+from sjd2_lightning.models.weights import LoadOptions, load_parts
 
 
 @dataclass(frozen=True)
@@ -121,3 +123,18 @@ def _released_ids(folder: Path) -> dict[str, Any]:
     if "boi_token_id" in fields.get("generation_kwargs", {}):
         ids["boi"] = fields["generation_kwargs"]["boi_token_id"]
     return ids
+
+
+class JanusTokenizer(InnerTokenizer):
+    """Janus': its decoder reads codes as directions, so encoding compares directions too.
+
+    The class of transformers compares lengths as well; the original implementation does not.
+    """
+
+    def _codes(self, pixels: Tensor) -> Tensor:
+        latents = F.normalize(self.vq.quant_conv(self.vq.encoder(pixels)), dim=1)  # (B, C, H, W)
+        rows = F.normalize(self.vq.quantize.embedding.weight, dim=-1)
+        return torch.einsum("bchw,kc->bhwk", latents, rows).argmax(-1)
+
+    def _pixels(self, image_ids: Tensor) -> Tensor:
+        return self.vq.decode(image_ids.flatten(1))

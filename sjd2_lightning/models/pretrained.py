@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sjd2_lightning.masks import additive
-from sjd2_lightning.models.backbone import Backbone, ImageLayout
-from sjd2_lightning.models.cache import KVCache
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.models.lora import (
     LoraSettings,
@@ -29,7 +28,7 @@ from sjd2_lightning.models.lora import (
     merged_state,
     save_adapter,
 )
-from sjd2_lightning.models.sources import ADAPTER, BACKBONE_FILE, TEXT, TRUNK
+from sjd2_lightning.models.weights import ADAPTER, BACKBONE_FILE, TEXT, TRUNK
 
 
 @dataclass(frozen=True)

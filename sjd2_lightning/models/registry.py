@@ -11,10 +11,9 @@ import torch
 from sjd2_lightning.models.chameleon import ChameleonBackbone, load_chameleon
 from sjd2_lightning.models.emu3 import Emu3Backbone, load_emu3
 from sjd2_lightning.models.janus import JanusBackbone, load_janus
-from sjd2_lightning.models.loading import LoadOptions
 from sjd2_lightning.models.pretrained import PretrainedBackbone
-from sjd2_lightning.models.shrunken import shrunken_chameleon, shrunken_emu3, shrunken_janus
-from sjd2_lightning.models.sources import WeightsSource
+from sjd2_lightning.models.small import shrunken_chameleon, shrunken_emu3, shrunken_janus
+from sjd2_lightning.models.weights import LoadOptions, WeightsSource
 
 
 class Family(NamedTuple):

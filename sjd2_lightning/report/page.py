@@ -6,18 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sjd2_lightning.comparison import BASELINE, EvaluationResult, MethodResult
-from sjd2_lightning.records import ImageRecord
-from sjd2_lightning.report.charts import cost_chart, settling_curve, settling_map
+from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, MethodResult
+from sjd2_lightning.evaluation.store import ImageRecord
 from sjd2_lightning.report.cost import method_costs
-from sjd2_lightning.report.headline import headline
-from sjd2_lightning.report.observations import Observations
-from sjd2_lightning.report.pictures import data_uri, embedded_image, heat_map_png
-from sjd2_lightning.report.replay import Replay, sprite
-from sjd2_lightning.report.svg import figure_svg, method_colour
-from sjd2_lightning.report.table import columns, rows
-from sjd2_lightning.report.templating import render
-from sjd2_lightning.report.trajectory import Trajectory, settling
+from sjd2_lightning.report.figures import cost_chart, heat_map_png, settling_curve, settling_map
+from sjd2_lightning.report.html import data_uri, embedded_image, figure_svg, method_colour, render
+from sjd2_lightning.report.observe import Observations, Replay, Trajectory, settling, sprite
+from sjd2_lightning.report.table import columns, headline, rows
 
 _LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
 

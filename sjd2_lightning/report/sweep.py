@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sjd2_lightning.comparison import BASELINE
-from sjd2_lightning.records import write_atomic
+from sjd2_lightning.evaluation.results import BASELINE
 from sjd2_lightning.report.figures import figure_png
+from sjd2_lightning.report.html import render
 from sjd2_lightning.report.sweep_figures import QUALITY, SweepRow, pareto_figure, sweep_map
-from sjd2_lightning.report.templating import render
+from sjd2_lightning.run.files import write_atomic
 
 JOB_FILE = "job.json"
 # figure -> (title, whether less is better)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from sjd2_lightning.comparison import BASELINE
+from sjd2_lightning.evaluation.results import BASELINE
 
 # quality figures -> (title, whether less is better); the first one that a sweep holds is the main one
 QUALITY = {

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import wandb
 
-from sjd2_lightning.comparison import BASELINE, EvaluationResult, MethodResult
+from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, MethodResult
 from sjd2_lightning.metrics.manifold import MANIFOLD
 from sjd2_lightning.report.figures import acceptance_maps, figure_pixels, image_grid
-from sjd2_lightning.report.provenance import redact
+from sjd2_lightning.run.provenance import redact
 
 INIT_TIMEOUT_S = 15
 _MAX_TABLE_ROWS = 100

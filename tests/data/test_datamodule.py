@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sjd2_lightning.data import ensure
 from sjd2_lightning.data.datamodule import Batch, CodeDataModule
-from sjd2_lightning.data.shards import ShardIndex
-from tests.data.conftest import GreyTokenizer, WriteCodes
+from sjd2_lightning.data.index import ShardIndex
+from tests.tools.shards import GreyTokenizer, WriteCodes
 
 
 class Recorder(L.LightningModule):
@@ -137,7 +137,7 @@ def test_a_missing_shard_stops_before_training(data_dir: Path) -> None:
 
 
 def test_missing_data_say_how_to_make_them(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"python -m sjd2_lightning.data.prepare"):
+    with pytest.raises(ValueError, match=r"python -m sjd2_lightning.cli.prepare"):
         CodeDataModule(tmp_path).prepare_data()
 
 

@@ -9,10 +9,10 @@ import pickle
 import pytest
 import torch
 
+from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.loader import Batch, CodeDataset, CodeLoader
 from sjd2_lightning.data.reading import BadDataError
-from sjd2_lightning.data.shards import ShardIndex
-from tests.data.conftest import WriteCodes
+from tests.tools.shards import WriteCodes
 
 
 def loader(index: ShardIndex, num_workers: int = 0, train: bool = True, **options: object) -> CodeLoader:

@@ -8,11 +8,11 @@ import fsspec
 import pytest
 
 from sjd2_lightning.data.datamodule import CodeDataModule
+from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.loader import CodeDataset, CodeLoader
 from sjd2_lightning.data.places import RemotePath, place
 from sjd2_lightning.data.reading import BadDataError, read_all
-from sjd2_lightning.data.shards import ShardIndex
-from tests.data.conftest import WriteCodes
+from tests.tools.shards import WriteCodes
 
 
 @pytest.fixture

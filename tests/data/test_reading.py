@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from sjd2_lightning.data.plan import Segment
+from sjd2_lightning.data.index import ShardIndex, payload_checksum
+from sjd2_lightning.data.order import Segment
 from sjd2_lightning.data.reading import BadDataError, SkipLog, SkippedSample, make_pipeline, read_all
-from sjd2_lightning.data.shards import ShardIndex, payload_checksum
-from tests.data.conftest import WriteCodes
+from tests.tools.shards import WriteCodes
 
 
 def read(index: ShardIndex) -> tuple[list[str], list[SkippedSample]]:

@@ -6,12 +6,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from sjd2_lightning.code_pairs import PairSweeps, PairTable
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
-from sjd2_lightning.decoding.groups import Grouping
-from sjd2_lightning.decoding.methods import TreeShape
-from tests.decoding.slow_loop import SlowDecoder
-from tests.tiny_backbones import RAGGED_PROMPTS, TableBackbone, strong_table, tiny_chameleon
+from sjd2_lightning.decoding.config import Grouping, PairSweeps, TreeShape
+from sjd2_lightning.decoding.variants.pairs import PairTable
+from tests.tools.slow_loop import SlowDecoder
+from tests.tools.tiny_backbones import RAGGED_PROMPTS, TableBackbone, strong_table, tiny_chameleon
 
 GROUPS = Grouping(size=5, gap=0.2, distance=2.2)
 GUIDED = Sampling(guidance_scale=2.0, top_k=5, temperature=1.1)

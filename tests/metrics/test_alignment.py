@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sjd2_lightning.data.emoji import load_emoji_index, render
+from sjd2_lightning.data.sources.emoji import load_emoji_index, render
 from sjd2_lightning.metrics.alignment import (
     CLIPScore,
     CLIPScorer,

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from sjd2_lightning.data.emoji import load_emoji_index, render
+from sjd2_lightning.data.sources.emoji import load_emoji_index, render
 from sjd2_lightning.metrics.features import (
     INCEPTION_FILE,
     EffNetLite0,

@@ -10,7 +10,7 @@ from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 from sjd2_lightning.masks import attention_mask
 from sjd2_lightning.models.chameleon import ChameleonBackbone, ChameleonTokens, load_chameleon
 from sjd2_lightning.models.registry import load_backbone
-from tests.tiny_backbones import code_names, tiny_chameleon, tiny_image_tokenizer, word_tokenizer
+from tests.tools.tiny_backbones import code_names, tiny_chameleon, tiny_image_tokenizer, word_tokenizer
 
 PROMPT_WORDS = [
     "Generate",

@@ -14,7 +14,7 @@ from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 from sjd2_lightning.models.chameleon import LUMINA_MGPT
 from sjd2_lightning.models.convert import MANIFEST, convert
 from sjd2_lightning.models.registry import load_backbone
-from sjd2_lightning.models.shrunken import byte_tokenizer, code_name
+from sjd2_lightning.models.small import byte_tokenizer, code_name
 from sjd2_lightning.models.taming import read_pickle, vq_from_taming
 
 NUM_CODES = 12

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer, load_image_tokenizer, to_uint8
-from tests.tiny_backbones import tiny_image_tokenizer
+from tests.tools.tiny_backbones import tiny_image_tokenizer
 
 
 @pytest.fixture(scope="module")

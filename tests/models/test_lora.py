@@ -8,7 +8,7 @@ from transformers import AutoModel, JanusForConditionalGeneration
 
 from sjd2_lightning.models.lora import LoraSettings, merged_state
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
-from tests.tiny_backbones import tiny_chameleon
+from tests.tools.tiny_backbones import tiny_chameleon
 
 SETTINGS = LoraSettings(rank=2, alpha=4.0)
 

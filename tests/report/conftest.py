@@ -2,8 +2,8 @@
 
 import pytest
 
-from sjd2_lightning.report.provenance import collect_provenance
-from tests.small_evaluation import PROMPTS, evaluate, small_backbone
+from sjd2_lightning.run.provenance import collect_provenance
+from tests.tools.small_evaluation import PROMPTS, evaluate, small_backbone
 
 
 @pytest.fixture(scope="session")

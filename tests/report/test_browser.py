@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from sjd2_lightning.report.observations import observe
-from sjd2_lightning.report.writing import write_report
-from tests.browser import chromium, emulate, programs, screenshot
-from tests.small_evaluation import METHODS, PROMPTS, SIDE, small_backbone
-from tests.source import REPO
+from sjd2_lightning.report.observe import observe
+from sjd2_lightning.report.write import write_report
+from tests.tools.browser import chromium, emulate, programs, screenshot
+from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, small_backbone
+from tests.tools.source import REPO
 
 pytestmark = pytest.mark.browser
 SHOTS = REPO / "outputs" / "browser"  # kept by CI

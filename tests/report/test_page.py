@@ -10,15 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sjd2_lightning.report.charts import cost_chart, settling_map
 from sjd2_lightning.report.cost import measure_pass_costs, method_costs, seconds_per_pass
-from sjd2_lightning.report.headline import headline
-from sjd2_lightning.report.observations import observe
+from sjd2_lightning.report.figures import cost_chart, settling_map
+from sjd2_lightning.report.html import (
+    LOSSLESS_PX,
+    MAX_PX,
+    METHOD_COLOURS,
+    data_uri,
+    embedded_image,
+    figure_svg,
+)
+from sjd2_lightning.report.observe import observe
 from sjd2_lightning.report.page import html_page
-from sjd2_lightning.report.pictures import LOSSLESS_PX, MAX_PX, data_uri, embedded_image
-from sjd2_lightning.report.svg import METHOD_COLOURS, figure_svg
-from sjd2_lightning.report.writing import report_object, write_report
-from tests.small_evaluation import METHODS, PROMPTS, SIDE, small_backbone
+from sjd2_lightning.report.table import headline
+from sjd2_lightning.report.write import report_object, write_report
+from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, small_backbone
 
 
 @pytest.fixture(scope="module")

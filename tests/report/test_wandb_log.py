@@ -11,9 +11,9 @@ import wandb
 
 from sjd2_lightning.report import wandb_log
 from sjd2_lightning.report.wandb_log import log_to_wandb, media_row, scalar_row
-from tests.small_evaluation import METHODS, PROMPTS
-from tests.source import REPO
-from tests.wandb_files import offline_run
+from tests.tools.small_evaluation import METHODS, PROMPTS
+from tests.tools.source import REPO
+from tests.tools.wandb_files import offline_run
 
 
 def test_keys_of_the_faster_method_are_plain(result):
@@ -77,7 +77,7 @@ UNREACHABLE = """
 import sys, time, warnings
 from pathlib import Path
 from sjd2_lightning.report.wandb_log import log_to_wandb
-from tests.small_evaluation import METHODS, evaluate
+from tests.tools.small_evaluation import METHODS, evaluate
 folder = Path(sys.argv[1])
 result = evaluate(folder / "images", methods={name: METHODS[name] for name in ("ar", "sjd")})
 for run in ("first", "second"):

@@ -11,7 +11,7 @@ import pytest
 from sjd2_lightning.cli import evaluate as cli
 from sjd2_lightning.report import wandb_report
 from sjd2_lightning.report.wandb_report import build_report, later_command, publish_report, run_id_of
-from sjd2_lightning.report.writing import write_report
+from sjd2_lightning.report.write import write_report
 
 OFFLINE = "outputs/my run/wandb/offline-run-20261125_024412-1a2b3c4d"
 

@@ -1,0 +1,248 @@
+"""Models and data from the typed configuration, by explicit calls."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from sjd2_lightning.config.groups import ModelConfig, ProtocolConfig, shipped
+from sjd2_lightning.config.runs import SharedConfig, TrainConfig
+from sjd2_lightning.data.datamodule import CodeDataModule
+from sjd2_lightning.data.sources.emoji import load_emoji_index
+from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts, read_prompts
+from sjd2_lightning.evaluation.quality import QualityMetrics
+from sjd2_lightning.evaluation.references import (
+    CocoProtocol,
+    ReferenceSet,
+    coco_items,
+    coco_prompts,
+    coco_reference,
+    held_out_emoji,
+    image_folder,
+)
+from sjd2_lightning.metrics.alignment import load_clip_scorer
+from sjd2_lightning.metrics.features import load_feature_extractor
+from sjd2_lightning.models.backbone import Backbone
+from sjd2_lightning.models.image_tokenizer import ImageTokenizer
+from sjd2_lightning.models.lora import has_adapter
+from sjd2_lightning.models.registry import build_shrunken, load_backbone
+from sjd2_lightning.models.small import build_tiny
+from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
+from sjd2_lightning.training.module import SJD2Module
+from sjd2_lightning.training.optimizer import OptimizerConfig
+from sjd2_lightning.training.recipes.clip import ClipModule, EmojiPairs
+from sjd2_lightning.training.recipes.tokenizer import EmojiPictureData, TokenizerModule
+
+_HELD_OUT_PROMPTS = 64
+
+
+def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataModule]:
+    """The module and the data of `task`."""
+    side, data = config.model.image_size[0], config.data
+    if config.task == "tokenizer" and config.tokenizer is not None:
+        tokenizer = TokenizerModule(
+            **config.tokenizer.model_dump(), lr=config.optimizer.lr, out_dir=recipe_dir(config)
+        )
+        return tokenizer, EmojiPictureData(data.batch_size, side, config.seed, data.num_workers)
+    if config.task == "clip" and config.clip is not None:
+        sizes = config.clip.model_dump() | {"text_dir": str(shipped(config.clip.text_dir))}
+        clip = ClipModule(
+            **sizes,
+            image_size=side,
+            lr=config.optimizer.lr,
+            weight_decay=config.optimizer.weight_decay,
+            out_dir=recipe_dir(config),
+        )
+        return clip, EmojiPairs(data.batch_size, side, config.seed, data.num_workers)
+    backbone = build_backbone(config.model)
+    return build_module(config, backbone), build_data(config, backbone)
+
+
+def build_backbone(model: ModelConfig, path: Path | None = None) -> Backbone:
+    """The backbone of a configuration: loaded, or with random weights; with a low-rank adapter if asked for.
+
+    Args:
+        model: its group.
+        path: a folder to load instead of `model.path`.
+
+    Raises:
+        ValueError: weights or adapter cannot be used; the message says how to get them.
+    """
+    if model.scratch is not None:
+        sizes = model.scratch.model_dump() | {"image_tokenizer": shipped(model.scratch.image_tokenizer)}
+        return build_tiny([item.caption for item in load_emoji_index()], **sizes)
+    if model.init == "random_tiny" and path in (None, shipped(model.path)):
+        backbone = build_shrunken(model.family)
+    else:
+        source = replace(model.source, path=path or model.source.path)
+        dtype = getattr(torch, model.dtype)
+        backbone = load_backbone(
+            model.family, source, model.trunk, dtype, model.load_onto, model.unconditional
+        )
+    if model.peft is not None or model.adapter is not None:
+        backbone.add_lora(model.lora, model.adapter)
+    if model.activation_checkpointing:
+        backbone.checkpoint_activations()
+    return backbone
+
+
+def decoding_backbone(model: ModelConfig, path: Path, ckpt_path: str | None, device: str) -> Backbone:
+    """The backbone to decode with, kept in memory for the next run of a sweep in this process.
+
+    Args:
+        model: its group.
+        path: of its weights.
+        ckpt_path: a checkpoint of fine-tuning whose weights replace them, or None.
+        device: where it goes.
+    """
+    files = [
+        path / "backbone.json",
+        *path.glob("*/*.safetensors"),
+        *map(Path, [ckpt_path] if ckpt_path else []),
+    ]
+    changed = tuple(file.stat().st_mtime_ns for file in files if file.is_file())
+    return _kept_backbone(model, path, ckpt_path, device, changed)
+
+
+@lru_cache(maxsize=1)
+def _kept_backbone(
+    model: ModelConfig, path: Path, ckpt_path: str | None, device: str, changed: tuple[int, ...]
+) -> Backbone:
+    backbone = build_backbone(model, path)
+    if ckpt_path is not None:
+        load_trained(backbone, ckpt_path)
+    return backbone.to(device)
+
+
+def load_trained(backbone: Backbone, ckpt_path: str | Path) -> None:
+    """Puts the weights of a Lightning checkpoint of fine-tuning into a backbone.
+
+    Raises:
+        ValueError: the file is no such checkpoint, or of another model.
+    """
+    try:
+        state = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
+        prefix = "backbone."
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if has_adapter(backbone):  # its checkpoints hold nothing else
+            state = {**backbone.state_dict(), **state}
+        backbone.load_state_dict(state)
+    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"ckpt_path={ckpt_path}: this is no checkpoint of the model in model.path ({error})"
+        ) from error
+
+
+def build_module(config: TrainConfig, backbone: Backbone) -> SJD2Module:
+    """Next-clean-token training of a backbone."""
+    kind = ShardedModule if config.trainer.strategy == "fsdp" else SJD2Module
+    return kind(
+        backbone,
+        config.noise.of_training,
+        OptimizerConfig(**config.optimizer.model_dump(exclude={"freeze"})),
+        image_size=config.model.image_size,
+        prompt_dropout=config.data.prompt_dropout,
+        val_levels=config.noise.val_levels,
+        freeze=config.optimizer.freeze,
+        seed=config.seed,
+        save_trained_only=has_adapter(backbone),
+    )
+
+
+def build_data(config: TrainConfig, backbone: Backbone) -> CodeDataModule:
+    """Shards; the emoji's are made by the backbone's own tokenizer where they are missing."""
+    taken = {"data_dir", "batch_size", "val_batch_size", "num_workers", "max_bad_samples", "shuffle_buffer"}
+    taken |= {"num_train_samples", "views", "max_images", "verify_shards", "kind", "drop_last"}
+    tokenizer = image_tokenizer_of(backbone) if config.data.prepare else None
+    return CodeDataModule(
+        **config.data.model_dump(include=taken),
+        seed=config.seed,
+        tokenizer=tokenizer,
+        image_size=config.model.image_size[0],
+    )
+
+
+def image_tokenizer_of(backbone: Backbone) -> ImageTokenizer | None:
+    """The backbone's encoder and decoder of images, if it has both."""
+    return getattr(backbone, "image_tokenizer", None)
+
+
+def build_metrics(config: SharedConfig, device: str | torch.device = "cpu") -> QualityMetrics:
+    """What images are measured with."""
+    metrics = config.metrics
+    clip = None
+    if metrics.clip is not None:
+        clip = load_clip_scorer(
+            shipped(metrics.clip) if "/" in metrics.clip else metrics.clip, metrics.clip_pretrained, device
+        )
+    return QualityMetrics(
+        extractors=[
+            load_feature_extractor(name, device, metrics.inception_dir, metrics.allow_download)
+            for name in metrics.features
+        ],
+        clip=clip,
+        num_resamples=metrics.num_resamples,
+        num_distance_resamples=metrics.num_distance_resamples,
+        nearest_k=metrics.nearest_k,
+        cache_dir=metrics.cache_dir,
+    )
+
+
+def build_reference(config: SharedConfig) -> ReferenceSet | None:
+    """Real images for the distances; None where no features are asked for."""
+    if not config.metrics.features:
+        return None
+    if config.metrics.protocol is not None:
+        protocol = CocoProtocol(**_places(config.metrics.protocol))
+        return coco_reference(protocol, coco_items(protocol))
+    height, width = config.model.image_size
+    if config.data.reference_dir is not None:
+        return image_folder(config.data.reference_dir, (height, width))
+    return held_out_emoji(height)
+
+
+def build_prompts(config: SharedConfig, num_prompts: int | None) -> list[PromptItem]:
+    """The first prompts of `metrics.protocol`, of `data.prompt_file`, or of the held-out names.
+
+    None is all that the protocol or the file has, or 64 held-out names.
+    """
+    if config.metrics.protocol is not None:
+        protocol = CocoProtocol(**_places(config.metrics.protocol))
+        return coco_prompts(coco_items(protocol), config.seed)[:num_prompts]
+    if config.data.prompt_file is not None:
+        return read_prompts(config.data.prompt_file, config.seed)[:num_prompts]
+    return held_out_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed)
+
+
+def _places(protocol: ProtocolConfig) -> dict[str, Any]:
+    """Its values, the places as paths."""
+    places = {"annotations": Path(protocol.annotations), "images": Path(protocol.images)}
+    return {**protocol.model_dump(), **places}
+
+
+def recipe_dir(config: TrainConfig) -> str:
+    """Where a recipe leaves its weights; a trial run must not touch the real ones."""
+    return str(Path(config.run_dir) / "model") if config.trainer.fast_dev_run else config.export_dir
+
+
+def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trainer) -> None:
+    """Writes the backbone folder after fine-tuning, once; recipes write their own weights.
+
+    All ranks must come here: a sharded model is gathered on the first one.
+    """
+    if not isinstance(module, SJD2Module):
+        return
+    state, backbone = gathered_state(module.backbone), module.backbone
+    if not trainer.is_global_zero:
+        return
+    if state is not None:
+        backbone = build_backbone(config.model)
+        backbone.load_state_dict(state)
+    dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
+    backbone.save(config.export_dir, dtype)

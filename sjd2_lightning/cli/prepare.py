@@ -1,0 +1,206 @@
+"""Turns captioned pictures into shards that training reads: image codes, or raw pictures.
+
+    python -m sjd2_lightning.cli.prepare folder --input photos --out data/photos \
+        --model-family chameleon --model-path weights/lumina_mgpt_7b_768 --image-size 768 768
+    python train.py model=lumina_mgpt data=shards data.data_dir=data/photos
+
+Sources: `folder` (pictures with <name>.txt beside them, or metadata.jsonl / metadata.csv), `tars`
+(img2dataset, WebDataset), `coco` (captions_*.json and a folder of pictures), `hf` (parquet files, or what
+`save_to_disk` wrote), `emoji` (the embedded set). Without a tokenizer raw shards are written, for data=raw.
+A run that was killed goes on where it stopped when the same command is given again. docs/data.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from sjd2_lightning.data.ensure import Coder, Wanted, ensure_shards
+from sjd2_lightning.data.index import ShardIndex
+from sjd2_lightning.data.pictures import CROPPED
+from sjd2_lightning.data.sources.coco import coco_records
+from sjd2_lightning.data.sources.emoji_shards import SOURCE as EMOJI
+from sjd2_lightning.data.sources.emoji_shards import prepare_emoji
+from sjd2_lightning.data.sources.folder import folder_records
+from sjd2_lightning.data.sources.parquet import block_of, read_cell, table_records
+from sjd2_lightning.data.sources.record import FilePictures, Reader, Record, chosen_records, read_stretch
+from sjd2_lightning.data.sources.tars import tar_records
+
+SPLITS = {"both": ("train", "val"), "train": ("train",), "val": ("val",)}
+NUM_PROMPTS = 5000  # as many as are ever measured
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: prepare a data set and say what is there."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    options.name = options.name or (options.input.resolve().name if options.input else options.source)
+    options.out = options.out or Path("data") / options.name
+    try:
+        coder = load_coder(options)
+        if options.source == EMOJI:
+            indexes = prepare_emoji(
+                options.out,
+                coder,
+                options.views,
+                size=_size(options)[0],
+                samples_per_shard=options.samples_per_shard,
+                max_images=options.max_images,
+                num_workers=options.workers,
+            )
+        else:
+            indexes = prepare_source(options, coder)
+    except ValueError as error:
+        parser.exit(1, f"{error}\n")
+    for name, index in indexes.items():
+        skipped = f", {index.meta.num_skipped} unusable pictures left out" if index.meta.num_skipped else ""
+        print(f"{options.out / name}: {index.num_samples} samples in {len(index.shards)} shards{skipped}")
+    group = EMOJI if options.source == EMOJI else "shards" if coder else "raw"
+    print(f"train on them: python train.py data={group} data.data_dir={options.out}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sjd2_lightning.cli.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", choices=["folder", "tars", "coco", "hf", EMOJI])
+    add("--input", type=Path, help="folder of pictures, tars or tables (a single tar will do)")
+    add("--annotations", type=Path, help="coco: captions_*.json")
+    add("--out", type=Path, help="gets codes/ or raw/ (default: data/NAME)")
+    add("--name", help="of the data set in the index (default: the name of --input)")
+    add("--attribution", default="", help="licence line of the pictures, kept in the index")
+    add("--tokenizer", type=Path, help="folder of an image tokenizer in diffusers' layout")
+    add("--model-family", help="chameleon, emu3 or janus: take that model's image tokenizer")
+    add("--model-path", type=Path, help="its folder; random_tiny: random weights, a dry run")
+    add("--image-size", "--size", type=int, nargs="+", help="height and width, or a side (default: 64)")
+    add("--split", choices=list(SPLITS), default="both", help="(default: %(default)s, by --val-share)")
+    add("--val-share", type=float, default=0.01, help="share of pictures held out (default: %(default)s)")
+    add("--captions-per-image", type=int, default=1, help="coco: 0 is all (default: %(default)s)")
+    add("--image-column", help="hf: column of the pictures")
+    add("--caption-column", help="hf: column of the captions")
+    add("--min-side", type=int, default=1, help="leave out smaller pictures (default: %(default)s)")
+    add("--max-bad-share", type=float, default=0.1, help="unusable share to stop at (default: %(default)s)")
+    add("--max-images", type=int, help="only so many pictures of each split")
+    add("--seed", type=int, default=0, help="of the order (default: %(default)s)")
+    add("--views", type=int, default=4, help="emoji: views of a training picture (default: %(default)s)")
+    add("--samples-per-shard", type=int, default=2048, help="(default: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    add(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="of the tokenizer; cuda: all GPUs in turn",
+    )
+    add("--encode-batch", type=int, help="pictures encoded at once (default: by their size)")
+    return parser
+
+
+def prepare_source(options: argparse.Namespace, coder: Coder | None) -> dict[str, ShardIndex]:
+    """Shards of what a source lists, by "<kind>/<split>"."""
+    if options.input is None:
+        raise ValueError(f"the source `{options.source}` needs --input.")
+    records, read = list_records(options)
+    root = str(options.input if options.input.is_dir() else options.input.parent)
+    block = block_of if options.source == "hf" else None
+    share = options.val_share if options.split == "both" else float(options.split == "val")
+    chosen = {
+        split: chosen_records(records, split, share, options.seed, options.max_images, block)
+        for split in SPLITS[options.split]
+    }
+    if empty := [split for split, found in chosen.items() if not found]:
+        raise ValueError(
+            f"{len(records)} pictures leave none for {empty[0]}: change --val-share {options.val_share}, or "
+            "prepare two sources with --split train and --split val."
+        )
+    indexes = {}
+    for split, found in chosen.items():
+        pictures = FilePictures(root, found, _size(options), options.min_side, read)
+        wanted = Wanted(
+            options.out,
+            split,
+            options.name,
+            options.attribution,
+            CROPPED,
+            _size(options),
+            [pictures.identity, options.min_side],
+            lambda pictures=pictures: pictures,  # type: ignore[misc]
+            coder,
+            options.samples_per_shard,
+        )
+        indexes[f"{wanted.kind}/{split}"] = ensure_shards(
+            wanted, num_workers=options.workers, max_bad_share=options.max_bad_share
+        )
+    if "val" in chosen:
+        write_prompts(options.out / "prompts.json", chosen["val"])
+    return indexes
+
+
+def write_prompts(path: Path, records: Sequence[Record]) -> None:
+    """Captions of held-out pictures, one a picture, as a file for `data.prompt_file`."""
+    first = {(record.file, record.start): record for record in reversed(records)}
+    prompts = [
+        {"key": record.key, "prompt": record.caption}
+        for record in reversed(first.values())
+        if record.key[0].isalnum()  # it will name files of images
+    ]
+    path.write_text(json.dumps(prompts[:NUM_PROMPTS], indent=1) + "\n", encoding="utf-8")
+
+
+def list_records(options: argparse.Namespace) -> tuple[list[Record], Reader]:
+    """The records of the source, and what reads their pictures."""
+    if options.source == "tars":
+        return tar_records(options.input), read_stretch
+    if options.source == "coco":
+        if options.annotations is None:
+            raise ValueError("the source `coco` needs --annotations captions_*.json.")
+        limit = options.captions_per_image or None
+        return coco_records(options.input, options.annotations, limit), read_stretch
+    if options.source == "hf":
+        records = table_records(options.input, options.image_column, options.caption_column)
+        return records, partial(read_cell, image_field=options.image_column)
+    return folder_records(options.input), read_stretch
+
+
+def load_coder(options: argparse.Namespace) -> Coder | None:
+    """The image tokenizer that is asked for; None asks for raw shards."""
+    from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
+    from sjd2_lightning.models.registry import build_shrunken, load_backbone
+    from sjd2_lightning.models.weights import TOKENIZER
+
+    tokenizer: ImageTokenizer
+    if options.tokenizer is not None:
+        tokenizer, name = load_image_tokenizer(options.tokenizer), str(options.tokenizer)
+    elif options.model_family is None:
+        return None
+    elif options.model_path is None:
+        raise ValueError("--model-family needs --model-path, the folder of the model.")
+    elif str(options.model_path) == "random_tiny":
+        tokenizer = build_shrunken(options.model_family).image_tokenizer
+        name = f"{options.model_family}, random weights"
+    else:
+        name = f"{options.model_family} in {options.model_path}"
+        alone = options.model_path / TOKENIZER
+        if (alone / "config.json").is_file():  # beside the trunk, which need not be read then
+            tokenizer = load_image_tokenizer(alone)
+        else:
+            tokenizer = load_backbone(options.model_family, options.model_path).image_tokenizer
+    return Coder(tokenizer, name, options.device, options.encode_batch)
+
+
+def _size(options: argparse.Namespace) -> tuple[int, int]:
+    sides = options.image_size or [64]
+    if len(sides) > 2 or min(sides) < 1:
+        raise ValueError(f"--image-size {' '.join(map(str, sides))}: give height and width, or one side.")
+    return sides[0], sides[-1]
+
+
+if __name__ == "__main__":
+    main()

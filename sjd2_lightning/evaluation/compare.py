@@ -1,0 +1,248 @@
+"""Compares decoding methods on the same prompts and seeds: images first, then figures with intervals.
+
+Source: ours. Every method runs through the same backbone, cache and batching; a killed run goes on where it
+stopped; ranks share the prompts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from sjd2_lightning import __version__
+from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.evaluation.flops import decoding_flops
+from sjd2_lightning.evaluation.jobs import OnBatch, decode_jobs, explained_by_ties, plan_jobs, unfinished
+from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts
+from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
+from sjd2_lightning.evaluation.references import ReferenceSet
+from sjd2_lightning.evaluation.results import (
+    BASELINE,
+    EvaluationResult,
+    measure_methods,
+    measure_references,
+    records_by_method,
+)
+from sjd2_lightning.evaluation.store import ImageRecord, RecordStore, collect_on_rank_zero, discard_other_run
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mode
+from sjd2_lightning.models.image_tokenizer import ImageTokenizer
+from sjd2_lightning.run.files import fingerprint, remove_leftovers
+from sjd2_lightning.run.processes import current_rank, wait_for_all
+from sjd2_lightning.run.provenance import weights_hash
+
+_METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Images of all methods on disk, which differences from the baseline a near tie explains, and FLOPs.
+
+    `ties` and `flops` are by method and key of an image.
+    """
+
+    store: RecordStore
+    ties: Mapping[str, Mapping[str, bool]]
+    flops: Mapping[str, Mapping[str, float]]
+
+
+def evaluate_methods(
+    backbone: Backbone,
+    methods: Mapping[str, DecodingConfig],
+    prompts: Sequence[PromptItem],
+    layout: ImageLayout,
+    out_dir: str | Path,
+    *,
+    batch_size: int = 4,
+    metrics: QualityMetrics | None = None,
+    reference: ReferenceSet | None = None,
+    image_tokenizer: ImageTokenizer | None = None,
+    warm_up: bool = True,
+    replace: bool = False,
+    progress: bool = True,
+    on_start: Callable[[], None] = lambda: None,
+) -> EvaluationResult | None:
+    """Decodes all prompts by all methods and measures the images.
+
+    Under `torch.distributed` ranks share the prompt batches, and rank 0 measures.
+
+    Args:
+        backbone: model; put into eval mode here, and back.
+        methods: configuration of each method by the name it gets in the report; "ar" is the baseline.
+        prompts: with their seeds; see `prompts.held_out_prompts` and `prompts.read_prompts`.
+        layout: `backbone.layout(height_px, width_px)`.
+        out_dir: folder of records and images, `images/<method>/<key>.png`; one configuration a folder.
+        batch_size: prompts decoded together.
+        metrics: what to measure quality with; None measures speed alone.
+        reference: real images of the size of the layout, for the distances and the reference rows.
+        image_tokenizer: for the row of reconstructed real images; None leaves the row out.
+        warm_up: decode the first batch once by each method before anything is timed.
+        replace: remove records and images of another configuration from the folder, instead of raising.
+        progress: show a progress bar.
+        on_start: called on rank 0 once all input was found usable and the folder is this run's.
+
+    Returns:
+        The result; None on ranks other than 0.
+
+    Raises:
+        ValueError: unusable methods or prompts, or a folder of another configuration, before decoding.
+    """
+    if reference is not None and isinstance(reference.images, Tensor):
+        size = tuple(reference.images.shape[1:3])
+        if size != layout.pixels:
+            raise ValueError(
+                f"reference images of {size} pixels cannot be compared with decoded ones of "
+                f"{layout.pixels}; prepare them at that size"
+            )
+    check_run(backbone, methods, prompts, layout, batch_size)
+    # Real images are read here: one that cannot be must not stop a run that has decoded for hours.
+    meter = QualityMeter(metrics or QualityMetrics(), reference) if current_rank()[0] == 0 else None
+    decoded = decode_methods(
+        backbone,
+        methods,
+        prompts,
+        layout,
+        out_dir,
+        batch_size=batch_size,
+        warm_up=warm_up,
+        replace=replace,
+        progress=progress,
+        on_start=on_start,
+    )
+    if decoded is None or meter is None:
+        return None
+    rows = measure_references(meter, prompts, image_tokenizer)
+    return measure_methods(decoded.store, methods, prompts, meter, rows, decoded.ties, decoded.flops)
+
+
+def decode_methods(
+    backbone: Backbone,
+    methods: Mapping[str, DecodingConfig],
+    prompts: Sequence[PromptItem],
+    layout: ImageLayout,
+    out_dir: str | Path,
+    *,
+    batch_size: int = 4,
+    warm_up: bool = True,
+    replace: bool = False,
+    progress: bool = True,
+    on_start: Callable[[], None] = lambda: None,
+) -> Decoded | None:
+    """The first half of `evaluate_methods`, with the same arguments, returns None and errors."""
+    check_run(backbone, methods, prompts, layout, batch_size)
+    rank, world_size = current_rank()
+    identity = run_identity(backbone, methods, prompts, layout, batch_size)
+    if rank == 0:
+        if replace:
+            discard_other_run(out_dir, identity)
+        remove_leftovers(out_dir)
+    wait_for_all()
+    store = RecordStore(out_dir, identity, rank)
+    if rank == 0:
+        on_start()
+    jobs = unfinished(plan_jobs(prompts, list(methods), batch_size, rank, world_size), store)
+    num_images = sum(len(job.prompts) for job in jobs)
+    with evaluation_mode(backbone), _progress(progress and rank == 0 and bool(jobs), num_images) as on_batch:
+        decode_jobs(backbone, methods, jobs, layout, store, warm_up=warm_up, on_batch=on_batch)
+    collect_on_rank_zero(store, rank, world_size)
+    if rank != 0:
+        return None
+    records = records_by_method(store, methods, prompts)
+    with evaluation_mode(backbone):
+        ties = _ties(backbone, methods, records, layout)
+        return Decoded(store, ties, decoding_flops(backbone, methods, records, layout))
+
+
+def run_identity(
+    backbone: Backbone,
+    methods: Mapping[str, DecodingConfig],
+    prompts: Sequence[PromptItem],
+    layout: ImageLayout,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Everything that decides the images of a folder, as a JSON object."""
+    return {
+        "code": __version__,
+        "weights": weights_hash(backbone),
+        "device": backbone.device.type,
+        "methods": {name: asdict(config) for name, config in methods.items()},
+        "prompts": fingerprint([asdict(item) for item in prompts]),
+        "pixels": list(layout.pixels),
+        "batch_size": batch_size,
+    }
+
+
+def check_run(
+    backbone: Backbone,
+    methods: Mapping[str, DecodingConfig],
+    prompts: Sequence[PromptItem],
+    layout: ImageLayout,
+    batch_size: int,
+) -> None:
+    """Refuse what would fail in the middle of a run.
+
+    Raises:
+        ValueError: no or unusable methods, prompts or batch size.
+    """
+    if not methods:
+        raise ValueError("there are no methods; give at least one, for example ar")
+    for name in methods:
+        if not _METHOD_NAME.fullmatch(name):
+            raise ValueError(
+                f"method name {name!r} cannot name a folder; use letters, digits, '.', '_' and '-'"
+            )
+    if problems := [
+        f"method {name!r}: {text}" for name, config in methods.items() for text in config.problems()
+    ]:
+        raise ValueError("; ".join(problems))
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    check_prompts(prompts)
+    for item in prompts:
+        try:
+            backbone.prompt_ids(item.prompt, layout)
+        except ValueError as error:
+            raise ValueError(f"prompt {item.key!r} cannot be decoded: {error}") from error
+
+
+def _ties(
+    backbone: Backbone,
+    methods: Mapping[str, DecodingConfig],
+    records: Mapping[str, Sequence[ImageRecord]],
+    layout: ImageLayout,
+) -> dict[str, dict[str, bool]]:
+    """By method that must replay the baseline: which differing images a near tie explains."""
+    baseline = methods.get(BASELINE)
+    if baseline is None or baseline.acceptance != "replay":
+        return {}
+    return {
+        name: explained_by_ties(backbone, config, baseline, records[name], records[BASELINE], layout)
+        for name, config in methods.items()
+        if name != BASELINE and config.acceptance == "replay" and config.sampling == baseline.sampling
+    }
+
+
+@contextmanager
+def _progress(shown: bool, num_images: int) -> Iterator[OnBatch]:
+    columns = (
+        TextColumn("decoding {task.fields[method]:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not shown) as bar:
+        task = bar.add_task("decoding", total=num_images, method="", rate="")
+
+        def advance(method: str, num_decoded: int) -> None:
+            speed = bar.tasks[0].speed
+            rate = f"{speed:.2f} images/s" if speed else ""
+            bar.update(task, advance=num_decoded, method=method, rate=rate)
+
+        yield advance

@@ -1,0 +1,129 @@
+"""Prompts of GenEval and DPG-Bench, and decoded images in the folders that their judges read.
+
+Sources: Ghosh et al. 2023 (GenEval: `evaluation_metadata.jsonl`, <index>/metadata.jsonl,
+<index>/samples/0000.png) and Hu et al. 2024 (DPG-Bench: a text file a prompt, <name>.png as a grid of four).
+Their judges are not part of this package.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sjd2_lightning.data.pictures import png_bytes, read_image
+from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts, repeat_key, seed_of
+from sjd2_lightning.evaluation.store import ImageRecord, RecordStore
+
+NUM_SAMPLES = 4  # images of each prompt, in both benchmarks
+
+
+def benchmark_prompts(benchmark: str, source: str | Path, seed: int = 0) -> list[PromptItem]:
+    """The prompts of "geneval" (its metadata file) or "dpg" (its folder of .txt files), in their order.
+
+    Raises:
+        ValueError: unknown benchmark, or a source that is missing, empty or unreadable.
+    """
+    prompts = [PromptItem(key, text, seed_of(key, seed)) for key, text, _ in _entries(benchmark, source)]
+    check_prompts(prompts)
+    return prompts
+
+
+def export_benchmark(
+    benchmark: str,
+    source: str | Path,
+    store: RecordStore,
+    records: Sequence[ImageRecord],
+    folder: str | Path,
+) -> Path:
+    """Writes one method's images in a benchmark's layout; the folder appears whole, and replaces an old one.
+
+    Args:
+        benchmark: "geneval" or "dpg".
+        source: that the prompts were read from.
+        store: that holds the images.
+        records: of the method: four of each prompt, from `prompts.repeat_prompts`.
+        folder: to write.
+
+    Raises:
+        ValueError: unknown benchmark, or a prompt that lacks one of its four images.
+    """
+    write = {"geneval": _write_geneval, "dpg": _write_dpg}[benchmark]
+    paths = {record.key: store.image_path(record) for record in records}
+    wanted = [entry for entry in _entries(benchmark, source) if entry[0] in paths]
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        whole = Path(scratch) / "whole"
+        whole.mkdir()
+        for key, _, extra in wanted:
+            samples = [repeat_key(key, repeat) for repeat in range(NUM_SAMPLES)]
+            if missing := [sample for sample in samples if sample not in paths]:
+                raise ValueError(
+                    f"prompt {key!r} has no image {missing[0]!r}: {benchmark} judges {NUM_SAMPLES} images of "
+                    f"each prompt; set samples_per_prompt={NUM_SAMPLES}"
+                )
+            write(whole, key, extra, [paths[sample] for sample in samples])
+        if folder.exists():
+            shutil.rmtree(folder)
+        whole.replace(folder)
+    return folder
+
+
+def _entries(benchmark: str, source: str | Path) -> list[tuple[str, str, str]]:
+    """Key, prompt, and what the layout keeps of it beside."""
+    if benchmark == "geneval":
+        return _geneval_entries(Path(source))
+    if benchmark == "dpg":
+        return _dpg_entries(Path(source))
+    raise ValueError(f"unknown benchmark {benchmark!r}; choose geneval or dpg")
+
+
+def _geneval_entries(source: Path) -> list[tuple[str, str, str]]:
+    """Key, prompt and line of each entry of evaluation_metadata.jsonl."""
+    entries: list[tuple[str, str, str]] = []
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(line for line in lines if line.strip()):
+            entries.append((f"{number:05d}", str(json.loads(line)["prompt"]).strip(), line))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{source} cannot be read as GenEval's metadata ({type(error).__name__}: {error}); give "
+            "prompts/evaluation_metadata.jsonl of its repository"
+        ) from error
+    return entries
+
+
+def _dpg_entries(source: Path) -> list[tuple[str, str, str]]:
+    """Key, prompt and nothing of each text file."""
+    if not source.is_dir():
+        raise ValueError(f"{source} is no folder; give DPG-Bench's folder of prompts, one .txt a prompt")
+    try:
+        return [
+            (path.stem, " ".join(path.read_text(encoding="utf-8").split()), "")
+            for path in sorted(source.glob("*.txt"))
+        ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"a prompt of {source} cannot be read: {error}") from error
+
+
+def _write_geneval(folder: Path, key: str, line: str, images: list[Path]) -> None:
+    samples = folder / key / "samples"
+    samples.mkdir(parents=True)
+    (folder / key / "metadata.jsonl").write_text(line + "\n", encoding="utf-8")
+    for number, path in enumerate(images):
+        shutil.copyfile(path, samples / f"{number:04d}.png")
+
+
+def _write_dpg(folder: Path, key: str, _: str, images: list[Path]) -> None:
+    (folder / f"{key}.png").write_bytes(png_bytes(_grid([read_image(path) for path in images])))
+
+
+def _grid(images: list[Tensor]) -> Tensor:
+    """Four images (h, w, 3) as one (2 h, 2 w, 3): the first two above."""
+    return torch.cat([torch.cat(images[:2], dim=1), torch.cat(images[2:], dim=1)], dim=0)

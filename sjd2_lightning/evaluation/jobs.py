@@ -1,0 +1,179 @@
+"""Decodes prompts by several methods side by side, so that drift of the machine hits all methods alike.
+
+Source: ours. Every prompt batch is decoded by every method in turn, in an order that rotates with the batch;
+timing covers prefill and token decoding, not the image decoder, which is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from uuid import uuid4
+
+import torch
+
+from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.loop import Observer, decode
+from sjd2_lightning.decoding.output import DecodeOutput, NearTies
+from sjd2_lightning.evaluation.prompts import PromptItem
+from sjd2_lightning.evaluation.store import ImageRecord, RecordStore
+from sjd2_lightning.metrics.efficiency import peak_memory, timed
+from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.models.image_tokenizer import to_uint8
+
+OnBatch = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt batch for one method."""
+
+    batch: int
+    method: str
+    prompts: tuple[PromptItem, ...]
+
+
+def plan_jobs(
+    prompts: Sequence[PromptItem], methods: Sequence[str], batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[Job]:
+    """Jobs of one rank, in the order they run.
+
+    Batches are cut before they are dealt to ranks: the batch an image is decoded in does not depend on the
+    number of ranks.
+    """
+    batches = [tuple(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+    jobs = []
+    for batch in range(rank, len(batches), world_size):
+        turn = batch // world_size % len(methods)
+        jobs += [Job(batch, method, batches[batch]) for method in [*methods[turn:], *methods[:turn]]]
+    return jobs
+
+
+def unfinished(jobs: Sequence[Job], store: RecordStore) -> list[Job]:
+    """Jobs that lack a record."""
+    done = {(record.method, record.key) for record in store.load()}
+    return [job for job in jobs if any((job.method, item.key) not in done for item in job.prompts)]
+
+
+def decode_jobs(
+    backbone: Backbone,
+    methods: Mapping[str, DecodingConfig],
+    jobs: Sequence[Job],
+    layout: ImageLayout,
+    store: RecordStore,
+    *,
+    warm_up: bool = True,
+    on_batch: OnBatch = lambda method, num_images: None,
+) -> None:
+    """Decodes jobs, and keeps records and images in the store.
+
+    Args:
+        backbone: model, in eval mode.
+        methods: configuration of each method the jobs name.
+        jobs: from `plan_jobs`, without those that are done.
+        layout: of the images.
+        store: where records and images go.
+        warm_up: decode the first batch once by each method, unrecorded, before anything is timed.
+        on_batch: called with method and number of images after each job.
+    """
+    if warm_up and jobs:
+        for name in dict.fromkeys(job.method for job in jobs):
+            _decode(backbone, jobs[0].prompts, methods[name], layout)
+    process = uuid4().hex[:12]
+    for job in jobs:
+        call = partial(_decode, backbone, job.prompts, methods[job.method], layout)
+        with peak_memory(backbone.device) as peak:
+            output, seconds = timed(call, backbone.device)
+        with torch.no_grad():
+            images = to_uint8(backbone.decode_images(output.image_ids))
+        records = [
+            replace(record, peak_bytes=peak.num_bytes)
+            for record in _records(job, output, layout, seconds, process)
+        ]
+        store.append(records, images)
+        on_batch(job.method, len(job.prompts))
+
+
+def explained_by_ties(
+    backbone: Backbone,
+    method: DecodingConfig,
+    baseline: DecodingConfig,
+    own: Sequence[ImageRecord],
+    other: Sequence[ImageRecord],
+    layout: ImageLayout,
+) -> dict[str, bool]:
+    """For each image that differs from the baseline's in replay mode: may rounding be why?
+
+    It may if the two best perturbed scores of the first slot that differs lie within 1e-5 in either
+    decoding. Only batches with a difference are decoded again, with an observer and untimed.
+
+    Args:
+        backbone: model, in eval mode.
+        method, baseline: configurations, both in replay mode.
+        own, other: records of all prompts by the method and by the baseline, in the same order.
+        layout: of the images.
+
+    Returns:
+        By key of each image that differs, whether a near tie explains it.
+    """
+    differing = {b.key: _first_difference(a, b, layout) for a, b in zip(own, other, strict=True)}
+    differing = {key: slot for key, slot in differing.items() if slot is not None}
+    found = {}
+    for batch in sorted({record.batch for record in own if record.key in differing}):
+        rows = [record for record in own if record.batch == batch]
+        prompts = [PromptItem(record.key, record.prompt, record.seed) for record in rows]
+        ties = set()
+        for config in (method, baseline):
+            observer = NearTies()
+            _decode(backbone, prompts, config, layout, observer)
+            ties |= set(observer.slots)
+        for row, record in enumerate(rows):
+            if record.key in differing:
+                found[record.key] = (row, differing[record.key]) in ties
+    return found
+
+
+def _first_difference(own: ImageRecord, other: ImageRecord, layout: ImageLayout) -> int | None:
+    """Slot of the first code that differs; None if all are equal."""
+    for place, (a, b) in enumerate(zip(own.image_ids, other.image_ids, strict=True)):
+        if a != b:
+            return int(layout.code_slots[place])
+    return None
+
+
+def _decode(
+    backbone: Backbone,
+    prompts: Sequence[PromptItem],
+    config: DecodingConfig,
+    layout: ImageLayout,
+    observer: Observer | None = None,
+) -> DecodeOutput:
+    texts, seeds = [item.prompt for item in prompts], [item.seed for item in prompts]
+    return decode(backbone, texts, seeds, config, layout, observer)
+
+
+def _records(
+    job: Job, output: DecodeOutput, layout: ImageLayout, seconds: float, process: str
+) -> list[ImageRecord]:
+    stats, accepted = output.stats, output.stats.accepted
+    settled = layout.image_ids(stats.settled_iteration).flatten(1)
+    return [
+        ImageRecord(
+            key=item.key,
+            prompt=item.prompt,
+            seed=item.seed,
+            method=job.method,
+            batch=job.batch,
+            batch_size=len(job.prompts),
+            nfe=int(stats.nfe[row]),
+            num_generated=int(stats.num_generated[row]),
+            accepted=tuple(accepted[row]),
+            settled_iteration=tuple(settled[row].tolist()),
+            image_ids=tuple(output.image_ids[row].flatten().tolist()),
+            size=(layout.height, layout.width),
+            seconds=seconds,
+            process=process,
+        )
+        for row, item in enumerate(job.prompts)
+    ]

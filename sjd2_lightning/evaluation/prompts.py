@@ -1,0 +1,189 @@
+"""Prompts to decode, each with its own seed: from the held-out emoji names or from a file.
+
+Source: ours. A prompt's seed depends on its key alone, so that a longer list repeats a shorter one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sjd2_lightning.data.sources.emoji import EmojiImage, load_emoji_index
+
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+_SHOWN_KEY = "letters, digits, '.', '_' and '-', at most 120"
+_NUM_SEEDS = 2**31
+_MAX_TAR_TEXT = 1_000_000  # bytes read of one prompt
+
+
+@dataclass(frozen=True)
+class PromptItem:
+    """One image to decode: `key` names its files, `seed` decides its randomness."""
+
+    key: str
+    prompt: str
+    seed: int
+
+
+def seed_of(key: str, seed: int = 0) -> int:
+    """Seed in [0, 2**31) of a prompt, from its key and the base seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") % _NUM_SEEDS
+
+
+def held_out_order(seed: int = 0) -> list[EmojiImage]:
+    """Held-out pictures, one of every concept before the second of any; the same on every machine."""
+    by_concept: dict[str, list[EmojiImage]] = defaultdict(list)
+    for item in load_emoji_index():
+        if item.split == "val":
+            by_concept[item.concept].append(item)
+    ranked = []
+    for concept, items in by_concept.items():
+        place = hashlib.sha256(f"{seed}:{concept}".encode()).hexdigest()
+        # The shortest name is the one without skin tone, hair and gender.
+        for round_idx, item in enumerate(sorted(items, key=lambda item: (len(item.caption), item.key))):
+            ranked.append((round_idx, place, item))
+    return [item for _, _, item in sorted(ranked, key=lambda entry: entry[:2])]
+
+
+def held_out_prompts(num_prompts: int | None = None, seed: int = 0) -> list[PromptItem]:
+    """The first `num_prompts` (None: all) held-out emoji names, spread over concepts.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    found = held_out_order(seed)
+    if num_prompts is None:
+        num_prompts = len(found)
+    if not 0 < num_prompts <= len(found):
+        raise ValueError(
+            f"num_prompts is {num_prompts}, but there are {len(found)} held-out emoji names; "
+            f"ask for 1..{len(found)} and use samples_per_prompt for more images"
+        )
+    return [PromptItem(item.key, item.caption, seed_of(item.key, seed)) for item in found[:num_prompts]]
+
+
+def repeat_prompts(prompts: Sequence[PromptItem], samples_per_prompt: int) -> list[PromptItem]:
+    """Every prompt with `samples_per_prompt` seeds; the first repeat keeps key and seed.
+
+    Raises:
+        ValueError: if `samples_per_prompt` is below 1.
+    """
+    if samples_per_prompt < 1:
+        raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
+    repeated = list(prompts)
+    for repeat in range(1, samples_per_prompt):
+        for item in prompts:
+            key = repeat_key(item.key, repeat)
+            repeated.append(PromptItem(key, item.prompt, seed_of(key, item.seed)))
+    return repeated
+
+
+def repeat_key(key: str, repeat: int) -> str:
+    """Key of a prompt's further sample; the first one, number 0, keeps the key."""
+    return f"{key}-r{repeat}" if repeat else key
+
+
+def read_prompts(path: str | Path, seed: int = 0) -> list[PromptItem]:
+    """Prompts of a file: `.txt`, one a line, `.json`, a list of strings or objects, or a WebDataset `.tar`.
+
+    An object has `prompt` and may have `key` and `seed`. Without a key a prompt is named by its place, and
+    must not occur twice. A sample of a tar file has its text in `.txt`, or such an object in `.json`; without
+    a key it is named by its files.
+
+    Raises:
+        ValueError: if the file is missing, unreadable, or holds an unusable prompt.
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".json", ".tar"):
+        raise ValueError(f"prompt file {path}: its name must end in .txt, .json or .tar")
+    try:
+        entries: Any = _tar_entries(path) if path.suffix == ".tar" else _text_entries(path)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, tarfile.TarError) as error:
+        raise ValueError(f"prompt file {path} cannot be read: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"prompt file {path}: expected a JSON list, found {type(entries).__name__}")
+    prompts = [_entry(entry, place, seed, path) for place, entry in enumerate(entries)]
+    check_prompts(prompts)
+    unnamed = [
+        item.prompt
+        for item, entry in zip(prompts, entries, strict=True)
+        if isinstance(entry, str) or "key" not in entry
+    ]
+    text, uses = Counter(unnamed).most_common(1)[0] if unnamed else ("", 0)
+    if uses > 1:
+        raise ValueError(
+            f"prompt file {path}: {text!r} occurs {uses} times; leave it once and ask for more images with "
+            "samples_per_prompt, or give each its own key"
+        )
+    return prompts
+
+
+def check_prompts(prompts: Sequence[PromptItem]) -> None:
+    """Refuse a list that cannot be decoded.
+
+    Raises:
+        ValueError: no prompts, an empty one, a key that is no file name or occurs twice, a bad seed.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts; give at least one")
+    for item in prompts:
+        if not item.prompt.strip():
+            raise ValueError(f"prompt {item.key!r} is empty; give it a text or remove it")
+        if not _KEY.fullmatch(item.key):
+            raise ValueError(f"prompt key {item.key!r} cannot name a file; use {_SHOWN_KEY} characters")
+        if not 0 <= item.seed < 2**63:
+            raise ValueError(f"prompt {item.key!r} has seed {item.seed}; use 0 or a positive 63-bit number")
+    # Files of two keys that differ in case alone would be one file on some systems.
+    key, uses = Counter(item.key.lower() for item in prompts).most_common(1)[0]
+    if uses > 1:
+        raise ValueError(f"prompt key {key!r} occurs {uses} times (case aside); every prompt needs its own")
+
+
+def _text_entries(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if path.suffix == ".json" else text.rstrip("\n").split("\n")
+
+
+def _tar_entries(path: Path) -> list[Any]:
+    """Objects of a WebDataset file, by its own rule: a sample's name ends at the first dot of a file's."""
+    found: dict[str, Any] = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            folder, _, name = member.name.rpartition("/")
+            stem, _, kind = name.partition(".")
+            content = archive.extractfile(member) if kind in ("txt", "json") else None
+            if content is None:
+                continue
+            key = re.sub(r"[^A-Za-z0-9._-]", "-", f"{folder}/{stem}".strip("./"))
+            text = content.read(_MAX_TAR_TEXT).decode("utf-8")
+            if kind == "json":
+                entry = json.loads(text)
+                found[key] = {"key": key, **entry} if isinstance(entry, dict) else entry
+            else:
+                found.setdefault(key, {"key": key, "prompt": text})
+    return list(found.values())
+
+
+def _entry(entry: Any, place: int, seed: int, path: Path) -> PromptItem:
+    if isinstance(entry, str):
+        entry = {"prompt": entry}
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ValueError(
+            f"prompt file {path}: entry {place + 1} is neither a text nor an object with `prompt`"
+        )
+    if unknown := sorted(set(entry) - {"prompt", "key", "seed"}):
+        raise ValueError(f"prompt file {path}: entry {place + 1} has unknown fields {unknown}")
+    key = str(entry.get("key", f"prompt-{place:05d}"))
+    prompt_seed = entry.get("seed", seed_of(key, seed))
+    if isinstance(prompt_seed, bool) or not isinstance(prompt_seed, int):
+        raise ValueError(
+            f"prompt file {path}: entry {place + 1} has seed {prompt_seed!r}; it must be an integer"
+        )
+    return PromptItem(key, entry["prompt"].strip(), prompt_seed)

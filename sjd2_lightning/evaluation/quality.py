@@ -1,0 +1,173 @@
+"""Quality of image sets: distances to real images and CLIP score, every image looked at once (ours).
+
+Methods that replay the same randomness draw the same images. Features and embeddings are kept by content
+within one `QualityMeter`, so equal images cost nothing and get equal numbers, to the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sjd2_lightning.data.pictures import LazyImages
+from sjd2_lightning.evaluation.references import ReferenceSet
+from sjd2_lightning.metrics.alignment import CLIPScorer, own_scores, scores_of_others
+from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
+from sjd2_lightning.metrics.features import FeatureExtractor, FeatureSet, cached_features, extract_features
+from sjd2_lightning.metrics.fidelity import frechet_result, kid_result
+from sjd2_lightning.metrics.manifold import manifold_results
+from sjd2_lightning.run.provenance import weights_hash
+
+_MIN_IMAGES = 2  # a covariance needs two
+
+
+@dataclass(frozen=True)
+class QualityMetrics:
+    """What to measure images with.
+
+    Attributes:
+        extractors: of features for the figures fd, kid, precision, recall, density and coverage; the first
+            one gives them these names, each further one appends its own, as in `fd_<name>`.
+        clip: scorer of images against prompts; None leaves the CLIP score out.
+        num_resamples: bootstrap resamples of means.
+        num_distance_resamples: bootstrap resamples of distances; 0 leaves their intervals out.
+        nearest_k: neighbours that precision, recall, density and coverage look at; None leaves them out.
+        cache_dir: keeps features of the reference images between runs; None computes them every time.
+    """
+
+    extractors: Sequence[FeatureExtractor] = ()
+    clip: CLIPScorer | None = None
+    num_resamples: int = 2000
+    num_distance_resamples: int = 100
+    nearest_k: int | None = 5
+    cache_dir: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures of one image set by name, and the CLIP score of each image (empty without a scorer)."""
+
+    figures: dict[str, MetricResult]
+    clip_scores: tuple[float, ...]
+
+
+class QualityMeter:
+    """Measures image sets against one reference set.
+
+    Args:
+        metrics: what to measure with.
+        reference: real images; None leaves the distances out.
+    """
+
+    def __init__(self, metrics: QualityMetrics, reference: ReferenceSet | None) -> None:
+        self.metrics = metrics
+        self.reference = reference
+        self._weights = [_weights_sha256(extractor) for extractor in metrics.extractors]
+        self._clip_weights = _weights_sha256(metrics.clip.model) if metrics.clip else ""
+        self._features = [_ContentCache(_rows_of(extractor)) for extractor in metrics.extractors]
+        self._embeddings = _ContentCache(metrics.clip.embed_images) if metrics.clip else None
+        self._measured: dict[bytes, Quality] = {}
+        self._reference = [
+            self._reference_features(extractor, weights, reference)
+            for extractor, weights in zip(metrics.extractors, self._weights, strict=True)
+        ]
+
+    def forget_images(self) -> None:
+        """Drops what was kept of images; features of the reference stay."""
+        for cache in (*self._features, *filter(None, [self._embeddings])):
+            cache.rows.clear()
+        self._measured.clear()
+
+    def measure(self, images: Sequence[Tensor], captions: Sequence[str]) -> Quality:
+        """Quality of uint8 images (h, w, 3) that should show their captions; "" means no caption is known."""
+        keys = [_content(image) for image in images]
+        content = hashlib.sha256(b"".join(keys) + "\n".join(captions).encode()).digest()
+        if content not in self._measured:
+            self._measured[content] = self._measure(images, keys, captions)
+        return self._measured[content]
+
+    def _measure(self, images: Sequence[Tensor], keys: Sequence[bytes], captions: Sequence[str]) -> Quality:
+        figures: dict[str, MetricResult] = {}
+        for place, (extractor, reference) in enumerate(
+            zip(self.metrics.extractors, self._reference, strict=True)
+        ):
+            if reference is None or len(images) < _MIN_IMAGES:
+                continue
+            rows = self._features[place](images, keys)
+            generated = FeatureSet(extractor.name, extractor.preprocessing, rows, self._weights[place])
+            suffix = f"_{extractor.name}" if place else ""
+            resamples = self.metrics.num_distance_resamples
+            figures[f"fd{suffix}"] = frechet_result(generated, reference, resamples)
+            figures[f"kid{suffix}"] = kid_result(generated, reference, resamples)
+            nearest_k = self.metrics.nearest_k
+            if nearest_k is not None and min(len(images), reference.num_images) > nearest_k:
+                found = manifold_results(generated, reference, nearest_k, self.metrics.num_resamples)
+                figures |= {f"{name}{suffix}": result for name, result in found.items()}
+        clip_figures, scores = self._alignment(images, keys, captions)
+        return Quality(figures | clip_figures, scores)
+
+    def _alignment(
+        self, images: Sequence[Tensor], keys: Sequence[bytes], captions: Sequence[str]
+    ) -> tuple[dict[str, MetricResult], tuple[float, ...]]:
+        clip = self.metrics.clip
+        if clip is None or self._embeddings is None or not all(captions):
+            return {}, ()
+        embedded, texts = self._embeddings(images, keys), clip.embed_captions(captions)
+        matched = own_scores(embedded, texts).numpy()
+        weights = f" (weights {self._clip_weights[:12]})" if self._clip_weights else ""
+        protocol = f"open_clip {clip.name}{weights}, the resize of that model"
+        resamples = self.metrics.num_resamples
+        figures = {"clip_score": mean_result(clip.metric_name, matched, protocol, resamples)}
+        if len(set(captions)) > 1:
+            shuffled = scores_of_others(embedded, texts, captions).numpy()
+            against = f"{protocol}, mean over all other prompts"
+            name = f"{clip.metric_name}_shuffled"
+            figures["clip_score_shuffled"] = mean_result(name, shuffled, against, resamples)
+            name = f"{clip.metric_name}_matched_minus_shuffled"
+            figures["clip_gain"] = paired_difference(name, matched, shuffled, against, resamples)
+        return figures, tuple(matched.tolist())
+
+    def _reference_features(
+        self, extractor: FeatureExtractor, weights: str, reference: ReferenceSet | None
+    ) -> FeatureSet | None:
+        if reference is None or reference.num_images < _MIN_IMAGES:
+            return None
+        if self.metrics.cache_dir is not None:
+            folder = self.metrics.cache_dir
+            found = cached_features(extractor, reference.images, folder, weights=weights)
+        else:
+            found = extract_features(extractor, reference.images, weights=weights)
+        return replace(found, images_sha256=reference.identity)
+
+
+class _ContentCache:
+    """A function of images, row by row, that sees every different image once."""
+
+    def __init__(self, function: Callable[[Sequence[Tensor]], Tensor]) -> None:
+        self.function = function
+        self.rows: dict[bytes, Tensor] = {}
+
+    def __call__(self, images: Sequence[Tensor], keys: Sequence[bytes]) -> Tensor:
+        new = {key: place for place, key in enumerate(keys) if key not in self.rows}
+        if new:
+            unseen = LazyImages(images.__getitem__, list(new.values()))
+            self.rows |= dict(zip(new, self.function(unseen), strict=True))
+        return torch.stack([self.rows[key] for key in keys])
+
+
+def _content(image: Tensor) -> bytes:
+    return hashlib.sha256(f"{tuple(image.shape)}".encode() + image.numpy().tobytes()).digest()
+
+
+def _weights_sha256(module: object) -> str:
+    """ "" for what has no weights of its own to name."""
+    return weights_hash(module) if isinstance(module, nn.Module) and module.state_dict() else ""
+
+
+def _rows_of(extractor: FeatureExtractor) -> Callable[[Sequence[Tensor]], Tensor]:
+    return lambda images: extract_features(extractor, images).features

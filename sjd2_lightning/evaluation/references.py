@@ -1,0 +1,278 @@
+"""Real images that generated ones are measured against, and altered copies that show the scale (ours)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from sjd2_lightning.data.pictures import LazyImages
+from sjd2_lightning.data.sources.emoji import load_emoji_index, render
+from sjd2_lightning.evaluation.prompts import PromptItem, seed_of
+from sjd2_lightning.models.image_tokenizer import ImageTokenizer, to_uint8
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class ReferenceSet:
+    """Real images, uint8, with their keys and, where known, captions ("" if not).
+
+    Attributes:
+        images: (M, h, w, 3) at the size of generated images, or M images of any sizes that are read when they
+            are looked at; of the latter there are no altered copies.
+        num_prompts: that the protocol of this name asks for; None where nothing is asked for.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    captions: tuple[str, ...]
+    images: Tensor | LazyImages
+    num_prompts: int | None = None
+
+    @property
+    def num_images(self) -> int:
+        return len(self.keys)
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 over keys and pixels."""
+        digest = hashlib.sha256("\n".join(self.keys).encode())
+        for image in self.images:
+            digest.update(f"{tuple(image.shape)}".encode() + image.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def matching(self, prompts: Sequence[PromptItem]) -> ReferenceSet:
+        """The images the prompts name, as many as there are prompts if possible.
+
+        Prompts of another origin name none: then images are taken evenly from the whole set. A distance
+        depends on the number of images, so rows are only comparable at equal numbers.
+        """
+        wanted = {item.key for item in prompts}
+        chosen = [i for i, key in enumerate(self.keys) if key in wanted]
+        if not chosen:
+            count = min(len(prompts), self.num_images)
+            chosen = [round(i) for i in np.linspace(0, self.num_images - 1, count)]
+        return ReferenceSet(
+            self.name,
+            tuple(self.keys[i] for i in chosen),
+            tuple(self.captions[i] for i in chosen),
+            self.images[chosen] if isinstance(self.images, Tensor) else self.images.select(chosen),
+            self.num_prompts,
+        )
+
+
+def held_out_emoji(size: int = 64) -> ReferenceSet:
+    """The held-out pictures of the embedded emoji set, canonical view, `size` pixels wide and high."""
+    items = [item for item in load_emoji_index() if item.split == "val"]
+    images = torch.stack([torch.from_numpy(np.array(render(item.path, size))) for item in items])
+    return ReferenceSet(
+        "held-out Twemoji", tuple(item.key for item in items), tuple(item.caption for item in items), images
+    )
+
+
+def image_folder(folder: str | Path, size: tuple[int, int]) -> ReferenceSet:
+    """Images of a folder, their middle resized to `size` = (height, width); captions from `<stem>.txt`.
+
+    Raises:
+        ValueError: if the folder is missing, holds fewer than two images, or one that cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"reference folder {folder} does not exist; give a folder of images")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if len(paths) < 2:
+        raise ValueError(f"reference folder {folder} holds {len(paths)} images; at least 2 are needed")
+    images = torch.stack([_read_cropped(path, size) for path in paths])
+    captions = []
+    for path in paths:
+        text = path.with_suffix(".txt")
+        captions.append(text.read_text(encoding="utf-8").strip() if text.is_file() else "")
+    return ReferenceSet(folder.name, tuple(path.stem for path in paths), tuple(captions), images)
+
+
+def reference_rows(reference: ReferenceSet, tokenizer: ImageTokenizer | None) -> dict[str, Tensor]:
+    """The images as they are, through the tokenizer, blurred, and patch-shuffled; (M, h, w, 3) uint8 each.
+
+    Empty for images that lie on the disk in sizes of their own.
+    """
+    if not isinstance(reference.images, Tensor):
+        return {}
+    rows = {"real": reference.images}
+    if tokenizer is not None:
+        rows["reconstructed"] = reconstructed(reference.images, tokenizer)
+    rows["blurred"] = blurred(reference.images)
+    rows["patch_shuffled"] = patch_shuffled(reference.images)
+    return rows
+
+
+def reconstructed(images: Tensor, tokenizer: ImageTokenizer, batch_size: int = 32) -> Tensor:
+    """Images (M, h, w, 3) encoded and decoded by the image tokenizer: the best a trunk could draw."""
+    device = (
+        next((p.device for p in tokenizer.parameters()), None)
+        if isinstance(tokenizer, torch.nn.Module)
+        else None
+    )
+    parts = []
+    for batch in images.split(batch_size):
+        pixels = batch.permute(0, 3, 1, 2).float().div(255).to(device)
+        with torch.no_grad():
+            parts.append(to_uint8(tokenizer.decode(tokenizer.encode(pixels))))
+    return torch.cat(parts)
+
+
+def blurred(images: Tensor) -> Tensor:
+    """Images (M, h, w, 3) under a Gaussian blur whose deviation is 1/32 of their height, 1 pixel at least."""
+    sigma = max(1.0, images.shape[1] / 32)
+    size = 2 * round(3 * sigma) + 1
+    return F.gaussian_blur(images.permute(0, 3, 1, 2), [size, size], [sigma, sigma]).permute(0, 2, 3, 1)
+
+
+def patch_shuffled(images: Tensor, grid: int = 4, seed: int = 0) -> Tensor:
+    """Images (M, h, w, 3) cut into grid x grid patches that change places, differently in each image."""
+    height, width = images.shape[1] // grid, images.shape[2] // grid
+    shuffled = images.clone()
+    rng = np.random.default_rng(seed)
+    for target, image in zip(shuffled, images, strict=True):
+        for place, source in enumerate(rng.permutation(grid * grid)):
+            (row, col), (from_row, from_col) = divmod(place, grid), divmod(int(source), grid)
+            patch = image[from_row * height :, from_col * width :][:height, :width]
+            target[row * height :, col * width :][:height, :width] = patch
+    return shuffled
+
+
+def _read_cropped(path: Path, size: tuple[int, int]) -> Tensor:
+    height, width = size
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"reference image {path} cannot be read: {error}; remove or replace it") from error
+    scale = max(height / image.height, width / image.width)
+    image = image.resize(
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
+        Image.Resampling.LANCZOS,
+    )
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))
+
+
+@dataclass(frozen=True)
+class CocoProtocol:
+    """Captions and images of COCO, as its archives unpack.
+
+    Attributes:
+        name: of the protocol; goes into every report.
+        annotations: a captions_*.json.
+        images: the folder of the JPEGs that it names.
+        num_images: captions to draw, each of another image.
+    """
+
+    name: str
+    annotations: Path
+    images: Path
+    num_images: int
+
+
+@dataclass(frozen=True)
+class CocoItem:
+    """One image with the caption that stands for it."""
+
+    image_id: int
+    file_name: str
+    caption: str
+
+    @property
+    def key(self) -> str:
+        return f"coco-{self.image_id:012d}"
+
+
+def coco_items(protocol: CocoProtocol) -> list[CocoItem]:
+    """The images of a protocol with one caption each, in the order of their ids.
+
+    The caption of an image is the one with the lowest annotation id. Where the file holds more images than
+    the protocol wants, those are taken whose id has the smallest sha256: a fixed draw that no seed changes.
+
+    Raises:
+        ValueError: the file is missing, is no COCO captions file, or holds too few captioned images.
+    """
+    images, captions = _read(protocol.annotations)
+    chosen = sorted(images.keys() & captions.keys())
+    if len(chosen) < protocol.num_images:
+        raise ValueError(
+            f"{protocol.annotations} has captions of {len(chosen)} images and {protocol.name} needs "
+            f"{protocol.num_images}; use the whole file, or set metrics.protocol.num_images and another name"
+        )
+    if len(chosen) > protocol.num_images:
+        chosen = sorted(sorted(chosen, key=_draw)[: protocol.num_images])
+    return [CocoItem(image_id, images[image_id], captions[image_id]) for image_id in chosen]
+
+
+def coco_prompts(items: Sequence[CocoItem], seed: int = 0) -> list[PromptItem]:
+    """The captions as prompts; keys are those of the images."""
+    return [PromptItem(item.key, item.caption, seed_of(item.key, seed)) for item in items]
+
+
+def coco_reference(protocol: CocoProtocol, items: Sequence[CocoItem]) -> ReferenceSet:
+    """The images of the captions at their own sizes; the extractor resizes them, as clean-fid does.
+
+    Raises:
+        ValueError: an image is not in the folder. One that cannot be read is an error when it is looked at.
+    """
+    paths = [protocol.images / item.file_name for item in items]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} images of {protocol.annotations} are not in {protocol.images}, the first is "
+            f"{missing[0].name}; unpack the whole archive there"
+        )
+    return ReferenceSet(
+        protocol.name,
+        tuple(item.key for item in items),
+        tuple(item.caption for item in items),
+        LazyImages(_read_rgb, paths),
+        protocol.num_images,
+    )
+
+
+def _read(path: Path) -> tuple[dict[int, str], dict[int, str]]:
+    """File names and captions by image id."""
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        images = {int(entry["id"]): str(entry["file_name"]) for entry in content["images"]}
+        captions: dict[int, tuple[int, str]] = {}
+        for entry in content["annotations"]:
+            found = (int(entry["id"]), " ".join(str(entry["caption"]).split()))
+            image_id = int(entry["image_id"])
+            captions[image_id] = min(found, captions.get(image_id, found))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as COCO captions ({type(error).__name__}: {error}); "
+            "give captions_val2017.json or its like, from COCO's archive of annotations"
+        ) from error
+    unsafe = [name for name in images.values() if Path(name).name != name]
+    if unsafe:
+        raise ValueError(f"{path} names the file {unsafe[0]!r}; names of COCO hold no folders")
+    return images, {image_id: text for image_id, (_, text) in captions.items() if text}
+
+
+def _draw(image_id: int) -> str:
+    return hashlib.sha256(f"coco:{image_id}".encode()).hexdigest()
+
+
+def _read_rgb(path: Path) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB")))
+    except OSError as error:
+        raise ValueError(f"reference image {path} cannot be read: {error}; unpack it again") from error

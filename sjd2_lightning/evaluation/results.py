@@ -1,0 +1,294 @@
+"""Figures of decoded images: what each method cost and what its images are worth, with intervals (ours)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.evaluation.prompts import PromptItem
+from sjd2_lightning.evaluation.quality import Quality, QualityMeter
+from sjd2_lightning.evaluation.references import reference_rows
+from sjd2_lightning.evaluation.store import ImageRecord, RecordStore
+from sjd2_lightning.metrics.bootstrap import (
+    MetricResult,
+    mean_result,
+    paired_difference,
+    percentile_interval,
+    ratio_of_totals,
+)
+from sjd2_lightning.metrics.efficiency import latency_summary
+from sjd2_lightning.models.image_tokenizer import ImageTokenizer
+
+BASELINE = "ar"
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What one method did.
+
+    Attributes:
+        figures: nfe, step_compression, speedup, seconds_per_image, images_per_second, flops_per_token,
+            peak_memory_gib, fd, kid, precision, recall, density, coverage, clip_score, clip_score_shuffled,
+            clip_gain, clip_score_minus_ar; a figure that could not be measured is absent.
+        seconds_p95: 95th percentile of the seconds an image.
+        acceptance_counts: entry n counts the forward passes that committed n slots.
+        equal_to_ar: share of images whose codes equal the baseline's; None without a baseline.
+        near_ties: images that differ from the baseline's in replay mode and where rounding may be why: the
+            two best perturbed scores lie within 1e-5 at the first slot that differs.
+        records: of all images, in the order of the prompts; `clip_scores` has one entry each, or is empty.
+    """
+
+    name: str
+    config: DecodingConfig
+    figures: dict[str, MetricResult]
+    seconds_p95: float
+    acceptance_counts: tuple[int, ...]
+    equal_to_ar: float | None
+    near_ties: int
+    records: tuple[ImageRecord, ...]
+    clip_scores: tuple[float, ...]
+
+    @property
+    def num_images(self) -> int:
+        return len(self.records)
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Results of all methods, of the reference rows, and what must be said about them.
+
+    Attributes:
+        references: real images as they are, reconstructed, blurred, patch-shuffled; empty without reference.
+        warnings: sentences a reader needs before the figures.
+        store: records and images.
+    """
+
+    methods: dict[str, MethodResult]
+    references: dict[str, tuple[int, Quality]]
+    prompts: tuple[PromptItem, ...]
+    warnings: tuple[str, ...]
+    store: RecordStore
+    reference_name: str | None
+    reference_identity: str | None
+
+
+def measure_methods(
+    store: RecordStore,
+    methods: Mapping[str, DecodingConfig],
+    prompts: Sequence[PromptItem],
+    meter: QualityMeter,
+    references: Mapping[str, tuple[int, Quality]] | None = None,
+    ties: Mapping[str, Mapping[str, bool]] | None = None,
+    flops: Mapping[str, Mapping[str, float]] | None = None,
+) -> EvaluationResult:
+    """Figures of images that were decoded before.
+
+    Args:
+        store: records and images.
+        methods, prompts: what was decoded.
+        meter: measures the images.
+        references: of `measure_references`.
+        ties: by method in replay mode and key of an image that differs from the baseline's, whether a near
+            tie explains it; see `generation.explained_by_ties`.
+        flops: by method and key of an image, floating-point operations of its passes.
+
+    Raises:
+        ValueError: if an image is missing or cannot be read.
+    """
+    records = records_by_method(store, methods, prompts)
+    ties = ties or {}
+    qualities = {
+        name: meter.measure(store.images(rows), [record.prompt for record in rows])
+        for name, rows in records.items()
+    }
+    resamples = meter.metrics.num_resamples
+    results = {
+        name: _method_result(name, config, records, qualities, resamples, sum(ties.get(name, {}).values()))
+        for name, config in methods.items()
+    }
+    for name, by_key in (flops or {}).items():
+        results[name].figures["flops_per_token"] = ratio_of_totals(
+            "flops_per_token",
+            [by_key[record.key] for record in records[name]],
+            [record.num_generated for record in records[name]],
+            "trunk and head, guidance included, prefill excluded; "
+            "torch's counter on one pass, prefix lengths of all",
+            resamples,
+        )
+    return EvaluationResult(
+        methods=results,
+        references=dict(references or {}),
+        prompts=tuple(prompts),
+        warnings=(*_protocol_warnings(meter, len(prompts)), *_warnings(results, ties)),
+        store=store,
+        reference_name=meter.reference.name if meter.reference else None,
+        reference_identity=meter.reference.identity if meter.reference else None,
+    )
+
+
+def measure_references(
+    meter: QualityMeter, prompts: Sequence[PromptItem], image_tokenizer: ImageTokenizer | None = None
+) -> dict[str, tuple[int, Quality]]:
+    """Number and quality of the real images that the prompts name, as they are and altered.
+
+    They show the scale: what no method can beat, and what a spoilt image scores.
+    """
+    if meter.reference is None:
+        return {}
+    subset = meter.reference.matching(prompts)
+    return {
+        name: (subset.num_images, meter.measure(list(images), subset.captions))
+        for name, images in reference_rows(subset, image_tokenizer).items()
+    }
+
+
+def records_by_method(
+    store: RecordStore, methods: Iterable[str], prompts: Sequence[PromptItem]
+) -> dict[str, list[ImageRecord]]:
+    """Records of each method, in the order of the prompts.
+
+    Raises:
+        ValueError: if an image is missing.
+    """
+    found = {(record.method, record.key): record for record in store.load()}
+    methods = list(methods)
+    missing = [(name, item.key) for name in methods for item in prompts if (name, item.key) not in found]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} images are missing, the first by method and key {missing[0]}; run again"
+        )
+    return {name: [found[name, item.key] for item in prompts] for name in methods}
+
+
+def _method_result(
+    name: str,
+    config: DecodingConfig,
+    records: Mapping[str, Sequence[ImageRecord]],
+    qualities: Mapping[str, Quality],
+    num_resamples: int,
+    near_ties: int,
+) -> MethodResult:
+    own, baseline = records[name], records.get(BASELINE)
+    figures = {
+        "nfe": mean_result(
+            "nfe", [r.nfe for r in own], "forward passes an image, prefill excluded", num_resamples
+        ),
+        "step_compression": ratio_of_totals(
+            "step_compression",
+            [r.num_generated for r in own],
+            [r.nfe for r in own],
+            "generated slots / nfe",
+            num_resamples,
+        ),
+    }
+    seconds = latency_summary([r.seconds / r.batch_size for r in own])
+    figures |= _clock_figures(own, seconds.median, num_resamples)
+    if baseline is not None:
+        figures["speedup"] = speedup(baseline, own, num_resamples)
+        scores, baseline_scores = qualities[name].clip_scores, qualities[BASELINE].clip_scores
+        if scores and name != BASELINE:
+            figures["clip_score_minus_ar"] = paired_difference(
+                "clip_score_minus_ar", scores, baseline_scores, "paired by prompt and seed", num_resamples
+            )
+    counts = Counter(count for record in own for count in record.accepted)
+    return MethodResult(
+        name=name,
+        config=config,
+        figures=figures | qualities[name].figures,
+        seconds_p95=seconds.p95,
+        acceptance_counts=tuple(counts[n] for n in range(max(counts, default=0) + 1)),
+        equal_to_ar=None if baseline is None else _share_equal(own, baseline),
+        near_ties=near_ties,
+        records=tuple(own),
+        clip_scores=qualities[name].clip_scores,
+    )
+
+
+def _clock_figures(
+    own: Sequence[ImageRecord], median: float, num_resamples: int, seed: int = 0
+) -> dict[str, MetricResult]:
+    """Latency, throughput and memory; intervals resample batches, which is what was timed."""
+    batches = list({record.batch: record for record in own}.values())
+    taken = np.array([record.seconds / record.batch_size for record in batches])
+    interval = None
+    if num_resamples and len(batches) > 1:
+        rows = np.random.default_rng(seed).integers(0, len(taken), (num_resamples, len(taken)))
+        interval = percentile_interval(np.median(taken[rows], axis=1))
+    found = {
+        "seconds_per_image": MetricResult(
+            "seconds_per_image", median, interval, len(own), "wall clock of a batch / images in it, median"
+        ),
+        "images_per_second": ratio_of_totals(
+            "images_per_second",
+            [record.batch_size for record in batches],
+            [record.seconds for record in batches],
+            "images / wall clock of all batches, image decoder excluded",
+            num_resamples,
+        ),
+    }
+    peaks = [record.peak_bytes for record in own if record.peak_bytes is not None]
+    if peaks:
+        protocol = "most the CUDA allocator held while a batch was decoded, weights included"
+        found["peak_memory_gib"] = MetricResult(
+            "peak_memory_gib", max(peaks) / 2**30, None, len(own), protocol
+        )
+    return found
+
+
+def speedup(
+    baseline: Sequence[ImageRecord], method: Sequence[ImageRecord], num_resamples: int = 2000, seed: int = 0
+) -> MetricResult:
+    """Median over prompt batches of baseline seconds / method seconds; the interval resamples batches.
+
+    Only batches that one process decoded by both methods are paired: a run that was stopped and resumed may
+    have met another machine in between. Without any such batch all are paired, and the figure is flagged.
+    """
+    ours = {record.batch: record for record in method}
+    theirs = {record.batch: record for record in baseline}
+    paired = [batch for batch in theirs if ours[batch].process == theirs[batch].process]
+    flags = () if paired else ("baseline and method were not timed side by side",)
+    ratios = np.array([theirs[batch].seconds / ours[batch].seconds for batch in paired or theirs])
+    interval = None
+    if num_resamples and len(ratios) > 1:
+        rows = np.random.default_rng(seed).integers(0, len(ratios), (num_resamples, len(ratios)))
+        interval = percentile_interval(np.median(ratios[rows], axis=1))
+    protocol = f"wall clock, median ratio over {len(ratios)} prompt batches decoded by both methods in turn"
+    return MetricResult("speedup", float(np.median(ratios)), interval, len(method), protocol, flags)
+
+
+def _share_equal(own: Sequence[ImageRecord], baseline: Sequence[ImageRecord]) -> float:
+    same = [a.image_ids == b.image_ids for a, b in zip(own, baseline, strict=True)]
+    return float(np.mean(same))
+
+
+def _protocol_warnings(meter: QualityMeter, num_prompts: int) -> Iterator[str]:
+    wanted = meter.reference.num_prompts if meter.reference else None
+    if meter.reference and wanted is not None and wanted != num_prompts:
+        yield (
+            f"{meter.reference.name} asks for {wanted} prompts and {num_prompts} were decoded: "
+            "not comparable with published figures"
+        )
+
+
+def _warnings(results: Mapping[str, MethodResult], ties: Mapping[str, Mapping[str, bool]]) -> Iterator[str]:
+    methods_of: dict[tuple[str, str], list[str]] = {}  # by flag and figure
+    for name, result in results.items():
+        for figure in result.figures.values():
+            for flag in figure.flags:
+                methods_of.setdefault((flag, figure.name), []).append(name)
+    figures_of: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (flag, figure_name), names in methods_of.items():
+        figures_of.setdefault((flag, tuple(names)), []).append(figure_name)
+    for (flag, methods), figure_names in figures_of.items():
+        text = f"{', '.join(figure_names)}: {flag}"
+        yield text if len(methods) == len(results) else f"{text} ({', '.join(methods)})"
+    if BASELINE not in results:
+        yield f"no method is called {BASELINE!r}: there is no baseline for speedup and equality"
+        return
+    for name, explained in ties.items():
+        for key in (key for key, by_tie in explained.items() if not by_tie):
+            yield f"{name}: image {key} differs from the baseline's without a near tie: report this bug"

@@ -1,0 +1,202 @@
+"""What a comparison leaves on disk: one record and one PNG an image, so that a killed run can go on.
+
+Source: ours. A record is appended, and forced to the disk, after its PNG lies there: a record present means
+work done. A folder belongs to one configuration, whose hash it carries.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor, distributed
+
+from sjd2_lightning.data.pictures import LazyImages, png_bytes, read_image
+from sjd2_lightning.run.files import fingerprint, write_atomic
+from sjd2_lightning.run.processes import wait_for_all
+
+_RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One decoded image without its pixels.
+
+    Attributes:
+        batch, batch_size: number of the prompt batch it was decoded in, and rows of that batch.
+        nfe, num_generated: forward passes and generated slots, structural ones included.
+        accepted: slots committed by each pass.
+        settled_iteration: pass, from 0, that committed each code, raster order.
+        image_ids: the codes, raster order; `size` is (height, width) in codes.
+        seconds: wall clock of decoding the whole batch.
+        process: names the process; only decodes of one process are compared in time.
+        peak_bytes: most memory the device held while decoding the batch; None where it cannot be told.
+    """
+
+    key: str
+    prompt: str
+    seed: int
+    method: str
+    batch: int
+    batch_size: int
+    nfe: int
+    num_generated: int
+    accepted: tuple[int, ...]
+    settled_iteration: tuple[int, ...]
+    image_ids: tuple[int, ...]
+    size: tuple[int, int]
+    seconds: float
+    process: str
+    peak_bytes: int | None = None
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> ImageRecord:
+        """A record from the object that `json` read."""
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        return cls(**plain)
+
+
+def discard_other_run(folder: str | Path, identity: Mapping[str, Any]) -> bool:
+    """Removes records and images of another configuration from a folder, and nothing else.
+
+    Returns:
+        Whether anything was removed; a folder without `run.json` is left alone.
+    """
+    folder = Path(folder)
+    run_file = folder / _RUN_FILE
+    if not run_file.is_file():
+        return False
+    try:
+        if json.loads(run_file.read_text())["hash"] == fingerprint(identity):
+            return False
+    except (ValueError, KeyError, TypeError):
+        pass  # no usable hash: nobody can go on with this folder
+    for path in folder.glob("records*.jsonl"):
+        path.unlink()
+    shutil.rmtree(folder / "images", ignore_errors=True)
+    run_file.unlink()
+    return True
+
+
+class RecordStore:
+    """Records and images of one folder.
+
+    Args:
+        folder: created when missing.
+        identity: JSON object of everything that decides the images; a folder holds one identity only.
+        rank: of the process, which appends to a file of its own.
+
+    Raises:
+        ValueError: if the folder holds images of another identity, naming what differs.
+    """
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any], rank: int = 0) -> None:
+        self.folder = Path(folder)
+        self.identity = dict(identity)
+        self.hash = fingerprint(identity)
+        self._claim(identity)
+        self.path = self.folder / ("records.jsonl" if rank == 0 else f"records.rank{rank}.jsonl")
+        _cut_torn_line(self.path)
+
+    def image_path(self, record: ImageRecord) -> Path:
+        """Where the PNG of a record lies."""
+        return self.folder / "images" / record.method / f"{record.key}.png"
+
+    def append(self, records: Sequence[ImageRecord], images: Iterable[Tensor | np.ndarray]) -> None:
+        """Keeps decoded images, uint8 (h, w, 3) each: first the PNGs, then all their records at once."""
+        for record, pixels in zip(records, images, strict=True):
+            write_atomic(self.image_path(record), png_bytes(pixels))
+        lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        with self.path.open("ab") as file:
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def load(self) -> list[ImageRecord]:
+        """Records of all ranks whose PNG is there, one for each method and key, by batch and method."""
+        found: dict[tuple[str, str], ImageRecord] = {}
+        for path in sorted(self.folder.glob("records*.jsonl")):
+            # Behind the last newline lies what a kill cut short, or what another rank is writing now.
+            whole, _, _ = path.read_text().rpartition("\n")
+            for number, line in enumerate(whole.splitlines(), start=1):
+                try:
+                    record = ImageRecord.from_json(json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(
+                        f"{path}, line {number} is no record ({error}); remove the line to decode again"
+                    ) from error
+                if self.image_path(record).is_file():
+                    found.setdefault((record.method, record.key), record)
+        return sorted(found.values(), key=lambda record: (record.batch, record.method, record.key))
+
+    def images(self, records: Sequence[ImageRecord]) -> LazyImages:
+        """Pixels of records, read when they are looked at; one that cannot be read is a ValueError then."""
+        return LazyImages(read_image, [self.image_path(record) for record in records])
+
+    def _claim(self, identity: Mapping[str, Any]) -> None:
+        run_file = self.folder / _RUN_FILE
+        if not run_file.is_file():
+            if any(self.folder.glob("records*.jsonl")):
+                raise ValueError(f"{self.folder} holds records but no {_RUN_FILE}; choose another folder")
+            write_atomic(run_file, json.dumps({"hash": self.hash, "identity": dict(identity)}, indent=1))
+            return
+        try:
+            held = json.loads(run_file.read_text())
+            differs = held["hash"] != self.hash
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{run_file} cannot be read ({error}); choose another folder") from error
+        if differs:
+            plain = json.loads(json.dumps(dict(identity)))
+            names = _differences(held.get("identity", {}), plain)
+            raise ValueError(
+                f"{self.folder} holds images of another configuration ({', '.join(names[:5])} differ); "
+                f"choose another folder, or let the old images be replaced"
+            )
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drops what a kill in the middle of an append left behind the last newline."""
+    if path.is_file():
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            write_atomic(path, whole)
+
+
+def _differences(held: Any, wanted: Any, prefix: str = "") -> list[str]:
+    if not (isinstance(held, dict) and isinstance(wanted, dict)):
+        return [prefix or "contents"] if held != wanted else []
+    names = []
+    for name in sorted(held.keys() | wanted.keys()):
+        names += _differences(held.get(name), wanted.get(name), f"{prefix}.{name}" if prefix else str(name))
+    return names
+
+
+def collect_on_rank_zero(store: RecordStore, rank: int, world_size: int) -> None:
+    """Waits for all ranks, then copies to rank 0's folder what it cannot see there.
+
+    On a shared file system that is nothing. Records are told apart by method and key, so none comes twice.
+    """
+    if world_size == 1:
+        return
+    wait_for_all()
+    held: list[Any] = [{(record.method, record.key) for record in store.load()} if rank == 0 else None]
+    distributed.broadcast_object_list(held, src=0)
+    mine = []
+    if rank != 0:
+        for record in store.load():
+            if (record.method, record.key) not in held[0]:
+                mine.append((record, store.image_path(record).read_bytes()))
+    gathered: list[Any] | None = [None] * world_size if rank == 0 else None
+    distributed.gather_object(mine, gathered, dst=0)
+    for parts in gathered or ():
+        records: list[ImageRecord] = [record for record, _ in parts]
+        store.append(records, [np.array(Image.open(io.BytesIO(png)).convert("RGB")) for _, png in parts])

@@ -1,0 +1,240 @@
+"""Reading a saved backbone, or a plain Hugging Face folder, into the parts of an adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How weights are read.
+
+    Attributes:
+        dtype: of the trunk; image tokenizers stay in single precision.
+        device: to load straight onto; None is the main memory.
+        unconditional: replaces the family's context of guidance; None keeps it.
+        remedy: what an error about missing files tells the reader to do.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: str | None = None
+    unconditional: str | None = None
+    remedy: str = "set model.path and model.trunk"
+
+    def tokens(self, defaults: Any, fields: dict[str, Any]) -> Any:
+        """Control tokens: the family's defaults, then what the folder says, then what is asked for."""
+        known = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        if self.unconditional is not None:
+            known["unconditional"] = self.unconditional
+        return replace(defaults, **known)
+
+
+def load_parts(
+    model_class: Any,
+    folder: Path,
+    trunk: str,
+    family: str,
+    options: LoadOptions,
+    optional: tuple[str, ...] = (),
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]:
+    """Model, text tokenizer and control-token fields of a saved backbone or a plain Hugging Face folder.
+
+    Args:
+        model_class: of transformers.
+        folder: with `backbone.json`, or in Hugging Face layout.
+        trunk: sub-folder of a saved backbone, or any other path to the trunk's weights.
+        family: that the folder must be of.
+        optional: prefixes of keys that a checkpoint may lack, since nothing here reads those weights.
+
+    Raises:
+        ValueError: if a part is missing, of another family, or does not fit the model; the message names it.
+    """
+    fields = read_backbone_file(folder, family)
+    trunk_folder, text_folder = folder, folder
+    if fields:
+        elsewhere = Path(trunk).is_dir() and not (folder / trunk).is_dir()
+        trunk_folder = Path(trunk) if elsewhere else folder / trunk
+        text_folder = folder / TEXT
+    check_folder(trunk_folder, model_class.config_class.model_type, options.remedy)
+    if not (text_folder / "tokenizer.json").is_file():
+        raise ValueError(
+            f"no backbone in {folder}: {text_folder / 'tokenizer.json'} is missing; {options.remedy}"
+        )
+    model = _load_model(model_class, trunk_folder, options, optional)
+    # the class that a release names may build its tokenizer anew; tokenizer.json is what it was trained with
+    text = PreTrainedTokenizerFast.from_pretrained(text_folder, local_files_only=True)
+    return model, text, fields
+
+
+def _load_model(
+    model_class: Any, folder: Path, options: LoadOptions, optional: tuple[str, ...]
+) -> PreTrainedModel:
+    config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+    # Emu3's class has 0.1 unless told otherwise: the law would differ between training and decoding
+    config.get_text_config().attention_dropout = 0.0
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=options.dtype,
+            device_map=options.device,
+            use_safetensors=True,
+            local_files_only=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the weights in {folder} do not fit their config.json: {error}") from error
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(optional))
+    unknown = sorted(info["unexpected_keys"])
+    if missing or unknown:
+        shown = [f"missing {key}" for key in missing[:3]] + [f"unknown {key}" for key in unknown[:3]]
+        raise ValueError(
+            f"the weights in {folder} are not those of {model_class.__name__}: {len(missing)} keys missing, "
+            f"{len(unknown)} unknown ({', '.join(shown)}); {options.remedy}"
+        )
+    return model.eval()
+
+
+BACKBONE_FILE = "backbone.json"  # in folders that this package wrote: family and control tokens
+TRUNK, TEXT, TOKENIZER, ADAPTER = "trunk", "text", "tokenizer", "adapter"  # their sub-folders
+PARTS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # never pickles, never code
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Where a backbone is loaded from.
+
+    Attributes:
+        path: local folder; used if it is there.
+        hub_id: repository on the Hugging Face hub, used if `path` is not there.
+        revision: commit or tag of that repository; None is its newest.
+        local_files_only: True never opens a connection: the repository must lie in the hub's local cache.
+        get: shell command that gets the weights, where downloading the repository is not all there is to it;
+            they are then only read from `path`.
+    """
+
+    path: str | Path
+    hub_id: str | None = None
+    revision: str | None = None
+    local_files_only: bool = True
+    get: str | None = None
+
+    def command(self) -> str:
+        """The shell command that gets the weights; empty where there is no repository to get them from."""
+        if self.get is not None:
+            return self.get
+        if self.hub_id is None:
+            return ""
+        pin = f" --revision {self.revision}" if self.revision else ""
+        return f"hf download {self.hub_id}{pin} --local-dir {self.path}"
+
+    def remedy(self) -> str:
+        """What to do where the weights are missing."""
+        if not self.command():
+            return "set model.path to a backbone folder, such as an export_dir"
+        if self.get is not None:
+            return f"get them with `{self.get}`"
+        return (
+            f"get them with `{self.command()}`, or let model.local_files_only=false download {self.hub_id} "
+            "into the hub's cache"
+        )
+
+    def folder(self) -> Path:
+        """The local folder of the weights, downloaded if that is allowed.
+
+        Raises:
+            ValueError: if there is none, or one of another revision; the message names the command that
+                gets it.
+        """
+        if Path(self.path).is_dir():
+            self._check_revision(Path(self.path))
+            return Path(self.path)
+        if self.hub_id is None or self.get is not None:
+            raise ValueError(f"no backbone in {self.path}: there is no such folder; {self.remedy()}")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            return Path(
+                snapshot_download(
+                    self.hub_id,
+                    revision=self.revision,
+                    local_files_only=self.local_files_only,
+                    allow_patterns=list(PARTS),
+                )
+            )
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            wanted = f"{self.hub_id} at revision {self.revision or 'main'}"
+            raise ValueError(
+                f"no backbone in {self.path}, and {wanted} is neither in the hub's cache nor could it be "
+                f"downloaded ({type(error).__name__}); {self.remedy()}"
+            ) from error
+
+    def _check_revision(self, folder: Path) -> None:
+        """Refuses a folder whose download left word of another commit; a tag is not known to it."""
+        if self.revision is None or not re.fullmatch("[0-9a-f]{7,40}", self.revision):
+            return
+        for record in sorted((folder / ".cache" / "huggingface" / "download").glob("*.metadata")):
+            commit = record.read_text().split("\n", 1)[0]
+            if not commit.startswith(self.revision):
+                raise ValueError(
+                    f"{folder / record.stem} is of revision {commit}, not {self.revision} as model.revision "
+                    f"asks; {self.remedy()}, or change model.revision"
+                )
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """Names of the safetensors files that a folder in Hugging Face layout lacks, its config included."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    return [name for name in ("config.json", *sorted(names)) if not (folder / name).is_file()]
+
+
+def check_folder(folder: Path, model_type: str, remedy: str) -> None:
+    """Refuses a folder that does not hold the safetensors of a model of one type.
+
+    Args:
+        folder: in Hugging Face layout.
+        model_type: that its config.json must have.
+        remedy: what the reader can do about it.
+
+    Raises:
+        ValueError: naming what is missing, or the family that the folder is of.
+    """
+    if missing := missing_weights(folder):
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        why = (
+            f" (it has {', '.join(pickles)}, but a pickle can run code while it is read: safetensors only)"
+            if pickles
+            else ""
+        )
+        raise ValueError(f"no backbone in {folder}: {', '.join(missing)} missing{why}; {remedy}")
+    found = json.loads((folder / "config.json").read_text()).get("model_type")
+    if found != model_type:
+        raise ValueError(f"{folder} holds a model of type {found!r}, not {model_type!r}; {remedy}")
+
+
+def read_backbone_file(folder: Path, family: str) -> dict[str, object]:
+    """Fields of `backbone.json`; empty for a folder in plain Hugging Face layout.
+
+    Raises:
+        ValueError: if the folder is of another family.
+    """
+    path = folder / BACKBONE_FILE
+    if not path.is_file():
+        return {}
+    fields = json.loads(path.read_text())
+    found = fields.pop("family", None)
+    if found != family:
+        raise ValueError(f"{path} is of the family {found!r}, not {family!r}; set model.family to {found}")
+    return fields

@@ -1,0 +1,276 @@
+"""What a report shows beyond the records: trajectories, replays and the cost of a pass.
+
+Source: ours. All of it is taken after the comparison and never timed with it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.loop import decode
+from sjd2_lightning.decoding.output import Iteration
+from sjd2_lightning.evaluation.prompts import PromptItem
+from sjd2_lightning.evaluation.results import EvaluationResult
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mode
+from sjd2_lightning.models.image_tokenizer import to_uint8
+from sjd2_lightning.report.cost import PassCost, measure_pass_costs
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Trajectories of the first prompts by every method, their replays, and the cost of a pass by window."""
+
+    trajectories: tuple[Trajectory, ...] = ()
+    replays: tuple[Replay, ...] = ()
+    pass_costs: tuple[PassCost, ...] = ()
+
+
+def observe(
+    backbone: Backbone,
+    result: EvaluationResult,
+    layout: ImageLayout,
+    *,
+    num_trajectories: int,
+    num_frames: int,
+    cost_windows: Sequence[int],
+) -> Observations:
+    """Decodes the first prompts again with an observer, draws partial images, times single passes.
+
+    Args:
+        backbone: model that the result is of; put into eval mode here, and back.
+        result: of `evaluate_methods`.
+        layout: of its images.
+        num_trajectories: prompts decoded again by every method; 0 leaves trajectories and replays out.
+        num_frames: partial images of each replay, 2 or more.
+        cost_windows: windows at which a pass is timed; none leaves it out.
+    """
+    methods = {name: method.config for name, method in result.methods.items()}
+    guided = any(config.sampling.guidance_scale != 1 for config in methods.values())
+    rows = (2 if guided else 1) * max(
+        record.batch_size for m in result.methods.values() for record in m.records
+    )
+    with evaluation_mode(backbone):
+        traced = trace(backbone, methods, result.prompts[:num_trajectories], layout)
+        replays = [replay(backbone, trajectory, num_frames) for trajectory in traced]
+        costs = measure_pass_costs(backbone, layout, cost_windows, rows)
+    return Observations(tuple(traced), tuple(replays), costs)
+
+
+MAX_FRAME_PX = 160
+_CHUNK = 8  # images decoded together: bounds memory of large image decoders
+_QUALITY = 88
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A trajectory and its partial images.
+
+    Attributes:
+        trajectory: what is replayed.
+        passes: (F,) forward passes, from 0, after which the frames were taken; the last pass is among them.
+        frames: (F, h, w, 3) uint8, at most `MAX_FRAME_PX` a side.
+    """
+
+    trajectory: Trajectory
+    passes: tuple[int, ...]
+    frames: np.ndarray
+
+
+def shown_passes(num_passes: int, num_frames: int) -> tuple[int, ...]:
+    """At most `num_frames` passes, evenly spread, the first and the last among them."""
+    spread = np.linspace(0, num_passes - 1, min(num_frames, num_passes)).round().astype(int)
+    return tuple(dict.fromkeys(spread.tolist()))
+
+
+@torch.inference_mode()
+def replay(backbone: Backbone, trajectory: Trajectory, num_frames: int) -> Replay:
+    """Partial images of a trajectory.
+
+    Args:
+        backbone: whose image decoder draws them.
+        trajectory: of `trace`.
+        num_frames: at most so many, 2 or more.
+    """
+    passes = shown_passes(trajectory.num_passes, num_frames)
+    codes = trajectory.guesses[list(passes)]
+    filler = np.bincount(trajectory.image_ids).argmax()
+    grids = torch.from_numpy(np.where(codes == OUTSIDE, filler, codes)).view(-1, *trajectory.size)
+    frames = [
+        _small(image.numpy())
+        for chunk in grids.split(_CHUNK)
+        for image in to_uint8(backbone.decode_images(chunk.to(backbone.device)))
+    ]
+    return Replay(trajectory, passes, np.stack(frames))
+
+
+def sprite(replay: Replay) -> tuple[bytes, int]:
+    """All frames in one WebP image, row by row, and how many stand in a row."""
+    num, height, width = replay.frames.shape[:3]
+    in_row = int(np.ceil(np.sqrt(num)))
+    sheet = Image.new("RGB", (in_row * width, -(-num // in_row) * height))
+    for place, frame in enumerate(replay.frames):
+        sheet.paste(Image.fromarray(frame), (place % in_row * width, place // in_row * height))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "WEBP", quality=_QUALITY, method=4)
+    return buffer.getvalue(), in_row
+
+
+def _small(pixels: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(pixels)
+    image.thumbnail((MAX_FRAME_PX, MAX_FRAME_PX))
+    return np.asarray(image)
+
+
+OUTSIDE = -1
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What the model thought of each code after each forward pass; codes in raster order, row ends left out.
+
+    Attributes:
+        item: the prompt.
+        method: name of the method.
+        guesses: (P, C) what verification gave each code of the window; left of it what was committed, right
+            of it -1.
+        levels: (P, C) noise level that a draft was fed with; -1 outside the window.
+        num_committed: (P,) codes committed after each pass.
+        size: (height, width) in codes.
+    """
+
+    item: PromptItem
+    method: str
+    guesses: np.ndarray
+    levels: np.ndarray
+    num_committed: np.ndarray
+    size: tuple[int, int]
+
+    @property
+    def num_passes(self) -> int:
+        return len(self.guesses)
+
+    @property
+    def image_ids(self) -> np.ndarray:
+        """(C,) the codes of the image."""
+        return self.guesses[-1]
+
+    @property
+    def num_seen(self) -> np.ndarray:
+        """(P,) codes committed or in the window in each pass."""
+        return (self.guesses != OUTSIDE).sum(1)
+
+    @property
+    def entered(self) -> np.ndarray:
+        """(C,) pass, from 0, that first looked at each code."""
+        return (self.guesses != OUTSIDE).argmax(0)
+
+    @property
+    def committed(self) -> np.ndarray:
+        """(C,) pass that committed each code."""
+        return (self.num_committed[:, None] > np.arange(self.guesses.shape[1])).argmax(0)
+
+    @property
+    def settled(self) -> np.ndarray:
+        """(C,) pass from which on the guess was the final value, never after the pass that committed it."""
+        unchanged = np.logical_and.accumulate((self.guesses == self.image_ids)[::-1])
+        return self.num_passes - unchanged.sum(0)
+
+    @property
+    def lead(self) -> np.ndarray:
+        """(C,) passes between settling and being committed."""
+        return self.committed - self.settled
+
+
+class TrajectoryObserver:
+    """Observer of `decode` for a batch of one image: keeps guesses and levels of each pass, on the CPU."""
+
+    def __init__(self, layout: ImageLayout) -> None:
+        self.layout = layout
+        self._slots: list[tuple[int, int, list[int], list[int]]] = []
+
+    def __call__(self, iteration: Iteration) -> None:
+        """Notes one pass."""
+        if iteration.rows.tolist() != [0]:
+            raise ValueError("a trajectory is of one image: decode a single prompt")
+        head, count = int(iteration.heads[0]), int(iteration.num_committed[0])
+        self._slots.append((head, count, iteration.tokens[0].tolist(), iteration.levels[0].tolist()))
+
+    def trajectory(self, item: PromptItem, method: str) -> Trajectory:
+        """What was seen since the observer was made."""
+        num_slots, codes = self.layout.num_slots, self.layout.code_slots.numpy()
+        guesses = np.full((len(self._slots), num_slots), OUTSIDE)
+        levels = np.full_like(guesses, OUTSIDE)
+        done = np.full(num_slots, OUTSIDE)
+        ends = np.zeros(len(self._slots), dtype=int)
+        for place, (head, count, tokens, noise) in enumerate(self._slots):
+            end = min(head + len(tokens), num_slots)
+            guesses[place] = done
+            guesses[place, head:end] = tokens[: end - head]
+            levels[place, head:end] = noise[: end - head]
+            done[head : head + count] = tokens[:count]
+            ends[place] = head + count
+        num_committed = (codes < ends[:, None]).sum(1)
+        size = (self.layout.height, self.layout.width)
+        return Trajectory(item, method, guesses[:, codes], levels[:, codes], num_committed, size)
+
+
+def trace(
+    backbone: Backbone,
+    methods: Mapping[str, DecodingConfig],
+    prompts: Sequence[PromptItem],
+    layout: ImageLayout,
+) -> list[Trajectory]:
+    """Decodes prompts by every method, one image at a time, with an observer (ours; the paper's figure 8).
+
+    Args:
+        backbone: model, in eval mode.
+        methods: configurations by name.
+        prompts: few: each is decoded once more by every method.
+        layout: of the images.
+    """
+    found = []
+    for item in prompts:
+        for name, config in methods.items():
+            observer = TrajectoryObserver(layout)
+            decode(backbone, [item.prompt], [item.seed], config, layout, observer)
+            found.append(observer.trajectory(item, name))
+    return found
+
+
+@dataclass(frozen=True)
+class Settling:
+    """How a method's drafts settled, over all its trajectories.
+
+    Attributes:
+        mean_lead: passes that a code had its final value before it was committed.
+        first_guess: share of codes whose first guess was final.
+        ahead: entry k is the share of codes that were final k passes before they were committed.
+    """
+
+    mean_lead: float
+    first_guess: float
+    ahead: tuple[float, ...]
+
+    def as_object(self) -> dict[str, Any]:
+        """For report.json."""
+        return {"mean_lead": self.mean_lead, "first_guess": self.first_guess, "ahead": list(self.ahead)}
+
+
+def settling(trajectories: Sequence[Trajectory]) -> dict[str, Settling]:
+    """By method, how its drafts settled."""
+    found = {}
+    for name in dict.fromkeys(trajectory.method for trajectory in trajectories):
+        own = [trajectory for trajectory in trajectories if trajectory.method == name]
+        lead = np.concatenate([trajectory.lead for trajectory in own])
+        first = np.concatenate([trajectory.settled == trajectory.entered for trajectory in own])
+        ahead = tuple(float((lead >= passes).mean()) for passes in range(int(lead.max()) + 1))
+        found[name] = Settling(float(lead.mean()), float(first.mean()), ahead)
+    return found

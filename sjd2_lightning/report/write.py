@@ -1,0 +1,220 @@
+"""The files of a report: report.json, report.md, report.html and figures, each whole or absent."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, MethodResult
+from sjd2_lightning.metrics.bootstrap import MetricResult
+from sjd2_lightning.report.cost import MethodCost, method_costs
+from sjd2_lightning.report.figures import (
+    acceptance_histogram,
+    acceptance_maps,
+    cost_chart,
+    image_grid,
+    save_figure,
+    settling_curve,
+)
+from sjd2_lightning.report.observe import Observations, settling
+from sjd2_lightning.report.page import html_page
+from sjd2_lightning.report.table import MISSING, headline, markdown_table
+from sjd2_lightning.run.files import write_atomic
+
+# Figures that every method has in report.json; null where one could not be measured.
+FIGURES = (
+    "nfe",
+    "step_compression",
+    "speedup",
+    "seconds_per_image",
+    "images_per_second",
+    "flops_per_token",
+    "peak_memory_gib",
+    "clip_score",
+    "clip_score_shuffled",
+    "clip_gain",
+    "clip_score_minus_ar",
+    "fd",
+    "kid",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+)
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """Where the parts of a report lie; `settling` is there if trajectories were observed."""
+
+    json: Path
+    markdown: Path
+    html: Path
+    grid: Path
+    histogram: Path
+    maps: Path
+    cost: Path
+    settling: Path | None
+
+
+def write_report(
+    result: EvaluationResult,
+    provenance: Mapping[str, Any],
+    observations: Observations | None = None,
+    folder: str | Path | None = None,
+    *,
+    num_prompts: int = 8,
+    page_prompts: int = 24,
+    page_megabytes: float = 12.0,
+) -> ReportFiles:
+    """Writes all files of a report.
+
+    Args:
+        result: of `evaluate_methods`.
+        provenance: of `collect_provenance`.
+        observations: of `observe`.
+        folder: default is the folder of the images.
+        num_prompts: prompts shown in the figures.
+        page_prompts, page_megabytes: prompts whose images the page shows, and the room that it has for them.
+    """
+    observations = observations or Observations()
+    folder = Path(folder) if folder is not None else result.store.folder
+    figures = folder / "figures"
+    methods = list(result.methods.values())
+    grid = save_figure(image_grid(result, num_prompts), figures / "grid.png")
+    histogram = save_figure(acceptance_histogram(methods), figures / "acceptance.png")
+    maps = save_figure(acceptance_maps(result, min(num_prompts, 6)), figures / "passes.png")
+    places = {name: place for place, name in enumerate(result.methods)}
+    chart = cost_chart(observations.pass_costs, method_costs(result), places)
+    cost, curve = save_figure(chart, figures / "cost.png"), None
+    if observations.trajectories:
+        settled = settling_curve(settling(observations.trajectories), places)
+        curve = save_figure(settled, figures / "settling.png")
+    markdown, html, report = folder / "report.md", folder / "report.html", folder / "report.json"
+    write_atomic(markdown, _markdown(result, provenance, observations))
+    page = html_page(result, provenance, observations, num_prompts=page_prompts, max_megabytes=page_megabytes)
+    write_atomic(html, page)
+    # Last: whoever waits for report.json finds the rest beside it.
+    whole = report_object(result, provenance, observations)
+    write_atomic(report, json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    return ReportFiles(report, markdown, html, grid, histogram, maps, cost, curve)
+
+
+def report_object(
+    result: EvaluationResult, provenance: Mapping[str, Any], observations: Observations | None = None
+) -> dict[str, Any]:
+    """The whole result as a JSON object: `methods.<name>.<figure>` and what is needed to read it."""
+    seen = observations or Observations()
+    return {
+        "methods": {name: _method_object(method) for name, method in result.methods.items()},
+        "references": {
+            name: {"num_images": count, **_figures_object(quality.figures)}
+            for name, (count, quality) in result.references.items()
+        },
+        "metrics": _metrics_object(result),
+        "reference_set": {"name": result.reference_name, "sha256": result.reference_identity},
+        "settling": {name: found.as_object() for name, found in settling(seen.trajectories).items()},
+        "cost": {
+            "passes": [asdict(cost) for cost in seen.pass_costs],
+            "methods": {cost.method: asdict(cost) for cost in method_costs(result)},
+        },
+        "warnings": list(result.warnings),
+        "provenance": dict(provenance),
+    }
+
+
+def _method_object(method: MethodResult) -> dict[str, Any]:
+    figures = {name: method.figures.get(name) for name in (*FIGURES, *method.figures)}
+    return {
+        "num_images": method.num_images,
+        "method": method.config.method,
+        "acceptance": method.config.acceptance,
+        "lossless": method.config.lossless,
+        "window": method.config.window,
+        "num_levels": method.config.num_levels,
+        **_figures_object(figures),
+        "seconds_p95": method.seconds_p95,
+        "equal_to_ar": method.equal_to_ar,
+        "near_ties": method.near_ties,
+        "acceptance_counts": list(method.acceptance_counts),
+        "config": asdict(method.config),
+    }
+
+
+def _figures_object(figures: Mapping[str, MetricResult | None]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, figure in figures.items():
+        found[name] = None if figure is None else _finite(figure.value)
+        interval = None if figure is None else figure.interval
+        found[f"{name}_interval"] = None if interval is None else [_finite(end) for end in interval]
+    return found
+
+
+def _metrics_object(result: EvaluationResult) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for method in result.methods.values():
+        for key, figure in method.figures.items():
+            described = {
+                "name": figure.name,
+                "protocol": figure.protocol,
+                "confidence": figure.confidence,
+                "num_images": figure.num_images,
+                "flags": list(figure.flags),
+            }
+            found.setdefault(key, described)
+    return found
+
+
+def _finite(value: float) -> float | None:
+    # JSON has no NaN, and a reader must not take one for a number.
+    return value if math.isfinite(value) else None
+
+
+def _markdown(result: EvaluationResult, provenance: Mapping[str, Any], seen: Observations) -> str:
+    git, hardware = provenance.get("git", {}), provenance.get("hardware", {})
+    best = headline(result)
+    lines = ["# Decoding methods", "", *((best.sentence, "") if best else ()), markdown_table(result)]
+    lines += ["In brackets: 95 % bootstrap intervals. `report.html` beside this file shows more.", ""]
+    lines += [f"- {warning}" for warning in result.warnings]
+    lines += ["", "![images](figures/grid.png)", "", "## Cost of a pass", ""]
+    lines += _lines(
+        ["method", "window", "tokens a pass", "ms a pass", "in passes of ar"],
+        [
+            [
+                cost.method,
+                f"{cost.window}",
+                f"{cost.tokens:.2f}",
+                f"{1000 * cost.seconds:.1f}",
+                _relative(cost),
+            ]
+            for cost in method_costs(result)
+        ],
+    )
+    if found := {name: s for name, s in settling(seen.trajectories).items() if name != BASELINE}:
+        lines += ["", "## How drafts settle", ""]
+        lines += _lines(
+            ["method", "first guess was final", "passes from settled to committed"],
+            [[name, f"{100 * s.first_guess:.0f} %", f"{s.mean_lead:.1f}"] for name, s in found.items()],
+        )
+    lines += [
+        "",
+        f"Prompts: {len(result.prompts)}. Real images: {result.reference_name or 'none'}. "
+        f"Weights sha256 {str(provenance.get('weights_sha256'))[:16]}. Commit {git.get('commit')}"
+        f"{' with local changes' if git.get('dirty') else ''}. "
+        f"{hardware.get('gpu') or hardware.get('cpu')}, {hardware.get('num_threads')} threads.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _lines(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """A table whose first column is text and whose others are numbers."""
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    return ["| " + " | ".join(line) + " |" for line in (headings, rule, *cells)]
+
+
+def _relative(cost: MethodCost) -> str:
+    return MISSING if cost.relative is None else f"{cost.relative:.2f}"

@@ -1,0 +1,122 @@
+"""FSDP2: weights, gradients and optimizer states spread over the ranks, and checkpoints in as many parts.
+
+Source: ours, around Lightning's `ModelParallelStrategy` and torch's distributed checkpoints.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from sjd2_lightning.run.files import TEMPORARY, fsync_below, remove_checkpoint
+from sjd2_lightning.training.checkpoints import check_sharded, only_plain_values
+from sjd2_lightning.training.module import SJD2Module
+
+_OLD = f".old{TEMPORARY}"
+
+
+class ShardedModule(SJD2Module):
+    """`SJD2Module` whose trunk is gathered a layer at a time, and whose other weights for a whole step."""
+
+    def configure_model(self) -> None:
+        """Shards over the data-parallel ranks; Lightning calls it once these exist, and again before use."""
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+        mesh = self.device_mesh
+        if mesh is None or isinstance(self, FSDPModule):
+            return
+        trunk: Any = self.backbone.trunk
+        plain = {p for p in self.parameters() if not p.requires_grad and not _within(p, trunk)}
+        settings: dict[str, Any] = {"mesh": mesh["data_parallel"], "reshard_after_forward": True}
+        for layer in trunk.layers:
+            fully_shard(layer, **settings)
+        fully_shard(self, **settings, ignored_params=plain)
+        # embeddings and head are used outside a forward: everything a step does with weights is in here
+        register_fsdp_forward_method(self, "losses")
+
+
+def _within(parameter: nn.Parameter, module: nn.Module) -> bool:
+    return any(parameter is own for own in module.parameters())
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Data-parallel FSDP2 over all ranks, whose checkpoints are folders that are whole or absent.
+
+    Only plain values and tensors are read back: torch's own index is a pickle, whose names are compared with
+    a list before it is opened.
+    """
+
+    def setup_environment(self) -> None:
+        """The mesh: all ranks hold parts of one copy."""
+        self._tensor_parallel_size = 1
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes into a folder beside the old one, then puts it in its place.
+
+        Raises:
+            OSError: it cannot be written; the message names the path.
+        """
+        path = Path(self.broadcast(str(filepath)))
+        temporary, old = path.with_name(f".{path.name}{TEMPORARY}"), path.with_name(f".{path.name}{_OLD}")
+        if self.global_rank == 0:
+            remove_checkpoint(temporary)
+        self.barrier()
+        try:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+            self.barrier()
+            if self.global_rank == 0:
+                fsync_below(temporary)
+                if path.exists():  # a folder cannot take the place of one that is not empty
+                    path.rename(old)
+                temporary.rename(path)
+                remove_checkpoint(old)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise OSError(
+                f"checkpoint {path} cannot be written: {error}; make room or give another run_dir. "
+                "The checkpoint that stood there is intact"
+            ) from error
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads plain values and tensors, whatever `weights_only` says.
+
+        Raises:
+            ValueError: a part is missing, or the checkpoint holds anything else.
+        """
+        check_sharded(Path(checkpoint_path))
+        try:
+            with only_plain_values():
+                return super().load_checkpoint(checkpoint_path, weights_only=True)
+        except (
+            RuntimeError,
+            OSError,
+            pickle.UnpicklingError,
+            CheckpointException,
+        ) as error:
+            raise ValueError(
+                f"checkpoint {checkpoint_path} cannot be read: {str(error).splitlines()[0]}; "
+                "go on from another one in its folder"
+            ) from error
+
+
+def gathered_state(module: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The whole state of a sharded module, on the CPU of rank 0 ({} elsewhere); None if it is not sharded.
+
+    All ranks must come here.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.tensor import DTensor
+
+    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        return None
+    return get_model_state_dict(  # type: ignore[return-value]
+        module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )

@@ -1,0 +1,168 @@
+"""LightningModule: batch -> noise -> backbone -> loss. No maths of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.noise import timesteps
+from sjd2_lightning.training.batch import NoisyCodes
+from sjd2_lightning.training.noise import NoiseConfig as NoiseConfig
+from sjd2_lightning.training.noise import draw_levels, random_timesteps
+from sjd2_lightning.training.objective import OwnLaw, TokenLoss, next_clean_token_loss
+from sjd2_lightning.training.optimizer import OptimizerConfig, build_optimizer, warmup_cosine
+from sjd2_lightning.training.states import Sample, logits_of, noisy_codes
+
+
+class CodeBatch(Protocol):
+    """What training reads of a batch: captions, and codes (B, height, width)."""
+
+    @property
+    def captions(self) -> Sequence[str]: ...
+
+    @property
+    def image_ids(self) -> Tensor: ...
+
+
+class SJD2Module(L.LightningModule):
+    """Fine-tunes a backbone to predict clean next tokens from noisy ones.
+
+    Args:
+        backbone: the model; frozen parts by `freeze`.
+        noise: noise of training; `enabled=False` gives plain next-token training.
+        optimizer: the optimizer and its schedule.
+        image_size: (height, width) of the images in pixels.
+        prompt_dropout: share of training prompts replaced by the unconditional context, for guidance.
+        val_levels: grid size of the validation losses at noise.
+        freeze: prefixes of parameter names of the backbone that are not trained.
+        seed: of levels, noise and prompt dropout; they depend on (seed, global step, rank) alone.
+        save_trained_only: checkpoints hold the weights that are trained, as for a low-rank adapter.
+
+    Raises:
+        ValueError: choices of the noise that do not go together.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        noise: NoiseConfig,
+        optimizer: OptimizerConfig,
+        image_size: tuple[int, int] = (64, 64),
+        prompt_dropout: float = 0.1,
+        val_levels: int = 4,
+        freeze: Sequence[str] = (),
+        seed: int = 0,
+        save_trained_only: bool = False,
+    ) -> None:
+        super().__init__()
+        if found := noise.problems():
+            raise ValueError("; ".join(found))
+        self.strict_loading = not save_trained_only
+        self.backbone = backbone
+        self.noise = noise
+        self.optimizer_config = optimizer
+        self.prompt_dropout = prompt_dropout
+        self.val_levels = val_levels
+        self.seed = seed
+        self.image_layout: ImageLayout = backbone.layout(*image_size)
+        for name, parameter in backbone.named_parameters():
+            if name.startswith(tuple(freeze)):
+                parameter.requires_grad_(False)
+
+    def on_fit_start(self) -> None:
+        # pretrained models come in eval mode, where dropout and activation checkpointing are off
+        self.backbone.train()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves frozen weights out, if that was asked for."""
+        if not self.strict_loading:
+            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
+
+    def _rng(self, purpose: int, index: int) -> torch.Generator:
+        """A CPU generator for one batch: resuming at any step finds the noise of that step."""
+        key = (self.seed, self.global_rank, purpose, index)
+        return torch.Generator().manual_seed(hash(key) % 2**63)
+
+    def _prompts(self, captions: Sequence[str], rng: torch.Generator | None) -> list[list[int]]:
+        drop = torch.zeros(len(captions)) if rng is None else torch.rand(len(captions), generator=rng)
+        share = 0.0 if rng is None else self.prompt_dropout
+        layout = self.image_layout
+        rows = [self.backbone.prompt_ids(caption, layout) for caption in captions]
+        return [
+            self.backbone.unconditional_ids(layout, ids) if drop[row] < share else ids
+            for row, ids in enumerate(rows)
+        ]
+
+    def _grid(self, num_levels: int) -> Tensor:
+        return timesteps(num_levels, self.noise.schedule, self.noise.t_min, self.noise.rho)
+
+    def losses(
+        self, batch: CodeBatch, prompts: Sequence[Sequence[int]], noise: NoisyCodes | None
+    ) -> TokenLoss:
+        """Next-clean-token loss of a batch in nats a code; a law of clean input shares in the target."""
+        sample = Sample(prompts, batch.image_ids, self.image_layout)
+        own_law = None
+        if noise is not None and noise.clean_law is not None:
+            share = self.noise.consistency * noise.reaches().to(noise.clean_law)
+            own_law = OwnLaw(noise.clean_law, share)
+        logits = logits_of(self.backbone, sample, noise)
+        return next_clean_token_loss(logits, batch.image_ids.flatten(1), own_law)
+
+    def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
+        # global_step does not move inside gradient accumulation, batch_idx does
+        rng = self._rng(0, self.global_step * 1_000_003 + batch_idx)
+        prompts = self._prompts(batch.captions, rng)
+        noise = None
+        if self.noise.enabled:
+            fewest, most = self.noise.num_levels
+            num_levels = int(torch.randint(fewest, most + 1, (), generator=rng))
+            batch_size, num_codes = len(batch.image_ids), batch.image_ids[0].numel()
+            levels = draw_levels(batch_size, num_codes, num_levels, self.noise.ramp, rng)
+            sample = Sample(prompts, batch.image_ids, self.image_layout)
+            grid = random_timesteps(num_levels, rng) if self.noise.random_grid else self._grid(num_levels)
+            noise = noisy_codes(self.backbone, sample, levels, grid, self.noise, rng)
+        loss = self.losses(batch, prompts, noise).total
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.image_ids))
+        return loss
+
+    def validation_step(self, batch: CodeBatch, batch_idx: int) -> None:
+        """Logs the loss of clean input, and of noisy input by the level of the token predicted from.
+
+        `low` are levels up to half of the grid, `high` is the top level; levels follow the ramps of training.
+        """
+        prompts = self._prompts(batch.captions, None)
+        rng = self._rng(1, batch_idx)
+        size = len(prompts)
+        clean = self.losses(batch, prompts, None).total
+        self.log("val/loss_clean", clean, prog_bar=True, sync_dist=True, batch_size=size)
+        ramp = replace(self.noise.ramp, clean_share=0.0)
+        levels = draw_levels(size, batch.image_ids[0].numel(), self.val_levels, ramp, rng)
+        sample = Sample(prompts, batch.image_ids, self.image_layout)
+        grid = self._grid(self.val_levels)
+        # against the true codes alone: comparable whatever the targets of training
+        alone = replace(self.noise, consistency=0.0)
+        noise = noisy_codes(self.backbone, sample, levels, grid, alone, rng)
+        per_token = self.losses(batch, prompts, noise).per_token
+        levels = levels.roll(1, dims=1)  # the token left of a code is what the code is predicted from
+        levels[:, 0] = 0
+        half = max(1, self.val_levels // 2)
+        bands = {"low": (levels > 0) & (levels <= half), "high": levels == self.val_levels}
+        for band, chosen in bands.items():
+            # weighted by codes: a batch whose ramps miss the band counts nothing
+            count = int(chosen.sum())
+            loss = per_token[chosen.to(per_token.device)].sum() / max(1, count)
+            self.log(f"val/loss_{band}", loss, sync_dist=True, batch_size=count)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.named_parameters(), self.optimizer_config)
+        num_steps = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = warmup_cosine(optimizer, self.optimizer_config, num_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

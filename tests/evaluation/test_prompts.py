@@ -1,0 +1,123 @@
+"""Prompts: the held-out names, files, and what is refused."""
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from sjd2_lightning.data.sources.emoji import load_emoji_index
+from sjd2_lightning.evaluation.prompts import (
+    PromptItem,
+    check_prompts,
+    held_out_prompts,
+    read_prompts,
+    repeat_prompts,
+)
+
+
+def test_held_out_prompts_are_spread_over_concepts_and_fixed():
+    concepts = {item.key: item.concept for item in load_emoji_index() if item.split == "val"}
+    num_concepts = len(set(concepts.values()))
+    prompts = held_out_prompts(num_concepts)
+    assert len({concepts[item.key] for item in prompts}) == num_concepts
+    assert held_out_prompts(7) == prompts[:7] == held_out_prompts(7)
+    assert held_out_prompts(7, seed=1) != prompts[:7]
+    everything = held_out_prompts()
+    assert {item.key for item in everything} == set(concepts)
+    assert len({item.seed for item in everything}) == len(everything)
+    check_prompts(everything)
+
+
+def test_repeats_have_seeds_and_keys_of_their_own():
+    prompts = held_out_prompts(3)
+    repeated = repeat_prompts(prompts, 3)
+    assert repeated[:3] == prompts
+    assert repeat_prompts(prompts, 2) == repeated[:6]
+    assert len({item.seed for item in repeated}) == len({item.key for item in repeated}) == 9
+    check_prompts(repeated)
+
+
+def test_files(tmp_path):
+    (tmp_path / "a.txt").write_text("red heart\n a cat \n")
+    (tmp_path / "b.json").write_text(json.dumps(["red heart", {"prompt": "a cat", "key": "cat", "seed": 4}]))
+    first, second = read_prompts(tmp_path / "a.txt"), read_prompts(tmp_path / "b.json")
+    assert [item.prompt for item in first] == ["red heart", "a cat"] == [item.prompt for item in second]
+    assert first[0] == second[0]
+    assert second[1] == PromptItem("cat", "a cat", 4)
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def test_a_webdataset_file(tmp_path):
+    files = {
+        "./0001.txt": b" a cat\n",
+        "./0001.jpg": b"pixels",
+        "set/0002.json": b'{"prompt": "red heart", "seed": 4}',
+        "set/0003.txt": b"a cat",
+        "set/0003.json": b'{"prompt": "a dog", "key": "dog"}',
+    }
+    write_tar(tmp_path / "a.tar", files)
+    found = read_prompts(tmp_path / "a.tar")
+    assert [(item.key, item.prompt) for item in found] == [
+        ("0001", "a cat"), ("set-0002", "red heart"), ("dog", "a dog")
+    ]  # fmt: skip
+    assert found[1].seed == 4
+    for files, message in (
+        ({}, "no prompts"),
+        ({"a.json": b"{"}, "cannot be read"),
+        ({"a.txt": b""}, "empty"),
+    ):
+        write_tar(tmp_path / "a.tar", files)
+        with pytest.raises(ValueError, match=message):
+            read_prompts(tmp_path / "a.tar")
+    (tmp_path / "a.tar").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"a\.tar cannot be read"):
+        read_prompts(tmp_path / "a.tar")
+
+
+def test_texts_that_have_keys_of_their_own_may_repeat(tmp_path):
+    (tmp_path / "a.json").write_text('[{"prompt": "red", "key": "a"}, {"prompt": "red", "key": "b"}]')
+    assert len(read_prompts(tmp_path / "a.json")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "red\n\nblue\n", "'prompt-00001' is empty"),
+        ("a.txt", "", "is empty"),
+        ("a.txt", "red\nblue\nred \n", "'red' occurs 2 times; leave it once"),
+        ("a.json", '["red", {"prompt": "red", "seed": 1}]', "'red' occurs 2 times"),
+        ("a.json", "[", "cannot be read"),
+        ("a.json", "{}", "expected a JSON list"),
+        ("a.json", '[{"text": "red"}]', "entry 1 is neither"),
+        ("a.json", '[{"prompt": "red", "sed": 1}]', "unknown fields"),
+        ("a.json", '[{"prompt": "red", "seed": "1"}]', "must be an integer"),
+        ("a.json", '[{"prompt": "red", "key": "A"}, {"prompt": "blue", "key": "a"}]', "'a' occurs 2 times"),
+        ("a.json", '[{"prompt": "red", "key": "../a"}]', "cannot name a file"),
+        ("a.csv", "red", "must end in"),
+    ],
+)
+def test_bad_files_are_one_clear_error(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_other_refusals(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_prompts(tmp_path / "absent.txt")
+    with pytest.raises(ValueError, match="there are no prompts"):
+        check_prompts([])
+    with pytest.raises(ValueError, match="has seed -1"):
+        check_prompts([PromptItem("a", "red", -1)])
+    with pytest.raises(ValueError, match="num_prompts is 100000"):
+        held_out_prompts(100000)
+    with pytest.raises(ValueError, match="samples_per_prompt is 0"):
+        repeat_prompts(held_out_prompts(1), 0)

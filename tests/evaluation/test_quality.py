@@ -1,0 +1,123 @@
+"""Quality of image sets: equal images get equal numbers and are looked at once."""
+
+import pytest
+import torch
+
+from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
+from sjd2_lightning.metrics.features import extract_features
+from sjd2_lightning.metrics.fidelity import frechet_result
+from tests.tools.small_evaluation import Colours, fake_clip, reference_set
+
+CAPTIONS = ["red cat", "a dog on a mat", "blue bird", "red cat"]
+
+
+class Counting(Colours):
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, images):
+        self.seen.append(len(images))
+        return super().__call__(images)
+
+
+class Other(Colours):
+    name = "Other"
+
+
+def pictures(num_images=4, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return list(torch.randint(0, 256, (num_images, 8, 8, 3), generator=rng, dtype=torch.uint8))
+
+
+def test_equal_images_are_looked_at_once():
+    extractor = Counting()
+    meter = QualityMeter(QualityMetrics([extractor], None, 10, 5), reference_set())
+    images = pictures()
+    first = meter.measure(images, CAPTIONS)
+    assert extractor.seen == [12, 4]
+    assert meter.measure([image.clone() for image in images], CAPTIONS) == first
+    assert meter.measure([images[1], images[0], *images[2:]], CAPTIONS).figures["fd"].value == pytest.approx(
+        first.figures["fd"].value
+    )
+    assert extractor.seen == [12, 4]
+    meter.forget_images()
+    meter.measure(images, CAPTIONS)
+    assert extractor.seen == [12, 4, 4]
+
+
+def test_distances_are_those_of_the_metrics_package():
+    reference, images = reference_set(), pictures()
+    meter = QualityMeter(QualityMetrics([Colours(), Other()], num_distance_resamples=5), reference)
+    figures = meter.measure(images, CAPTIONS).figures
+    expected = frechet_result(
+        extract_features(Colours(), images), extract_features(Colours(), reference.images), 5
+    )
+    assert (figures["fd"].value, figures["fd"].interval) == (expected.value, expected.interval)
+    assert f"12 reference images (sha256 {reference.identity[:12]})" in figures["fd"].protocol
+    assert figures["fd_Other"].value == expected.value
+    assert (figures["kid_Other"].name, figures["kid"].name) == ("kid_Other", "kid_Colours")
+
+
+def test_clip_score_is_the_scorers_own_and_others_are_averaged():
+    images, clip = pictures(), fake_clip()
+    quality = QualityMeter(QualityMetrics(clip=clip), None).measure(images, CAPTIONS)
+    assert quality.clip_scores == pytest.approx(clip.score(images, CAPTIONS).tolist())
+    others = [
+        float(clip.score([image], [other]))
+        for image, own in zip(images, CAPTIONS, strict=True)
+        for other in dict.fromkeys(CAPTIONS)
+        if other != own
+    ]
+    # "red cat" occurs twice: it counts twice for images of other captions.
+    weights = [1, 1, 2, 1, 2, 1, 1, 1]
+    means = [
+        sum(w * s for w, s in zip(weights[i : i + 2], others[i : i + 2], strict=True))
+        / sum(weights[i : i + 2])
+        for i in range(0, 8, 2)
+    ]
+    assert quality.figures["clip_score_shuffled"].value == pytest.approx(sum(means) / 4)
+
+
+def test_what_cannot_be_measured_is_left_out():
+    meter = QualityMeter(QualityMetrics([Colours()], fake_clip(), 10, 5), reference_set())
+    assert set(meter.measure(pictures(1), ["red"]).figures) == {"clip_score"}
+    assert set(meter.measure(pictures(2), ["", "red"]).figures) == {"fd", "kid"}
+    assert (
+        set(QualityMeter(QualityMetrics([Colours()]), None).measure(pictures(2), ["a", "b"]).figures) == set()
+    )
+
+
+def test_neighbours_are_looked_at_where_there_are_enough():
+    manifold = {"precision", "recall", "density", "coverage"}
+    for nearest_k, some in ((2, manifold), (4, set()), (None, set())):
+        meter = QualityMeter(
+            QualityMetrics([Colours()], num_distance_resamples=5, nearest_k=nearest_k), reference_set()
+        )
+        assert set(meter.measure(pictures(), CAPTIONS).figures) == {"fd", "kid"} | some
+
+
+def test_figures_name_the_weights_they_were_made_with(tmp_path):
+    class Weighted(Colours, torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(weight))
+
+        def __call__(self, images):
+            return super().__call__(images) * self.weight.detach()
+
+    found = []
+    for weight in (1.0, 2.0, 1.0):  # one name, other weights: their features must not meet in the cache
+        metrics = QualityMetrics([Weighted(weight)], num_distance_resamples=2, cache_dir=tmp_path)
+        found.append(QualityMeter(metrics, reference_set()).measure(pictures(), CAPTIONS).figures["fd"])
+    assert found[0] == found[2]
+    assert found[1].value == pytest.approx(4 * found[0].value)
+    assert found[0].protocol != found[1].protocol
+    assert "Colours (weights " in found[0].protocol
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_reference_features_are_kept_on_disk(tmp_path):
+    for count in (1, 0):
+        extractor = Counting()
+        QualityMeter(QualityMetrics([extractor], cache_dir=tmp_path), reference_set())
+        assert len(extractor.seen) == count

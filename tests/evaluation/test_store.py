@@ -1,0 +1,138 @@
+"""Records on disk: what a kill leaves behind, and folders of another configuration."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from sjd2_lightning.data.pictures import LazyImages
+from sjd2_lightning.evaluation.store import ImageRecord, RecordStore, discard_other_run
+from sjd2_lightning.run.files import remove_leftovers, write_atomic
+
+RECORD = ImageRecord(
+    key="a",
+    prompt="red “heart”",
+    seed=1,
+    method="ar",
+    batch=0,
+    batch_size=1,
+    nfe=2,
+    num_generated=3,
+    accepted=(1, 2),
+    settled_iteration=(0, 1),
+    image_ids=(5, 6),
+    size=(1, 2),
+    seconds=0.5,
+    process="x",
+)
+PIXELS = torch.arange(48, dtype=torch.uint8).reshape(4, 4, 3)
+
+
+def other(key: str) -> ImageRecord:
+    return dataclasses.replace(RECORD, key=key)
+
+
+def test_records_and_images_come_back_as_they_were(tmp_path):
+    store = RecordStore(tmp_path, {"weights": "w"})
+    store.append([RECORD], [PIXELS])
+    loaded = RecordStore(tmp_path, {"weights": "w"}).load()
+    assert loaded == [RECORD]
+    assert torch.equal(store.images(loaded)[0], PIXELS)
+
+
+def test_ranks_write_apart_and_are_read_together(tmp_path):
+    for rank, key in enumerate("ab"):
+        RecordStore(tmp_path, {}, rank).append([other(key)], [PIXELS])
+    assert [record.key for record in RecordStore(tmp_path, {}).load()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("cut", [1, 40, 200])
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path, cut):
+    store = RecordStore(tmp_path, {})
+    store.append([RECORD, other("b")], [PIXELS, PIXELS])
+    data = store.path.read_bytes()
+    store.path.write_bytes(data[:-cut])
+    assert [record.key for record in store.load()] == ["a"]
+    again = RecordStore(tmp_path, {})
+    again.append([other("b")], [PIXELS])
+    assert again.path.read_bytes() == data
+    assert [record.key for record in again.load()] == ["a", "b"]
+
+
+def test_a_record_without_its_image_is_work_to_do(tmp_path):
+    store = RecordStore(tmp_path, {})
+    store.append([RECORD], [PIXELS])
+    store.image_path(RECORD).unlink()
+    assert store.load() == []
+
+
+def test_a_folder_belongs_to_one_configuration(tmp_path):
+    identity = {"weights": "w", "methods": {"sjd": {"window": 32}}}
+    RecordStore(tmp_path, identity).append([RECORD], [PIXELS])
+    changed = {"weights": "w", "methods": {"sjd": {"window": 16}}}
+    with pytest.raises(ValueError, match=r"another configuration \(methods.sjd.window differ"):
+        RecordStore(tmp_path, changed)
+    (tmp_path / "report.json").write_text("{}")
+    assert not discard_other_run(tmp_path, identity)
+    assert discard_other_run(tmp_path, changed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
+    assert RecordStore(tmp_path, changed).load() == []
+    assert not discard_other_run(tmp_path / "absent", changed)
+
+
+def test_broken_files_are_named(tmp_path):
+    store = RecordStore(tmp_path, {})
+    store.append([RECORD], [PIXELS])
+    store.image_path(RECORD).write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"a\.png cannot be read"):
+        list(store.images(store.load()))
+    store.path.write_text("{}\n")
+    with pytest.raises(ValueError, match="line 1 is no record"):
+        store.load()
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json cannot be read"):
+        RecordStore(tmp_path, {})
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"holds records but no run\.json"):
+        RecordStore(tmp_path, {})
+
+
+def test_images_are_read_when_they_are_looked_at():
+    seen = []
+    images = LazyImages(lambda item: (seen.append(item), torch.full((1,), item))[1], [3, 4, 5])
+    assert len(images) == 3
+    assert seen == []
+    assert [int(image) for image in images[1:]] == [4, 5] == seen
+    assert [int(image) for image in images.select([2, 0])] == [5, 3]
+    assert int(images[-1]) == 5
+
+
+def test_temporary_files_of_a_killed_run_are_removed_and_no_others(tmp_path, monkeypatch):
+    store = RecordStore(tmp_path, {})
+    store.append([RECORD], [PIXELS])
+    (tmp_path / ".notes.png.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # a process that is killed does not clean up behind itself
+        patch.setattr("os.fsync", killed)
+        patch.setattr("pathlib.Path.unlink", lambda *args, **kwargs: None)
+        for path in (store.image_path(other("b")), tmp_path / "run.json", tmp_path / "figures" / "grid.png"):
+            with pytest.raises(KeyboardInterrupt):
+                write_atomic(path, "half")
+    assert len(sorted(tmp_path.rglob(".*"))) == 4
+    remove_leftovers(tmp_path)
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "figures"] == before
+    remove_leftovers(tmp_path / "absent")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomic(path, "old")
+    with pytest.raises(TypeError):
+        write_atomic(path, np.zeros(3).tolist())  # type: ignore[arg-type]
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,130 @@
+"""Released models on the command line: shrunken copies are trained, decoded, exported and compared; plans."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from sjd2_lightning.cli.evaluate import evaluate
+from sjd2_lightning.cli.train import train
+from sjd2_lightning.config.reading import ConfigError, conf_dir
+from sjd2_lightning.models.registry import load_backbone
+from sjd2_lightning.training.module import NoiseConfig, SJD2Module
+from sjd2_lightning.training.optimizer import OptimizerConfig
+from tests.tools.tiny_backbones import tiny_chameleon
+
+SMALL = (
+    "metrics=none",
+    "logger=none",
+    "data.views=1",
+    "data.max_images=4",
+    "data.batch_size=2",
+    "model.dtype=float32",
+)
+TRAINING = (
+    "trainer=cpu",
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=2",
+    "trainer.limit_val_batches=1",
+    "callbacks.progress_bar=null",
+    "callbacks.sampling.num_prompts=1",
+    "validate_first=false",
+    "decoding.window=8",
+)
+
+
+@pytest.fixture
+def composed(tmp_path, monkeypatch):
+    """Composes a root in an empty folder, where no weights lie."""
+    monkeypatch.chdir(tmp_path)
+
+    def compose_here(root: str, *overrides: str):
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose(
+                root, [f"run_dir={tmp_path / 'run'}", f"data.data_dir={tmp_path / 'data'}", *overrides]
+            )
+
+    return compose_here
+
+
+@pytest.mark.parametrize(
+    ("model", "side", "peft"), [("lumina_mgpt", 32, "lora"), ("emu3", 16, "null"), ("janus_pro", 64, "lora")]
+)
+def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, peft):
+    """Two steps, a validation with sampling, an export; then three methods on the exported weights."""
+    chosen = [f"model={model}", "model.init=random_tiny", f"model.image_size=[{side},{side}]", *SMALL]
+    metrics = train(composed("train", *chosen, *TRAINING, f"model.peft={peft}"))
+    assert metrics["train/loss"] > 0
+    assert "val/nfe" in metrics
+    run = tmp_path / "run"
+    assert list(run.glob("samples/step_*/images/sjd2/*.png"))
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(".lora_" in name for name in state) is (peft == "lora")
+    assert (run / "model" / "adapter").is_dir() is (peft == "lora")
+
+    report = evaluate(
+        composed(
+            "evaluate",
+            *chosen,
+            f"weights={run / 'model'}",
+            f"run_dir={tmp_path / 'compared'}",
+            "num_prompts=1",
+            "compare=[ar,sjd,sjd2]",
+            "decoding.window=8",
+            "warm_up=false",
+        )
+    )
+    assert {name: method["num_images"] for name, method in report["methods"].items()} == {
+        "ar": 1,
+        "sjd": 1,
+        "sjd2": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "tokens"),
+    [
+        ("lumina_mgpt", 7.0e9, 48 * 49 - 1),
+        ("lumina_mgpt_1024", 7.0e9, 64 * 65 - 1),
+        ("emu3", 8.8e9, 90 * 91 - 1),
+    ],
+)
+def test_the_plan_needs_no_weights(composed, capsys, model, parameters, tokens):
+    figures = train(composed("train", f"model={model}", "print_plan=true", "data.batch_size=1"))
+    assert figures["parameters"] == pytest.approx(parameters, rel=0.02)
+    assert figures["tokens_per_image"] == tokens
+    assert figures["missing_files"] > 0
+    printed = capsys.readouterr().out
+    assert "hf download" in printed
+    assert f"weights/{'emu3_gen' if model == 'emu3' else model.replace('mgpt', 'mgpt_7b')}" in printed
+    less = train(
+        composed("train", f"model={model}", "print_plan=true", "data.batch_size=1", "model.peft=lora")
+    )
+    assert less["trained"] < 0.01 * figures["trained"]
+    assert less["training_gib"] < 0.6 * figures["training_gib"]
+
+
+def test_the_plan_of_the_shipped_model_counts_its_weights(composed, repo):
+    figures = train(composed("train", "print_plan=true", f"model.path={repo / 'weights/tiny'}"))
+    backbone = load_backbone("chameleon", repo / "weights" / "tiny")
+    assert figures["parameters"] == sum(p.numel() for p in backbone.model.parameters())
+    assert figures["tokens_per_image"] == backbone.layout(64, 64).num_slots
+    assert figures["missing_files"] == 0
+
+
+def test_missing_weights_are_refused_with_the_command(composed):
+    for model, command in (
+        ("emu3", "hf download BAAI/Emu3-Gen-hf"),
+        ("lumina_mgpt", "models.convert --trunk"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            train(composed("train", f"model={model}"))
+        assert command in str(error.value)
+        assert "model.path=" in str(error.value)
+
+
+def test_training_puts_the_trunk_into_train_mode_and_nothing_else():
+    module = SJD2Module(tiny_chameleon(3), NoiseConfig(), OptimizerConfig(), (4, 4))
+    module.backbone.eval()
+    module.on_fit_start()
+    assert module.backbone.trunk.layers[0].training
+    assert not module.backbone.image_tokenizer.training

@@ -1,0 +1,111 @@
+"""The cached, windowed forward of a real trunk equals the full one, rejected drafts and all."""
+
+import pytest
+import torch
+
+from sjd2_lightning.masks import attention_mask
+from sjd2_lightning.models.backbone import KVCache
+from tests.tools.tiny_backbones import tiny_chameleon
+
+
+def _forward(backbone, ids, columns, first, cache=None, num_visible=None):
+    """Hidden states of ids (B, L) in columns (B, L) of rows that start in columns `first`."""
+    levels = torch.zeros_like(columns)
+    if cache is not None:
+        cache.place(columns, num_visible)
+    mask = attention_mask(columns, levels, first, num_visible or columns.shape[1])
+    positions = (columns - first[:, None]).clamp_min(0)
+    return backbone(backbone.embed_tokens(ids), positions, mask, cache)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_chameleon(5, num_layers=3).requires_grad_(False)
+
+
+def test_windows_of_any_size_equal_the_full_forward(backbone):
+    """Rows move at their own pace; the end of each window is wrong, as rejected drafts are, and fed again."""
+    rng = torch.Generator().manual_seed(0)
+    length, window, batch = 24, 5, 6
+    vocabulary = backbone.model.config.vocab_size
+    ids = torch.randint(vocabulary, (batch, length), generator=rng)
+    first = torch.tensor([0, 3, 1, 0, 5, 2])
+    columns = torch.arange(length).expand(batch, -1)
+    full = _forward(backbone, ids, columns, first)
+    cache = backbone.new_cache(batch, length + window)
+    start = 6
+    _forward(backbone, ids[:, :start], columns[:, :start], first, cache, start)
+    heads = torch.full((batch,), start)
+    span = torch.arange(window)
+    padded = torch.cat([ids, ids[:, :window]], dim=1)
+    while heads.min() < length:
+        fed_columns = heads.clamp_max(length)[:, None] + span
+        fed = padded.gather(1, fed_columns)
+        num_right = torch.randint(1, window + 1, (batch,), generator=rng)
+        fed = fed.where(span < num_right[:, None], (fed + 1) % vocabulary)
+        num_visible = int(fed_columns.max()) + 1
+        hidden = _forward(backbone, fed, fed_columns, first, cache, num_visible)
+        for row in range(batch):
+            for place in range(int(num_right[row])):
+                column = int(heads[row]) + place
+                if column < length:
+                    assert torch.allclose(hidden[row, place], full[row, column], atol=1e-5)
+        heads = (heads + num_right).clamp_max(length)
+
+
+def test_padding_changes_nothing(backbone):
+    ids = torch.tensor([[3, 7, 1, 9]])
+    columns = torch.arange(4)[None]
+    alone = _forward(backbone, ids, columns, torch.tensor([0]))
+    for junk in (0, 5):
+        padded = torch.cat([torch.full((1, 3), junk), ids], dim=1)
+        hidden = _forward(backbone, padded, torch.arange(7)[None], torch.tensor([3]))
+        assert torch.allclose(hidden[:, 3:], alone, atol=1e-5)
+        assert torch.isfinite(hidden).all()
+
+
+def _cache(batch=2, max_len=6):
+    return KVCache(1, batch, 1, max_len, 2, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_entries_lie_where_each_row_says():
+    cache = _cache()
+    entries = torch.arange(8.0).view(2, 1, 2, 2)
+    cache.place(torch.tensor([[0, 1], [3, 4]]), num_visible=5)
+    keys, values = cache.update(entries, 10 * entries, 0)
+    assert keys.shape == values.shape == (2, 1, 5, 2)
+    assert keys[0, 0].tolist() == [[0, 1], [2, 3], [0, 0], [0, 0], [0, 0]]
+    assert values[1, 0].tolist() == [[0, 0], [0, 0], [0, 0], [40, 50], [60, 70]]
+    cache.place(torch.tensor([[1], [4]]))
+    keys, _ = cache.update(-torch.ones(2, 1, 1, 2), torch.zeros(2, 1, 1, 2), 0)
+    assert keys.shape[2] == 6
+    assert keys[0, 0, :2].tolist() == [[0, 1], [-1, -1]]
+
+
+def test_a_common_start_writes_what_positions_would():
+    entries = torch.arange(12.0).view(2, 1, 3, 2)
+    positions = torch.tensor([[2, 3, 4]]).expand(2, -1)
+    found = []
+    for start in (None, 2):
+        cache = _cache()
+        cache.place(positions, num_visible=6, start=start)
+        found.append(cache.update(entries, -entries, 0))
+    for by_position, by_copy in zip(*found, strict=True):
+        assert torch.equal(by_position, by_copy)
+
+
+def test_rows_leave():
+    cache = _cache(batch=3)
+    cache.place(torch.tensor([[0], [0], [0]]))
+    entries = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1).expand(3, 1, 1, 2)
+    cache.update(entries, torch.zeros(3, 1, 1, 2), 0)
+    cache.keep_rows(torch.tensor([0, 2]))
+    cache.place(torch.tensor([[1], [1]]))
+    keys, _ = cache.update(torch.zeros(2, 1, 1, 2), torch.zeros(2, 1, 1, 2), 0)
+    assert keys[:, 0, 0, 0].tolist() == [1, 3]
+    assert cache.num_bytes == 2 * 2 * 6 * 2 * 4
+
+
+def test_too_short_a_cache_is_named():
+    with pytest.raises(ValueError, match="7 positions needed, 6 allocated"):
+        _cache().place(torch.zeros(2, 1, dtype=torch.long), num_visible=7)

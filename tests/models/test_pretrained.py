@@ -1,0 +1,185 @@
+"""Released models: golden ids of the published templates, and errors that name the remedy."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from sjd2_lightning.models.emu3 import Emu3Tokens, load_emu3
+from sjd2_lightning.models.registry import build_shrunken, load_backbone
+from sjd2_lightning.models.weights import LoadOptions, WeightsSource
+
+
+@pytest.fixture(scope="module")
+def backbones():
+    return {name: build_shrunken(name) for name in ("chameleon", "emu3", "janus")}
+
+
+@pytest.fixture(scope="module")
+def saved(backbones, tmp_path_factory):
+    """A saved Janus, and its weights as a plain Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("janus")
+    backbones["janus"].save(folder)
+    plain = tmp_path_factory.mktemp("plain")
+    for part in ("trunk", "text"):
+        shutil.copytree(folder / part, plain, dirs_exist_ok=True)
+    return folder, plain
+
+
+def letters(backbone, text: str) -> list[int]:
+    """Ids of a text in a shrunken copy, where a byte is a token."""
+    return backbone.text_tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_lumina_mgpt(backbones):
+    backbone = backbones["chameleon"]
+    layout = backbone.layout(512, 768)
+    text = "Generate an image of 768x512 according to the following prompt:\na cat"
+    start = [8197, 8804 + 16, 8804 + 24]
+    assert backbone.prompt_ids("a cat", layout) == [0, *letters(backbone, text), 8710, *start]
+    assert backbone.unconditional_ids(layout) == start
+    image = backbone.image_token_ids(torch.zeros(1, 32, 48, dtype=torch.long), layout)
+    assert image == [*([4] * 48 + [8803]) * 32, 8196, 8710]
+
+
+@pytest.mark.parametrize(("pixels", "rows"), [(512, 32), (768, 48), (1024, 64)])
+def test_lumina_mgpt_sizes(backbones, pixels, rows):
+    layout = backbones["chameleon"].layout(pixels, pixels)
+    assert (layout.height, layout.width, layout.num_slots) == (rows, rows, rows * (rows + 1) - 1)
+
+
+def test_emu3(backbones):
+    backbone = backbones["emu3"]
+    layout = backbone.layout(720, 640)
+    text = letters(backbone, "a cat masterpiece, film grained, best quality.")
+    size = [151852, *letters(backbone, "90*80"), 151851]
+    assert backbone.prompt_ids("a cat", layout) == [151849, *text, *size]
+    negative = letters(backbone, Emu3Tokens().negative)
+    assert backbone.unconditional_ids(layout) == [151849, *negative, *size]
+    assert negative[:6] == letters(backbone, "lowres")
+    image = backbone.image_token_ids(torch.full((1, 90, 80), 32767), layout)
+    assert image == [*([184621] * 80 + [151846]) * 90, 151847, 151853, 151850]
+    assert len(image) == 90 * 81 + 3
+
+
+def test_janus(backbones):
+    backbone = backbones["janus"]
+    layout = backbone.layout(64, 64)
+    ids = backbone.prompt_ids("a cat", layout)
+    assert ids == [100000, *letters(backbone, "<|User|>: a cat\n\n<|Assistant|>:"), 100016]
+    assert backbone.unconditional_ids(layout, ids) == [100000, *[100002] * (len(ids) - 2), 100016]
+
+
+@pytest.mark.parametrize("family", ["chameleon", "janus"])
+def test_another_context_of_guidance(backbones, tmp_path, family):
+    backbones[family].save(tmp_path)
+    other = {"chameleon": "empty", "janus": "short"}[family]
+    backbone = load_backbone(family, tmp_path, unconditional=other)
+    layout = backbone.layout(64, 64)
+    ids = backbone.prompt_ids("a cat", layout)
+    # without the five letters of the prompt; without everything between bos and boi
+    wanted = {"chameleon": [*ids[:-9], *ids[-4:]], "janus": [100000, 100016]}[family]
+    assert backbone.unconditional_ids(layout, ids) == wanted
+    with pytest.raises(ValueError, match="=gone: must be one of"):
+        load_backbone(family, tmp_path, unconditional="gone")
+
+
+def test_a_plain_folder_loads_with_the_ids_it_names(backbones, saved, tmp_path):
+    shutil.copytree(saved[1], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": 100015}))
+    backbone = load_backbone("janus", tmp_path)
+    assert backbone.tokens.pad == 100015
+    assert torch.equal(backbone.slot_table(), backbones["janus"].slot_table())
+    path.unlink()
+    with pytest.raises(ValueError, match=r"generation_config\.json does not say bos_token_id, pad_token_id"):
+        load_backbone("janus", tmp_path)
+
+
+def test_nothing_of_another_family_is_loaded(saved):
+    with pytest.raises(ValueError, match="is of the family 'janus', not 'emu3'"):
+        load_emu3(saved[0])
+    with pytest.raises(ValueError, match="holds a model of type 'janus', not 'emu3'"):
+        load_emu3(saved[1])
+
+
+def test_unknown_and_missing_weights_are_named(saved, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(saved[1], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    state["model.gone.weight"] = state.pop("model.generation_embeddings.weight")
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing model\.generation_embeddings.*unknown model\.gone"):
+        load_backbone("janus", tmp_path)
+
+
+def test_pickles_are_refused_by_name(saved, tmp_path):
+    shutil.copytree(saved[1], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"model\.safetensors missing \(it has pytorch_model\.bin"):
+        load_backbone("janus", tmp_path)
+
+
+def test_missing_weights_name_the_command(tmp_path, monkeypatch):
+    source = WeightsSource(tmp_path / "janus", "deepseek-community/Janus-Pro-1B", "v9")
+    with pytest.raises(ValueError) as error:
+        load_backbone("janus", source)
+    command = f"hf download deepseek-community/Janus-Pro-1B --revision v9 --local-dir {tmp_path / 'janus'}"
+    assert command in str(error.value)
+    (tmp_path / "janus").mkdir()
+    with pytest.raises(ValueError) as error:
+        load_backbone("janus", source)
+    assert "config.json, model.safetensors missing" in str(error.value)
+    assert command in str(error.value)
+
+
+def test_another_revision_is_refused(saved, tmp_path, monkeypatch):
+    """In a folder, by what its download left beside the files; in the hub's cache, by its snapshots."""
+    wanted, other = "a" * 40, "b" * 40
+    folder = tmp_path / "janus"
+    shutil.copytree(saved[1], folder)
+    records = folder / ".cache" / "huggingface" / "download"
+    records.mkdir(parents=True)
+    (records / "model.safetensors.metadata").write_text(f"{other}\netag\n1700000000.0\n")
+    for revision in (other, other[:8], "main", None):
+        WeightsSource(folder, "deepseek-community/Janus-Pro-1B", revision).folder()
+    with pytest.raises(ValueError, match=f"model.safetensors is of revision {other}, not {wanted}") as error:
+        load_backbone("janus", WeightsSource(folder, "deepseek-community/Janus-Pro-1B", wanted))
+    assert f"hf download deepseek-community/Janus-Pro-1B --revision {wanted}" in str(error.value)
+
+    snapshots = tmp_path / "hub" / "models--deepseek-community--Janus-Pro-1B" / "snapshots"
+    shutil.copytree(saved[1], snapshots / other)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    gone = tmp_path / "gone"
+    cached = WeightsSource(gone, "deepseek-community/Janus-Pro-1B", other).folder()
+    assert load_backbone("janus", cached).num_codes == 16384
+    with pytest.raises(ValueError, match=f"at revision {wanted} is neither in the hub's cache"):
+        WeightsSource(gone, "deepseek-community/Janus-Pro-1B", wanted).folder()
+
+
+def test_shards_of_an_index_are_all_needed(saved, tmp_path):
+    shutil.copytree(saved[1], tmp_path, dirs_exist_ok=True)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model-2\.safetensors missing"):
+        load_backbone("janus", tmp_path)
+
+
+def test_half_precision_leaves_the_image_tokenizer_alone(saved):
+    backbone = load_backbone("janus", saved[0], dtype=torch.bfloat16, device="cpu")
+    assert backbone.trunk.embed_tokens.weight.dtype == torch.bfloat16
+    assert next(backbone.image_tokenizer.vq.parameters()).dtype == torch.float32
+    assert backbone.new_cache(1, 4).keys[0].dtype == torch.bfloat16
+
+
+def test_dropout_is_off_whatever_the_class_says(backbones, tmp_path):
+    backbones["emu3"].save(tmp_path)
+    path = tmp_path / "trunk" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["attention_dropout"] = 0.1
+    path.write_text(json.dumps(config))
+    backbone = load_emu3(tmp_path, options=LoadOptions())
+    assert backbone.trunk.layers[0].self_attn.attention_dropout == 0.0

@@ -1,0 +1,154 @@
+"""The files of a report: keys, numbers, tables, figures, and the page."""
+
+import dataclasses
+import io
+import json
+import runpy
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from sjd2_lightning.report.figures import figure_pixels, grid_figure, heat_map_png, settled_map
+from sjd2_lightning.report.page import html_page
+from sjd2_lightning.report.table import columns, console_table, equal_text, markdown_table
+from sjd2_lightning.report.write import FIGURES, report_object, write_report
+from tests.tools.small_evaluation import METHODS, PROMPTS
+from tests.tools.source import REPO
+
+DEMANDED = ("nfe", "step_compression", "speedup", "clip_score", "fd", "kid", "num_images")
+
+
+@pytest.fixture(scope="module")
+def files(result, provenance, tmp_path_factory):
+    return write_report(result, provenance, folder=tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def report(files):
+    return json.loads(files.json.read_text())
+
+
+def test_report_has_every_figure_that_is_demanded(report):
+    assert list(report["methods"]) == list(METHODS)
+    for figures in report["methods"].values():
+        assert all(np.isfinite(figures[name]) for name in DEMANDED)
+        for name in ("nfe", "step_compression", "speedup", "clip_score", "fd", "kid"):
+            low, high = figures[f"{name}_interval"]
+            assert low <= figures[name] <= high
+    assert report["methods"]["sjd2"]["lossless"] is True
+    assert report["methods"]["sjd2_paper"]["lossless"] is False
+    assert report["methods"]["sjd2"]["equal_to_ar"] == 1
+    assert report["metrics"]["fd"]["name"] == "fd_Colours"
+    assert report["metrics"]["clip_score"]["name"] == "clip_score_fake"
+    assert set(report["references"]) == {"real", "reconstructed", "blurred", "patch_shuffled"}
+    assert report["provenance"]["weights_sha256"]
+
+
+def test_ci_accepts_the_report(report):
+    problems = runpy.run_path(str(REPO / ".ci" / "check_report.py"))["problems"](report)
+    assert problems == ["methods.mc_sjd is missing"]
+
+
+def test_what_could_not_be_measured_is_null(result, provenance):
+    method = dataclasses.replace(result.methods["sjd"], figures={})
+    bare = dataclasses.replace(result, methods={"sjd": method}, references={})
+    found = report_object(bare, provenance)["methods"]["sjd"]
+    assert {found[name] for name in FIGURES} == {None}
+    broken = {"nfe": dataclasses.replace(result.methods["sjd"].figures["nfe"], value=float("nan"))}
+    method = dataclasses.replace(method, figures=broken)
+    bare = dataclasses.replace(bare, methods={"sjd": method})
+    assert report_object(bare, provenance)["methods"]["sjd"]["nfe"] is None
+
+
+def test_tables(result):
+    keys = [column.key for column in columns(result)]
+    assert keys == [
+        "nfe", "step_compression", "speedup", "seconds_per_image", "clip_score", "clip_gain", "fd", "kid"
+    ]  # fmt: skip
+    lines = markdown_table(result).splitlines()
+    assert len(lines) == 2 + len(METHODS) + 4
+    assert len({line.count("|") for line in lines}) == 1
+    assert "fd_Colours" in lines[0]
+    assert lines[2].startswith("| ar | replay | – |")
+    assert "| sjd2 | replay | 100 % |" in lines[4]
+    assert "paper (lossy)" in lines[5]
+    console = Console(width=110, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(console_table(result))
+    text = captured.get()
+    assert "sjd2_paper" in text
+    assert "[" in text  # intervals are not taken for markup
+
+
+def test_nearly_equal_is_not_shown_as_equal(result):
+    method = dataclasses.replace(result.methods["sjd"], equal_to_ar=0.9999)
+    assert equal_text(method) == "99 %"
+
+
+def test_markdown_names_its_sources(files, provenance):
+    text = files.markdown.read_text()
+    assert provenance["weights_sha256"][:16] in text
+    assert "random pictures" in text
+    assert "figures/grid.png" in text
+    assert files.grid == files.markdown.parent / "figures" / "grid.png"
+
+
+def test_figures_show_what_they_say(result, files):
+    for path in (files.grid, files.histogram, files.maps):
+        assert np.asarray(Image.open(path)).std() > 10
+    images = result.store.images(result.methods["ar"].records)
+    figure = grid_figure(["a", "b"], [images, images], ["caption"] * len(images), prompts_per_row=2)
+    pixels = figure_pixels(figure)
+    colours = {tuple(colour) for colour in pixels.reshape(-1, 3)}
+    assert {tuple(colour) for colour in images[4].reshape(-1, 3).tolist()} <= colours
+
+
+def test_map_of_passes(result):
+    record = result.methods["ar"].records[0]
+    passes = settled_map(record)
+    assert passes[0, :3].tolist() == [0, 1, 2]
+    assert passes[1, 0] == 5  # the row end is a slot too
+    assert passes.max() == record.nfe - 1
+    assert heat_map_png(record).startswith(b"\x89PNG")
+
+
+class Page(HTMLParser):
+    """What a page links to, and whether its elements are closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href") and value[0] != "#"]
+        if tag not in ("meta", "link", "img", "br", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_is_whole_and_needs_no_network(files, result):
+    text = files.html.read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert all(link.startswith("data:") for link in page.links)
+    assert page.tags.count("img") == 2 * len(METHODS) * len(PROMPTS) + 2  # the last two are filled by choice
+    assert page.tags.count("script") == 2  # the data, and the script whose hash the policy names
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    assert all(warning.replace("<", "&lt;") in text for warning in result.warnings)
+
+
+def test_prompts_are_text_not_markup(result, provenance):
+    prompts = (dataclasses.replace(PROMPTS[0], prompt="<script>alert(1)</script>"), *PROMPTS[1:])
+    text = html_page(dataclasses.replace(result, prompts=prompts), provenance, num_prompts=2)
+    assert "alert(1)</script>" not in text
+    assert "&lt;script&gt;" in text
+    assert "\\u003cscript\\u003e" in text  # in the data of the page's script
+    assert "3 more prompts" in text

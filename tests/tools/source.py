@@ -1,0 +1,100 @@
+"""What the tests of the house rules read out of the source: modules and their imports."""
+
+import ast
+import sys
+from functools import cache
+from pathlib import Path
+
+PACKAGE = "sjd2_lightning"
+REPO = Path(__file__).resolve().parent.parent.parent
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name inside it ("" is the package itself)."""
+    root = REPO / PACKAGE
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported_names(source: str, package: str = "") -> set[str]:
+    """Absolute dotted names that a source imports, at the top or inside functions.
+
+    `from a import b` yields `a.b`, since b may be a module; `package` is the dotted name of the package the
+    source lies in, for relative imports.
+    """
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base] if base else parents)
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def to_module(name: str) -> str | None:
+    """The module of the package that an absolute dotted name leads to; None when it leads elsewhere."""
+    if name.split(".")[0] != PACKAGE:
+        return None
+    inner = name.split(".")[1:]
+    while inner and ".".join(inner) not in modules():
+        inner.pop()
+    return ".".join(inner)
+
+
+@cache
+def imports(module: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Modules of the package, and third-party distributions' top names, that a module imports."""
+    path = modules()[module]
+    package = ".".join([PACKAGE, *path.relative_to(REPO / PACKAGE).parent.parts])
+    inner, outer = set(), set()
+    for name in imported_names(path.read_text(), package):
+        target = to_module(name)
+        if target is not None:
+            inner.add(target)
+        elif name.split(".")[0] not in sys.stdlib_module_names:
+            outer.add(name.split(".")[0])
+    return frozenset(inner - {module}), frozenset(outer)
+
+
+def closure(module: str) -> set[str]:
+    """All modules of the package that run when a module is imported: what it imports, and their packages."""
+    seen, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        waiting.extend(imports(name)[0])
+        while "." in name:
+            name = name.rpartition(".")[0]
+            waiting.append(name)
+    return seen
+
+
+def cycle() -> list[str]:
+    """Modules that import each other in a circle; empty when there is none."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for target in sorted(imports(module)[0]):
+            if found := walk(target, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    for name in modules():
+        if found := walk(name, []):
+            return found
+    return []

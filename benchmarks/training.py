@@ -39,7 +39,7 @@ from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.loader import CodeDataset, CodeLoader
 from sjd2_lightning.models.backbone import ImageLayout, right_aligned
 from sjd2_lightning.models.chameleon import ChameleonBackbone, load_chameleon
-from sjd2_lightning.training.module import NoiseConfig, SJD2Module
+from sjd2_lightning.training.module import SJD2Module, TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig, build_optimizer
 
 CAPTIONS = ("red apple", "smiling face with open mouth", "flag", "person in lotus position: medium skin tone")
@@ -99,7 +99,7 @@ class Trainee:
         if checkpointing:
             backbone.checkpoint_activations()
         config = OptimizerConfig()
-        self.module = SJD2Module(backbone, NoiseConfig(enabled=noise), config, image_size=(pixels, pixels))
+        self.module = SJD2Module(backbone, TrainingNoise(enabled=noise), config, image_size=(pixels, pixels))
         self.module.log = lambda *_, **__: None  # type: ignore[method-assign]  there is no trainer
         self.module.train()
         self.optimizer = build_optimizer(self.module.named_parameters(), config)

@@ -1,6 +1,6 @@
 """Noise levels and the one formula that training and decoding share.
 
-Symbols of this file: `x0` clean normalised embedding, `xt` noisy one, `eps` standard normal noise,
+Symbols of this file: `x0` clean normalised embedding, `x_t` noisy one, `eps` standard normal noise,
 `t` in [0, 1] the amount of noise, `s < t` the next one. A `level` indexes the grid of `t`: level 0 is
 clean (t = 0), level `num_levels` pure noise (t = 1).
 """
@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-SCHEDULES = ("linear", "karras")
-TIED = ("tied", "tied_white")
-SOURCES = ("gaussian", *TIED, "mean", "above")
-STATES = ("blended", "draft")
-ESTIMATES = ("drawn", "expected")
+TIED = ("tied", "tied_white")  # sources made of the Gumbel vector that decides the token
 
 _GUMBEL_MEAN, _GUMBEL_STD = 0.5772156649015329, math.pi / math.sqrt(6)  # of a standard Gumbel number
 
@@ -51,7 +48,7 @@ def timesteps(
         ramp = torch.linspace(0, 1, num_levels) if num_levels > 1 else torch.ones(num_levels)
         grid = (t_min ** (1 / rho) + ramp * (1 - t_min ** (1 / rho))) ** rho
         return torch.cat([torch.zeros(1), grid])
-    raise ValueError(f"unknown noise schedule {kind!r}; known: {', '.join(SCHEDULES)}")
+    raise ValueError(f"unknown noise schedule {kind!r}; known: linear, karras")
 
 
 def perturb(
@@ -61,20 +58,8 @@ def perturb(
     return (1 - t) * x0 + t * eps
 
 
-def kept_share(t: Float[Tensor, "*batch"], s: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """Share `s / t` of x_t that denoising from t to s < t keeps; 0 where t = 0."""
-    return torch.where(t > 0, s / t.clamp_min(torch.finfo(t.dtype).tiny), 0.0)
-
-
-def blend(
-    xt: Float[Tensor, "*batch D"], x0_hat: Float[Tensor, "*batch D"], kept: Float[Tensor, "*#batch #D"]
-) -> Float[Tensor, "*batch D"]:
-    """`kept x_t + (1 - kept) x0_hat`."""
-    return kept * xt + (1 - kept) * x0_hat
-
-
 def denoise(
-    xt: Float[Tensor, "*batch D"],
+    x_t: Float[Tensor, "*batch D"],
     x0_hat: Float[Tensor, "*batch D"],
     t: Float[Tensor, "*#batch #D"],
     s: Float[Tensor, "*#batch #D"],
@@ -83,57 +68,86 @@ def denoise(
 
     At s = 0 it is `x0_hat`: an ordinary Jacobi update. Where t = 0 it returns `x0_hat` as well.
     """
-    return blend(xt, x0_hat, kept_share(t, s))
+    kept = torch.where(t > 0, s / t.clamp_min(torch.finfo(t.dtype).tiny), 0.0)
+    return kept * x_t + (1 - kept) * x0_hat
+
+
+def unknown_choices(values: Any) -> list[str]:
+    """Fields of a dataclass whose value is not one of those that their `Literal` names; a line each."""
+    hints = get_type_hints(type(values))
+    return [
+        f"{name}={getattr(values, name)!r}: must be one of {', '.join(get_args(hint))}"
+        for name, hint in hints.items()
+        if get_origin(hint) is Literal and getattr(values, name) not in get_args(hint)
+    ]
 
 
 @dataclass(frozen=True)
-class Renewal:
-    """What an iteration makes of a noisy slot; decoding and training's trajectories share it.
+class NoiseProcess:
+    """How noise comes and goes, in training and in decoding alike.
 
     Attributes:
-        source: "mean": what plays the noise below the top is the mean embedding under the slot's law (ours);
-            otherwise it is what the slot started from (paper).
-        state: "blended" (paper: x_s) or "draft" (ours: x0_hat alone; below the top, the timestep token alone
-            tells a noisy slot from a clean one).
-        estimate: x0_hat: "drawn", the embedding of the token drawn (paper), or "expected", the mean
-            embedding under the law (ours).
+        schedule: spacing of the grid of t: "linear" or "karras", see `timesteps`.
+        t_min: t of level 1, in (0, 1); karras only.
+        rho: bend of the karras grid.
+        source: what a slot starts from at the top level: "gaussian" noise (paper); "tied" and "tied_white"
+            noise made of the Gumbel vector that decides the token; "above", the embedding of the code one row
+            up; or "mean", the mean embedding of the table and, below the top, that under the slot's law.
+            All but the first are ours.
+        state: what a slot holds below the top: "blended", the paper's x_s, or "draft" (ours), x0_hat alone,
+            told from a clean slot by its timestep token.
+        estimate: x0_hat: "drawn", the embedding of the token drawn (paper), or "expected" (ours), the mean
+            embedding under the law.
     """
 
-    source: str = "gaussian"
-    state: str = "blended"
-    estimate: str = "drawn"
+    schedule: Literal["linear", "karras"] = "linear"
+    t_min: float = 0.02
+    rho: float = 7.0
+    source: Literal["gaussian", "tied", "tied_white", "mean", "above"] = "gaussian"
+    state: Literal["blended", "draft"] = "blended"
+    estimate: Literal["drawn", "expected"] = "drawn"
 
     @property
     def reads_mean(self) -> bool:
-        """Whether mean embeddings under the law are needed."""
+        """Whether `step` needs mean embeddings under the laws of the slots."""
         return self.estimate == "expected" or (self.source == "mean" and self.state == "blended")
 
-    def carried_share(self, grid: Float[Tensor, " grid"]) -> Float[Tensor, " grid"]:
-        """By level, the share that is not x0_hat in what a slot holds one level down."""
-        if self.state == "draft":
-            return torch.zeros_like(grid)
-        following = grid.roll(1)
-        return following.where(grid > 0, 0.0) if self.source == "mean" else kept_share(grid, following)
+    def grid(self, num_levels: int) -> Float[Tensor, " grid"]:
+        """The grid of t, see `timesteps`."""
+        return timesteps(num_levels, self.schedule, self.t_min, self.rho)
 
-    def __call__(
+    def step(
         self,
-        held: Float[Tensor, "*batch D"],
+        x_t: Float[Tensor, "*batch D"],
         drawn: Float[Tensor, "*batch D"],
         mean: Float[Tensor, "*batch D"] | None,
-        carried: Float[Tensor, "*#batch #D"],
+        t: Float[Tensor, "*#batch #D"],
+        s: Float[Tensor, "*#batch #D"],
     ) -> Float[Tensor, "*batch D"]:
-        """What slots hold one level down, normalised.
+        """What slots hold one level down (..., D), normalised; the paper's x_s by default, see `denoise`.
 
         Args:
-            held: (..., D) what they hold.
+            x_t: (..., D) what they hold.
             drawn: (..., D) embeddings of the tokens drawn.
             mean: (..., D) mean embeddings under their laws; None where not `reads_mean`.
-            carried: (..., 1) of their level, from `carried_share`.
+            t: (..., 1) their amounts of noise.
+            s: (..., 1) those one level down; 0 where t is 0.
         """
-        if mean is None:
-            return blend(held, drawn, carried)
-        x0_hat = mean if self.estimate == "expected" else drawn
-        return blend(mean if self.source == "mean" else held, x0_hat, carried)
+        x0_hat = mean if mean is not None and self.estimate == "expected" else drawn
+        if self.state == "draft":
+            return x0_hat
+        if mean is not None and self.source == "mean":
+            return perturb(x0_hat, s, mean)
+        return denoise(x_t, x0_hat, t, s)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a line each, starting with the key."""
+        found = unknown_choices(self)
+        if not 0 < self.t_min < 1:
+            found.append(f"t_min={self.t_min}: must lie in (0, 1)")
+        if not self.rho > 0:
+            found.append(f"rho={self.rho}: must be greater than 0")
+        return found
 
 
 def tied_rows(normalised: Float[Tensor, "K D"], white: bool = False) -> Float[Tensor, "K D"]:

@@ -144,11 +144,10 @@ def build_module(config: TrainConfig, backbone: Backbone) -> SJD2Module:
     kind = ShardedModule if config.trainer.strategy == "fsdp" else SJD2Module
     return kind(
         backbone,
-        config.noise.of_training,
+        config.noise,
         OptimizerConfig(**config.optimizer.model_dump(exclude={"freeze"})),
         image_size=config.model.image_size,
         prompt_dropout=config.data.prompt_dropout,
-        val_levels=config.noise.val_levels,
         freeze=config.optimizer.freeze,
         seed=config.seed,
         save_trained_only=has_adapter(backbone),

@@ -6,7 +6,7 @@ Source: ours.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -28,6 +28,16 @@ def shipped(path: str | Path) -> Path:
 def several(problems: list[str]) -> PydanticCustomError:
     """One validation error that carries several problems, each a line that starts with its key."""
     return PydanticCustomError("several", "{lines}", {"lines": "\n".join(problems)})
+
+
+Value = TypeVar("Value")
+
+
+def sound(value: Value) -> Value:
+    """A dataclass of the package as it is, if its own `problems()` finds none."""
+    if found := value.problems():  # type: ignore[attr-defined]
+        raise several(found)
+    return value
 
 
 class Group(BaseModel):

@@ -17,7 +17,6 @@ from sjd2_lightning.data.places import place
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.weights import WeightsSource
-from sjd2_lightning.training.noise import NoiseConfig, RampLaw
 
 
 def _no_decoding_problems(config: DecodingConfig) -> DecodingConfig:
@@ -67,45 +66,6 @@ class DataConfig(Group):
                 f"reference_dir={self.reference_dir}: there is no such folder; give a folder of images"
             )
         return found
-
-
-class NoiseSettings(Group):
-    """Noise of training, and the grid of t that decoding shares."""
-
-    enabled: bool
-    num_levels: tuple[Count, Count]
-    val_levels: Count
-    schedule: Literal["linear", "karras"]
-    t_min: Annotated[float, Field(gt=0, lt=1)]
-    rho: Positive
-    ramp: RampLaw
-    source: Literal["gaussian", "tied", "tied_white", "mean", "above"]
-    trajectory: bool
-    state: Literal["blended", "draft"]
-    estimate: Literal["drawn", "expected"]
-    mark_drafts: bool
-    random_grid: bool
-    consistency: Share
-
-    @property
-    def of_training(self) -> NoiseConfig:
-        """What the training module is built with."""
-        return NoiseConfig(**self.model_dump(exclude={"val_levels", "ramp"}), ramp=self.ramp)
-
-    def problems(self) -> list[str]:
-        """Bounds in the wrong order, choices that do not go together."""
-        bounds = {"num_levels": (1, self.num_levels)} | {
-            f"ramp.{name}": (least, getattr(self.ramp, name))
-            for name, least in (("clean_run", 1), ("segment", 1), ("top_run", 0))
-        }
-        found = [
-            f"{name}=[{low}, {high}]: must be [fewest, most] with {least} <= fewest <= most"
-            for name, (least, (low, high)) in bounds.items()
-            if not least <= low <= high
-        ]
-        if not 0 <= self.ramp.clean_share <= 1:
-            found.append(f"ramp.clean_share={self.ramp.clean_share}: must lie in [0, 1]")
-        return found + [line.removeprefix("noise.") for line in self.of_training.problems()]
 
 
 class OptimizerSettings(Group):

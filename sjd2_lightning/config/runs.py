@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from sjd2_lightning.config.base import Count, Group, Natural, several
+from sjd2_lightning.config.base import Count, Group, Natural, several, sound
 from sjd2_lightning.config.base import shipped as shipped
 from sjd2_lightning.config.groups import (
     AutoWindowConfig,
@@ -16,7 +16,6 @@ from sjd2_lightning.config.groups import (
     Decoding,
     LoggerConfig,
     MetricsConfig,
-    NoiseSettings,
     OptimizerSettings,
     ReportConfig,
     TrainerConfig,
@@ -24,6 +23,7 @@ from sjd2_lightning.config.groups import (
 from sjd2_lightning.config.groups import ClipRecipe as ClipRecipe
 from sjd2_lightning.config.groups import ModelConfig as ModelConfig
 from sjd2_lightning.config.groups import TokenizerRecipe as TokenizerRecipe
+from sjd2_lightning.training.noise import TrainingNoise
 
 
 def _is_checkpoint(path: str) -> str:
@@ -61,7 +61,7 @@ class SharedConfig(Group):
     run_dir: str
     data: DataConfig
     model: ModelConfig
-    noise: NoiseSettings
+    noise: Annotated[TrainingNoise, AfterValidator(sound)]
     metrics: MetricsConfig
     logger: LoggerConfig
     auto_window: AutoWindowConfig

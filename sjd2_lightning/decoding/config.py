@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sjd2_lightning.decoding.law import Sampling
 from sjd2_lightning.decoding.rules import REFINERS
-from sjd2_lightning.noise import ESTIMATES, SCHEDULES, SOURCES, STATES, TIED, Renewal
+from sjd2_lightning.noise import TIED, NoiseProcess
 
 METHODS = ("ar", "jacobi", "sjd", "mc_sjd", "gumbel", "sjd_pp", "sjd_pac", "gsd", "sjd2", "sjd2_pure")
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
@@ -119,10 +119,7 @@ class DecodingConfig:
             recorded). The other modes take what verification drew.
         draft_init: first draft of a clean slot: "random", "gumbel" (the maximum of the slot's own noise),
             "repeat_left" or "repeat_above" (SJD: the token of a neighbour).
-        schedule, t_min, rho: grid of noise, see `noise.timesteps`.
-        source: what a new slot holds, as in training: "gaussian", "mean", "above", or, with "replay", "tied"
-            and "tied_white"; see `noise.NoiseConfig`.
-        state, estimate: what an iteration makes of a noisy slot, as in training, see `noise.Renewal`.
+        noise: how noise comes and goes, as in training; tied sources with "replay" only.
         level_rule: which slots are clean at once (ours): none ("age": one level cleaner each iteration,
             paper); those whose token is the draft of the iteration before ("stable"; new slots have none);
             or those whose law gives their token at least `confidence` ("confident").
@@ -140,12 +137,7 @@ class DecodingConfig:
     acceptance: str = "replay"
     refiner: str = "couple"
     draft_init: str = "random"
-    schedule: str = "linear"
-    t_min: float = 0.02
-    rho: float = 7.0
-    source: str = "gaussian"
-    state: str = "blended"
-    estimate: str = "drawn"
+    noise: NoiseProcess = field(default_factory=NoiseProcess)
     level_rule: str = "age"
     confidence: float = 0.9
     tree: TreeShape = field(default_factory=TreeShape)
@@ -160,14 +152,9 @@ class DecodingConfig:
         return self.acceptance in LOSSLESS
 
     @property
-    def renewal(self) -> Renewal:
-        """What an iteration makes of a noisy slot."""
-        return Renewal(self.source, self.state, self.estimate)
-
-    @property
     def reads_law(self) -> bool:
         """Whether slots get cleaner by their law, not by the token drawn from it alone."""
-        return self.num_levels > 1 and (self.renewal.reads_mean or self.level_rule == "confident")
+        return self.num_levels > 1 and (self.noise.reads_mean or self.level_rule == "confident")
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a sentence each."""
@@ -181,10 +168,6 @@ class DecodingConfig:
             "acceptance": (self.acceptance, ACCEPTANCE),
             "refiner": (self.refiner, tuple(REFINERS)),
             "draft_init": (self.draft_init, DRAFT_INITS),
-            "schedule": (self.schedule, SCHEDULES),
-            "source": (self.source, SOURCES),
-            "state": (self.state, STATES),
-            "estimate": (self.estimate, ESTIMATES),
             "level_rule": (self.level_rule, LEVEL_RULES),
         }
         for name, (value, known) in choices.items():
@@ -207,8 +190,11 @@ class DecodingConfig:
         found += self._problems_beside_the_window()
         if self.draft_init == "gumbel" and self.acceptance != "replay":
             found.append("decoding.draft_init 'gumbel' needs acceptance 'replay'")
-        if self.source in TIED and self.acceptance != "replay":
-            found.append(f"decoding.source {self.source!r} needs acceptance 'replay': use gaussian")
+        found += [f"decoding.noise.{line}" for line in self.noise.problems()]
+        if self.noise.source in TIED and self.acceptance != "replay":
+            found.append(
+                f"decoding.noise.source {self.noise.source!r} needs acceptance 'replay': use gaussian"
+            )
         if not 0 < self.confidence <= 1:
             found.append(f"decoding.confidence must lie in (0, 1], got {self.confidence}")
         return found

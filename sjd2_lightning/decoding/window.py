@@ -15,7 +15,7 @@ from sjd2_lightning.decoding.span import Span
 from sjd2_lightning.decoding.variants.first_drafts import neighbours, repeated
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import ImageLayout, by_row
-from sjd2_lightning.noise import TIED, tied_noise, tied_rows, timesteps
+from sjd2_lightning.noise import TIED, tied_noise, tied_rows
 
 _LEAST_AHEAD = 16  # slots whose random numbers are drawn before they are needed, see `Window`
 _MOST_AHEAD = (
@@ -68,15 +68,12 @@ class SlotSource:
         self.table = table
         self.space = EmbeddingSpace(table[:num_codes])
         # single precision whatever the trunk's: timestep tokens are of 1000 t, which half precision garbles
-        grid = timesteps(config.num_levels, config.schedule, config.t_min, config.rho)
-        self.timesteps = grid.to(table.device)
+        self.timesteps = config.noise.grid(config.num_levels).to(table.device)
         if config.num_levels:
             self.normalised = self.space.normalise(table)
-            t = self.timesteps.to(table)
-            self.renewal = config.renewal
-            self.carried = self.renewal.carried_share(t)[:, None]  # (levels + 1, 1), by level
-            if config.source in TIED:
-                self.tied_rows = tied_rows(self.normalised[:num_codes], config.source == "tied_white")
+            self.grid = self.timesteps.to(table)[:, None]  # (levels + 1, 1), t by level
+            if config.noise.source in TIED:
+                self.tied_rows = tied_rows(self.normalised[:num_codes], config.noise.source == "tied_white")
 
     def of_slots(self, num_columns: int, value: Callable[[ImageLayout], Tensor]) -> Tensor:
         """(B or 1, num_columns) int64: a value (N,) of each layout's slots; 0 right of the image."""
@@ -112,9 +109,9 @@ class SlotSource:
             flat = torch.full((), 1 / self.num_codes, device=slots.device)
             found["draft_probs"] = flat.expand(*slots.shape, self.num_codes)
         if self.config.num_levels:
-            if self.config.source in TIED:
+            if self.config.noise.source in TIED:
                 noisy = tied_noise(found["gumbel"], self.tied_rows)
-            elif self.config.source in ("mean", "above"):  # what stands above is not known yet
+            elif self.config.noise.source in ("mean", "above"):  # what stands above is not known yet
                 noisy = torch.zeros(*slots.shape, self.table.shape[1], device=slots.device)
             else:
                 noisy = normal(stream(keys, Purpose.NOISE), self.table.shape[1])
@@ -124,10 +121,11 @@ class SlotSource:
     def renewed(self, levels: Tensor, noisy: Tensor, tokens: Tensor, law: Tensor | None) -> Tensor:
         """What slots hold one level down (B, W, D), by the tokens (B, W) and laws (B, W, K) of this pass."""
         mean = None
-        if law is not None and self.renewal.reads_mean:
+        if law is not None and self.config.noise.reads_mean:
             mean = law.to(self.normalised) @ self.normalised[: self.num_codes]
-        drawn, carried = F.embedding(tokens, self.normalised), F.embedding(levels, self.carried)
-        return self.renewal(noisy, drawn, mean, carried)
+        drawn = F.embedding(tokens, self.normalised)
+        t, s = F.embedding(levels, self.grid), F.embedding((levels - 1).clamp_min(0), self.grid)
+        return self.config.noise.step(noisy, drawn, mean, t, s)
 
     def next_levels(self, levels: Tensor, drafts: Tensor, tokens: Tensor, law: Tensor | None) -> Tensor:
         """Levels (B, W) of the next iteration, by the drafts (B, W) fed, tokens (B, W) and laws (B, W, K)."""
@@ -172,7 +170,7 @@ class Window:
             found = by_row(source.layouts, lambda layout: neighbours(layout, kind, num_columns))
             self.neighbour = found.to(device).expand(len(seeds), -1)
         self.above: Tensor | None = None
-        if source.config.source == "above" and source.config.num_levels:
+        if source.config.noise.source == "above" and source.config.num_levels:
             found = by_row(source.layouts, lambda layout: neighbours(layout, "repeat_above", num_columns))
             self.above = found.to(device).expand(len(seeds), -1)
         self.seeds = seeds

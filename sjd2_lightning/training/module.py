@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
-from sjd2_lightning.noise import timesteps
 from sjd2_lightning.training.batch import NoisyCodes
-from sjd2_lightning.training.noise import NoiseConfig as NoiseConfig
+from sjd2_lightning.training.noise import TrainingNoise as TrainingNoise
 from sjd2_lightning.training.noise import draw_levels, random_timesteps
 from sjd2_lightning.training.objective import OwnLaw, TokenLoss, next_clean_token_loss
 from sjd2_lightning.training.optimizer import OptimizerConfig, build_optimizer, warmup_cosine
@@ -39,7 +38,6 @@ class SJD2Module(L.LightningModule):
         optimizer: the optimizer and its schedule.
         image_size: (height, width) of the images in pixels.
         prompt_dropout: share of training prompts replaced by the unconditional context, for guidance.
-        val_levels: grid size of the validation losses at noise.
         freeze: prefixes of parameter names of the backbone that are not trained.
         seed: of levels, noise and prompt dropout; they depend on (seed, global step, rank) alone.
         save_trained_only: checkpoints hold the weights that are trained, as for a low-rank adapter.
@@ -51,11 +49,10 @@ class SJD2Module(L.LightningModule):
     def __init__(
         self,
         backbone: Backbone,
-        noise: NoiseConfig,
+        noise: TrainingNoise,
         optimizer: OptimizerConfig,
         image_size: tuple[int, int] = (64, 64),
         prompt_dropout: float = 0.1,
-        val_levels: int = 4,
         freeze: Sequence[str] = (),
         seed: int = 0,
         save_trained_only: bool = False,
@@ -68,7 +65,6 @@ class SJD2Module(L.LightningModule):
         self.noise = noise
         self.optimizer_config = optimizer
         self.prompt_dropout = prompt_dropout
-        self.val_levels = val_levels
         self.seed = seed
         self.image_layout: ImageLayout = backbone.layout(*image_size)
         for name, parameter in backbone.named_parameters():
@@ -101,9 +97,6 @@ class SJD2Module(L.LightningModule):
             for row, ids in enumerate(rows)
         ]
 
-    def _grid(self, num_levels: int) -> Tensor:
-        return timesteps(num_levels, self.noise.schedule, self.noise.t_min, self.noise.rho)
-
     def losses(
         self, batch: CodeBatch, prompts: Sequence[Sequence[int]], noise: NoisyCodes | None
     ) -> TokenLoss:
@@ -127,7 +120,11 @@ class SJD2Module(L.LightningModule):
             batch_size, num_codes = len(batch.image_ids), batch.image_ids[0].numel()
             levels = draw_levels(batch_size, num_codes, num_levels, self.noise.ramp, rng)
             sample = Sample(prompts, batch.image_ids, self.image_layout)
-            grid = random_timesteps(num_levels, rng) if self.noise.random_grid else self._grid(num_levels)
+            grid = (
+                random_timesteps(num_levels, rng)
+                if self.noise.random_grid
+                else self.noise.process.grid(num_levels)
+            )
             noise = noisy_codes(self.backbone, sample, levels, grid, self.noise, rng)
         loss = self.losses(batch, prompts, noise).total
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.image_ids))
@@ -144,17 +141,17 @@ class SJD2Module(L.LightningModule):
         clean = self.losses(batch, prompts, None).total
         self.log("val/loss_clean", clean, prog_bar=True, sync_dist=True, batch_size=size)
         ramp = replace(self.noise.ramp, clean_share=0.0)
-        levels = draw_levels(size, batch.image_ids[0].numel(), self.val_levels, ramp, rng)
+        levels = draw_levels(size, batch.image_ids[0].numel(), self.noise.val_levels, ramp, rng)
         sample = Sample(prompts, batch.image_ids, self.image_layout)
-        grid = self._grid(self.val_levels)
+        grid = self.noise.process.grid(self.noise.val_levels)
         # against the true codes alone: comparable whatever the targets of training
         alone = replace(self.noise, consistency=0.0)
         noise = noisy_codes(self.backbone, sample, levels, grid, alone, rng)
         per_token = self.losses(batch, prompts, noise).per_token
         levels = levels.roll(1, dims=1)  # the token left of a code is what the code is predicted from
         levels[:, 0] = 0
-        half = max(1, self.val_levels // 2)
-        bands = {"low": (levels > 0) & (levels <= half), "high": levels == self.val_levels}
+        half = max(1, self.noise.val_levels // 2)
+        bands = {"low": (levels > 0) & (levels <= half), "high": levels == self.noise.val_levels}
         for band, chosen in bands.items():
             # weighted by codes: a batch whose ramps miss the band counts nothing
             count = int(chosen.sum())

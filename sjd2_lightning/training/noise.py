@@ -1,4 +1,4 @@
-"""training.noise."""
+"""Which codes of a training sequence are noisy, and how much (paper, segment-wise multi-level noise)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sjd2_lightning.noise import ESTIMATES, SOURCES, STATES, TIED, Renewal
+from sjd2_lightning.noise import TIED, NoiseProcess
 
 
 def random_timesteps(num_levels: int, rng: torch.Generator) -> Float[Tensor, " grid"]:
@@ -36,6 +36,19 @@ class RampLaw:
     segment: tuple[int, int] = (1, 6)
     top_run: tuple[int, int] = (0, 24)
     clean_share: float = 0.1
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a line each, starting with the key."""
+        least = {"clean_run": 1, "segment": 1, "top_run": 0}
+        found = [
+            f"{name}=[{low}, {high}]: must be [fewest, most] with {at_least} <= fewest <= most"
+            for name, at_least in least.items()
+            for low, high in [getattr(self, name)]
+            if not at_least <= low <= high
+        ]
+        if not 0 <= self.clean_share <= 1:
+            found.append(f"clean_share={self.clean_share}: must lie in [0, 1]")
+        return found
 
 
 def draw_levels(
@@ -71,39 +84,32 @@ def _chain_of_ramps(length: int, num_levels: int, law: RampLaw, rng: torch.Gener
 
 
 @dataclass(frozen=True)
-class NoiseConfig:
-    """Noise of training.
+class TrainingNoise:
+    """Noise of training; the group `noise` of the configuration.
 
     Attributes:
-        num_levels: (fewest, most) levels; the grid size is drawn per batch, so that one checkpoint serves
+        enabled: whether there is noise; without it training is ordinary next-token training.
+        process: how noise comes and goes, as decoding will ask for it.
+        num_levels: (fewest, most) levels; the number is drawn per batch, so that one checkpoint serves
             decoding with any number in between (not in the paper; our choice).
-        schedule, t_min, rho: grid of t, see `timesteps`.
-        ramp: law of the segments.
-        enabled: False is ordinary autoregressive training.
-        source: what slots start from at the top level: "gaussian" (paper), or "tied" and "tied_white" (ours):
-            made of the Gumbel vector that decides the token, see `posterior`; or "above" (ours): the
-            embedding of the code one row up, told from a clean one by its timestep token; or "mean" (ours):
-            the mean embedding of the table, and below the top that under the law of clean input.
-        trajectory: noisy slots hold what decoding's own iterations make of them, see `trajectory` (ours);
-            False perturbs the true embedding (paper).
-        state, estimate: how slots move on a trajectory, see `Renewal`.
-        mark_drafts: whether timestep tokens tell the drafts of state "draft" from clean codes; False feeds
-            them as decoding with one level does, as clean ones (ours).
-        random_grid: training draws the grid per batch, see `random_timesteps`; validation keeps the schedule.
+        val_levels: number of levels of the validation losses at noise.
+        ramp: lengths of the segments of equal level.
+        trajectory: whether noisy slots hold what decoding's own iterations make of them, see `states` (ours);
+            otherwise the true embedding is perturbed (paper).
+        mark_drafts: whether timestep tokens tell the drafts of state "draft" from clean codes; otherwise they
+            are fed as decoding with one level feeds them, as clean ones (ours).
+        random_grid: whether training draws the grid per batch, see `random_timesteps`; validation keeps the
+            schedule.
         consistency: share of the target behind noise that is the model's own law on clean input in place of
             the true code, see `objective` (consistency distillation).
     """
 
-    num_levels: tuple[int, int] = (1, 8)
-    schedule: str = "linear"
-    t_min: float = 0.02
-    rho: float = 7.0
-    ramp: RampLaw = field(default_factory=RampLaw)
     enabled: bool = True
-    source: str = "gaussian"
+    process: NoiseProcess = field(default_factory=NoiseProcess)
+    num_levels: tuple[int, int] = (1, 8)
+    val_levels: int = 4
+    ramp: RampLaw = field(default_factory=RampLaw)
     trajectory: bool = False
-    state: str = "blended"
-    estimate: str = "drawn"
     mark_drafts: bool = True
     random_grid: bool = False
     consistency: float = 0.0
@@ -111,39 +117,31 @@ class NoiseConfig:
     @property
     def reads_gumbel(self) -> bool:
         """Whether the Gumbel vectors that decide the true codes are needed."""
-        return self.trajectory or self.source in TIED
+        return self.trajectory or self.process.source in TIED
 
     @property
     def reads_law(self) -> bool:
         """Whether the law of clean input is needed, which costs a pass."""
-        return self.reads_gumbel or self.source == "mean" or self.consistency > 0
-
-    @property
-    def renewal(self) -> Renewal:
-        """What an iteration makes of a noisy slot."""
-        return Renewal(self.source, self.state, self.estimate)
+        return self.reads_gumbel or self.process.source == "mean" or self.consistency > 0
 
     def problems(self) -> list[str]:
-        """What is wrong with the choices, a sentence each."""
-        choices = {
-            "source": (self.source, SOURCES),
-            "state": (self.state, STATES),
-            "estimate": (self.estimate, ESTIMATES),
-        }
-        found = [
-            f"noise.{name} must be one of {', '.join(known)}; got {value!r}"
-            for name, (value, known) in choices.items()
-            if value not in known
-        ]
-        if self.state == "draft" and not self.trajectory:
-            found.append("noise.state 'draft' needs drafts: set noise.trajectory to true")
-        if self.estimate == "expected" and not self.trajectory:
-            found.append("noise.estimate 'expected' needs laws on the way: set noise.trajectory to true")
+        """What is wrong with the values, a line each, starting with the key."""
+        found = [f"process.{line}" for line in self.process.problems()]
+        found += [f"ramp.{line}" for line in self.ramp.problems()]
+        low, high = self.num_levels
+        if not 1 <= low <= high:
+            found.append(f"num_levels=[{low}, {high}]: must be [fewest, most] with 1 <= fewest <= most")
+        if self.val_levels < 1:
+            found.append(f"val_levels={self.val_levels}: must be at least 1")
+        if self.process.state == "draft" and not self.trajectory:
+            found.append("process.state=draft: needs drafts; set noise.trajectory to true")
+        if self.process.estimate == "expected" and not self.trajectory:
+            found.append("process.estimate=expected: needs laws on the way; set noise.trajectory to true")
         if not 0 <= self.consistency <= 1:
-            found.append(f"noise.consistency is a share: it must lie in [0, 1], got {self.consistency}")
-        if not self.mark_drafts and (self.state, self.estimate) != ("draft", "drawn"):
+            found.append(f"consistency={self.consistency}: is a share; it must lie in [0, 1]")
+        if not self.mark_drafts and (self.process.state, self.process.estimate) != ("draft", "drawn"):
             found.append(
-                "noise.mark_drafts false feeds drafts as clean codes: set noise.state to draft and "
-                "noise.estimate to drawn"
+                "mark_drafts=False: feeds drafts as clean codes; set noise.process.state to draft and "
+                "noise.process.estimate to drawn"
             )
         return found

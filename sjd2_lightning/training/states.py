@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
-from sjd2_lightning.noise import TIED, Renewal, tied_noise, tied_rows
+from sjd2_lightning.noise import TIED, NoiseProcess, tied_noise, tied_rows
 from sjd2_lightning.training.batch import NoisyCodes, code_logits, trunk_input
-from sjd2_lightning.training.noise import NoiseConfig
+from sjd2_lightning.training.noise import TrainingNoise
 
 
 class Sample(NamedTuple):
@@ -29,7 +29,12 @@ class Sample(NamedTuple):
 
 
 def noisy_codes(
-    backbone: Backbone, sample: Sample, levels: Tensor, grid: Tensor, noise: NoiseConfig, rng: torch.Generator
+    backbone: Backbone,
+    sample: Sample,
+    levels: Tensor,
+    grid: Tensor,
+    noise: TrainingNoise,
+    rng: torch.Generator,
 ) -> NoisyCodes:
     """Noise of one batch.
 
@@ -48,14 +53,14 @@ def noisy_codes(
         if law is not None and noise.reads_gumbel:
             race = torch.empty(law.shape).exponential_(generator=rng).to(law)
             gumbel = posterior_gumbel(law, sample.image_ids.flatten(1), race)
-        eps = _start(backbone, sample, noise.source, gumbel, rng)
-        if law is not None and noise.source == "mean" and not noise.trajectory:
+        eps = _start(backbone, sample, noise.process.source, gumbel, rng)
+        if law is not None and noise.process.source == "mean" and not noise.trajectory:
             below = (levels < len(grid) - 1)[..., None].to(eps)  # at the top nothing is known of the law
             eps = below * (law.exp() @ _normalised_rows(backbone))
         kept = law if noise.consistency else None
         found = NoisyCodes(levels, grid, eps, marked=noise.mark_drafts, clean_law=kept)
         if gumbel is not None and noise.trajectory:
-            found = found._replace(states=walk(backbone, sample, found, gumbel, noise.renewal))
+            found = found._replace(states=walk(backbone, sample, found, gumbel, noise.process))
     # autocast of some versions keeps weights that it cast without gradients for the pass that needs them
     torch.clear_autocast_cache()
     return found
@@ -86,7 +91,9 @@ def _start(
     return _above(rows, sample.image_ids) if source == "above" else rows.new_zeros(shape)
 
 
-def walk(backbone: Backbone, sample: Sample, start: NoisyCodes, gumbel: Tensor, renewal: Renewal) -> Tensor:
+def walk(
+    backbone: Backbone, sample: Sample, start: NoisyCodes, gumbel: Tensor, process: NoiseProcess
+) -> Tensor:
     """States (B, n, D) float32 in which decoding would find the noisy codes, normalised.
 
     A code of level l entered the window L - l iterations ago, those left of it earlier. So k iterations ago
@@ -97,11 +104,11 @@ def walk(backbone: Backbone, sample: Sample, start: NoisyCodes, gumbel: Tensor, 
     Args:
         start: levels, grid, and what codes start from (B, n, D).
         gumbel: (B, n, K) of each code.
-        renewal: what an iteration makes of a code.
+        process: how noise goes.
     """
     top, levels = len(start.timesteps) - 1, start.levels
     rows, states = _normalised_rows(backbone), start.eps
-    share = renewal.carried_share(start.timesteps)
+    grid = start.timesteps
     for ago in range(top - 1, 0, -1):
         moves = (levels > 0) & (levels + ago <= top)
         if not moves.any():  # levels are on the CPU: no wait for the device
@@ -109,8 +116,9 @@ def walk(backbone: Backbone, sample: Sample, start: NoisyCodes, gumbel: Tensor, 
         before = torch.where(levels > 0, (levels + ago).clamp_max(top), 0)
         logits = logits_of(backbone, sample, start._replace(levels=before, states=states))
         drawn = F.embedding((logits + gumbel).argmax(-1), rows)
-        mean = logits.softmax(-1) @ rows if renewal.reads_mean else None
-        moved = renewal(states, drawn, mean, share[before][..., None].to(states))
+        mean = logits.softmax(-1) @ rows if process.reads_mean else None
+        t, s = (grid[level][..., None].to(states) for level in (before, (before - 1).clamp_min(0)))
+        moved = process.step(states, drawn, mean, t, s)
         states = moved.where(moves[..., None].to(states.device), states)
     return states
 

@@ -11,6 +11,7 @@ from likelihood import log_laws, nats_per_code
 from sjd2_lightning.decoding import Sampling, decode
 from sjd2_lightning.decoding.config import DecodingConfig, TreeShape
 from sjd2_lightning.evaluation.prompts import held_out_prompts
+from sjd2_lightning.noise import NoiseProcess
 from tests.tools.benchmark_scripts import script
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
@@ -67,7 +68,9 @@ def test_a_setting_is_what_decode_gives(study, options, found):
     [run] = [run for run in study.finished_runs(options.runs) if run.folder.name == "bent-1"]
     backbone = study.load_backbone("chameleon", run.folder / "model").eval()
     items = held_out_prompts(NUM_PROMPTS)
-    config = DecodingConfig("sjd2", 5, 2, schedule="karras", sampling=Sampling(0.9, guidance_scale=2.0))
+    config = DecodingConfig(
+        "sjd2", 5, 2, noise=NoiseProcess(schedule="karras"), sampling=Sampling(0.9, guidance_scale=2.0)
+    )
     assert study.settings(run, options)["replay-l2-w5"] == config
     kept = json.loads((options.out / "bent-1" / "t0.9-g2" / "replay-l2-w5.json").read_text())
     for row, item in enumerate(items):

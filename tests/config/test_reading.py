@@ -121,7 +121,7 @@ def test_option_list_is_not_empty():
 
 
 def test_typed_groups_match_what_they_configure():
-    from sjd2_lightning.training.module import NoiseConfig
+    from sjd2_lightning.training.module import TrainingNoise
     from sjd2_lightning.training.optimizer import OptimizerConfig
     from sjd2_lightning.training.recipes.clip import ClipModule
     from sjd2_lightning.training.recipes.tokenizer import TokenizerModule
@@ -129,7 +129,7 @@ def test_typed_groups_match_what_they_configure():
     elsewhere = {"self", "lr", "weight_decay", "image_size", "out_dir"}  # in other groups
     for recipe, module in ((ClipRecipe, ClipModule), (TokenizerRecipe, TokenizerModule)):
         assert set(recipe.model_fields) == set(signature(module.__init__).parameters) - elsewhere
-    assert set(NoiseSettings.model_fields) - {"val_levels"} == {field.name for field in fields(NoiseConfig)}
+    assert set(NoiseSettings.model_fields) - {"val_levels"} == {field.name for field in fields(TrainingNoise)}
     assert set(OptimizerSettings.model_fields) - {"freeze"} == {
         field.name for field in fields(OptimizerConfig)
     }

@@ -9,6 +9,7 @@ import torch
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.config import Grouping, PairSweeps, TreeShape
 from sjd2_lightning.decoding.variants.pairs import PairTable
+from sjd2_lightning.noise import NoiseProcess
 from tests.tools.slow_loop import SlowDecoder
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, TableBackbone, strong_table, tiny_chameleon
 
@@ -32,23 +33,38 @@ RULES = {
     "sjd-replay": DecodingConfig("sjd", window=7, draft_init="gumbel"),
     "sjd2-replay": DecodingConfig("sjd2", window=6, num_levels=2),
     "sjd2-replay-karras": DecodingConfig(
-        "sjd2", window=40, num_levels=3, schedule="karras", t_min=0.1, rho=5.0
+        "sjd2", window=40, num_levels=3, noise=NoiseProcess(schedule="karras", t_min=0.1, rho=5.0)
     ),
-    "tied": DecodingConfig("sjd2", window=6, num_levels=2, source="tied"),
-    "tied-white-drafts": DecodingConfig("sjd2", window=9, num_levels=3, source="tied_white", state="draft"),
-    "drafts": DecodingConfig("sjd2", window=6, num_levels=3, acceptance="exact", state="draft"),
-    "mean": DecodingConfig("sjd2", window=6, num_levels=3, source="mean"),
-    "above": DecodingConfig("sjd2", window=9, num_levels=1, source="above"),
-    "above-levels": DecodingConfig("sjd2", window=12, num_levels=3, source="above"),
-    "above-exact": DecodingConfig("sjd2", window=9, num_levels=2, acceptance="exact", source="above"),
-    "mean-exact": DecodingConfig("sjd2", window=6, num_levels=3, acceptance="exact", source="mean"),
-    "mask": DecodingConfig("sjd2", window=7, num_levels=3, source="mean", state="draft"),
-    "expected": DecodingConfig("sjd2", window=6, num_levels=3, estimate="expected"),
+    "tied": DecodingConfig("sjd2", window=6, num_levels=2, noise=NoiseProcess(source="tied")),
+    "tied-white-drafts": DecodingConfig(
+        "sjd2", window=9, num_levels=3, noise=NoiseProcess(source="tied_white", state="draft")
+    ),
+    "drafts": DecodingConfig(
+        "sjd2", window=6, num_levels=3, acceptance="exact", noise=NoiseProcess(state="draft")
+    ),
+    "mean": DecodingConfig("sjd2", window=6, num_levels=3, noise=NoiseProcess(source="mean")),
+    "above": DecodingConfig("sjd2", window=9, num_levels=1, noise=NoiseProcess(source="above")),
+    "above-levels": DecodingConfig("sjd2", window=12, num_levels=3, noise=NoiseProcess(source="above")),
+    "above-exact": DecodingConfig(
+        "sjd2", window=9, num_levels=2, acceptance="exact", noise=NoiseProcess(source="above")
+    ),
+    "mean-exact": DecodingConfig(
+        "sjd2", window=6, num_levels=3, acceptance="exact", noise=NoiseProcess(source="mean")
+    ),
+    "mask": DecodingConfig("sjd2", window=7, num_levels=3, noise=NoiseProcess(source="mean", state="draft")),
+    "expected": DecodingConfig("sjd2", window=6, num_levels=3, noise=NoiseProcess(estimate="expected")),
     "expected-karras": DecodingConfig(
-        "sjd2", window=9, num_levels=4, schedule="karras", t_min=0.1, source="mean", estimate="expected"
+        "sjd2",
+        window=9,
+        num_levels=4,
+        noise=NoiseProcess(schedule="karras", t_min=0.1, source="mean", estimate="expected"),
     ),
     "expected-drafts": DecodingConfig(
-        "sjd2", window=6, num_levels=3, acceptance="exact", estimate="expected", state="draft"
+        "sjd2",
+        window=6,
+        num_levels=3,
+        acceptance="exact",
+        noise=NoiseProcess(estimate="expected", state="draft"),
     ),
     "stable": DecodingConfig("sjd2", window=9, num_levels=4, level_rule="stable"),
     "stable-exact": DecodingConfig("sjd2", window=9, num_levels=4, acceptance="exact", level_rule="stable"),
@@ -60,7 +76,13 @@ RULES = {
         "sjd2_pure", window=9, num_levels=4, acceptance="pure", level_rule="confident", confidence=0.4
     ),
     "confident-tree": DecodingConfig(
-        "sjd2", 9, 4, tree=TreeShape(3, 2, 2), level_rule="confident", confidence=0.4, estimate="expected"
+        "sjd2",
+        9,
+        4,
+        tree=TreeShape(3, 2, 2),
+        level_rule="confident",
+        confidence=0.4,
+        noise=NoiseProcess(estimate="expected"),
     ),
     "sjd2-exact": DecodingConfig("sjd2", window=6, num_levels=3, acceptance="exact"),
     "sjd2-exact-resample": DecodingConfig(

@@ -19,8 +19,8 @@ import pytest
 from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.loader import CodeDataset, CodeLoader
 from sjd2_lightning.data.reading import BadDataError
-from tests.tools.shards import WriteCodes
 from tests.data.test_reading import npy, replace_payload, rewrite
+from tests.tools.shards import WriteCodes
 
 NUM, PER_SHARD, BAD = 48, 8, "train-00002.tar"  # holds k16..k23
 Damage = Callable[[Path], None]

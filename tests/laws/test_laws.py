@@ -19,6 +19,7 @@ from sjd2_lightning.decoding.config import Grouping, TreeShape
 from sjd2_lightning.decoding.law import draw, residual
 from sjd2_lightning.decoding.rules import num_leading
 from sjd2_lightning.decoding.variants import tree
+from sjd2_lightning.noise import NoiseProcess
 from tests.tools.enumeration import chi_square, histogram, p_value, sequence_law
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, strong_table, tiny_chameleon
 
@@ -33,7 +34,7 @@ RULES = {
     "sjd2-1": DecodingConfig("sjd2", acceptance="exact", num_levels=1),
     "sjd2-4": DecodingConfig("sjd2", acceptance="exact", num_levels=4),
     "sjd2-karras-resample": DecodingConfig(
-        "sjd2", acceptance="exact", num_levels=2, refiner="resample", schedule="karras"
+        "sjd2", acceptance="exact", num_levels=2, refiner="resample", noise=NoiseProcess(schedule="karras")
     ),
     "jacobi": DecodingConfig("jacobi", acceptance="match"),
     "sjd-left": DecodingConfig("sjd", acceptance="exact", refiner="resample", draft_init="repeat_left"),

@@ -8,7 +8,7 @@ from sjd2_lightning.cli.evaluate import evaluate
 from sjd2_lightning.cli.train import train
 from sjd2_lightning.config.reading import ConfigError, conf_dir
 from sjd2_lightning.models.registry import load_backbone
-from sjd2_lightning.training.module import NoiseConfig, SJD2Module
+from sjd2_lightning.training.module import SJD2Module, TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig
 from tests.tools.tiny_backbones import tiny_chameleon
 
@@ -123,7 +123,7 @@ def test_missing_weights_are_refused_with_the_command(composed):
 
 
 def test_training_puts_the_trunk_into_train_mode_and_nothing_else():
-    module = SJD2Module(tiny_chameleon(3), NoiseConfig(), OptimizerConfig(), (4, 4))
+    module = SJD2Module(tiny_chameleon(3), TrainingNoise(), OptimizerConfig(), (4, 4))
     module.backbone.eval()
     module.on_fit_start()
     assert module.backbone.trunk.layers[0].training

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode, randomness
+from sjd2_lightning.noise import NoiseProcess
 from tests.tools.operations import WAITS, Operations
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
@@ -17,9 +18,9 @@ RULES = {
     "sjd": DecodingConfig("sjd", 6, acceptance="exact", refiner="resample"),
     "mc_sjd": DecodingConfig("mc_sjd", 6, acceptance="exact"),
     "sjd2": DecodingConfig("sjd2", 6, 2),
-    "tied": DecodingConfig("sjd2", 6, 2, source="tied", state="draft"),
+    "tied": DecodingConfig("sjd2", 6, 2, noise=NoiseProcess(source="tied", state="draft")),
     "stable": DecodingConfig("sjd2", 6, 3, level_rule="stable"),
-    "expected": DecodingConfig("sjd2", 6, 2, source="mean", estimate="expected"),
+    "expected": DecodingConfig("sjd2", 6, 2, noise=NoiseProcess(source="mean", estimate="expected")),
     "confident": DecodingConfig("sjd2", 6, 3, level_rule="confident", confidence=0.3),
     "sjd2_exact": DecodingConfig("sjd2", 6, 2, acceptance="exact"),
     "left": DecodingConfig("sjd", 6, acceptance="exact", draft_init="repeat_left"),

@@ -25,7 +25,7 @@ from sjd2_lightning.models.image_tokenizer import to_uint8
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import load_backbone
 from sjd2_lightning.training.batch import NoisyCodes, trunk_input
-from sjd2_lightning.training.module import NoiseConfig, SJD2Module
+from sjd2_lightning.training.module import SJD2Module, TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig
 from tests.tools.operations import Operations
 
@@ -166,7 +166,7 @@ def check_loss(case: Case) -> None:
     """With all levels clean the training loss is the plain next-token loss, by transformers' own path."""
     backbone, layout = case.backbone, case.small
     module = SJD2Module(
-        backbone, NoiseConfig(enabled=False), OptimizerConfig(), layout.pixels, prompt_dropout=0.0
+        backbone, TrainingNoise(enabled=False), OptimizerConfig(), layout.pixels, prompt_dropout=0.0
     )
     batch = Batch(PROMPTS, case.codes(layout))
     prompts = [backbone.prompt_ids(prompt, layout) for prompt in PROMPTS]

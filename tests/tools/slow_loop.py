@@ -16,7 +16,6 @@ from sjd2_lightning.decoding import DecodingConfig
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, integers, normal, slot_keys, stream, uniform
 from sjd2_lightning.decoding.variants.pairs import PairTable
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
-from sjd2_lightning.noise import timesteps
 from tests.tools.enumeration import code_law, slot_scale
 
 
@@ -50,7 +49,7 @@ class SlowDecoder:
         codes = table[: backbone.num_codes]
         self.mean, self.std = codes.mean(0), codes.std(0, correction=0).clamp_min(1e-6)
         self.rows = (table - self.mean) / self.std
-        self.grid = timesteps(config.num_levels, config.schedule, config.t_min, config.rho).tolist()
+        self.grid = config.noise.grid(config.num_levels).tolist()
         self.tokens: list[int] = []
         self.settled: list[int] = []
 
@@ -70,14 +69,14 @@ class SlowDecoder:
 
     def new_noise(self, slot: int) -> Tensor:
         """What a slot starts from."""
-        if self.config.source == "gaussian":
+        if self.config.noise.source == "gaussian":
             return normal(self.key(slot, Purpose.NOISE), self.table.shape[1])
-        if self.config.source in ("mean", "above"):
+        if self.config.noise.source in ("mean", "above"):
             return torch.zeros(self.table.shape[1])
         num_codes = self.backbone.num_codes
         vector = gumbel(self.key(slot, Purpose.GUMBEL), num_codes).double().numpy()
         rows = self.rows[:num_codes].double().numpy() / num_codes**0.5
-        if self.config.source == "tied_white":  # the nearest matrix with orthonormal columns
+        if self.config.noise.source == "tied_white":  # the nearest matrix with orthonormal columns
             left, sizes, right = np.linalg.svd(rows, full_matrices=False)
             rows = left[:, sizes > 3e-3 * sizes[0]] @ right[sizes > 3e-3 * sizes[0]]
         return torch.tensor((vector - np.euler_gamma) / (np.pi / 6**0.5) @ rows).float()
@@ -87,10 +86,10 @@ class SlowDecoder:
         config, level = self.config, max(0, slot.level - 1)
         if slot.level > 0:
             mean = sum(float(p) * row for p, row in zip(law, self.rows, strict=False))
-            x0_hat = mean if config.estimate == "expected" else self.rows[token]
-            if config.state == "draft":
+            x0_hat = mean if config.noise.estimate == "expected" else self.rows[token]
+            if config.noise.state == "draft":
                 slot.noisy = x0_hat
-            elif config.source == "mean":
+            elif config.noise.source == "mean":
                 slot.noisy = self.grid[level] * mean + (1 - self.grid[level]) * x0_hat
             else:
                 ratio = self.grid[level] / self.grid[slot.level]
@@ -296,7 +295,7 @@ class SlowDecoder:
                 slot = self.new_slot(head + len(window))
                 if config.draft_init.startswith("repeat") and iteration > 0:
                     self.repeat_neighbour(window, slot, ends)
-                if config.source == "above" and iteration > 0:
+                if config.noise.source == "above" and iteration > 0:
                     self.start_from_above(window, slot, ends)
                 window.append(slot)
             laws = self.laws(window)

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from sjd2_lightning.training.module import NoiseConfig, SJD2Module
+from sjd2_lightning.noise import NoiseProcess
+from sjd2_lightning.training.module import SJD2Module, TrainingNoise
 from sjd2_lightning.training.noise import RampLaw
 from sjd2_lightning.training.optimizer import OptimizerConfig
 from sjd2_lightning.training.states import Sample, logits_of
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
 
 
 CAPTIONS = ["red cat", "dog on a green mat", "blue", "a red dog on a blue cat"]
-NOISE = NoiseConfig(num_levels=(1, 3), ramp=RampLaw(clean_run=(1, 2), segment=(1, 2), top_run=(0, 2)))
+NOISE = TrainingNoise(num_levels=(1, 3), ramp=RampLaw(clean_run=(1, 2), segment=(1, 2), top_run=(0, 2)))
 OFF = replace(NOISE, enabled=False)
 QUIET = {
     "accelerator": "cpu",
@@ -42,7 +43,7 @@ def batch_of(seed: int = 0) -> Batch:
     return Batch(CAPTIONS, torch.randint(7, (4, 3, 3), generator=torch.Generator().manual_seed(seed)))
 
 
-def module_of(noise: NoiseConfig = NOISE, **values) -> SJD2Module:
+def module_of(noise: TrainingNoise = NOISE, **values) -> SJD2Module:
     optimizer = OptimizerConfig(lr=2e-2, warmup_steps=3)
     settings = {"image_size": (6, 6), "val_levels": 2, "seed": 1, **values}
     return SJD2Module(tiny_chameleon(7, seed=4, scale=0.3), noise, optimizer, **settings)
@@ -230,7 +231,7 @@ def told_logits(module: SJD2Module, noise) -> torch.Tensor:
 
 def test_choices_that_do_not_go_together_are_refused():
     with pytest.raises(ValueError, match=r"noise\.state 'draft' needs drafts"):
-        module_of(replace(NOISE, state="draft"))
+        module_of(replace(NOISE, process=NoiseProcess(state="draft")))
     with pytest.raises(ValueError, match=r"noise\.mark_drafts false .* set noise\.state to draft"):
         module_of(replace(NOISE, trajectory=True, mark_drafts=False))
 

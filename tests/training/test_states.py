@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sjd2_lightning.decoding import DecodingConfig
-from sjd2_lightning.noise import Renewal, timesteps
+from sjd2_lightning.noise import NoiseProcess, timesteps
 from sjd2_lightning.training.batch import NoisyCodes
-from sjd2_lightning.training.noise import NoiseConfig
+from sjd2_lightning.training.noise import TrainingNoise
 from sjd2_lightning.training.states import Sample, logits_of, noisy_codes, posterior_gumbel, walk
 from tests.tools.slow_loop import Slot, SlowDecoder
 from tests.tools.tiny_backbones import NOISY_LEVELS, RAGGED_PROMPTS, tiny_chameleon
@@ -71,7 +71,7 @@ class Teacher(SlowDecoder):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_states_are_those_of_decoding(backbone, sample, option):
     """Every code takes the slow decoder's own steps, from its start to its level."""
-    noise = NoiseConfig(trajectory=True, **OPTIONS[option])
+    noise = TrainingNoise(trajectory=True, **OPTIONS[option])
     found = noisy_codes(backbone, sample, LEVELS, timesteps(3), noise, rng())
     log_probs = logits_of(backbone, sample, None).log_softmax(-1)
     race = torch.empty(log_probs.shape).exponential_(generator=rng())
@@ -96,7 +96,7 @@ def test_states_are_those_of_decoding(backbone, sample, option):
 
 
 def test_drafts_are_embeddings_of_codes_below_the_top_and_noise_at_it(backbone, sample):
-    noise = NoiseConfig(trajectory=True, state="draft")
+    noise = TrainingNoise(trajectory=True, process=NoiseProcess(state="draft"))
     found = noisy_codes(backbone, sample, LEVELS, timesteps(3), noise, rng())
     codes = backbone.slot_table()[:7]
     rows = (codes - codes.mean(0)) / codes.std(0, correction=0)
@@ -107,7 +107,7 @@ def test_drafts_are_embeddings_of_codes_below_the_top_and_noise_at_it(backbone, 
 
 def test_unmarked_drafts_look_like_clean_codes(backbone, sample):
     """Fed as the codes that they are: laws are those of an image with drafts in it, and noise at the top."""
-    noise = NoiseConfig(trajectory=True, state="draft", mark_drafts=False)
+    noise = TrainingNoise(trajectory=True, process=NoiseProcess(state="draft"), mark_drafts=False)
     found = noisy_codes(backbone, sample, LEVELS, timesteps(3), noise, rng())
     assert not found.marked
     codes, is_draft = backbone.slot_table()[:7], ((LEVELS > 0) & (LEVELS < 3))[..., None]
@@ -126,7 +126,7 @@ def test_a_certain_law_leads_to_the_image(backbone, sample):
     """Where Gumbel vectors decide the true tokens under any law, drafts are the image: its fixed point."""
     start = NoisyCodes(LEVELS, timesteps(3), torch.randn(4, 6, backbone.hidden_size, generator=rng()))
     truth = 1e3 * torch.nn.functional.one_hot(sample.image_ids.flatten(1), 7).float()
-    states = walk(backbone, sample, start, truth, Renewal())
+    states = walk(backbone, sample, start, truth, NoiseProcess())
     codes = backbone.slot_table()[:7]
     x0 = ((codes - codes.mean(0)) / codes.std(0, correction=0))[sample.image_ids.flatten(1)]
     t = (LEVELS / 3)[..., None]
@@ -136,7 +136,9 @@ def test_a_certain_law_leads_to_the_image(backbone, sample):
 
 def test_mean_embeddings_in_place_of_noise(backbone, sample):
     """Below the top the mean under the law of clean input, code by code; at the top nothing is known."""
-    found = noisy_codes(backbone, sample, LEVELS, timesteps(3), NoiseConfig(source="mean"), rng())
+    found = noisy_codes(
+        backbone, sample, LEVELS, timesteps(3), TrainingNoise(process=NoiseProcess(source="mean")), rng()
+    )
     law = logits_of(backbone, sample, None).softmax(-1)
     codes = backbone.slot_table()[:7]
     rows = (codes - codes.mean(0)) / codes.std(0, correction=0)
@@ -153,7 +155,7 @@ def test_codes_start_from_the_code_above(backbone, sample):
     codes = backbone.slot_table()[:7]
     rows = (codes - codes.mean(0)) / codes.std(0, correction=0)
     for trajectory in (False, True):
-        noise = NoiseConfig(source="above", trajectory=trajectory)
+        noise = TrainingNoise(process=NoiseProcess(source="above"), trajectory=trajectory)
         eps = noisy_codes(backbone, sample, LEVELS, timesteps(3), noise, rng()).eps
         eps = eps.unflatten(1, sample.image_ids.shape[1:])
         assert torch.equal(eps[:, 0], torch.zeros_like(eps[:, 0]))
@@ -163,7 +165,7 @@ def test_codes_start_from_the_code_above(backbone, sample):
 
 
 def test_the_default_draws_what_it_always_drew(backbone, sample):
-    found = noisy_codes(backbone, sample, LEVELS, timesteps(3), NoiseConfig(), rng(5))
+    found = noisy_codes(backbone, sample, LEVELS, timesteps(3), TrainingNoise(), rng(5))
     assert torch.equal(found.eps, torch.randn(4, 6, backbone.hidden_size, generator=rng(5)))
     assert found.states is None
 
@@ -171,9 +173,11 @@ def test_the_default_draws_what_it_always_drew(backbone, sample):
 @pytest.mark.parametrize("values", [{}, {"source": "above"}, {"source": "mean"}, {"trajectory": True}])
 def test_the_own_law_as_a_target_changes_no_noise(backbone, sample, values):
     """It is the law of clean input, without gradients, and draws nothing."""
-    found = noisy_codes(backbone, sample, LEVELS, timesteps(3), NoiseConfig(**values), rng())
+    found = noisy_codes(backbone, sample, LEVELS, timesteps(3), TrainingNoise(**values), rng())
     assert found.clean_law is None
-    told = noisy_codes(backbone, sample, LEVELS, timesteps(3), NoiseConfig(**values, consistency=0.5), rng())
+    told = noisy_codes(
+        backbone, sample, LEVELS, timesteps(3), TrainingNoise(**values, consistency=0.5), rng()
+    )
     assert torch.equal(told.clean_law, logits_of(backbone, sample, None).log_softmax(-1))
     assert not told.clean_law.requires_grad
     for kept, again in ((found.eps, told.eps), (found.states, told.states)):
@@ -210,7 +214,7 @@ def passes(backbone, call) -> int:
     ],
 )
 def test_passes_beside_the_training_pass(backbone, sample, values, num_levels, wanted):
-    noise = NoiseConfig(**values)
+    noise = TrainingNoise(**values)
     levels = LEVELS.clamp_max(num_levels)
     grid = timesteps(num_levels)
     assert passes(backbone, lambda: noisy_codes(backbone, sample, levels, grid, noise, rng())) == wanted
@@ -222,7 +226,7 @@ def test_passes_beside_the_training_pass(backbone, sample, values, num_levels, w
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gradients_are_those_of_the_training_pass_alone(sample, autocast):
     """Autocast keeps the weights it has cast: those of passes without gradients must not serve this one."""
-    noise = NoiseConfig(trajectory=True, source="tied")
+    noise = TrainingNoise(trajectory=True, process=NoiseProcess(source="tied"))
     gradients = []
     for again in (False, True):
         backbone = tiny_chameleon(7, seed=2, scale=0.5)
@@ -239,12 +243,12 @@ def test_gradients_are_those_of_the_training_pass_alone(sample, autocast):
 
 
 def test_wrong_choices_are_named():
-    assert NoiseConfig().problems() == []
-    [line] = replace(NoiseConfig(), source="mask").problems()
+    assert TrainingNoise().problems() == []
+    [line] = replace(TrainingNoise(), process=NoiseProcess(source="mask")).problems()
     assert line == "noise.source must be one of gaussian, tied, tied_white, mean, above; got 'mask'"
-    [line] = replace(NoiseConfig(), state="draft").problems()
+    [line] = replace(TrainingNoise(), process=NoiseProcess(state="draft")).problems()
     assert "set noise.trajectory to true" in line
-    [line] = replace(NoiseConfig(), consistency=1.5).problems()
+    [line] = replace(TrainingNoise(), consistency=1.5).problems()
     assert line == "noise.consistency is a share: it must lie in [0, 1], got 1.5"
-    [line] = replace(NoiseConfig(), estimate="expected").problems()
+    [line] = replace(TrainingNoise(), process=NoiseProcess(estimate="expected")).problems()
     assert "set noise.trajectory to true" in line

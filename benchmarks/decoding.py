@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from likelihood import nats_per_code
-from memory import LiveBytes
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.likelihood import nats_per_code
+from benchmarks.memory import LiveBytes
 from sjd2_lightning.config.groups import AutoWindowConfig
 from sjd2_lightning.config.reading import BASELINE, conf_dir, evaluate_config
 from sjd2_lightning.decoding import DecodingConfig, decode

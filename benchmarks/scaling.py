@@ -27,11 +27,11 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from memory import LiveBytes
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.memory import LiveBytes
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.loop import judge
 from sjd2_lightning.decoding.window import SlotSource, Window

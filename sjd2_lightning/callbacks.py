@@ -29,7 +29,7 @@ from sjd2_lightning.evaluation.store import RecordStore
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mode
 from sjd2_lightning.report.figures import acceptance_histogram, image_grid, save_figure
 from sjd2_lightning.report.wandb_log import media_row, scalar_row
-from sjd2_lightning.run.files import write_atomic
+from sjd2_lightning.run.files import write_whole
 
 
 class SamplingCallback(Callback):
@@ -244,4 +244,4 @@ def _append_csv(path: Path, entry: Mapping[str, Any]) -> None:
     writer = csv.DictWriter(buffer, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())

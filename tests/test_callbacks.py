@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from sjd2_lightning import callbacks
 from sjd2_lightning.callbacks import SamplingCallback
 from sjd2_lightning.decoding.config import DecodingConfig
-from sjd2_lightning.evaluation.compare import auto_window as window_choice
+from sjd2_lightning.evaluation import auto_window
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.run.provenance import weights_hash
 from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, metrics, reference_set, small_backbone
@@ -213,7 +213,7 @@ def test_a_module_without_backbone_is_refused(tmp_path):
 
 
 def test_a_chosen_window_is_logged_and_kept_over_resumption(tmp_path, monkeypatch):
-    monkeypatch.setattr(window_choice, "timed", lambda call, device: (call(), 1.0))
+    monkeypatch.setattr(auto_window, "timed", lambda call, device: (call(), 1.0))
     callback = sampling(
         tmp_path, metrics=None, reference=None, prompts=PROMPTS[:1], auto_windows=["sjd2"], windows=(2, 8)
     )

@@ -25,20 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from acceptance_statistics import Statistics, summary
-from replay_map import VIEWS, ReplayMap, Shape, expected_passes
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from study import as_text, held, weights_digest
-from study_table import rounded, shown
 
+from benchmarks.study.acceptance_statistics import Statistics, summary
+from benchmarks.study.replay_map import VIEWS, ReplayMap, Shape, expected_passes
+from benchmarks.study.study import as_text, held, weights_digest
+from benchmarks.study.study_table import rounded, shown
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts
 from sjd2_lightning.metrics.bootstrap import ratio_of_totals
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import load_backbone
-from sjd2_lightning.run.files import fingerprint, write_atomic
+from sjd2_lightning.run.files import sha256_of_json, write_whole
 
 DRAFTS = ("random", "gumbel", "repeat_left", "repeat_above")
 INDEPENDENT = ("law", "likeliest")
@@ -115,7 +115,7 @@ def measure(backbone: Backbone, options: argparse.Namespace) -> dict[str, Any]:
     codes = layout.code_slots
     stride = int(codes[layout.width] - codes[0])
     keys = [[item.key, item.seed] for item in items]
-    wanted = fingerprint([weights_digest(options.weights / options.trunk), keys, options.pixels])
+    wanted = sha256_of_json([weights_digest(options.weights / options.trunk), keys, options.pixels])
     out = options.out / wanted[:12] / f"t{options.temperature:g}-g{options.guidance_scale:g}"
 
     def kept(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def measure(backbone: Backbone, options: argparse.Namespace) -> dict[str, Any]:
         found = held(path, wanted)
         if found is None:
             found = {"identity": wanted, **make()}
-            write_atomic(path, json.dumps(found))
+            write_whole(path, json.dumps(found))
         return {key: value for key, value in found.items() if key != "identity"}
 
     def passes(one: Passes) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def main() -> None:
     found = measure(load_backbone("chameleon", options.weights, options.trunk).eval(), options)
     show(found)
     if options.json is not None:
-        write_atomic(options.json, as_text(found))
+        write_whole(options.json, as_text(found))
 
 
 def show(found: dict[str, Any]) -> None:

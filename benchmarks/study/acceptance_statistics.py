@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from replay_map import Pass, ReplayMap
 from torch import Tensor
 from torch.nn import functional as F
+
+from benchmarks.study.replay_map import Pass, ReplayMap
 
 _ENTROPY = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0)  # lower ends of the groups, in nats
 _DISTANCE = (0, 1, 2, 3, 4, 8, 16, 32, 64)

@@ -33,12 +33,12 @@ from typing import Any
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
-from likelihood import log_laws
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from study_table import COLUMNS, Run, figure, lines, markdown, tabulate
 
+from benchmarks.likelihood import log_laws
+from benchmarks.study.study_table import COLUMNS, Run, figure, lines, markdown, tabulate
 from sjd2_lightning.config.base import Group
 from sjd2_lightning.config.groups import Decoding
 from sjd2_lightning.config.reading import BASELINE, conf_dir, evaluate_config
@@ -48,7 +48,7 @@ from sjd2_lightning.metrics.efficiency import timed, warm_up
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import load_backbone
 from sjd2_lightning.report.figures import figure_png
-from sjd2_lightning.run.files import fingerprint, write_atomic
+from sjd2_lightning.run.files import sha256_of_json, write_whole
 
 # lossless methods of conf/decoding
 TRAINING_FREE = (
@@ -149,7 +149,7 @@ def identity(config: DecodingConfig, weights: str, prompts: list[PromptItem]) ->
     """Names all that decides a setting's tokens; a field that a later version adds counts once it is used."""
     standard = asdict(DecodingConfig(config.method))
     chosen = {name: value for name, value in asdict(config).items() if value != standard[name]}
-    return fingerprint([config.method, chosen, weights, [asdict(item) for item in prompts]])
+    return sha256_of_json([config.method, chosen, weights, [asdict(item) for item in prompts]])
 
 
 def weights_digest(folder: Path) -> str:
@@ -221,11 +221,11 @@ def measure(run: Run, options: argparse.Namespace) -> None:
             job = (backbone, configs[name], prompts, run.pixels, options.batch, run.found.get(BASELINE))
             content, seconds = timed(partial(decoded, *job), options.device)
             found = {"identity": names[name], "seconds": seconds, **content}
-            write_atomic(path, json.dumps(found))
+            write_whole(path, json.dumps(found))
         if found is not None:
             run.found[name] = found
     if options.time:
-        measure_times(run, backbone, configs, out / "times.json", fingerprint(names), options)
+        measure_times(run, backbone, configs, out / "times.json", sha256_of_json(names), options)
 
 
 def measure_times(
@@ -249,7 +249,7 @@ def measure_times(
                 warm_up(job, 1, options.device)
             seconds[name] = timed(job, options.device)[1]
         run.times.append(seconds)
-        write_atomic(path, json.dumps({"identity": wanted, "rounds": run.times}))
+        write_whole(path, json.dumps({"identity": wanted, "rounds": run.times}))
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -318,11 +318,11 @@ def main() -> None:
         table.add_row(*(cell.replace(" [", "\n[") for cell in line))
     Console().print(table)
     if options.json is not None:
-        write_atomic(options.json, as_text(found))
+        write_whole(options.json, as_text(found))
     if options.markdown is not None:
-        write_atomic(options.markdown, markdown(found))
+        write_whole(options.markdown, markdown(found))
     if options.figure is not None:
-        write_atomic(options.figure, figure_png(figure(found)))
+        write_whole(options.figure, figure_png(figure(found)))
 
 
 if __name__ == "__main__":

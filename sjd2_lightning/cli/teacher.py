@@ -22,14 +22,14 @@ import torch
 from rich.progress import track
 
 from sjd2_lightning.data.build import replace_folder
-from sjd2_lightning.data.index import INDEX_NAME, Shard, ShardIndex, hash_of
+from sjd2_lightning.data.index import INDEX_NAME, Shard, ShardIndex
 from sjd2_lightning.data.reading import Sample, read_all
 from sjd2_lightning.data.writing import SampleFields, write_shard
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.evaluation.prompts import seed_of
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import FAMILIES, load_backbone
-from sjd2_lightning.run.files import file_sha256
+from sjd2_lightning.run.files import sha256_of_file, sha256_of_json
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def draw_shards(backbone: Backbone, weights: Path, real: ShardIndex, out: Path, 
     assert isinstance(folder, Path)  # `real_images` takes local folders, and sizes that are known
     assert pixels is not None
     files = sorted(path for path in weights.rglob("*") if path.is_file())
-    teacher = [[str(path.relative_to(weights)), file_sha256(path)] for path in files]
-    made_from = hash_of([real.meta.inputs_hash, teacher, repr(replace(how, batch=0))])
+    teacher = [[str(path.relative_to(weights)), sha256_of_file(path)] for path in files]
+    made_from = sha256_of_json([real.meta.inputs_hash, teacher, repr(replace(how, batch=0))])
     meta = replace(real.meta, source=f"{real.meta.source}, drawn by a teacher", inputs_hash=made_from)
     building = out / ".train-building"
     done = _done(building, made_from)

@@ -36,7 +36,7 @@ from sjd2_lightning.callbacks import SamplingCallback
 from sjd2_lightning.cli.build import build_metrics, build_prompts, build_reference
 from sjd2_lightning.config.groups import WandbConfig
 from sjd2_lightning.report import wandb_log
-from sjd2_lightning.run.files import write_atomic
+from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.provenance import redact
 from sjd2_lightning.training.guards import NonFiniteGuard, TrainingWatch
 from sjd2_lightning.training.module import SJD2Module
@@ -183,7 +183,7 @@ def wandb_id(folder: Path, ckpt_path: str | None) -> str:
     if ckpt_path is not None and path.is_file():
         return path.read_text().strip()
     found = secrets.token_hex(4)
-    write_atomic(path, found + "\n")
+    write_whole(path, found + "\n")
     return found
 
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from sjd2_lightning.config.runs import EvaluateConfig, SharedConfig, TrainConfig
 from sjd2_lightning.decoding.config import NOISY
-from sjd2_lightning.run.files import write_atomic
+from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.processes import run_id
 
 # `${run_id:}` in conf/train.yaml; kept for the process, so that every key with it names one folder.
@@ -80,7 +80,7 @@ def save_config(config: SharedConfig, path: Path) -> None:
     """Writes the resolved configuration as YAML, secrets blanked."""
     from sjd2_lightning.run.provenance import redact
 
-    write_atomic(path, yaml.safe_dump(redact(config.model_dump(mode="json")), sort_keys=False))
+    write_whole(path, yaml.safe_dump(redact(config.model_dump(mode="json")), sort_keys=False))
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -22,10 +22,10 @@ import PIL
 import torch
 from torch import nn
 
-from sjd2_lightning.data.index import INDEX_NAME, Shard, ShardIndex, ShardMeta, hash_of
+from sjd2_lightning.data.index import INDEX_NAME, Shard, ShardIndex, ShardMeta
 from sjd2_lightning.data.writing import write_shard
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
-from sjd2_lightning.run.files import file_sha256
+from sjd2_lightning.run.files import sha256_of_file, sha256_of_json
 
 PLAN_NAME = "plan.json"
 SKIPPED_NAME = "skipped.jsonl"
@@ -151,7 +151,7 @@ def start_build(build: Build) -> dict[int, Made]:
         raise ValueError(f"Sample key {key!r} repeats; make keys plain and unique.")
     plan = {
         "inputs_hash": build.meta.inputs_hash,
-        "keys": hash_of(keys),
+        "keys": sha256_of_json(keys),
         "encode_batch": build.encode_batch,
         "versions": [torch.__version__, PIL.__version__, np.__version__],
     }
@@ -174,7 +174,7 @@ def _finished(build: Build, number: int) -> Made | None:
     try:
         note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         shard = Shard.of(note["shard"])
-        whole = path.stat().st_size == shard.num_bytes and file_sha256(path) == shard.sha256
+        whole = path.stat().st_size == shard.num_bytes and sha256_of_file(path) == shard.sha256
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Made(shard, [(key, reason) for key, reason in note["skipped"]]) if whole else None

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sjd2_lightning.data.build import BATCH_PIXELS, Build, PictureSet
-from sjd2_lightning.data.index import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardMeta, hash_of
+from sjd2_lightning.data.index import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardMeta
 from sjd2_lightning.data.workers import build_folder
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
+from sjd2_lightning.run.files import sha256_of_json
 
 CODE_VERSION = 2  # raise it when the same inputs would give other samples
 
@@ -88,7 +89,7 @@ class Wanted:
             height // step,
             width // step,
             self.attribution,
-            hash_of(inputs),
+            sha256_of_json(inputs),
             tokenizer.num_codes if tokenizer else None,
             identity,
             self.coder.name if self.coder else None,

@@ -9,7 +9,6 @@ Source: ours.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import zlib
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sjd2_lightning.data.places import Place, RemotePath, num_bytes, place
-from sjd2_lightning.run.files import file_sha256
+from sjd2_lightning.run.files import sha256_of_file
 
 FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
@@ -169,7 +168,7 @@ class ShardIndex:
             for shard in self.shards
             for path in [self.folder / shard.name]
             if num_bytes(path) != shard.num_bytes
-            or (not isinstance(path, RemotePath) and file_sha256(path) != shard.sha256)
+            or (not isinstance(path, RemotePath) and sha256_of_file(path) != shard.sha256)
         ]
 
     def check_model(
@@ -208,8 +207,3 @@ class ShardIndex:
 def payload_checksum(key: str, payload: bytes, caption: bytes) -> int:
     """CRC-32 of a sample's content: a flipped byte inside a tar is noticed by nothing else."""
     return zlib.crc32(caption, zlib.crc32(payload, zlib.crc32(key.encode())))
-
-
-def hash_of(inputs: Any) -> str:
-    """Hex sha256 of plain values."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -17,7 +17,7 @@ import webdataset as wds
 from PIL import Image
 
 from sjd2_lightning.data.index import KEY, PAYLOAD, Shard, ShardMeta, payload_checksum
-from sjd2_lightning.run.files import file_sha256
+from sjd2_lightning.run.files import sha256_of_file
 
 SampleFields = Mapping[str, Any]  # key, caption, image_ids or image; the rest goes into its .json
 
@@ -54,7 +54,7 @@ def write_shard(path: Path, samples: Iterable[SampleFields], meta: ShardMeta) ->
                 writer.write(_fields(sample, meta, ranges))
         stream.flush()
         os.fsync(stream.fileno())
-    shard = Shard(path.name, file_sha256(part), part.stat().st_size, len(seen), _union(ranges))
+    shard = Shard(path.name, sha256_of_file(part), part.stat().st_size, len(seen), _union(ranges))
     part.replace(path)
     return shard
 

@@ -35,7 +35,7 @@ from sjd2_lightning.decoding.window import SlotSource
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
-from sjd2_lightning.run.files import fingerprint, write_atomic
+from sjd2_lightning.run.files import sha256_of_json, write_whole
 from sjd2_lightning.run.processes import from_rank_zero
 
 log = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ def resolve_windows(
     if not names:
         return dict(methods), {}
     texts, seeds = [item.prompt for item in prompts], [item.seed for item in prompts]
-    asked = fingerprint(
+    asked = sha256_of_json(
         [
             {name: str(methods[name]) for name in names},
             texts,
@@ -232,7 +232,7 @@ def resolve_windows(
         log.info("%s: %s", name, choice)
     if folder is not None:
         found = {name: choice.summary() for name, choice in choices.items()}
-        write_atomic(Path(folder) / CHOICES_FILE, json.dumps({"asked": asked, "choices": found}, indent=1))
+        write_whole(Path(folder) / CHOICES_FILE, json.dumps({"asked": asked, "choices": found}, indent=1))
     return with_windows(methods, choices), choices
 
 

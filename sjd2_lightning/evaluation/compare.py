@@ -33,7 +33,7 @@ from sjd2_lightning.evaluation.results import (
 from sjd2_lightning.evaluation.store import ImageRecord, RecordStore, collect_on_rank_zero, discard_other_run
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mode
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
-from sjd2_lightning.run.files import fingerprint, remove_leftovers
+from sjd2_lightning.run.files import remove_leftovers, sha256_of_json
 from sjd2_lightning.run.processes import current_rank, wait_for_all
 from sjd2_lightning.run.provenance import weights_hash
 
@@ -172,7 +172,7 @@ def run_identity(
         "weights": weights_hash(backbone),
         "device": backbone.device.type,
         "methods": {name: asdict(config) for name, config in methods.items()},
-        "prompts": fingerprint([asdict(item) for item in prompts]),
+        "prompts": sha256_of_json([asdict(item) for item in prompts]),
         "pixels": list(layout.pixels),
         "batch_size": batch_size,
     }

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, distributed
 
 from sjd2_lightning.data.pictures import LazyImages, png_bytes, read_image
-from sjd2_lightning.run.files import fingerprint, write_atomic
+from sjd2_lightning.run.files import sha256_of_json, write_whole
 from sjd2_lightning.run.processes import wait_for_all
 
 _RUN_FILE = "run.json"
@@ -75,7 +75,7 @@ def discard_other_run(folder: str | Path, identity: Mapping[str, Any]) -> bool:
     if not run_file.is_file():
         return False
     try:
-        if json.loads(run_file.read_text())["hash"] == fingerprint(identity):
+        if json.loads(run_file.read_text())["hash"] == sha256_of_json(identity):
             return False
     except (ValueError, KeyError, TypeError):
         pass  # no usable hash: nobody can go on with this folder
@@ -101,7 +101,7 @@ class RecordStore:
     def __init__(self, folder: str | Path, identity: Mapping[str, Any], rank: int = 0) -> None:
         self.folder = Path(folder)
         self.identity = dict(identity)
-        self.hash = fingerprint(identity)
+        self.hash = sha256_of_json(identity)
         self._claim(identity)
         self.path = self.folder / ("records.jsonl" if rank == 0 else f"records.rank{rank}.jsonl")
         _cut_torn_line(self.path)
@@ -113,7 +113,7 @@ class RecordStore:
     def append(self, records: Sequence[ImageRecord], images: Iterable[Tensor | np.ndarray]) -> None:
         """Keeps decoded images, uint8 (h, w, 3) each: first the PNGs, then all their records at once."""
         for record, pixels in zip(records, images, strict=True):
-            write_atomic(self.image_path(record), png_bytes(pixels))
+            write_whole(self.image_path(record), png_bytes(pixels))
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
         with self.path.open("ab") as file:
             file.write(lines.encode())
@@ -146,7 +146,7 @@ class RecordStore:
         if not run_file.is_file():
             if any(self.folder.glob("records*.jsonl")):
                 raise ValueError(f"{self.folder} holds records but no {_RUN_FILE}; choose another folder")
-            write_atomic(run_file, json.dumps({"hash": self.hash, "identity": dict(identity)}, indent=1))
+            write_whole(run_file, json.dumps({"hash": self.hash, "identity": dict(identity)}, indent=1))
             return
         try:
             held = json.loads(run_file.read_text())
@@ -168,7 +168,7 @@ def _cut_torn_line(path: Path) -> None:
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
-            write_atomic(path, whole)
+            write_whole(path, whole)
 
 
 def _differences(held: Any, wanted: Any, prefix: str = "") -> list[str]:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from sjd2_lightning.run.files import write_atomic
+from sjd2_lightning.run.files import write_whole
 
 Images = Tensor | Sequence[Tensor]  # uint8, (N, h, w, 3) or N times (h, w, 3)
 INCEPTION_FILE = "inception-2015-12-05.pt"
@@ -241,7 +241,7 @@ def cached_features(
         else:
             return FeatureSet(extractor.name, extractor.preprocessing, kept, weights)
     found = extract_features(extractor, images, batch_size, weights)
-    write_atomic(path, safetensors.save({"features": found.features.contiguous()}))
+    write_whole(path, safetensors.save({"features": found.features.contiguous()}))
     return found
 
 

@@ -29,17 +29,12 @@ from sjd2_lightning.models.chameleon import LUMINA_MGPT
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer
 from sjd2_lightning.models.taming import generator_weights, read_pickle, vq_from_taming
 from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK
+from sjd2_lightning.run.files import sha256_of_file
 
 MANIFEST = "manifest.json"
 VQ_PREFIX = "model.vqmodel."
 _BUFFERS = (".rotary_emb.inv_freq",)  # computed, not loaded; older checkpoints hold them
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -142,7 +137,7 @@ class Writer:
         part = path.with_name(f".{path.name}.part")
         make(part)
         part.replace(path)
-        self.files[name] = {"source": source, "bytes": path.stat().st_size, "sha256": sha256(path)}
+        self.files[name] = {"source": source, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         part = self.out / f".{MANIFEST}.part"
         part.write_text(json.dumps({"files": self.files}, indent=2, sort_keys=True) + "\n")
         part.replace(self.out / MANIFEST)
@@ -226,19 +221,19 @@ def _write(
             }
             save_file(tensors, path, {"format": "pt"})
 
-        write(f"{TRUNK}/{name}", sha256(shard), save)
+        write(f"{TRUNK}/{name}", sha256_of_file(shard), save)
     write_json(f"{TRUNK}/model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     write_json(f"{TRUNK}/config.json", fields)
     for file in (text / name for name in _TEXT_FILES):
         if file.is_file():
-            write(f"{TEXT}/{file.name}", sha256(file), partial(shutil.copyfile, file))
+            write(f"{TEXT}/{file.name}", sha256_of_file(file), partial(shutil.copyfile, file))
     folder = writer.out / TOKENIZER
 
     def save_tokenizer(path: Path) -> None:
         VQImageTokenizer(vq).save(folder, half=False)
         (folder / "diffusion_pytorch_model.safetensors").rename(path)
 
-    write(f"{TOKENIZER}/diffusion_pytorch_model.safetensors", sha256(vqgan), save_tokenizer)
+    write(f"{TOKENIZER}/diffusion_pytorch_model.safetensors", sha256_of_file(vqgan), save_tokenizer)
     write_json(BACKBONE_FILE, {"family": "chameleon", **asdict(LUMINA_MGPT)})
     return made
 

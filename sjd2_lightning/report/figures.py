@@ -26,7 +26,7 @@ from sjd2_lightning.evaluation.store import ImageRecord
 from sjd2_lightning.report.cost import MethodCost, PassCost
 from sjd2_lightning.report.html import LINE, QUIET, method_colour
 from sjd2_lightning.report.observe import Settling, Trajectory
-from sjd2_lightning.run.files import write_atomic
+from sjd2_lightning.run.files import write_whole
 
 _IMAGE_INCHES = 1.15
 # In units of one image: distance between images, room for a caption, room for the names of the lines.
@@ -133,7 +133,7 @@ def figure_pixels(figure: Figure) -> np.ndarray:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Writes a figure as PNG, whole or not at all."""
-    write_atomic(path, figure_png(figure))
+    write_whole(path, figure_png(figure))
     return path
 
 

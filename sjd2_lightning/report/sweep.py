@@ -18,7 +18,7 @@ from sjd2_lightning.evaluation.results import BASELINE
 from sjd2_lightning.report.figures import figure_png
 from sjd2_lightning.report.html import render
 from sjd2_lightning.report.sweep_figures import QUALITY, SweepRow, pareto_figure, sweep_map
-from sjd2_lightning.run.files import write_atomic
+from sjd2_lightning.run.files import write_whole
 
 JOB_FILE = "job.json"
 # figure -> (title, whether less is better)
@@ -81,7 +81,7 @@ def write_job(folder: Path, overrides: Sequence[str], outcome: object, error: st
     numbers = outcome.items() if isinstance(outcome, Mapping) else ()
     metrics = {str(name): value for name, value in numbers if isinstance(value, (int, float))}
     content = {"overrides": list(overrides), "error": error, "metrics": metrics}
-    write_atomic(folder / JOB_FILE, json.dumps(content, indent=2))
+    write_whole(folder / JOB_FILE, json.dumps(content, indent=2))
 
 
 def read_sweep(folder: str | Path) -> list[SweepJob]:
@@ -165,10 +165,10 @@ def write_sweep_report(jobs: Sequence[SweepJob], folder: str | Path) -> SweepFil
     paths = []
     for name, (_, png) in drawn.items():
         paths.append(folder / "figures" / f"{name}.png")
-        write_atomic(paths[-1], png)
-    write_atomic(folder / "sweep.csv", sweep_csv(jobs, rows))
-    write_atomic(folder / "sweep.md", _markdown(jobs, rows, list(drawn)))
-    write_atomic(folder / "sweep.html", _page(jobs, rows, drawn))
+        write_whole(paths[-1], png)
+    write_whole(folder / "sweep.csv", sweep_csv(jobs, rows))
+    write_whole(folder / "sweep.md", _markdown(jobs, rows, list(drawn)))
+    write_whole(folder / "sweep.html", _page(jobs, rows, drawn))
     failed = sum(job.error is not None for job in jobs)
     return SweepFiles(folder / "sweep.csv", folder / "sweep.md", folder / "sweep.html", tuple(paths), failed)
 

@@ -23,7 +23,7 @@ from sjd2_lightning.report.figures import (
 from sjd2_lightning.report.observe import Observations, settling
 from sjd2_lightning.report.page import html_page
 from sjd2_lightning.report.table import MISSING, headline, markdown_table
-from sjd2_lightning.run.files import write_atomic
+from sjd2_lightning.run.files import write_whole
 
 # Figures that every method has in report.json; null where one could not be measured.
 FIGURES = (
@@ -95,12 +95,12 @@ def write_report(
         settled = settling_curve(settling(observations.trajectories), places)
         curve = save_figure(settled, figures / "settling.png")
     markdown, html, report = folder / "report.md", folder / "report.html", folder / "report.json"
-    write_atomic(markdown, _markdown(result, provenance, observations))
+    write_whole(markdown, _markdown(result, provenance, observations))
     page = html_page(result, provenance, observations, num_prompts=page_prompts, max_megabytes=page_megabytes)
-    write_atomic(html, page)
+    write_whole(html, page)
     # Last: whoever waits for report.json finds the rest beside it.
     whole = report_object(result, provenance, observations)
-    write_atomic(report, json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    write_whole(report, json.dumps(whole, indent=1, allow_nan=False) + "\n")
     return ReportFiles(report, markdown, html, grid, histogram, maps, cost, curve)
 
 

@@ -1,4 +1,4 @@
-"""run.files."""
+"""Files that are absent, old or whole, whenever a run is killed; and the hashes that name their content."""
 
 from __future__ import annotations
 
@@ -8,34 +8,75 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".writing"  # ends the names of files that are not whole yet
-# What `write_atomic` leaves when the process is killed before it replaces the file.
+TEMPORARY = ".writing"  # ends the names of files and folders that are not whole yet
 _LEFTOVER = re.compile(r"\..+\.(png|jsonl?|md|html|csv|yaml)\.[a-z0-9_]{8}(\.writing)?")
 
 
-def fingerprint(value: Any) -> str:
-    """sha256 of a JSON value, independent of key order."""
+def sha256_of_json(value: Any) -> str:
+    """Hex sha256 of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file that is either absent, old or whole: temporary in the same folder, fsync, replace."""
+def sha256_of_file(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`; what is written there takes its place at the end, in one step.
+
+    An error, or the end of the process, leaves what stood at `path`. The content is on the disk before the
+    name is, and the name before the function returns: a power cut leaves the old file or the new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)  # mkstemp gives 0600, which a web server or a colleague cannot read
-        Path(name).replace(path)
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp gives 0600, which a web server or a colleague cannot read
+        fsync(temporary)
+        temporary.replace(path)
+        fsync(path.parent)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file, whole or not at all, see `whole_file`."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def fsync(path: Path) -> None:
+    """Forces a file's content, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_below(folder: Path) -> None:
+    """Forces the files of a folder, and their names, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        fsync(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder; it is no error if another did so before."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -49,37 +90,4 @@ def remove_leftovers(folder: str | Path) -> None:
 def remove_unfinished(folder: Path, name: str = "") -> None:
     """Removes what a run that was killed while it wrote left below a folder: of one checkpoint, or all."""
     for leftover in folder.glob(f".{name}.*{TEMPORARY}") if name else folder.rglob(f".*{TEMPORARY}"):
-        remove_checkpoint(leftover)
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Removes a file, or the folder of a sharded checkpoint; it is no error if another did so before."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def fsync_below(folder: Path) -> None:
-    """Forces the files of a folder, and their names, to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the new name itself survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        remove(leftover)

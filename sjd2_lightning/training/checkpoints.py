@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from sjd2_lightning.run.files import TEMPORARY, remove_unfinished, sync_folder
+from sjd2_lightning.run.files import remove_unfinished, whole_file
 
 log = logging.getLogger(__name__)
 
@@ -42,27 +41,16 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        temporary: str | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_unfinished(path.parent, path.name)
-            handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
-            with os.fdopen(handle, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-            sync_folder(path.parent)
-        except BaseException as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
-            # torch reports a full disk as a RuntimeError of its own
-            if isinstance(error, (OSError, RuntimeError)):
-                raise OSError(
-                    f"checkpoint {path} cannot be written: {error}; make room or give another run_dir. "
-                    "The checkpoint that stood there is intact"
-                ) from error
-            raise
+            with whole_file(path) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its own
+            raise OSError(
+                f"checkpoint {path} cannot be written: {error}; make room or give another run_dir. "
+                "The checkpoint that stood there is intact"
+            ) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sjd2_lightning.run.files import TEMPORARY, fsync_below, remove_checkpoint
+from sjd2_lightning.run.files import TEMPORARY, fsync_below, remove
 from sjd2_lightning.training.checkpoints import check_sharded, only_plain_values
 from sjd2_lightning.training.module import SJD2Module
 
@@ -67,7 +67,7 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(str(filepath)))
         temporary, old = path.with_name(f".{path.name}{TEMPORARY}"), path.with_name(f".{path.name}{_OLD}")
         if self.global_rank == 0:
-            remove_checkpoint(temporary)
+            remove(temporary)
         self.barrier()
         try:
             super().save_checkpoint(checkpoint, temporary, storage_options)
@@ -77,7 +77,7 @@ class ShardedStrategy(ModelParallelStrategy):
                 if path.exists():  # a folder cannot take the place of one that is not empty
                     path.rename(old)
                 temporary.rename(path)
-                remove_checkpoint(old)
+                remove(old)
         except (OSError, RuntimeError, CheckpointException) as error:
             raise OSError(
                 f"checkpoint {path} cannot be written: {error}; make room or give another run_dir. "

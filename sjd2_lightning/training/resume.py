@@ -23,7 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
 
-from sjd2_lightning.run.files import remove_checkpoint
+from sjd2_lightning.run.files import remove
 from sjd2_lightning.run.processes import slurm_job, started_by_lightning
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class Retention(ModelCheckpoint):
             for path in Path(str(self.dirpath)).glob("*.ckpt"):
                 found = _NAME.fullmatch(path.name)
                 if found and path.name not in known and int(found["step"]) < trainer.global_step:
-                    remove_checkpoint(path)
+                    remove(path)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See the class: `SaveOnTermination` has saved the last step."""

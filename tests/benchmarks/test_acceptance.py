@@ -1,13 +1,13 @@
 """The map of replay decoding against the decoder, its views written out, and bounds against enumeration."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
 
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.evaluation.prompts import PromptItem
-from tests.tools.benchmark_scripts import script
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
 SAMPLING = Sampling(0.8, guidance_scale=2.0)
@@ -17,7 +17,9 @@ ITEMS = [PromptItem(f"p{number}", text, 7 + number) for number, text in enumerat
 @pytest.fixture(scope="module")
 def replay():
     backbone = tiny_chameleon(6, seed=2, scale=0.8)
-    return script("replay_map").ReplayMap(backbone, ITEMS, backbone.layout(8, 8), SAMPLING)
+    return import_module("benchmarks.study.replay_map").ReplayMap(
+        backbone, ITEMS, backbone.layout(8, 8), SAMPLING
+    )
 
 
 @pytest.mark.parametrize("window", [1, 3, 6, 40])
@@ -26,7 +28,9 @@ def test_with_drafts_alone_it_is_the_decoder(replay, window):
     seeds = [item.seed for item in ITEMS]
     ours = decode(replay.backbone, list(RAGGED_PROMPTS), seeds, config, replay.layout)
     assert torch.equal(ours.slot_ids, replay.truth)
-    assert replay.passes(script("replay_map").Shape(window)) == ours.stats.nfe.tolist()
+    assert (
+        replay.passes(import_module("benchmarks.study.replay_map").Shape(window)) == ours.stats.nfe.tolist()
+    )
 
 
 @pytest.mark.parametrize("view", ["left", "row", "above", "row_above"])
@@ -71,18 +75,20 @@ def test_slots_between_runs_are_not_seen(replay):
 
 
 def test_a_window_of_parts_draws_as_many_slots_and_ends_at_the_same_image(replay):
-    shape = script("replay_map").Shape(6, parts=2, step=5)
+    shape = import_module("benchmarks.study.replay_map").Shape(6, parts=2, step=5)
     drawn = shape.drawn(torch.tensor([0, 4]), 19).nonzero()[:, 1].tolist()
     assert drawn == [0, 1, 2, 5, 6, 7, 4, 5, 6, 9, 10, 11]
-    whole = script("replay_map").Shape(6)
-    assert script("replay_map").Shape(6, parts=1).drawn(torch.tensor([4]), 19).sum() == 6
+    whole = import_module("benchmarks.study.replay_map").Shape(6)
+    assert (
+        import_module("benchmarks.study.replay_map").Shape(6, parts=1).drawn(torch.tensor([4]), 19).sum() == 6
+    )
     passes = replay.passes(shape)
     assert all(-(-19 // 3) <= num <= 19 for num in passes)
     assert all(num >= -(-19 // 6) for num in replay.passes(whole))
 
 
 def test_expected_passes():
-    expected_passes = script("replay_map").expected_passes
+    expected_passes = import_module("benchmarks.study.replay_map").expected_passes
     ones, zeros = torch.ones(1, 7), torch.zeros(1, 7)
     assert expected_passes(ones, 3) == [3]
     assert expected_passes(zeros, 3) == [7]
@@ -104,7 +110,7 @@ def test_expected_passes():
 
 
 def test_statistics_hang_together(replay):
-    acceptance = script("acceptance")
+    acceptance = import_module("benchmarks.study.acceptance")
     found = acceptance.statistics([(replay, ITEMS)], 6)
     assert found["passes"] == sum(replay.passes(acceptance.Shape(6)))
     for kind in ("cause", "entropy", "distance", "column", "row"):
@@ -120,9 +126,9 @@ def test_statistics_hang_together(replay):
 
 def test_a_draft_of_the_true_law_stands(replay):
     """Most laws of view `row` are true: those of the head's row."""
-    watcher = script("acceptance_statistics").Statistics(replay)
+    watcher = import_module("benchmarks.study.acceptance_statistics").Statistics(replay)
     seen = []
-    shape = script("replay_map").Shape(8)
+    shape = import_module("benchmarks.study.replay_map").Shape(8)
     replay.passes(shape, "row", lambda one: (watcher(one), seen.append(one)))
     rejected, maximal = (
         torch.cat([note[name] for note in watcher.noted]) for name in ("rejected", "maximal")
@@ -136,7 +142,7 @@ def test_a_draft_of_the_true_law_stands(replay):
 
 
 def test_what_is_done_is_not_done_again(replay, tmp_path, monkeypatch):
-    acceptance = script("acceptance")
+    acceptance = import_module("benchmarks.study.acceptance")
     tiny_chameleon(6, seed=2, scale=0.8).save(tmp_path / "model")
     arguments = (
         f"--weights {tmp_path}/model --out {tmp_path}/out --num-prompts 2 --batch 2 --pixels 8 --windows 4 6"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -22,7 +23,7 @@ def script(name: str):
 def found(tmp_path_factory):
     arguments = "--num-prompts 2 --batches 1 2 --modes eager --pixels 32 --methods sjd2 sjd2_paper"
     arguments += " --share-groups 1 --generate-prompts 1 --overrides decoding.window=8"
-    decoding = script("decoding")
+    decoding = import_module("benchmarks.decoding")
     return json.loads(json.dumps(decoding.measure(decoding.command_line().parse_args(arguments.split()))))
 
 
@@ -62,7 +63,7 @@ def test_gain_of_a_batch(found):
 
 
 def test_both_modes_are_run_by_default():
-    options = script("decoding").command_line().parse_args([])
+    options = import_module("benchmarks.decoding").command_line().parse_args([])
     assert options.modes == ["eager", "compiled"]
     assert options.batches == [1, 4, 16]
 
@@ -71,7 +72,7 @@ def test_reach_of_a_format():
     """Half a unit of each of two logits, in formats of 8, 11 and 24 bits; guidance weighs both sides."""
     import torch
 
-    near_ties = script("near_ties")
+    near_ties = import_module("benchmarks.near_ties")
     sampling = near_ties.Sampling
     sizes = torch.tensor([1.0, 1.9, 12.0])
     assert near_ties.reach(sizes, torch.bfloat16, sampling()).tolist() == [2**-7, 2**-7, 2**-4]

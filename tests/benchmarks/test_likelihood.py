@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from likelihood import nats_per_code
 
+from benchmarks.likelihood import nats_per_code
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from tests.tools.enumeration import sequence_law
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from memory import LiveBytes
+
+from benchmarks.memory import LiveBytes
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])

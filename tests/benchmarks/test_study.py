@@ -1,18 +1,18 @@
 """The study's commands on random weights: what is decoded, kept, pooled and compared."""
 
 import json
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from likelihood import log_laws, nats_per_code
 
+from benchmarks.likelihood import log_laws, nats_per_code
 from sjd2_lightning.decoding import Sampling, decode
 from sjd2_lightning.decoding.config import DecodingConfig, TreeShape
 from sjd2_lightning.evaluation.prompts import held_out_prompts
 from sjd2_lightning.noise import NoiseProcess
-from tests.tools.benchmark_scripts import script
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
 NUM_PROMPTS = 3
@@ -20,7 +20,7 @@ NUM_PROMPTS = 3
 
 @pytest.fixture(scope="module")
 def study():
-    return script("study")
+    return import_module("benchmarks.study.study")
 
 
 def leave_run(folder, seed: int, enabled: bool, schedule: str, losses: list[float]) -> None:

@@ -13,7 +13,7 @@ import webdataset as wds
 from sjd2_lightning.data.index import ShardIndex, ShardMeta
 from sjd2_lightning.data.reading import RawSample, Sample, read_all
 from sjd2_lightning.data.writing import write_shard
-from sjd2_lightning.run.files import file_sha256
+from sjd2_lightning.run.files import sha256_of_file
 from tests.tools.shards import WriteCodes, write_shards
 
 CODES = ShardMeta("codes", "train", "made up", 2, 3, "nobody", "hash", 512, "tok")
@@ -45,7 +45,7 @@ def test_index_counts_and_hashes_what_lies_beside_it(write_codes: WriteCodes) ->
     index = ShardIndex.load(written.folder)
     assert index == written
     assert [shard.num_samples for shard in index.shards] == [8, 8, 4]
-    assert all(file_sha256(index.folder / shard.name) == shard.sha256 for shard in index.shards)
+    assert all(sha256_of_file(index.folder / shard.name) == shard.sha256 for shard in index.shards)
     assert index.damaged_shards() == []
     assert [shard.code_range for shard in index.shards] == [(0, 12), (8, 20), (16, 24)]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sjd2_lightning.decoding import DecodeStats, DecodingConfig, Sampling, decode
+from sjd2_lightning.evaluation import auto_window
 from sjd2_lightning.evaluation.auto_window import (
     WindowChoice,
     choose_window,
@@ -14,7 +15,6 @@ from sjd2_lightning.evaluation.auto_window import (
     resolve_windows,
     runs_of,
 )
-from sjd2_lightning.evaluation.compare import auto_window as window_choice
 from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, small_backbone
 
 TEXTS = [item.prompt for item in PROMPTS[:3]]
@@ -41,7 +41,7 @@ def clock(monkeypatch):
             return found, self.fixed + self.per_token * length
 
     it = Clock()
-    monkeypatch.setattr(window_choice, "timed", it.timed)
+    monkeypatch.setattr(auto_window, "timed", it.timed)
     return it
 
 

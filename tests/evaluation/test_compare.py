@@ -12,9 +12,8 @@ import torch
 
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.law import Sampling
-from sjd2_lightning.evaluation.compare import compare as evaluation
+from sjd2_lightning.evaluation import jobs
 from sjd2_lightning.evaluation.compare import decode_methods
-from sjd2_lightning.evaluation.compare import jobs as generation
 from sjd2_lightning.evaluation.jobs import plan_jobs
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.evaluation.quality import QualityMeter
@@ -147,7 +146,7 @@ def test_a_killed_run_goes_on_where_it_stopped(result, tmp_path, monkeypatch, mo
 
 
 def test_a_finished_folder_is_not_decoded_again(result, folder, monkeypatch):
-    monkeypatch.setattr(generation, "decode", None)
+    monkeypatch.setattr(jobs, "decode", None)
     assert figures(evaluate(folder)) == figures(result)
 
 
@@ -191,7 +190,7 @@ def test_modes_and_random_state_are_left_alone(tmp_path):
 def test_warm_up_is_not_recorded(tmp_path, monkeypatch):
     decoded = []
     real = generation.decode
-    monkeypatch.setattr(generation, "decode", lambda *args: (decoded.append(args[3]), real(*args))[1])
+    monkeypatch.setattr(jobs, "decode", lambda *args: (decoded.append(args[3]), real(*args))[1])
     evaluate(tmp_path, prompts=PROMPTS[:2], warm_up=True)
     assert len(decoded) == 2 * len(METHODS)
     assert decoded[: len(METHODS)] == list(METHODS.values())
@@ -259,7 +258,7 @@ def test_a_replay_that_differs_is_a_bug_unless_a_near_tie_explains_it(
         def __call__(self, iteration):
             self.slots.append((1, tie_slot))
 
-    monkeypatch.setattr(generation, "NearTies", FakeTies)
+    monkeypatch.setattr(jobs, "NearTies", FakeTies)
     again = evaluate(tmp_path)
     assert again.methods["sjd"].equal_to_ar == 0.8
     assert again.methods["sjd"].near_ties == (tie_slot == 7)

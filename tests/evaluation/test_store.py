@@ -8,7 +8,7 @@ import torch
 
 from sjd2_lightning.data.pictures import LazyImages
 from sjd2_lightning.evaluation.store import ImageRecord, RecordStore, discard_other_run
-from sjd2_lightning.run.files import remove_leftovers, write_atomic
+from sjd2_lightning.run.files import remove_leftovers, write_whole
 
 RECORD = ImageRecord(
     key="a",
@@ -122,7 +122,7 @@ def test_temporary_files_of_a_killed_run_are_removed_and_no_others(tmp_path, mon
         patch.setattr("pathlib.Path.unlink", lambda *args, **kwargs: None)
         for path in (store.image_path(other("b")), tmp_path / "run.json", tmp_path / "figures" / "grid.png"):
             with pytest.raises(KeyboardInterrupt):
-                write_atomic(path, "half")
+                write_whole(path, "half")
     assert len(sorted(tmp_path.rglob(".*"))) == 4
     remove_leftovers(tmp_path)
     assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "figures"] == before
@@ -131,8 +131,8 @@ def test_temporary_files_of_a_killed_run_are_removed_and_no_others(tmp_path, mon
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
-    write_atomic(path, "old")
+    write_whole(path, "old")
     with pytest.raises(TypeError):
-        write_atomic(path, np.zeros(3).tolist())  # type: ignore[arg-type]
+        write_whole(path, np.zeros(3).tolist())  # type: ignore[arg-type]
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

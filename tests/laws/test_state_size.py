@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from memory import LiveBytes
 
+from benchmarks.memory import LiveBytes
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.window import SlotSource, Window
 from tests.tools.tiny_backbones import tiny_chameleon

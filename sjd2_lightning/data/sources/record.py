@@ -18,8 +18,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from sjd2_lightning.data.index import KEY, hash_of
+from sjd2_lightning.data.index import KEY
 from sjd2_lightning.data.pictures import MAX_BYTES, cropped, read_picture
+from sjd2_lightning.run.files import sha256_of_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 CAPTION_FIELDS = ("caption", "text", "prompt", "txt")
@@ -72,7 +73,7 @@ class FilePictures:
     @property
     def identity(self) -> str:
         """Hash of all records."""
-        return hash_of([list(record) for record in self.records])
+        return sha256_of_json([list(record) for record in self.records])
 
 
 def key_of(name: str) -> str:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sjd2_lightning.data.sources.emoji import EmojiPictures, Picture
 from sjd2_lightning.metrics.alignment import CONFIG_FILE
-from sjd2_lightning.run.files import write_atomic
+from sjd2_lightning.run.files import write_whole
 
 _MEAN = _STD = 0.5  # of the pixels a CLIP sees: maps [0, 1] to [-1, 1]
 
@@ -158,9 +158,9 @@ class ClipModule(L.LightningModule):
         self.tokenizer.save_pretrained(target)
         preprocess = {"mean": [_MEAN] * 3, "std": [_STD] * 3, "interpolation": "bicubic"}
         config = {"name": self.name, "model_cfg": self.model_cfg, "preprocess_cfg": preprocess}
-        write_atomic(target / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        write_whole(target / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         weights = {key: value.half().cpu().contiguous() for key, value in self.clip.state_dict().items()}
-        write_atomic(target / "open_clip_model.safetensors", safetensors.save(weights))
+        write_whole(target / "open_clip_model.safetensors", safetensors.save(weights))
 
 
 class EmojiPairs(L.LightningDataModule):

@@ -18,11 +18,11 @@ from sjd2_lightning.cli import prepare
 from sjd2_lightning.data.index import KEY, ShardIndex
 from sjd2_lightning.data.pictures import CROPPED
 from sjd2_lightning.data.reading import read_all
+from sjd2_lightning.data.sources import parquet as hf_source
 from sjd2_lightning.data.sources.coco import coco_records
 from sjd2_lightning.data.sources.folder import folder_records
 from sjd2_lightning.data.sources.parquet import block_of, read_cell, table_records
 from sjd2_lightning.data.sources.record import Record, chosen_records, key_of, read_stretch
-from sjd2_lightning.data.sources.record import parquet as hf_source
 from sjd2_lightning.data.sources.tars import tar_records
 from sjd2_lightning.evaluation.prompts import read_prompts
 

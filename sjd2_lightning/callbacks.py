@@ -53,9 +53,9 @@ class SamplingCallback(Callback):
         metrics: what to measure quality with; None measures speed alone.
         reference: real images for the distances.
         num_shown: prompts in the image grid.
-        auto_windows: methods whose window is chosen at the first decoding (see `window_choice`) and kept, so
-            that validations compare; logged as `val/window_<method>`.
-        windows: to choose from.
+        windows: windows to choose from for methods whose window is "auto". The choice is made at the first
+            decoding (see `evaluation.auto_window`) and kept, so that validations compare; it is logged as
+            `val/window_<method>`.
 
     Raises:
         ValueError: unusable prompts, methods or numbers; at `setup`, a module without `backbone` and
@@ -73,7 +73,6 @@ class SamplingCallback(Callback):
         metrics: QualityMetrics | None = None,
         reference: ReferenceSet | None = None,
         num_shown: int = 8,
-        auto_windows: Sequence[str] = (),
         windows: Sequence[int] = WINDOWS,
     ) -> None:
         super().__init__()
@@ -93,7 +92,6 @@ class SamplingCallback(Callback):
         self.metrics = metrics or QualityMetrics()
         self.reference = reference
         self.num_shown = num_shown
-        self.auto_windows = tuple(auto_windows)
         self.windows = tuple(windows)
         self._choices: dict[str, WindowChoice] = {}
         self._num_validations = 0
@@ -182,7 +180,7 @@ class SamplingCallback(Callback):
             return
         with evaluation_mode(backbone):
             self.methods, self._choices = resolve_windows(
-                backbone, self.methods, self.auto_windows, prompts, layout, windows=self.windows
+                backbone, self.methods, prompts, layout, windows=self.windows
             )
 
     def _reuse_baseline(

@@ -1,1 +1,1 @@
-"""The two commands: train and evaluate."""
+"""Every command, one file each, and what they are built from."""

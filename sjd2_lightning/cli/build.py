@@ -35,7 +35,6 @@ from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.small import build_tiny
 from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
 from sjd2_lightning.training.module import SJD2Module
-from sjd2_lightning.training.optimizer import OptimizerConfig
 from sjd2_lightning.training.recipes.clip import ClipModule, EmojiPairs
 from sjd2_lightning.training.recipes.tokenizer import EmojiPictureData, TokenizerModule
 
@@ -46,18 +45,15 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
     """The module and the data of `task`."""
     side, data = config.model.image_size[0], config.data
     if config.task == "tokenizer" and config.tokenizer is not None:
-        tokenizer = TokenizerModule(
-            **config.tokenizer.model_dump(), lr=config.optimizer.lr, out_dir=recipe_dir(config)
-        )
+        tokenizer = TokenizerModule(config.tokenizer, config.optimizer.lr, recipe_dir(config))
         return tokenizer, EmojiPictureData(data.batch_size, side, config.seed, data.num_workers)
     if config.task == "clip" and config.clip is not None:
-        sizes = config.clip.model_dump() | {"text_dir": str(shipped(config.clip.text_dir))}
         clip = ClipModule(
-            **sizes,
-            image_size=side,
-            lr=config.optimizer.lr,
-            weight_decay=config.optimizer.weight_decay,
-            out_dir=recipe_dir(config),
+            replace(config.clip, text_dir=str(shipped(config.clip.text_dir))),
+            recipe_dir(config),
+            side,
+            config.optimizer.lr,
+            config.optimizer.weight_decay,
         )
         return clip, EmojiPairs(data.batch_size, side, config.seed, data.num_workers)
     backbone = build_backbone(config.model)
@@ -145,10 +141,9 @@ def build_module(config: TrainConfig, backbone: Backbone) -> SJD2Module:
     return kind(
         backbone,
         config.noise,
-        OptimizerConfig(**config.optimizer.model_dump(exclude={"freeze"})),
+        config.optimizer,
         image_size=config.model.image_size,
         prompt_dropout=config.data.prompt_dropout,
-        freeze=config.optimizer.freeze,
         seed=config.seed,
         save_trained_only=has_adapter(backbone),
     )

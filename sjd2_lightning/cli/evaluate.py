@@ -116,7 +116,6 @@ def chosen_methods(
         return resolve_windows(
             backbone,
             {name: config.methods[name] for name in config.compare},
-            config.auto_window.methods,
             prompts[: config.batch_size],
             layout,
             windows=config.auto_window.windows,

@@ -59,7 +59,7 @@ def launch(script: str, job: Callable[[DictConfig], object]) -> None:
             folder = folder.relative_to(Path.cwd())
         with open_dict(cfg):
             cfg.run_dir = str(folder)
-        with _handing_down(list(HydraConfig.get().overrides.task), str(folder)):
+        with _handing_down(script, list(HydraConfig.get().overrides.task), str(folder)):
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 _run_in_sweep(job, cfg, folder)
             else:
@@ -89,14 +89,14 @@ def launch(script: str, job: Callable[[DictConfig], object]) -> None:
 
 
 @contextmanager
-def _handing_down(overrides: list[str], folder: str) -> Iterator[None]:
+def _handing_down(script: str, overrides: list[str], folder: str) -> Iterator[None]:
     """Tells the processes that Lightning starts for further ranks which run they belong to.
 
     Lightning repeats the command line for them. In a sweep that would be the whole sweep, in folders of its
     own; and the run's folder may hold the time.
     """
     before = {name: os.environ.get(name) for name in _OF_A_RUN}
-    os.environ[HANDED_DOWN] = json.dumps({"overrides": overrides, "run_dir": folder})
+    os.environ[HANDED_DOWN] = json.dumps({"script": script, "overrides": overrides, "run_dir": folder})
     try:
         yield
     finally:
@@ -160,6 +160,8 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{name}.")
 
 
+# Hydra instantiates names of its own part of a configuration before `config.reading` has seen the rest. A
+# configuration file from somebody else may carry such keys, so they are compared with a list too.
 OF_HYDRA = frozenset(
     {
         "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
@@ -188,13 +190,10 @@ def restrict_targets() -> None:
     _instantiate2._resolve_target = resolve
 
 
-log = logging.getLogger(__name__)
-
-
 class SweepReport(Callback):
     """Writes sweep.csv, sweep.md, sweep.html and figures of a sweep into its folder.
 
-    Whatever the launcher: runs leave word in their folders, and this reads it once all have ended.
+    Whatever the launcher: each run writes `job.json` into its folder; they are read once all have ended.
     """
 
     all_failed: ClassVar[bool] = False

@@ -80,8 +80,9 @@ def run_settings(config: TrainConfig) -> RunSettings:
     """What of the configuration decides the memory."""
     import torch
 
-    trainer, drafting = config.trainer, [method for name, method in config.methods.items() if name != "ar"]
-    sampling = config.callbacks.sampling
+    trainer, sampling = config.trainer, config.callbacks.sampling
+    methods = [config.methods[name] for name in config.compare]
+    longest = max(config.auto_window.windows)
     return RunSettings(
         dtype=getattr(torch, config.model.dtype),
         compute_dtype=torch.float32 if trainer.precision == "32-true" else torch.bfloat16,
@@ -91,8 +92,8 @@ def run_settings(config: TrainConfig) -> RunSettings:
         lora=config.model.lora if config.model.peft else None,
         checkpointing=config.model.activation_checkpointing,
         decode_batch=sampling.batch_size if sampling else 1,
-        window=max((method.window for method in drafting), default=1),
-        guided=any(method.sampling.guidance_scale != 1 for method in config.methods.values()),
+        window=max(longest if method.window == "auto" else method.window for method in methods),
+        guided=any(method.sampling.guidance_scale != 1 for method in methods),
     )
 
 

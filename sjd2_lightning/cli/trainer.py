@@ -123,7 +123,6 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: 
                 batch_size=wanted.sampling.batch_size,
                 metrics=build_metrics(config),
                 reference=build_reference(config),
-                auto_windows=config.auto_window.methods,
                 windows=config.auto_window.windows,
             )
         )

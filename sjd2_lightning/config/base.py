@@ -1,10 +1,9 @@
-"""What the typed groups of the configuration are made of: number types, the base class, shipped paths.
-
-Source: ours.
-"""
+"""What the typed groups of the configuration are made of: number types, the base class, shipped paths."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -23,6 +22,12 @@ def shipped(path: str | Path) -> Path:
     """A path as it is if it exists, else where the checkout or the installed package ships it."""
     roots = (Path(), _PACKAGE.parent, _PACKAGE)
     return next((root / path for root in roots if (root / path).exists()), Path(path))
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Names the known name that is close, or else all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(sorted(known))}"
 
 
 def several(problems: list[str]) -> PydanticCustomError:

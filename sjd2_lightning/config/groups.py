@@ -1,7 +1,4 @@
-"""The typed groups of the configuration: what every key of `conf/` may be.
-
-Values live in `conf/`; there are no defaults here. Source: ours.
-"""
+"""Groups of the configuration that are no class's own dataclass; the values live in `conf/`, none here."""
 
 from __future__ import annotations
 
@@ -11,21 +8,12 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, Field
 
-from sjd2_lightning.config.base import Count, Group, Natural, Positive, Share, several
+from sjd2_lightning.config.base import Count, Group, Natural, Positive, Share, sound
 from sjd2_lightning.config.base import shipped as shipped
 from sjd2_lightning.data.places import place
-from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.law import Sampling
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.weights import WeightsSource
-
-
-def _no_decoding_problems(config: DecodingConfig) -> DecodingConfig:
-    if found := config.problems():
-        raise several([problem.removeprefix("decoding.") for problem in found])
-    return config
-
-
-Decoding = Annotated[DecodingConfig, AfterValidator(_no_decoding_problems)]
 
 
 class DataConfig(Group):
@@ -66,18 +54,6 @@ class DataConfig(Group):
                 f"reference_dir={self.reference_dir}: there is no such folder; give a folder of images"
             )
         return found
-
-
-class OptimizerSettings(Group):
-    """`optimizer.OptimizerConfig`, and which weights are trained."""
-
-    name: Literal["adamw", "muon"]
-    lr: Positive
-    weight_decay: Annotated[float, Field(ge=0)]
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
-    warmup_steps: Natural
-    final_lr_share: Share
-    freeze: tuple[str, ...]
 
 
 class TrainerConfig(Group):
@@ -200,11 +176,20 @@ class CallbacksConfig(Group):
 
 
 class AutoWindowConfig(Group):
-    """How a window of `auto` is chosen; see `window_choice`. `methods` names those that have one."""
+    """How a window of `auto` is chosen; see `evaluation.auto_window`."""
 
     windows: Annotated[tuple[Count, ...], Field(min_length=1)]
     repeats: Count
-    methods: tuple[str, ...]
+
+
+class DecodingDefaults(Group):
+    """What methods share: they take it by interpolation, see conf/method/base.yaml."""
+
+    window: Count | Literal["auto"]
+    num_levels: Natural | None
+    draft_init: Literal["random", "gumbel", "repeat_left", "repeat_above"] | None
+    compile: bool
+    sampling: Annotated[Sampling, AfterValidator(sound)]
 
 
 class ReportConfig(Group):
@@ -292,33 +277,3 @@ class ModelConfig(Group):
         if any((folder / name).is_file() for name in ("backbone.json", "config.json")):
             return []
         return [f"path={self.path}: there is no backbone.json; {self.source.remedy()}"]
-
-
-class TokenizerRecipe(Group):
-    """`recipes.tokenizer.TokenizerModule`."""
-
-    num_codes: Count
-    code_dim: Count
-    channels: tuple[Count, ...]
-    patch: Count
-    warmup_steps: Natural
-    revive_every: Count
-    isolate_patches: bool
-
-
-class ClipRecipe(Group):
-    """`recipes.clip.ClipModule`."""
-
-    text_dir: str
-    name: str
-    patch_size: Count
-    vision_width: Count
-    vision_layers: Count
-    text_width: Count
-    text_layers: Count
-    head_width: Count
-    embed_dim: Count
-    context_length: Count
-    patch_dropout: Share
-    text_dropout: Share
-    warmup_share: Share

@@ -1,11 +1,11 @@
 """From a composed configuration to a typed one: every problem found at once, before anything is built.
 
-Source: ours. `conf/` holds the values, `config_groups` their types.
+`conf/` holds the values, `config.runs` their types. Nothing is changed on the way: what Hydra prints
+(`--cfg job --resolve`) is what runs.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from sjd2_lightning.config.base import did_you_mean
 from sjd2_lightning.config.runs import EvaluateConfig, SharedConfig, TrainConfig
-from sjd2_lightning.decoding.config import NOISY
 from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.processes import run_id
 
 # `${run_id:}` in conf/train.yaml; kept for the process, so that every key with it names one folder.
 OmegaConf.register_new_resolver("run_id", lambda: run_id(), use_cache=True, replace=True)
+# `${either:a,b}` in conf/method: a, or b where a is null
+OmegaConf.register_new_resolver("either", lambda a, b: b if a is None else a, replace=True)
 
 # The only names that `_target_` may hold, anywhere in a configuration: instantiating a name runs its code.
 ALLOWED_TARGETS = frozenset(
@@ -37,12 +39,8 @@ ALLOWED_TARGETS = frozenset(
     )
 )
 
-BASELINE = "ar"  # the method that others are compared with
-OF_ALL_METHODS = (
-    "sampling",
-    "compile",
-)  # keys of a method that the baseline shares, or a comparison is unfair
 KeyPath = tuple[str | int, ...]
+_INTERPOLATED = re.compile(r"\$\{(?P<plain>[\w.]+)\}|\$\{either:\$\{(?P<first>[\w.]+)\},.*\}")
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
 Config = TypeVar("Config", bound=SharedConfig)
@@ -83,17 +81,12 @@ def save_config(config: SharedConfig, path: Path) -> None:
     write_whole(path, yaml.safe_dump(redact(config.model_dump(mode="json")), sort_keys=False))
 
 
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Names the known name that is close, or else all of them."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(sorted(known))}"
-
-
 def _typed(cfg: DictConfig, wanted: type[Config], other: type[SharedConfig]) -> Config:
     try:
         tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError([str(error).replace("\n", "; ")]) from error
+    written = OmegaConf.to_container(cfg, resolve=False)
     # An experiment file may hold keys of both scripts; Hydra refuses the other's on the command line.
     for name in set(other.model_fields) - set(wanted.model_fields):
         tree.pop(name, None)
@@ -102,20 +95,12 @@ def _typed(cfg: DictConfig, wanted: type[Config], other: type[SharedConfig]) -> 
         for key, value in _targets(tree)
         if value not in ALLOWED_TARGETS
     ]
-    given = _fill_methods(tree)
-    names = tree.get("compare")
-    problems += [
-        f"compare: unknown method {name!r}; {did_you_mean(str(name), list(tree['methods']))}"
-        for name in (names if isinstance(names, list) else ())
-        if name not in tree["methods"]
-    ]
-    problems += _name_auto_windows(tree)
     while True:
         try:
             config = wanted.model_validate_json(json.dumps(tree))
         except ValidationError as error:
             unknown = {_path_in(tree, e["loc"]) for e in error.errors() if e["type"] in _UNKNOWN_KEY}
-            problems += _lines(error, tree, given, unknown)
+            problems += _lines(error, tree, written, unknown)
             if not unknown:
                 raise ConfigError(problems) from error
             # Checks between the fields of a group run only when there are no unknown ones.
@@ -137,62 +122,17 @@ def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _targets(value, here)
 
 
-def _fill_methods(tree: dict[str, Any]) -> set[str]:
-    """Turns `decoding` and `methods` into complete methods; returns the keys of them that `decoding` gave.
-
-    With a method chosen (`decoding=sjd2_exact`) that one is compared with autoregression, and the others
-    share its sampling. Otherwise (`decoding=each`) a value that is not null replaces that of every drafting
-    method that is compared: it need not suit the others.
-    """
-    decoding, methods = tree.pop("decoding", None), tree.get("methods")
-    if not isinstance(decoding, dict) or not isinstance(methods, dict):
-        raise ConfigError(["decoding: choose a file of conf/decoding, and leave `methods` a group of keys"])
-    name = decoding.pop("name", None)
-    given = {key: value for key, value in decoding.items() if value is not None}
-    if name is not None:
-        methods[name] = decoding
-        tree["compare"] = list(dict.fromkeys([BASELINE, name]))
-    compared = tree.get("compare")
-    for title, method in methods.items():
-        method.pop("name", None)
-        everything = name is None and isinstance(compared, list) and title in compared
-        for key in given if everything else OF_ALL_METHODS:
-            # The baseline drafts nothing, and only SJD2 has levels.
-            fits = key in OF_ALL_METHODS or (
-                method["method"] != "ar" and (key != "num_levels" or method["method"] in NOISY)
-            )
-            if fits:
-                method[key] = given.get(key)
-    return set(decoding) if name is not None else set(given)
-
-
-def _name_auto_windows(tree: dict[str, Any]) -> list[str]:
-    """Puts the longest window in place of `auto` and names the method in `auto_window.methods`."""
-    auto: Any = tree.get("auto_window")
-    if not isinstance(auto, dict) or not all(
-        isinstance(auto.get(key), list) for key in ("windows", "methods")
-    ):
-        return []  # a problem that is found with the others
-    for name, method in tree["methods"].items():
-        if method.get("window") == "auto":
-            method["window"] = max((size for size in auto["windows"] if isinstance(size, int)), default=1)
-            auto["methods"].append(name)
-    return [
-        f"auto_window.methods: unknown method {name!r}; {did_you_mean(str(name), list(tree['methods']))}"
-        for name in auto["methods"]
-        if name not in tree["methods"]
-    ]
-
-
-def _lines(error: ValidationError, tree: Any, given: set[str], unknown: set[KeyPath]) -> list[str]:
-    """A line for each validation error: key, value, remedy; methods' keys as the reader gave them."""
+def _lines(error: ValidationError, tree: Any, written: Any, unknown: set[KeyPath]) -> list[str]:
+    """A line for each validation error: key, value, remedy; the key is the one whose value is at fault."""
     lines: dict[str, list[str]] = {}
     for found in error.errors():
         path = _path_in(tree, found["loc"])
-        key = ".".join(str(part) for part in path)
+        key = ".".join(map(str, _origin(written, path)))
         if found["type"] == "several":
             for line in found["ctx"]["lines"].split("\n"):
-                lines[key + line if line.startswith("=") else f"{key}.{line}".lstrip(".")] = []
+                own, sign, rest = re.match(r"([\w.]*)(=|:|$)(.*)", line, re.S).groups()  # type: ignore[union-attr]
+                at = _origin(written, (*path, *own.split("."))) if own else path
+                lines[".".join(map(str, at)) + sign + rest] = []
         elif found["type"] in _UNKNOWN_KEY:
             # Since `conf/` gives every key, the right ones stand beside the unknown one.
             known = [str(name) for name in _inside(tree, path[:-1]) if (*path[:-1], name) not in unknown]
@@ -200,9 +140,27 @@ def _lines(error: ValidationError, tree: Any, given: set[str], unknown: set[KeyP
         elif found["type"].startswith("missing"):
             lines[f"{key}: missing; give it a value"] = []
         else:
-            lines.setdefault(f"{key}={found['input']!r}: ", []).append(_remedy(found["msg"]))
-    of_methods = re.compile(rf"^methods\.[^.]+\.(?=({'|'.join(given)})\b)")
-    return [of_methods.sub("decoding.", head) + " or ".join(remedies) for head, remedies in lines.items()]
+            remedies = lines.setdefault(f"{key}={found['input']!r}: ", [])
+            if (remedy := _remedy(found["msg"])) not in remedies:
+                remedies.append(remedy)
+    return [head + " or ".join(remedies) for head, remedies in lines.items()]
+
+
+def _origin(written: Any, path: KeyPath) -> KeyPath:
+    """The key that a value comes from: where `conf/` has an interpolation, the key that it names.
+
+    `methods.sjd.window` is written as `${decoding.window}`, so what is wrong with it is wrong there; of
+    `${either:${decoding.num_levels},8}` it is the first, if that has a value.
+    """
+    node = written
+    for place, part in enumerate(path):
+        node = node.get(part) if isinstance(node, dict) else None
+        names = _INTERPOLATED.fullmatch(node) if isinstance(node, str) else None
+        if names is not None:
+            first = tuple(str(names["plain"] or names["first"]).split("."))
+            if names["plain"] is not None or _inside(written, first) is not None:
+                return _origin(written, (*first, *path[place + 1 :]))
+    return path
 
 
 def _remedy(message: str) -> str:

@@ -1,4 +1,4 @@
-"""config.runs."""
+"""What train.py and evaluate.py take: every key of `conf/` with its type. Values live in `conf/`."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from sjd2_lightning.config.base import Count, Group, Natural, several, sound
-from sjd2_lightning.config.base import shipped as shipped
+from sjd2_lightning.config.base import Count, Group, Natural, did_you_mean, several, sound
 from sjd2_lightning.config.groups import (
     AutoWindowConfig,
     CallbacksConfig,
     DataConfig,
-    Decoding,
+    DecodingDefaults,
     LoggerConfig,
     MetricsConfig,
-    OptimizerSettings,
+    ModelConfig,
     ReportConfig,
     TrainerConfig,
 )
-from sjd2_lightning.config.groups import ClipRecipe as ClipRecipe
-from sjd2_lightning.config.groups import ModelConfig as ModelConfig
-from sjd2_lightning.config.groups import TokenizerRecipe as TokenizerRecipe
+from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.training.noise import TrainingNoise
+from sjd2_lightning.training.optimizer import OptimizerConfig
+from sjd2_lightning.training.recipes import ClipRecipe, TokenizerRecipe
 
 
 def _is_checkpoint(path: str) -> str:
@@ -65,17 +64,37 @@ class SharedConfig(Group):
     metrics: MetricsConfig
     logger: LoggerConfig
     auto_window: AutoWindowConfig
+    decoding: DecodingDefaults
     compare: Annotated[tuple[str, ...], Field(min_length=1)]
-    methods: dict[str, Decoding]
+    methods: dict[str, DecodingConfig]
 
     def problems(self) -> list[str]:
-        """Two sources of prompts."""
+        """Methods that cannot be compared, two sources of prompts."""
+        found = self._problems_of_methods()
         if self.metrics.protocol and (self.data.prompt_file or self.data.reference_dir):
-            return [
+            found.append(
                 f"metrics.protocol: {self.metrics.protocol.name} brings prompts and real images; leave out "
                 "data.prompt_file and data.reference_dir"
-            ]
-        return []
+            )
+        return found
+
+    def _problems_of_methods(self) -> list[str]:
+        """Of those that are compared: the others need not suit the rest of the configuration."""
+        found = [
+            f"compare: unknown method {name!r}; {did_you_mean(name, list(self.methods))}"
+            for name in self.compare
+            if name not in self.methods
+        ]
+        compared = {name: self.methods[name] for name in self.compare if name in self.methods}
+        found += [f"methods.{name}.{line}" for name, method in compared.items() for line in method.problems()]
+        baseline = compared.get(BASELINE)
+        return found + [
+            f"methods.{name}.{key}: differs from {BASELINE}'s, so speed and images cannot be compared; set "
+            f"decoding.{key}"
+            for name, method in compared.items()
+            for key in ("sampling", "compile")
+            if baseline is not None and getattr(method, key) != getattr(baseline, key)
+        ]
 
 
 class TrainConfig(SharedConfig):
@@ -87,9 +106,9 @@ class TrainConfig(SharedConfig):
     export_dtype: Literal["float32", "bfloat16", "float16"] | None
     validate_first: bool
     print_plan: bool
-    tokenizer: TokenizerRecipe | None
-    clip: ClipRecipe | None
-    optimizer: OptimizerSettings
+    tokenizer: Annotated[TokenizerRecipe, AfterValidator(sound)] | None
+    clip: Annotated[ClipRecipe, AfterValidator(sound)] | None
+    optimizer: Annotated[OptimizerConfig, AfterValidator(sound)]
     trainer: TrainerConfig
     callbacks: CallbacksConfig
 

@@ -1,33 +1,30 @@
-"""What a decoding method is: a window, noise levels, an acceptance mode and a refiner."""
+"""What a decoding method is: a window, noise levels, a rule for drafts, and what becomes of the others."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from sjd2_lightning.decoding.law import Sampling
-from sjd2_lightning.decoding.rules import REFINERS
-from sjd2_lightning.noise import TIED, NoiseProcess
+from sjd2_lightning.noise import TIED, NoiseProcess, unknown_choices
 
-METHODS = ("ar", "jacobi", "sjd", "mc_sjd", "gumbel", "sjd_pp", "sjd_pac", "gsd", "sjd2", "sjd2_pure")
+BASELINE = "ar"  # the method that others are compared with
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
-ACCEPTANCE = ("replay", "exact", "paper", "match", "pure", "grouped")
-BY_LAWS = ("exact", "paper", "grouped")  # acceptance by the law that a draft was drawn from: it is recorded
-WITH_TREE = ("replay", "exact")  # acceptance that knows what becomes of a draft's siblings
+BY_LAWS = ("exact", "paper", "grouped")  # rules that read the law a draft was drawn from: it is recorded
+WITH_TREE = ("replay", "exact")  # rules that know what becomes of a draft's siblings
 LOSSLESS = ("replay", "exact", "match")
-LEVEL_RULES = ("age", "stable", "confident")
 REPEATED = ("repeat_left", "repeat_above")  # first drafts that repeat a neighbour
-DRAFT_INITS = ("random", "gumbel", *REPEATED)
 
 
 @dataclass(frozen=True)
 class TreeShape:
-    """Branches that are fed beside the window, see `decoding/tree.py`; width 1 is no tree.
+    """Branches that are fed beside the window, see `variants.tree`; width 1 is no tree.
 
     Attributes:
-        width: candidates of a slot, its draft included.
-        depth: slots, counted from the head, that have candidates.
-        length: tokens of a branch: a sibling of the draft and `length - 1` drafts behind it.
+        width: number of candidates of a slot, its draft included.
+        depth: number of slots, counted from the head, that have candidates.
+        length: number of tokens of a branch: a sibling of the draft and `length - 1` drafts behind it.
     """
 
     width: int = 1
@@ -35,22 +32,22 @@ class TreeShape:
     length: int = 1
 
     def problems(self) -> list[str]:
-        """What is wrong with the values, a sentence each."""
+        """What is wrong with the values, a line each, starting with the key."""
         return [
-            f"tree.{name} must be >= 1 (width 1 is no tree), got {getattr(self, name)}"
-            for name in ("width", "depth", "length")
-            if getattr(self, name) < 1
+            f"{name}={value}: must be >= 1 (width 1 is no tree)"
+            for name, value in vars(self).items()
+            if value < 1
         ]
 
 
 @dataclass(frozen=True)
 class PairSweeps:
-    """How drafts are corrected.
+    """How drafts are corrected by their left neighbours, see `variants.pairs`.
 
     Attributes:
-        table: file of `PairTable.save`; None = drafts are left alone.
+        table: file of `PairTable.save`; None leaves drafts alone.
         strength: share of the table's correction, > 0.
-        sweeps: over the window, >= 1.
+        sweeps: number of sweeps over the window, >= 1.
     """
 
     table: str | None = None
@@ -58,30 +55,24 @@ class PairSweeps:
     sweeps: int = 2
 
     def problems(self) -> list[str]:
-        """What is wrong with the values, a sentence each."""
+        """What is wrong with the values, a line each, starting with the key."""
         found = []
         if self.strength <= 0:
-            found.append(
-                f"pairs.strength must be > 0 (without a table nothing is corrected), got {self.strength}"
-            )
+            found.append(f"strength={self.strength}: must be > 0 (without a table nothing is corrected)")
         if self.sweeps < 1:
-            found.append(
-                f"pairs.sweeps must be >= 1 (without a table nothing is corrected), got {self.sweeps}"
-            )
+            found.append(f"sweeps={self.sweeps}: must be >= 1 (without a table nothing is corrected)")
         if self.table is not None and not Path(self.table).is_file():
-            found.append(
-                f"pairs.table: there is no file {self.table}; make it by python -m sjd2_lightning.cli.pairs"
-            )
+            found.append(f"table={self.table}: there is no such file; make it by `sjd2 pairs`")
         return found
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which codes count as the draft.
+    """Which codes count as the draft, see `variants.grouped`.
 
     Attributes:
-        size: codes of a group, the draft included: its neighbours in the order of probability; 1 is the exact
-            rule.
+        size: number of codes of a group, the draft included: its neighbours in the order of probability; 1 is
+            the exact rule.
         gap: greatest difference between a member's probability and the draft's.
         distance: greatest mean squared difference, over dimensions, of the normalised embeddings.
     """
@@ -91,14 +82,13 @@ class Grouping:
     distance: float = 2.0
 
     def problems(self) -> list[str]:
-        """What is wrong with the values, a sentence each."""
-        found = []
-        if self.size < 1:
-            found.append(f"groups.size must be >= 1 (1 is the exact rule), got {self.size}")
-        for name in ("gap", "distance"):
-            if not getattr(self, name) >= 0:
-                found.append(f"groups.{name} must be >= 0, got {getattr(self, name)}")
-        return found
+        """What is wrong with the values, a line each, starting with the key."""
+        found = [] if self.size >= 1 else [f"size={self.size}: must be >= 1 (1 is the exact rule)"]
+        return found + [
+            f"{name}={value}: must be >= 0"
+            for name, value in {"gap": self.gap, "distance": self.distance}.items()
+            if not value >= 0
+        ]
 
 
 @dataclass(frozen=True)
@@ -106,45 +96,55 @@ class DecodingConfig:
     """One decoding method; every field is a plain value and may change at inference without retraining.
 
     Attributes:
-        method: name, for reports: one of `METHODS`.
-        window: slots drafted ahead, the head included; 1 is plain autoregression.
-        num_levels: noisy levels of a new slot; 0 is plain Jacobi decoding.
-        acceptance: "replay" (same seed, same image as autoregression), "exact" (same law), "paper" (the
-            rules as printed; not exact), "match" (Jacobi: a draft stands if it is drawn again; same law),
-            "pure" (a slot stands as soon as it is clean; not exact) or "grouped" (GSD: by the mass of a group
-            of similar codes; not exact).
+        method: kind of the method, for reports.
+        window: number of slots drafted ahead, the head included; 1 is plain autoregression; "auto" is
+            chosen by `evaluation.auto_window` before decoding.
+        num_levels: number of noisy levels of a new slot; 0 is plain Jacobi decoding.
+        acceptance: rule that drafts are judged by: "replay" (same seed, same image as autoregression),
+            "exact" (same law), "paper" (the rules as printed; not exact), "match" (Jacobi: a draft stands if
+            it is drawn again; same law), "pure" (a slot stands as soon as it is clean; not exact) or
+            "grouped" (GSD: by the mass of a group of similar codes; not exact).
         refiner: what becomes of drafts that were not reached, for "exact", "paper" and "grouped": "resample"
             (SJD: fresh independent draws), "couple" (MC-SJD: what verification drew), "keep" (paper: keep
             clean drafts whose probability ratio is at least one half), "reuse" (SJD++: the same, its law
-            recorded). The other modes take what verification drew.
+            recorded). The other rules take what verification drew.
         draft_init: first draft of a clean slot: "random", "gumbel" (the maximum of the slot's own noise),
             "repeat_left" or "repeat_above" (SJD: the token of a neighbour).
         noise: how noise comes and goes, as in training; tied sources with "replay" only.
         level_rule: which slots are clean at once (ours): none ("age": one level cleaner each iteration,
             paper); those whose token is the draft of the iteration before ("stable"; new slots have none);
             or those whose law gives their token at least `confidence` ("confident").
-        confidence: in (0, 1], for level_rule "confident".
+        confidence: probability in (0, 1], for level_rule "confident".
         tree: siblings of the drafts at the head, "exact" and "replay" only.
-        groups: which codes are alike, "grouped" only.
+        groups: codes that are alike, "grouped" only.
         pairs: correction of drafts by their left neighbours, "replay" only.
-        compile: run the trunk through `torch.compile`, on shapes that stay the same between iterations.
+        compile: whether the trunk runs through `torch.compile`, on shapes that stay the same.
         sampling: temperature, top-k, top-p, guidance.
     """
 
-    method: str
-    window: int = 32
+    method: Literal[
+        "ar", "jacobi", "sjd", "mc_sjd", "gumbel", "sjd_pp", "sjd_pac", "gsd", "sjd2", "sjd2_pure"
+    ]
+    window: int | Literal["auto"] = 32
     num_levels: int = 0
-    acceptance: str = "replay"
-    refiner: str = "couple"
-    draft_init: str = "random"
+    acceptance: Literal["replay", "exact", "paper", "match", "pure", "grouped"] = "replay"
+    refiner: Literal["resample", "couple", "keep", "reuse"] = "couple"
+    draft_init: Literal["random", "gumbel", "repeat_left", "repeat_above"] = "random"
     noise: NoiseProcess = field(default_factory=NoiseProcess)
-    level_rule: str = "age"
+    level_rule: Literal["age", "stable", "confident"] = "age"
     confidence: float = 0.9
     tree: TreeShape = field(default_factory=TreeShape)
     groups: Grouping = field(default_factory=Grouping)
     pairs: PairSweeps = field(default_factory=PairSweeps)
     compile: bool = False
     sampling: Sampling = field(default_factory=Sampling)
+
+    @property
+    def size(self) -> int:
+        """W, the window as a number; raises ValueError while it is "auto"."""
+        if self.window == "auto":
+            raise ValueError("window=auto: choose a window first, see evaluation.auto_window.resolve_windows")
+        return self.window
 
     @property
     def lossless(self) -> bool:
@@ -157,63 +157,53 @@ class DecodingConfig:
         return self.num_levels > 1 and (self.noise.reads_mean or self.level_rule == "confident")
 
     def problems(self) -> list[str]:
-        """What is wrong with the values, a sentence each."""
-        found = [
-            problem
-            for part in (self.sampling, self.tree, self.groups, self.pairs)
-            for problem in part.problems()
-        ]
-        choices = {
-            "method": (self.method, METHODS),
-            "acceptance": (self.acceptance, ACCEPTANCE),
-            "refiner": (self.refiner, tuple(REFINERS)),
-            "draft_init": (self.draft_init, DRAFT_INITS),
-            "level_rule": (self.level_rule, LEVEL_RULES),
-        }
-        for name, (value, known) in choices.items():
-            if value not in known:
-                found.append(f"decoding.{name} must be one of {', '.join(known)}; got {value!r}")
-        if self.window < 1:
-            found.append(f"decoding.window must be >= 1 (1 is plain autoregression), got {self.window}")
+        """What is wrong with the values, a line each, starting with the key."""
+        parts = ("sampling", "tree", "groups", "pairs", "noise")
+        found = [f"{part}.{line}" for part in parts for line in getattr(self, part).problems()]
+        found += unknown_choices(self)
+        if self.window != "auto" and self.window < 1:
+            found.append(f"window={self.window}: must be >= 1 (1 is plain autoregression)")
         if self.num_levels < 0:
-            found.append(f"decoding.num_levels must be >= 0 (0 is plain Jacobi), got {self.num_levels}")
-        if self.method == "ar" and (self.window != 1 or self.num_levels != 0):
-            found.append("decoding.method 'ar' needs window 1 and num_levels 0")
-        if self.method in METHODS and self.method not in ("ar", *NOISY) and self.num_levels != 0:
-            found.append(f"decoding.method {self.method!r} has no noise: set num_levels to 0 or use sjd2")
-        if self.refiner == "keep" and self.acceptance != "paper":
-            found.append("decoding.refiner 'keep' is not exact: use it with acceptance 'paper' only")
-        if self.refiner == "reuse" and (self.acceptance != "exact" or self.num_levels != 0):
-            found.append("decoding.refiner 'reuse' needs acceptance 'exact' and num_levels 0")
-        if self.acceptance == "pure" and self.num_levels == 0:
-            found.append("decoding.acceptance 'pure' accepts what was denoised: set num_levels to at least 1")
-        found += self._problems_beside_the_window()
-        if self.draft_init == "gumbel" and self.acceptance != "replay":
-            found.append("decoding.draft_init 'gumbel' needs acceptance 'replay'")
-        found += [f"decoding.noise.{line}" for line in self.noise.problems()]
-        if self.noise.source in TIED and self.acceptance != "replay":
-            found.append(
-                f"decoding.noise.source {self.noise.source!r} needs acceptance 'replay': use gaussian"
-            )
+            found.append(f"num_levels={self.num_levels}: must be >= 0 (0 is plain Jacobi)")
         if not 0 < self.confidence <= 1:
-            found.append(f"decoding.confidence must lie in (0, 1], got {self.confidence}")
+            found.append(f"confidence={self.confidence}: must lie in (0, 1]")
+        return found + self._problems_of_the_kind() + self._problems_of_the_rule()
+
+    def _problems_of_the_kind(self) -> list[str]:
+        """Values that the kind of the method cannot have."""
+        found = []
+        if self.method == "ar" and (self.window != 1 or self.num_levels != 0):
+            found.append("method=ar: needs window 1 and num_levels 0")
+        if self.method not in ("ar", *NOISY) and self.num_levels > 0:
+            found.append(f"method={self.method}: has no noise; set num_levels to 0 or use sjd2")
+        if self.method == "sjd_pac" and self.tree.width == 1:
+            found.append("method=sjd_pac: needs tree.width >= 2; without a tree it is mc_sjd")
+        if self.method == "gsd" and self.acceptance != "grouped":
+            found.append("method=gsd: needs acceptance=grouped")
         return found
 
-    def _problems_beside_the_window(self) -> list[str]:
+    def _problems_of_the_rule(self) -> list[str]:
+        """Values that the acceptance rule cannot serve."""
         found = []
+        if self.refiner == "keep" and self.acceptance != "paper":
+            found.append("refiner=keep: is not exact; use it with acceptance=paper only")
+        if self.refiner == "reuse" and (self.acceptance != "exact" or self.num_levels != 0):
+            found.append("refiner=reuse: needs acceptance=exact and num_levels=0")
+        if self.acceptance == "pure" and self.num_levels == 0:
+            found.append("acceptance=pure: accepts what was denoised; set num_levels to at least 1")
         if self.tree.width > 1 and self.acceptance not in WITH_TREE:
-            found.append("decoding.tree needs acceptance 'exact' or 'replay': set tree.width to 1 (no tree)")
-        if self.method == "sjd_pac" and self.tree.width == 1:
-            found.append("decoding.method 'sjd_pac' needs tree.width >= 2; without a tree it is mc_sjd")
-        if self.method == "gsd" and self.acceptance != "grouped":
-            found.append("decoding.method 'gsd' needs acceptance 'grouped'")
+            found.append(f"tree.width={self.tree.width}: needs acceptance exact or replay; 1 is no tree")
         if self.groups.size > 1 and self.acceptance != "grouped":
-            found.append("decoding.groups needs acceptance 'grouped': set groups.size to 1 (no groups)")
+            found.append(f"groups.size={self.groups.size}: needs acceptance=grouped; 1 is no group")
         if self.pairs.table is not None and self.acceptance != "replay":
-            found.append("decoding.pairs.table needs acceptance 'replay': set it to null")
+            found.append(f"pairs.table={self.pairs.table}: needs acceptance=replay; set it to null")
+        if self.draft_init == "gumbel" and self.acceptance != "replay":
+            found.append("draft_init=gumbel: needs acceptance=replay")
+        if self.num_levels > 0 and self.noise.source in TIED and self.acceptance != "replay":
+            found.append(f"noise.source={self.noise.source}: needs acceptance=replay; use gaussian")
         return found
 
     def check(self) -> None:
-        """Raises ValueError with all problems at once."""
+        """Raises ValueError with all problems at once, each key behind `decoding.`."""
         if found := self.problems():
-            raise ValueError("; ".join(found))
+            raise ValueError("; ".join(f"decoding.{line}" for line in found))

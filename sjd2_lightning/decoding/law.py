@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-GUIDANCE_SCHEDULES = ("constant", "linear", "interval")
+from sjd2_lightning.noise import unknown_choices
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     guidance_scale: float = 1.0
-    guidance_schedule: str = "constant"
+    guidance_schedule: Literal["constant", "linear", "interval"] = "constant"
     guidance_start: float = 0.0
     guidance_end: float = 1.0
 
@@ -44,23 +45,20 @@ class Sampling:
         return torch.full((num_slots,), self.guidance_scale)
 
     def problems(self) -> list[str]:
-        """What is wrong with the values, a sentence each."""
-        found = []
+        """What is wrong with the values, a line each, starting with the key."""
+        found = unknown_choices(self)
         if self.temperature < 0:
-            found.append(f"sampling.temperature must be >= 0 (0 is greedy), got {self.temperature}")
+            found.append(f"temperature={self.temperature}: must be >= 0 (0 is greedy)")
         if self.top_k < 0:
-            found.append(f"sampling.top_k must be >= 0 (0 keeps all), got {self.top_k}")
+            found.append(f"top_k={self.top_k}: must be >= 0 (0 keeps all)")
         if not 0 < self.top_p <= 1:
-            found.append(f"sampling.top_p must lie in (0, 1], got {self.top_p}")
+            found.append(f"top_p={self.top_p}: must lie in (0, 1]")
         if self.guidance_scale < 0:
-            found.append(f"sampling.guidance_scale must be >= 0 (1 is off), got {self.guidance_scale}")
-        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
-            known = ", ".join(GUIDANCE_SCHEDULES)
-            found.append(f"sampling.guidance_schedule must be one of {known}; got {self.guidance_schedule!r}")
+            found.append(f"guidance_scale={self.guidance_scale}: must be >= 0 (1 is off)")
         if not 0 <= self.guidance_start < self.guidance_end <= 1:
             found.append(
-                "sampling.guidance_start and guidance_end must satisfy 0 <= start < end <= 1, got "
-                f"{self.guidance_start} and {self.guidance_end}"
+                f"guidance_start={self.guidance_start}: must satisfy 0 <= start < end <= 1, "
+                f"and guidance_end is {self.guidance_end}"
             )
         return found
 

@@ -94,7 +94,7 @@ def _judge_by_tokens(slots: Slots, config: DecodingConfig, law: Tensor) -> Verdi
     if config.acceptance == "match":
         return verify_match(slots.tokens, law, fresh_u)
     clean = torch.ones_like(slots.is_code) if slots.levels is None else slots.levels == 0
-    return verify_pure(slots.tokens, law, fresh_u, clean, max(1, config.window // max(1, config.num_levels)))
+    return verify_pure(slots.tokens, law, fresh_u, clean, max(1, config.size // max(1, config.num_levels)))
 
 
 def runs(verdict: Verdict, levels: Tensor | None, acceptance: str) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def runs(verdict: Verdict, levels: Tensor | None, acceptance: str) -> tuple[Tens
 def num_refed(config: DecodingConfig) -> tuple[int, int]:
     """Fewest and most accepted tokens that a pass feeds again because the cache does not hold them."""
     if config.acceptance == "paper":
-        return 1, config.window
+        return 1, config.size
     most = 1 if config.tree.width == 1 else 1 + config.tree.length
     return (most if config.compile else 1), most
 
@@ -150,7 +150,7 @@ def decode(
     source = SlotSource(config, layout, backbone.slot_table(), backbone.num_codes)
     side = source.space.timestep_tokens(source.timesteps[1:])
     tree, sweeper = Tree.of(source), Sweeper.of(source)
-    spare = config.window if tree is None else config.window + tree.num_columns
+    spare = config.size if tree is None else config.size + tree.num_columns
     least_refed, most_refed = num_refed(config)
     context = Context(backbone, prompts, layouts, side, spare, most_refed, config)
     window = Window(source, torch.tensor(list(seeds), device=device))
@@ -163,8 +163,8 @@ def decode(
         fed_slots, fed = window.fed(slots, refeed)
         levels = None if slots.levels is None else slots.levels[:, :-1]
         branches = None if tree is None else tree.grow(slots, window)
-        scores = log_law(context.logits(fed_slots, fed, levels, config.window, branches), config.sampling)
-        scores, behind = scores[:, : config.window], scores[:, config.window :]
+        scores = log_law(context.logits(fed_slots, fed, levels, config.size, branches), config.sampling)
+        scores, behind = scores[:, : config.size], scores[:, config.size :]
         verdict, refined, law = judge(slots, source, scores)
 
         run, cached = runs(verdict, slots.levels, config.acceptance)
@@ -173,7 +173,7 @@ def decode(
         committed = (run + 1).minimum(window.end - window.head)  # the slot behind the run was judged rightly
         if observer is not None:
             observer(_seen(len(log), rows, window, slots, committed, verdict, scores))
-        settled = window.columns[: config.window] <= run[:, None]
+        settled = window.columns[: config.size] <= run[:, None]
         if sweeper is not None:
             refined = sweeper(slots, verdict.tokens, scores, settled)
         elif refined is not verdict.tokens:

@@ -153,7 +153,7 @@ class Window:
     """
 
     def __init__(self, source: SlotSource, seeds: Tensor) -> None:
-        size, device = source.config.window, seeds.device
+        size, device = source.config.size, seeds.device
         self.source = source
         self.size = size
         self.ahead = min(max(_LEAST_AHEAD, size // 2), _MOST_AHEAD // source.num_codes)

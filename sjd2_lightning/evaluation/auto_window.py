@@ -186,7 +186,6 @@ def choose_window(
 def resolve_windows(
     backbone: Backbone,
     methods: Mapping[str, DecodingConfig],
-    names: Sequence[str],
     prompts: Sequence[PromptItem],
     layout: ImageLayout,
     *,
@@ -194,21 +193,20 @@ def resolve_windows(
     repeats: int = 5,
     folder: str | Path | None = None,
 ) -> tuple[dict[str, DecodingConfig], dict[str, WindowChoice]]:
-    """Methods with a window each, and the choices made for those in `names`.
+    """Methods with a number for a window each, and the choices made for those whose window is "auto".
 
     Every rank looks, rank 0's choice holds. A folder keeps the choices: a run that is continued must not
     choose again, since its images belong to one window.
 
     Args:
         backbone: the model, in eval mode.
-        methods: by name.
-        names: methods whose window is chosen; others stay as they are.
-        prompts: one batch.
-        layout: of the images.
-        windows, repeats: as of `choose_window`.
-        folder: keeps `windows.json`; None keeps nothing.
+        methods: methods by name.
+        prompts: prompts of one batch.
+        layout: layout of the images.
+        windows, repeats: arguments of `choose_window`.
+        folder: folder that keeps `windows.json`; None keeps nothing.
     """
-    names = [name for name in methods if name in names]
+    names = [name for name, method in methods.items() if method.window == "auto"]
     if not names:
         return dict(methods), {}
     texts, seeds = [item.prompt for item in prompts], [item.seed for item in prompts]

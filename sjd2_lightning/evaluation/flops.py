@@ -43,7 +43,7 @@ def decoding_flops(
     found = {}
     for name, config in methods.items():
         copies = 1 if config.sampling.guidance_scale == 1 else 2
-        fixed, per_column = _per_token(backbone, config.window, layout.num_slots, copies)
+        fixed, per_column = _per_token(backbone, config.size, layout.num_slots, copies)
         side = config.num_levels
         found[name] = {
             record.key: _of_record(record, config, side + lengths[record.prompt], fixed, per_column)
@@ -87,10 +87,10 @@ def _of_record(
 ) -> float:
     total, head, refed = 0.0, 0, 1
     for accepted in record.accepted:
-        tokens = config.window - 1 + refed
+        tokens = config.size - 1 + refed
         # compiled, every pass attends to the whole cache
         last = record.num_generated if config.compile else head - 1
-        columns = first_slot + last + config.window
+        columns = first_slot + last + config.size
         total += tokens * (fixed + per_column * columns)
         head += accepted
         refed = max(1, accepted) if config.acceptance == "paper" else 1

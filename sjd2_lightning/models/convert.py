@@ -238,16 +238,16 @@ def _write(
     return made
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Entry point of `python -m sjd2_lightning.models.convert`."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="sjd2 convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trunk", type=Path, required=True, help="folder of the released Lumina-mGPT")
     parser.add_argument("--vqgan", type=Path, required=True, help="Meta's vqgan.ckpt")
     parser.add_argument("--text", type=Path, help="folder with tokenizer.json, if it is not in --trunk")
     parser.add_argument("--out", type=Path, required=True, help="the new folder, for model.path")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     try:
         made = convert(asked.trunk, asked.vqgan, asked.out, asked.text)
     except ValueError as error:

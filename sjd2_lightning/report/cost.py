@@ -78,7 +78,7 @@ def method_costs(result: EvaluationResult) -> list[MethodCost]:
     return [
         MethodCost(
             name,
-            method.config.window,
+            method.config.size,
             seconds_per_pass(method),
             None if plain is None else seconds_per_pass(method) / plain,
             sum(r.num_generated for r in method.records) / sum(r.nfe for r in method.records),

@@ -129,14 +129,14 @@ def _workspaces() -> Any:
     return v2
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="sjd2 publish", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="run_dir of an evaluation")
     parser.add_argument("--project", default="sjd2-lightning")
     parser.add_argument("--entity")
     parser.add_argument("--run", default="", help="id of the run that holds the images")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         print(
             publish_report(options.folder, project=options.project, entity=options.entity, run_id=options.run)

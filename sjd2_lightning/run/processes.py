@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 
-from torch import distributed
-
 HANDED_DOWN = "SJD2_HANDED_DOWN"  # environment variable: the run's overrides and folder, as JSON
 
 
@@ -64,6 +62,8 @@ T = TypeVar("T")
 
 def current_rank() -> tuple[int, int]:
     """Rank and number of processes; (0, 1) outside `torch.distributed`."""
+    from torch import distributed
+
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
@@ -71,12 +71,16 @@ def current_rank() -> tuple[int, int]:
 
 def wait_for_all() -> None:
     """Returns once all processes have come here."""
+    from torch import distributed
+
     if current_rank()[1] > 1:
         distributed.barrier()
 
 
 def from_rank_zero(value: T) -> T:
     """What rank 0 holds, on every rank."""
+    from torch import distributed
+
     if current_rank()[1] == 1:
         return value
     held: list[Any] = [value]

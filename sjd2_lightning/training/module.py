@@ -33,12 +33,11 @@ class SJD2Module(L.LightningModule):
     """Fine-tunes a backbone to predict clean next tokens from noisy ones.
 
     Args:
-        backbone: the model; frozen parts by `freeze`.
+        backbone: the model; frozen parts by `optimizer.freeze`.
         noise: noise of training; `enabled=False` gives plain next-token training.
         optimizer: the optimizer and its schedule.
         image_size: (height, width) of the images in pixels.
         prompt_dropout: share of training prompts replaced by the unconditional context, for guidance.
-        freeze: prefixes of parameter names of the backbone that are not trained.
         seed: of levels, noise and prompt dropout; they depend on (seed, global step, rank) alone.
         save_trained_only: checkpoints hold the weights that are trained, as for a low-rank adapter.
 
@@ -53,7 +52,6 @@ class SJD2Module(L.LightningModule):
         optimizer: OptimizerConfig,
         image_size: tuple[int, int] = (64, 64),
         prompt_dropout: float = 0.1,
-        freeze: Sequence[str] = (),
         seed: int = 0,
         save_trained_only: bool = False,
     ) -> None:
@@ -68,7 +66,7 @@ class SJD2Module(L.LightningModule):
         self.seed = seed
         self.image_layout: ImageLayout = backbone.layout(*image_size)
         for name, parameter in backbone.named_parameters():
-            if name.startswith(tuple(freeze)):
+            if name.startswith(optimizer.freeze):
                 parameter.requires_grad_(False)
 
     def on_fit_start(self) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
+from sjd2_lightning.noise import unknown_choices
+
 _LOOKUPS = ("embed", "head")  # parts of the names of tables whose rows are tokens: Muon does not suit them
 
 
@@ -22,9 +24,11 @@ class OptimizerConfig:
         name: `adamw`, or `muon`: the trunk's matrices take orthogonalised momentum steps (Jordan et al. 2024)
             of the size of AdamW's (Liu et al. 2025), everything else AdamW's own.
         lr: peak learning rate.
-        weight_decay: of matrices; biases and gains do not decay.
-        betas: of AdamW.
-        warmup_steps: optimizer steps.
+        weight_decay: decay of matrices; biases and gains do not decay.
+        betas: AdamW's decay rates of the two moments.
+        warmup_steps: number of optimizer steps of the warm-up.
+        final_lr_share: learning rate at the end, as a share of `lr`.
+        freeze: prefixes of names of the backbone's parameters that are not trained.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -33,6 +37,21 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_steps: int = 50
     final_lr_share: float = 0.05
+    freeze: tuple[str, ...] = ()
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a line each, starting with the key."""
+        found = unknown_choices(self)
+        if not self.lr > 0:
+            found.append(f"lr={self.lr}: must be greater than 0")
+        for name in ("weight_decay", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                found.append(f"{name}={getattr(self, name)}: must be at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            found.append(f"betas={list(self.betas)}: both must lie in [0, 1)")
+        if not 0 <= self.final_lr_share <= 1:
+            found.append(f"final_lr_share={self.final_lr_share}: is a share; it must lie in [0, 1]")
+        return found
 
 
 def build_optimizer(
@@ -41,7 +60,7 @@ def build_optimizer(
     """The optimizer of all parameters that are trained.
 
     Args:
-        named_parameters: of a module; those without a gradient are left out.
+        named_parameters: parameters with their names; those without a gradient are left out.
         config: which optimizer, and its numbers.
     """
     trained = [(name, p) for name, p in named_parameters if p.requires_grad]

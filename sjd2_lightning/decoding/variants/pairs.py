@@ -92,7 +92,7 @@ class Sweeper:
     @classmethod
     def of(cls, source: SlotSource) -> Sweeper | None:
         """The sweeper of a method; None where drafts are left alone."""
-        return None if source.config.pairs.table is None or source.config.window == 1 else cls(source)
+        return None if source.config.pairs.table is None or source.config.size == 1 else cls(source)
 
     def __call__(
         self,

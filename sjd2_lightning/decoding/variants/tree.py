@@ -112,7 +112,7 @@ class Tree:
 
     def __init__(self, source: SlotSource) -> None:
         self.source = source
-        shape, window = source.config.tree, source.config.window
+        shape, window = source.config.tree, source.config.size
         self.width = min(shape.width, source.num_codes)
         # what is judged behind a sibling has a draft in the window
         self.length = min(shape.length, window - 1)
@@ -127,7 +127,7 @@ class Tree:
     @classmethod
     def of(cls, source: SlotSource) -> Tree | None:
         """The tree of a method; None where no slot has a sibling or no law behind one is of the window."""
-        if source.config.tree.width == 1 or source.config.window == 1:
+        if source.config.tree.width == 1 or source.config.size == 1:
             return None
         tree = cls(source)
         return tree if tree.num_columns else None

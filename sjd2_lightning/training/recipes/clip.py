@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from sjd2_lightning.data.sources.emoji import EmojiPictures, Picture
 from sjd2_lightning.metrics.alignment import CONFIG_FILE
 from sjd2_lightning.run.files import write_whole
+from sjd2_lightning.training.recipes import ClipRecipe
 
 _MEAN = _STD = 0.5  # of the pixels a CLIP sees: maps [0, 1] to [-1, 1]
 
@@ -29,77 +30,57 @@ class ClipModule(L.LightningModule):
     """A small open_clip CLIP with the contrastive loss of Radford et al. 2021 (their figure 3).
 
     Args:
-        text_dir: folder of the text tokenizer (PreTrainedTokenizerFast with end, padding, unknown token).
-        out_dir: where `on_train_end` saves the folder for `load_clip_scorer`; None saves nothing.
-        name: what metrics call the scorer.
-        image_size, patch_size: pixels.
-        vision_width, vision_layers, text_width, text_layers, head_width, embed_dim: of the two transformers.
-        context_length: text tokens, the end token included.
-        patch_dropout: share of patches a training image loses; it regularises and saves their time.
-        text_dropout: share of tokens a training caption loses to the unknown token, so that no single word
-            can be learnt by heart.
-        lr, weight_decay: of AdamW; norms, biases and the temperature do not decay.
-        warmup_share: of all steps, in which the learning rate rises before its cosine fall.
+        recipe: sizes and regularisation.
+        out_dir: folder that `on_train_end` saves for `load_clip_scorer`; None saves nothing.
+        image_size: side of the images in pixels.
+        lr: learning rate of AdamW.
+        weight_decay: decay of matrices; norms, biases and the temperature do not decay.
 
     Raises:
-        ValueError: sizes that do not fit together, all named at once, or no tokenizer in `text_dir`.
+        ValueError: sizes that do not fit together, all named at once, or no tokenizer in `recipe.text_dir`.
     """
 
     def __init__(
         self,
-        text_dir: str = "weights/tiny/text",
+        recipe: ClipRecipe,
         out_dir: str | None = "weights/tiny/clip",
-        name: str = "TinyEmojiCLIP",
         image_size: int = 64,
-        patch_size: int = 8,
-        vision_width: int = 128,
-        vision_layers: int = 4,
-        text_width: int = 128,
-        text_layers: int = 2,
-        head_width: int = 32,
-        embed_dim: int = 128,
-        context_length: int = 24,
-        patch_dropout: float = 0.5,
-        text_dropout: float = 0.2,
         lr: float = 1e-3,
         weight_decay: float = 0.2,
-        warmup_share: float = 0.05,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        sizes = {"image_size": (image_size, patch_size)} | {
-            key: (width, head_width)
-            for key, width in (("vision_width", vision_width), ("text_width", text_width))
-        }
-        shares = {"patch_dropout": patch_dropout, "text_dropout": text_dropout, "warmup_share": warmup_share}
-        _check(sizes, shares)
-        self.tokenizer = _end_marked(text_dir)
-        self.name, self.out_dir = name, out_dir
-        self.lr, self.weight_decay, self.warmup_share = lr, weight_decay, warmup_share
+        found = recipe.problems()
+        if image_size % recipe.patch_size:
+            found.append(
+                f"patch_size={recipe.patch_size}: must divide the image's side of {image_size} pixels"
+            )
+        if found:
+            raise ValueError("; ".join(f"clip.{line}" for line in found))
+        self.tokenizer = _end_marked(recipe.text_dir)
+        self.recipe, self.out_dir, self.lr, self.weight_decay = recipe, out_dir, lr, weight_decay
         self.model_cfg: dict[str, Any] = {
-            "embed_dim": embed_dim,
+            "embed_dim": recipe.embed_dim,
             "vision_cfg": {
                 "image_size": image_size,
-                "layers": vision_layers,
-                "width": vision_width,
-                "head_width": head_width,
-                "patch_size": patch_size,
+                "layers": recipe.vision_layers,
+                "width": recipe.vision_width,
+                "head_width": recipe.head_width,
+                "patch_size": recipe.patch_size,
             },
             "text_cfg": {
-                "context_length": context_length,
+                "context_length": recipe.context_length,
                 "vocab_size": len(self.tokenizer),
-                "hf_tokenizer_name": name,  # open_clip reads the folder's own tokenizer if this is set
-                "width": text_width,
-                "heads": text_width // head_width,
-                "layers": text_layers,
+                "hf_tokenizer_name": recipe.name,  # open_clip reads the folder's own tokenizer if this is set
+                "width": recipe.text_width,
+                "heads": recipe.text_width // recipe.head_width,
+                "layers": recipe.text_layers,
                 "pool_type": "eos",
                 "eos_id": self.tokenizer.eos_token_id,
             },
         }
-        training_cfg = self.model_cfg["vision_cfg"] | {"patch_dropout": patch_dropout}
-        self.clip = open_clip.CLIP(embed_dim, training_cfg, self.model_cfg["text_cfg"])
+        training_cfg = self.model_cfg["vision_cfg"] | {"patch_dropout": recipe.patch_dropout}
+        self.clip = open_clip.CLIP(recipe.embed_dim, training_cfg, self.model_cfg["text_cfg"])
         self.loss = open_clip.ClipLoss()
-        self.text_dropout = text_dropout
         self._held_out: list[tuple[Tensor, Tensor]] = []
 
     def embed(self, images: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -113,7 +94,7 @@ class ClipModule(L.LightningModule):
         ).input_ids
         if self.training:
             specials = torch.tensor(self.tokenizer.all_special_ids)
-            dropped = (torch.rand(ids.shape) < self.text_dropout) & ~torch.isin(ids, specials)
+            dropped = (torch.rand(ids.shape) < self.recipe.text_dropout) & ~torch.isin(ids, specials)
             ids = ids.masked_fill(dropped, self.tokenizer.unk_token_id)
         image_embeds = self.clip.encode_image((images - _MEAN) / _STD, normalize=True)
         return image_embeds, self.clip.encode_text(ids.to(images.device), normalize=True)
@@ -143,7 +124,11 @@ class ClipModule(L.LightningModule):
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98), weight_decay=self.weight_decay)
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.lr, total_steps=total + 1, pct_start=self.warmup_share, cycle_momentum=False
+            optimizer,
+            self.lr,
+            total_steps=total + 1,
+            pct_start=self.recipe.warmup_share,
+            cycle_momentum=False,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -157,7 +142,7 @@ class ClipModule(L.LightningModule):
         target = Path(folder)
         self.tokenizer.save_pretrained(target)
         preprocess = {"mean": [_MEAN] * 3, "std": [_STD] * 3, "interpolation": "bicubic"}
-        config = {"name": self.name, "model_cfg": self.model_cfg, "preprocess_cfg": preprocess}
+        config = {"name": self.recipe.name, "model_cfg": self.model_cfg, "preprocess_cfg": preprocess}
         write_whole(target / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         weights = {key: value.half().cpu().contiguous() for key, value in self.clip.state_dict().items()}
         write_whole(target / "open_clip_model.safetensors", safetensors.save(weights))
@@ -248,12 +233,3 @@ def _end_marked(text_dir: str) -> PreTrainedTokenizerFast:
         single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
     )
     return tokenizer
-
-
-def _check(sizes: Mapping[str, tuple[int, int]], shares: Mapping[str, float]) -> None:
-    problems = [
-        f"{key}={whole} is no multiple of {part}" for key, (whole, part) in sizes.items() if whole % part
-    ]
-    problems += [f"{key}={share} is not in [0, 1)" for key, share in shares.items() if not 0 <= share < 1]
-    if problems:
-        raise ValueError(f"tiny CLIP: {'; '.join(problems)}; correct the recipe's settings")

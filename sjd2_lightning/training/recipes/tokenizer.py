@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from sjd2_lightning.data.sources.emoji import EmojiPictures, Picture
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer
+from sjd2_lightning.training.recipes import TokenizerRecipe
 
 
 class TokenizerModule(L.LightningModule):
@@ -22,47 +23,43 @@ class TokenizerModule(L.LightningModule):
     A codebook that starts at random on trained latents collapses at this budget, so the first
     `warmup_steps` train without quantisation, k-means on their latents starts the codebook, and codes that
     no latent chose for `revive_every` steps are moved onto random latents.
+
+    Args:
+        recipe: sizes.
+        lr: learning rate.
+        out_dir: folder that gets the tokenizer when training ends.
     """
 
     uses: Tensor
 
     def __init__(
-        self,
-        num_codes: int = 512,
-        code_dim: int = 8,
-        channels: tuple[int, ...] = (32, 64),
-        patch: int = 2,
-        lr: float = 2e-3,
-        warmup_steps: int = 200,
-        revive_every: int = 200,
-        isolate_patches: bool = True,
-        out_dir: str = "weights/tiny/tokenizer",
+        self, recipe: TokenizerRecipe, lr: float = 2e-3, out_dir: str = "weights/tiny/tokenizer"
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        channels, patch = recipe.channels, recipe.patch
         levels = len(channels)
         vq = VQModel(
             in_channels=3 * patch**2,
             out_channels=3 * patch**2,
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=tuple(channels),
+            block_out_channels=channels,
             latent_channels=channels[-1],
-            vq_embed_dim=code_dim,
-            num_vq_embeddings=num_codes,
+            vq_embed_dim=recipe.code_dim,
+            num_vq_embeddings=recipe.num_codes,
             norm_num_groups=8,
             # attention would let far pixels change a patch's code, and code sequences harder to predict
             mid_block_add_attention=False,
         )
-        self.tokenizer = VQImageTokenizer(vq, isolate_patches)
-        self.warmup_steps, self.revive_every, self.lr, self.out_dir = warmup_steps, revive_every, lr, out_dir
-        self.register_buffer("uses", torch.zeros(num_codes), persistent=False)
+        self.tokenizer = VQImageTokenizer(vq, recipe.isolate_patches)
+        self.recipe, self.lr, self.out_dir = recipe, lr, out_dir
+        self.register_buffer("uses", torch.zeros(recipe.num_codes), persistent=False)
         self.recent: list[Tensor] = []
 
     def training_step(self, batch: Picture, batch_idx: int) -> Tensor:
         images = batch.image
         latents = self.tokenizer.latents(images)
-        if self.global_step < self.warmup_steps:
+        if self.global_step < self.recipe.warmup_steps:
             self.recent = [*self.recent[-29:], latents.detach()]
             decoded, vq_loss = self.tokenizer.pixels(latents), latents.new_zeros(())
         else:
@@ -84,7 +81,10 @@ class TokenizerModule(L.LightningModule):
             centres, _ = kmeans2(vectors.cpu().numpy(), len(codebook), iter=15, minit="++", seed=0)
             codebook.copy_(torch.from_numpy(centres).to(codebook))
             self.recent = []
-        elif self.global_step % self.revive_every == 0 and self.global_step < 0.8 * self.trainer.max_steps:
+        elif (
+            self.global_step % self.recipe.revive_every == 0
+            and self.global_step < 0.8 * self.trainer.max_steps
+        ):
             dead = self.uses < 1
             pool = latents.movedim(1, -1).flatten(0, -2)
             codebook[dead] = pool[torch.randint(len(pool), (int(dead.sum()),), device=pool.device)]

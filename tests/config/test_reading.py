@@ -1,9 +1,8 @@
 """Every shipped configuration composes and is valid; every wrong one is refused with all its problems."""
 
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import asdict, is_dataclass
 from functools import cache
-from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from sjd2_lightning.config.groups import ClipRecipe, NoiseSettings, OptimizerSettings, TokenizerRecipe
+from sjd2_lightning.config.base import Group
 from sjd2_lightning.config.reading import ConfigError, conf_dir, evaluate_config, save_config, train_config
-from sjd2_lightning.config.runs import SharedConfig
+from sjd2_lightning.config.runs import EvaluateConfig, SharedConfig, TrainConfig
+from sjd2_lightning.noise import NoiseProcess
 
 CONF = conf_dir()
 EXPERIMENTS = sorted(
@@ -25,7 +25,7 @@ EXPERIMENTS = sorted(
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in CONF.glob("*/*.yaml")
-    if path.stem != "shared" and path.parent.name != "experiment"
+    if path.stem not in ("shared", "base") and path.parent.name not in ("experiment", "method")
 )
 # What configurations name but this checkout need not hold.
 NAMED_FILES = (
@@ -94,7 +94,7 @@ def test_root_is_valid(root):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_is_valid(option):
-    only_evaluate = option == "decoding=each" or option.startswith("report=")
+    only_evaluate = option.startswith("report=")
     assert typed("evaluate" if only_evaluate else "train", option)
 
 
@@ -114,35 +114,105 @@ def test_experiment_says_what_it_claims(experiment):
 
 
 def test_option_list_is_not_empty():
-    assert {"model=tiny", "noise=off", "decoding=sjd2_paper", "trainer=cpu", "logger=none"} <= set(OPTIONS)
+    assert {"model=tiny", "noise=off", "decoding=default", "trainer=cpu", "logger=none"} <= set(OPTIONS)
     alone = {name for name in EXPERIMENTS if "/" not in name}
     assert alone == {"demo", "tiny_base", "tiny_tokenizer", "tiny_clip", "smoke"}
     assert {"study/plain", "study/recipe", "study/tied"} <= set(EXPERIMENTS) - alone
 
 
-def test_typed_groups_match_what_they_configure():
-    from sjd2_lightning.training.module import TrainingNoise
-    from sjd2_lightning.training.optimizer import OptimizerConfig
-    from sjd2_lightning.training.recipes.clip import ClipModule
-    from sjd2_lightning.training.recipes.tokenizer import TokenizerModule
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "base")
 
-    elsewhere = {"self", "lr", "weight_decay", "image_size", "out_dir"}  # in other groups
-    for recipe, module in ((ClipRecipe, ClipModule), (TokenizerRecipe, TokenizerModule)):
-        assert set(recipe.model_fields) == set(signature(module.__init__).parameters) - elsewhere
-    assert set(NoiseSettings.model_fields) - {"val_levels"} == {field.name for field in fields(TrainingNoise)}
-    assert set(OptimizerSettings.model_fields) - {"freeze"} == {
-        field.name for field in fields(OptimizerConfig)
-    }
+
+def plain(value):
+    """A typed value as JSON holds it: groups and dataclasses as objects, tuples as lists."""
+    if is_dataclass(value):
+        return plain(asdict(value))
+    if isinstance(value, Group):
+        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def printed(root: str, *overrides: str) -> dict:
+    """What `--cfg job --resolve` prints, without the keys of the other script."""
+    tree = OmegaConf.to_container(composed(root, *overrides), resolve=True)
+    fields = (TrainConfig if root == "train" else EvaluateConfig).model_fields
+    return {name: value for name, value in tree.items() if name in fields}
+
+
+@pytest.mark.parametrize("experiment", [None, *EXPERIMENTS])
+@pytest.mark.parametrize("root", ["train", "evaluate"])
+def test_what_hydra_prints_is_what_runs(root, experiment):
+    overrides = [] if experiment is None else [f"experiment={experiment}"]
+    read = train_config if root == "train" else evaluate_config
+    if root == "evaluate" and experiment is not None:
+        text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+        if "evaluate.py" not in text:
+            pytest.skip("an experiment of training alone")
+    assert plain(read(composed(root, *overrides))) == printed(root, *overrides)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_asked_of_a_method_is_what_runs(method):
+    asked = [
+        f"compare=[{','.join(dict.fromkeys(['ar', method]))}]",
+        "noise=trajectory",
+        "decoding.window=16",
+        f"methods.{method}.confidence=0.5",
+        "decoding.sampling.top_k=7",
+    ]
+    config = evaluate_config(composed("evaluate", *asked))
+    assert plain(config) == printed("evaluate", *asked)
+    found = config.methods[method]
+    assert (found.window, found.confidence) == (1 if method == "ar" else 16, 0.5)
+    assert found.noise == config.noise.process == NoiseProcess(source="mean", state="draft")
+    assert found.sampling.top_k == 7
+
+
+@pytest.mark.parametrize("override", ["methods.sjd2_exact.level_rule=stable", "methods.sjd.tree.width=2"])
+def test_every_method_takes_every_field(override):
+    key, _, value = override.partition("=")
+    node = plain(evaluate_config(composed("evaluate", override)))
+    for part in key.split("."):
+        node = node[part]
+    assert str(node) == value
+
+
+@pytest.mark.parametrize(
+    "group", sorted({path.parent.name for path in CONF.glob("*/*.yaml")} - {"experiment"})
+)
+def test_keys_of_a_group_stand_in_its_base_file_or_in_none(group):
+    """A base file builds on no other; a key that a file alone has could not be set for the others."""
+    files = {path.stem: yaml.safe_load(path.read_text()) or {} for path in (CONF / group).glob("*.yaml")}
+    roots = {name for name, keys in files.items() if "defaults" not in keys}
+    known = set().union(*(files[name] for name in roots))
+    for name, keys in files.items():
+        assert set(keys) - {"defaults"} <= known, f"conf/{group}/{name}.yaml"
+
+
+def test_a_method_that_is_not_compared_need_not_suit_the_training():
+    tied = typed("evaluate", "noise.process.source=tied", "compare=[ar,sjd2]")
+    assert tied.methods["sjd2_exact"].noise.source == "tied"
+    [line] = problems("evaluate", "noise.process.source=tied", "compare=[ar,sjd2,sjd2_exact]")
+    assert line == "noise.process.source=tied: needs acceptance=replay; use gaussian"
+
+
+def test_methods_that_are_compared_share_law_and_compiler():
+    [line] = problems("evaluate", "methods.sjd2.sampling.top_k=3")
+    assert line.startswith("methods.sjd2.sampling: differs from ar's")
+    [line] = problems("evaluate", "methods.sjd2.compile=true")
+    assert line.endswith("set decoding.compile")
 
 
 @pytest.mark.parametrize(
     ("root", "overrides", "expected"),
     [
-        ("train", ["decoding.window=0"], "decoding.window must be >= 1"),
+        ("train", ["decoding.window=0"], "decoding.window=0: must be"),
         ("train", ["decoding.window=abc"], "decoding.window='abc': must be a whole number"),
         ("train", ["decoding.window=16.5"], "decoding.window=16.5: must be a whole number"),
         ("train", ["decoding.window=true"], "decoding.window=True: must be a whole number"),
-        ("train", ["decoding.method=sdj2"], "decoding.method must be one of ar, jacobi, sjd, mc_sjd"),
+        ("train", ["methods.sjd2.method=sdj2"], "methods.sjd2.method='sdj2': must be 'ar', 'jacobi'"),
         ("train", ["+trainer.max_stps=1"], "trainer.max_stps=1: unknown key; did you mean `max_steps`?"),
         ("train", ["+sead=1"], "sead=1: unknown key; did you mean `seed`?"),
         ("train", ["+noise.ramp.segmnt=1"], "noise.ramp.segmnt=1: unknown key; did you mean `segment`?"),
@@ -150,26 +220,34 @@ def test_typed_groups_match_what_they_configure():
         ("train", ["noise.num_levels=[4,2]"], "noise.num_levels=[4, 2]: must be [fewest, most]"),
         (
             "train",
-            ["noise.source=tide", "decoding.source=gaussian"],
-            "noise.source='tide': must be 'gaussian', 'tied', 'tied_white', 'mean' or 'above'",
+            ["noise.process.source=tide"],
+            "noise.process.source='tide': must be 'gaussian', 'tied', 'tied_white', 'mean' or 'above'",
         ),
-        ("train", ["noise.estimate=expected"], "noise.estimate 'expected' needs laws on the way: set"),
-        ("evaluate", ["methods.sjd2.level_rule=x"], "methods.sjd2.level_rule must be one of age, stable"),
-        ("evaluate", ["methods.sjd2.confidence=2"], "methods.sjd2.confidence must lie in (0, 1], got 2"),
+        (
+            "train",
+            ["noise.process.estimate=expected"],
+            "noise.process.estimate=expected: needs laws on the way",
+        ),
+        ("evaluate", ["methods.sjd2.level_rule=x"], "methods.sjd2.level_rule='x': must be 'age', 'stable'"),
+        ("evaluate", ["methods.sjd2.confidence=2"], "methods.sjd2.confidence=2.0: must lie in (0, 1]"),
         (
             "evaluate",
             ["methods.sjd2.pairs.table=none.safetensors"],
-            "methods.sjd2.pairs.table: there is no file none",
+            "methods.sjd2.pairs.table=none.safetensors: there is no such file",
         ),
-        ("evaluate", ["methods.sjd2.pairs.sweeps=0"], "methods.sjd2.pairs.sweeps must be >= 1"),
-        ("train", ["noise.state=draft"], "noise.state 'draft' needs drafts: set noise.trajectory to true"),
+        ("evaluate", ["methods.sjd2.pairs.sweeps=0"], "methods.sjd2.pairs.sweeps=0: must be >= 1"),
         (
             "train",
-            ["noise.source=tied", "decoding.acceptance=exact"],
-            "decoding.source 'tied' needs acceptance 'replay'",
+            ["noise.process.state=draft"],
+            "noise.process.state=draft: needs drafts; set noise.trajectory",
+        ),
+        (
+            "train",
+            ["noise.process.source=tied", "methods.sjd2.acceptance=exact"],
+            "noise.process.source=tied: needs acceptance=replay",
         ),
         ("train", ["noise.ramp.segment=[0,2]"], "noise.ramp.segment=[0, 2]: must be [fewest, most]"),
-        ("train", ["optimizer.lr=-1"], "optimizer.lr=-1: must be greater than 0"),
+        ("train", ["optimizer.lr=-1"], "optimizer.lr=-1.0: must be greater than 0"),
         ("train", ["trainer.devices=x"], "trainer.devices='x': must be a whole number or must be 'auto'"),
         ("train", ["ckpt_path=gone.ckpt"], "ckpt_path=gone.ckpt: there is no such checkpoint"),
         ("train", ["model.path=gone"], "model.path=gone: no backbone in gone"),
@@ -184,16 +262,16 @@ def test_typed_groups_match_what_they_configure():
             "report.publish=wandb: a W&B Report shows a W&B run; use logger=wandb, or publish=none",
         ),
         ("train", ["task=clip"], "task=clip: needs the group of keys `clip`; use experiment=tiny_clip"),
-        ("train", ["decoding=each"], "compare=[]"),
+        ("train", ["compare=[]"], "compare=[]"),
         ("train", ["seed=${gone}"], "Interpolation key 'gone' not found"),
         ("evaluate", ["compare=[ar,sjd3]"], "compare: unknown method 'sjd3'; did you mean `sjd`?"),
         ("evaluate", ["compare=ar"], "compare='ar': must be a"),
         ("evaluate", ["weights=gone"], "weights=gone: there is no backbone.json"),
         ("evaluate", ["ckpt_path=last"], "ckpt_path=last: there is no such checkpoint"),
-        ("evaluate", ["decoding.window=0"], "decoding.window must be >= 1"),
-        ("evaluate", ["methods.sjd.window=0"], "methods.sjd.window must be >= 1"),
-        ("evaluate", ["decoding.sampling.top_p=0"], "decoding.sampling.top_p must lie in (0, 1]"),
-        ("evaluate", ["methods.sjd.num_levels=2"], "methods.sjd.method 'sjd' has no noise"),
+        ("evaluate", ["decoding.window=0"], "decoding.window=0: must be"),
+        ("evaluate", ["methods.sjd.window=0"], "methods.sjd.window=0: must be >= 1"),
+        ("evaluate", ["decoding.sampling.top_p=0"], "decoding.sampling.top_p=0.0: must lie in (0, 1]"),
+        ("evaluate", ["methods.sjd.num_levels=2"], "methods.sjd.method=sjd: has no noise"),
         ("evaluate", ["data.prompt_file=gone.txt"], "data.prompt_file=gone.txt: there is no such file"),
         ("evaluate", ["num_prompts=1"], "num_prompts=1: distances need at least 2 images"),
         (
@@ -235,7 +313,7 @@ def test_all_problems_at_once():
         "+callbacks.extra=[{_target_: os.system}]",
         "+foo=1",
     )
-    starts = ["decoding.window ", "decoding.windw", "trainer.devices", "ckpt_path", "optimizer.lr", "foo="]
+    starts = ["decoding.window=", "decoding.windw", "trainer.devices", "ckpt_path", "optimizer.lr", "foo="]
     for start in [*starts, "callbacks.extra.0._target_="]:
         assert len([line for line in found if line.startswith(start)]) == 1, (start, found)
     assert len(found) == len(starts) + 1
@@ -258,8 +336,8 @@ def test_targets_are_refused_wherever_they_stand(override):
 def test_a_missing_value_is_named():
     cfg = deepcopy(composed("train"))
     OmegaConf.set_struct(cfg, False)
-    del cfg.optimizer.lr
-    with pytest.raises(ConfigError, match=r"optimizer\.lr: missing; give it a value"):
+    del cfg.trainer.max_steps
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps: missing; give it a value"):
         train_config(cfg)
 
 
@@ -311,16 +389,12 @@ def test_decoding_values_hold_for_every_method_that_drafts():
     }
     assert {method.sampling.top_k for method in changed.values()} == {9}
     assert own["sjd2_paper"].num_levels != own["sjd2"].num_levels, "each has its own value otherwise"
-    some = typed("evaluate", *values, "compare=[ar,sjd2]").methods
-    assert (some["sjd2"].window, some["sjd2_pure"].window) == (7, own["sjd2_pure"].window), "not compared"
-    assert some["sjd2_pure"].sampling.top_k == 9, "the law is one for all"
 
 
 def test_all_methods_are_compiled_or_none():
     """A speed-up over a baseline that runs otherwise would be of the compiler."""
-    for choices in ([], ["decoding=sjd2_exact"]):
-        config = typed("evaluate", *choices, "decoding.compile=true")
-        assert all(config.methods[name].compile for name in config.compare)
+    config = typed("evaluate", "decoding.compile=true")
+    assert all(method.compile for method in config.methods.values())
 
 
 def test_values_of_one_method():
@@ -330,7 +404,7 @@ def test_values_of_one_method():
 
 
 def test_one_method_beside_the_baseline():
-    config = typed("evaluate", "decoding=sjd2_exact", "decoding.window=9", "decoding.sampling.top_k=3")
+    config = typed("evaluate", "compare=[ar,sjd2_exact]", "decoding.window=9", "decoding.sampling.top_k=3")
     assert config.compare == ("ar", "sjd2_exact")
     assert config.methods["sjd2_exact"].window == 9
     assert {method.sampling.top_k for method in config.methods.values()} == {3}
@@ -346,8 +420,10 @@ def test_default_methods_are_what_reports_promise():
 
 
 def test_decoding_uses_the_grid_of_training():
-    config = typed("evaluate", "noise.schedule=karras", "noise.rho=5.0")
-    assert {(method.schedule, method.rho) for method in config.methods.values()} == {("karras", 5.0)}
+    config = typed("evaluate", "noise.process.schedule=karras", "noise.process.rho=5.0")
+    assert {(method.noise.schedule, method.noise.rho) for method in config.methods.values()} == {
+        ("karras", 5.0)
+    }
 
 
 def test_saved_configuration_is_resolved_and_without_secrets(tmp_path, monkeypatch):
@@ -359,7 +435,7 @@ def test_saved_configuration_is_resolved_and_without_secrets(tmp_path, monkeypat
     assert "secret-value" not in text
     assert "${" not in text
     saved = yaml.safe_load(text)
-    assert saved["methods"]["sjd2"]["schedule"] == saved["noise"]["schedule"]
+    assert saved["methods"]["sjd2"]["noise"] == saved["noise"]["process"]
 
 
 def test_every_value_has_its_meaning_beside_it():
@@ -380,15 +456,12 @@ def test_every_value_has_its_meaning_beside_it():
 
 def test_a_window_of_auto_is_chosen_later():
     config = typed("evaluate", "decoding.window=auto", "auto_window.windows=[2,48]")
-    assert config.methods["sjd2"].window == 48
+    assert config.methods["sjd2"].window == "auto"
     assert config.methods["ar"].window == 1
-    assert set(config.auto_window.methods) == set(config.compare) - {"ar"}
-    one = typed("evaluate", "methods.sjd2.window=auto")
-    assert one.auto_window.methods == ("sjd2",)
-    own = typed("train", "decoding=sjd2_exact", "decoding.window=auto")
-    assert own.auto_window.methods == ("sjd2_exact",)
-    [line] = problems("train", "auto_window.methods=[sjd3]")
-    assert line.startswith("auto_window.methods: unknown method 'sjd3'; did you mean `sjd2`?")
+    with pytest.raises(ValueError, match="choose a window first"):
+        config.methods["sjd2"].size  # noqa: B018
+    one = typed("evaluate", "methods.sjd2.window=auto").methods
+    assert (one["sjd2"].window, one["sjd"].window) == ("auto", 32)
     assert problems("train", "auto_window.windows=[0]")[0].startswith("auto_window.windows.0=0")
-    [line] = problems("train", "decoding=ar", "decoding.window=auto")
-    assert "'ar' needs window 1" in line
+    [line] = problems("train", "methods.ar.window=auto")
+    assert line == "methods.ar.method=ar: needs window 1 and num_levels 0"

@@ -11,7 +11,6 @@ from sjd2_lightning.noise import TIED, NoiseProcess, unknown_choices
 
 BASELINE = "ar"  # the method that others are compared with
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
-BY_LAWS = ("exact", "paper", "grouped")  # rules that read the law a draft was drawn from: it is recorded
 WITH_TREE = ("replay", "exact")  # rules that know what becomes of a draft's siblings
 LOSSLESS = ("replay", "exact", "match")
 REPEATED = ("repeat_left", "repeat_above")  # first drafts that repeat a neighbour
@@ -150,11 +149,6 @@ class DecodingConfig:
     def lossless(self) -> bool:
         """Whether samples follow the law of autoregression with the loaded weights."""
         return self.acceptance in LOSSLESS
-
-    @property
-    def reads_law(self) -> bool:
-        """Whether slots get cleaner by their law, not by the token drawn from it alone."""
-        return self.num_levels > 1 and (self.noise.reads_mean or self.level_rule == "confident")
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""

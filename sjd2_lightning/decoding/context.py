@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +11,46 @@ from torch import Tensor
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.law import guided
 from sjd2_lightning.decoding.span import Span
-from sjd2_lightning.decoding.variants.tree import Branches
 from sjd2_lightning.masks import attention_mask, window_mask
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, by_row, right_aligned
+
+
+class Branches(NamedTuple):
+    """Tokens that a forward is fed right of the window, E of them, in branches that start left of its end.
+
+    Columns are counted from the first one right of what is fed of the window.
+
+    Attributes:
+        embeddings: (B, E, D) embeddings of the tokens.
+        roots: (E,) column of the slot that each token's branch is another candidate for; below 0.
+        firsts: (E,) column of the first token of each token's branch.
+    """
+
+    embeddings: Tensor
+    roots: Tensor
+    firsts: Tensor
+
+    @property
+    def columns(self) -> Tensor:
+        """(E,) column of each token."""
+        return torch.arange(len(self.roots), device=self.roots.device)
+
+    @property
+    def places(self) -> Tensor:
+        """(E,) column of the slot that each token is for."""
+        return self.roots + self.columns - self.firsts
+
+    def mask(self, edge: Tensor, visible: Tensor) -> Tensor:
+        """(copies * B, 1, E, S) bool: what each token sees.
+
+        Args:
+            edge: (B, 1) first column of the branches.
+            visible: (copies, B, 1, S) which columns hold a prompt or a slot of each row.
+        """
+        keys = torch.arange(visible.shape[-1], device=edge.device) - edge  # (B, S)
+        left = (keys[:, None] < self.roots[:, None]) & visible
+        own = (keys[:, None] >= self.firsts[:, None]) & (keys[:, None] <= self.columns[:, None])
+        return (left | own).view(-1, 1, *own.shape[1:])
 
 
 class Context:
@@ -24,11 +62,11 @@ class Context:
     Args:
         backbone: the model.
         prompts: texts, one an image.
-        layouts: of the images, one a prompt.
-        side: (T, D) timestep tokens.
-        window: W.
-        max_refeed: most accepted tokens that a forward may have to feed again.
-        config: of the method; its sampling says how logits of both sides are combined.
+        layouts: layouts of the images, one a prompt.
+        timestep_tokens: (T, D) side tokens.
+        num_columns: number of columns that a forward needs right of the committed slots.
+        most_again: most committed tokens that a forward may have to feed again.
+        config: the method; its sampling says how logits of both sides are combined.
     """
 
     def __init__(
@@ -36,9 +74,9 @@ class Context:
         backbone: Backbone,
         prompts: Sequence[str],
         layouts: Sequence[ImageLayout],
-        side: Tensor,
-        window: int,
-        max_refeed: int,
+        timestep_tokens: Tensor,
+        num_columns: int,
+        most_again: int,
         config: DecodingConfig,
     ) -> None:
         device = backbone.device
@@ -49,22 +87,22 @@ class Context:
         self.forward = torch.compile(backbone) if config.compile else backbone
         self.copies = 1 if self.sampling.guidance_scale == 1 else 2
         rows = self._token_ids(prompts, layouts)
-        ids, starts = right_aligned(rows, pad_to=max_refeed)
+        ids, starts = right_aligned(rows, pad_to=most_again)
         self.prompt = backbone.embed_tokens(ids.to(device))  # (rows, P, D)
-        self.first = (starts + len(side)).to(device)
-        self.num_side = len(side)
-        self.first_slot = len(side) + ids.shape[1]
+        self.first = (starts + len(timestep_tokens)).to(device)
+        self.num_side = len(timestep_tokens)
+        self.first_slot = len(timestep_tokens) + ids.shape[1]
         num_slots = max(layout.num_slots for layout in layouts)
-        num_columns = self.first_slot + num_slots + window
-        self.cache = backbone.new_cache(len(rows), num_columns)
-        self.columns = torch.arange(num_columns, device=device)
-        if self.cache.max_len < num_columns:
+        max_len = self.first_slot + num_slots + num_columns
+        self.cache = backbone.new_cache(len(rows), max_len)
+        self.columns = torch.arange(max_len, device=device)
+        if self.cache.max_len < max_len:
             raise ValueError(
-                f"cache too short: prompts, images and window take {num_columns} positions, the backbone's "
+                f"cache too short: prompts, images and window take {max_len} positions, the backbone's "
                 f"`new_cache` gave {self.cache.max_len}"
             )
-        self.scales = by_row(layouts, lambda layout: self._scales(layout, num_slots + window)).to(device)
-        self._prefill(side)
+        self.scales = by_row(layouts, lambda layout: self._scales(layout, num_slots + num_columns)).to(device)
+        self._prefill(timestep_tokens)
         # (copies, B, 1, columns): what a slot may see as far as its row goes
         self.visible = (self.columns >= self.first[:, None]).view(self.copies, len(prompts), 1, -1)
 
@@ -89,8 +127,8 @@ class Context:
         scales = self.sampling.scales(layout.num_slots)
         return torch.cat([scales, scales[-1:].expand(num - len(scales))])
 
-    def _prefill(self, side: Tensor) -> None:
-        embeddings = torch.cat([side.expand(len(self.prompt), -1, -1), self.prompt], dim=1)
+    def _prefill(self, timestep_tokens: Tensor) -> None:
+        embeddings = torch.cat([timestep_tokens.expand(len(self.prompt), -1, -1), self.prompt], dim=1)
         columns = self.columns[: self.first_slot].expand(len(self.prompt), -1)
         mask = attention_mask(columns, torch.zeros_like(columns), self.first, self.first_slot)
         self.cache.place(columns, self.first_slot, 0)
@@ -108,9 +146,9 @@ class Context:
 
         Args:
             slots: (B, L) the slots that are fed; those left of the first one are columns of the prompt.
-            fed: (B, L, D) their embeddings; in columns of the prompt, anything.
+            fed: (B, L, D) embeddings of the slots; in columns of the prompt, anything.
             levels: (B, W - 1) noise levels of the last slots fed; None = all are clean.
-            num_laws: n.
+            num_laws: number n of slots whose laws are read.
             branches: E tokens that are fed beside the window.
         """
         columns = slots.index + self.first_slot

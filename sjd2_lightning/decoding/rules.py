@@ -1,15 +1,60 @@
-"""Which drafts stand: the acceptance rules. Each is a function of one iteration's laws and nothing else."""
+"""Which drafts stand, and what becomes of the others: one class for each acceptance rule.
+
+A rule says what must be kept of a slot for it (`keeps`) and gives a verdict on every slot of the window from
+one pass. The variants' rules are in `variants`; `method` finds a rule by its name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sjd2_lightning.decoding.law import draw, residual
+
+KEEP_RATIO = 0.5  # least ratio target / draft of a draft that is kept (paper)
+
+
+class Slots(NamedTuple):
+    """The window in one iteration, (B, W, ...) each. A field that a method has no use for is None.
+
+    Attributes:
+        tokens: (B, W) drafts, as slot ids.
+        is_code: (B, W) True = a code is drawn here; False = structural, the draft is the token.
+        levels: (B, W) noise level; 0 = fed as the clean embedding of its draft.
+        noisy: (B, W, D) normalised noisy embedding; its value matters where the level is above 0.
+        draft_probs: (B, W, K) the law that the draft was drawn from.
+        gumbel: (B, W, K) the slot's own Gumbel noise.
+        uniforms: (B, W, 3) fresh numbers of this iteration: to accept, for the residual, for another draw.
+    """
+
+    tokens: Tensor
+    is_code: Tensor
+    levels: Tensor
+    noisy: Tensor | None = None
+    draft_probs: Tensor | None = None
+    gumbel: Tensor | None = None
+    uniforms: Tensor | None = None
+
+
+class Scores:
+    """What a pass says of slots.
+
+    Attributes:
+        log: (B, W, K) unnormalised log-probabilities of every code.
+    """
+
+    def __init__(self, log: Float[Tensor, "B W K"]) -> None:
+        self.log = log
+
+    @cached_property
+    def probs(self) -> Float[Tensor, "B W K"]:
+        """The laws (B, W, K), made when somebody first reads them."""
+        return self.log.softmax(-1)
 
 
 class Verdict(NamedTuple):
@@ -18,130 +63,143 @@ class Verdict(NamedTuple):
     Attributes:
         tokens: (B, W) what the slot holds if it is reached: its draft, or the token drawn in its place.
         accept_mask: (B, W) True = the draft stands.
+        drafts: (B, W) what the slot drafts next if it is not reached.
+        draft_probs: (B, W, K) the law that `drafts` follow; None = that of this pass.
     """
 
     tokens: Int[Tensor, "B W"]
     accept_mask: Bool[Tensor, "B W"]
+    drafts: Int[Tensor, "B W"]
+    draft_probs: Float[Tensor, "B W K"] | None = None
 
 
-def verify_replay(
-    draft_tokens: Int[Tensor, "B W"], target_scores: Float[Tensor, "B W K"], gumbel: Float[Tensor, "B W K"]
-) -> Verdict:
-    """Replay (ours): a slot's token is the maximum of its law perturbed by the slot's own Gumbel vector.
+class Rule(Protocol):
+    """An acceptance rule.
 
-    Autoregression with the same vectors takes the same maximum, so a draft that equals it is its token.
-
-    Args:
-        draft_tokens: (B, W).
-        target_scores: (B, W, K) unnormalised log-probabilities.
-        gumbel: (B, W, K), fixed for a slot's lifetime.
+    Attributes:
+        keeps: fields of `Slots` that it reads, so that they are kept between iterations.
+        accepts_noisy: whether drafts that were fed with noise may stand: they are fed again, clean.
     """
-    tokens = (target_scores + gumbel).argmax(-1)
-    return Verdict(tokens, tokens == draft_tokens)
+
+    keeps: frozenset[str]
+    accepts_noisy: bool
+
+    def __call__(self, slots: Slots, scores: Scores) -> Verdict:
+        """The verdict of one pass; noisy slots are judged like clean ones."""
+        ...
 
 
-def verify_speculative(
-    draft_tokens: Int[Tensor, "B W"],
-    draft_probs: Float[Tensor, "B W K"],
-    target_probs: Float[Tensor, "B W K"],
-    accept_u: Float[Tensor, "B W"],
-    residual_u: Float[Tensor, "B W"],
-) -> Verdict:
+class Replay:
+    """The token is the maximum of the law perturbed by the slot's own Gumbel vector (ours).
+
+    Autoregression with the same vectors takes the same maximum: same seed, same image.
+    """
+
+    keeps, accepts_noisy = frozenset({"gumbel"}), False
+
+    def __call__(self, slots: Slots, scores: Scores) -> Verdict:
+        tokens = (scores.log + _kept(slots.gumbel)).argmax(-1)
+        return Verdict(tokens, tokens == slots.tokens, tokens)
+
+
+class Match:
+    """A draft stands if it is the token that is drawn now: every token is a draw from its target.
+
+    Source: Song et al. 2021 and Santilli et al. 2023 for greedy decoding, where the draw is the maximum;
+    with fresh numbers it is the sampling baseline of SJD.
+    """
+
+    keeps, accepts_noisy = frozenset({"uniforms"}), False
+
+    def __call__(self, slots: Slots, scores: Scores) -> Verdict:
+        tokens = draw(scores.probs, _kept(slots.uniforms)[..., 2])
+        return Verdict(tokens, tokens == slots.tokens, tokens)
+
+
+class Exact:
     """Speculative sampling: accept with probability `min(1, target / draft)`, else draw from the residual.
 
     Source: Leviathan et al. 2023, alg. 1; in every slot at once it is a maximal coupling of the two laws.
     A draft of recorded probability zero is rejected.
 
     Args:
-        draft_tokens: (B, W).
-        draft_probs: (B, W, K) the laws that the drafts were really drawn from.
-        target_probs: (B, W, K).
-        accept_u, residual_u: (B, W) independent uniform numbers.
+        refine: what becomes of drafts that were not reached.
     """
-    chosen = draft_tokens[..., None]
-    target, draft = (p.gather(-1, chosen).squeeze(-1) for p in (target_probs, draft_probs))
-    accept_mask = (accept_u * draft < target) & (draft > 0)
-    replacement = draw(residual(target_probs, draft_probs), residual_u)
-    return Verdict(draft_tokens.where(accept_mask, replacement), accept_mask)
+
+    keeps, accepts_noisy = frozenset({"draft_probs", "uniforms"}), False
+
+    def __init__(self, refine: Refiner) -> None:
+        self.refine = refine
+
+    def __call__(self, slots: Slots, scores: Scores) -> Verdict:
+        accept_u, residual_u, fresh_u = _kept(slots.uniforms).unbind(-1)
+        drafted = Drafted(self.codes(slots, scores), _kept(slots.draft_probs), scores.probs, slots.levels > 0)
+        accept_mask = self.accept(drafted, accept_u)
+        replacement = draw(residual(drafted.target_probs, drafted.draft_probs), residual_u)
+        tokens = drafted.codes.where(accept_mask, replacement)
+        return Verdict(tokens, accept_mask, *self.refine(drafted, tokens, fresh_u))
+
+    def codes(self, slots: Slots, scores: Scores) -> Tensor:
+        """The drafts (B, W) as codes; of structural slots any code, which `judged` ignores."""
+        return slots.tokens.clamp_max(scores.probs.shape[-1] - 1)
+
+    def accept(self, drafted: Drafted, accept_u: Tensor) -> Tensor:
+        """(B, W) True = the draft stands; `accept_u` (B, W) uniform numbers."""
+        target, draft = (at(probs, drafted.codes) for probs in (drafted.target_probs, drafted.draft_probs))
+        return (accept_u * draft < target) & (draft > 0)
 
 
-def verify_siblings(
-    candidates: Int[Tensor, "B n"],
-    draft_probs: Float[Tensor, "B K"],
-    target_probs: Float[Tensor, "B K"],
-    accept_u: Float[Tensor, "B m"],
-    residual_u: Float[Tensor, " B"],
-) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
-    """A slot whose draft was rejected: its siblings in turn, then the residual of them all.
+class Drafted(NamedTuple):
+    """Drafts of one iteration, what they were drawn from, and what the model says now.
 
-    Source: recursive rejection sampling without replacement (Yang et al. 2024, Jeon et al. 2024). After each
-    rejection the target is the residual, and the law of the next candidate is the draft law without those
-    that went before; both are made to sum to one again. With the draft's own test in front the token follows
-    the target exactly.
-
-    Args:
-        candidates: (B, n) the rejected draft, then its n - 1 siblings, drawn from the draft law one after
-            the other without replacement.
-        draft_probs, target_probs: (B, K).
-        accept_u: (B, n - 1) and residual_u: (B,) independent uniform numbers, not those of the draft's test.
-
-    Returns:
-        tokens (B,), and which sibling (B,) each is, from 0; -1 = none.
+    Attributes:
+        codes: (B, W) drafts.
+        draft_probs: (B, W, K) the laws that they were really drawn from.
+        target_probs: (B, W, K) the laws of this pass.
+        noisy: (B, W) True = the slot was fed with noise.
     """
-    rest = residual(target_probs, draft_probs)
-    which = torch.full_like(candidates[:, 0], -1)
-    for number in range(candidates.shape[1] - 1):
-        draft_probs = draft_probs.scatter(-1, candidates[:, number : number + 1], 0.0)
-        draft_probs = draft_probs / draft_probs.sum(-1, keepdim=True).clamp_min(1e-30)
-        rest = rest / rest.sum(-1, keepdim=True)
-        chosen = candidates[:, number + 1 : number + 2]
-        target, draft = (p.gather(-1, chosen).squeeze(-1) for p in (rest, draft_probs))
-        stands = (accept_u[:, number] * draft < target) & (draft > 0)
-        which = torch.where(stands & (which < 0), number, which)
-        rest = residual(rest, draft_probs)
-    tokens = candidates.gather(1, which[:, None] + 1).squeeze(1)
-    return tokens.where(which >= 0, draw(rest, residual_u)), which
+
+    codes: Tensor
+    draft_probs: Tensor
+    target_probs: Tensor
+    noisy: Tensor
 
 
-def verify_match(
-    draft_tokens: Int[Tensor, "B W"], target_probs: Float[Tensor, "B W K"], uniform: Float[Tensor, "B W"]
-) -> Verdict:
-    """Jacobi decoding: a draft stands if it is the token that is drawn now.
+# (drafts of this iteration, the verdict's tokens (B, W), fresh numbers (B, W)) -> next drafts and their law
+Refiner = Callable[[Drafted, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-    Source: Song et al. 2021 and Santilli et al. 2023 for greedy decoding, where the draw is the maximum;
-    with fresh numbers it is the sampling baseline of SJD. Lossless: every token is a draw from its target.
 
-    Args:
-        draft_tokens: (B, W).
-        target_probs: (B, W, K).
-        uniform: (B, W) fresh numbers.
+def resample(drafted: Drafted, tokens: Tensor, fresh_u: Tensor) -> tuple[Tensor, Tensor]:
+    """Fresh independent draws (SJD, Teng et al. 2024)."""
+    return draw(drafted.target_probs, fresh_u), drafted.target_probs
+
+
+def couple(drafted: Drafted, tokens: Tensor, fresh_u: Tensor) -> tuple[Tensor, Tensor]:
+    """What accept-or-residual gave in every slot: a maximal coupling of old and new law (MC-SJD / SCD)."""
+    return tokens, drafted.target_probs
+
+
+def reuse(drafted: Drafted, tokens: Tensor, fresh_u: Tensor) -> tuple[Tensor, Tensor]:
+    """Likely drafts are kept, with the law that results (ours; the idea of reuse is SJD++'s).
+
+    A draft is one that was kept, or a fresh draw in place of one that was not: a mixture of the old law
+    where its ratio is at least 0.5, and of the target with the mass of all other codes.
     """
-    tokens = draw(target_probs, uniform)
-    return Verdict(tokens, tokens == draft_tokens)
+    stays = drafted.target_probs >= KEEP_RATIO * drafted.draft_probs  # (B, W, K)
+    drafts = drafted.codes.where(at(stays, drafted.codes), draw(drafted.target_probs, fresh_u))
+    old = drafted.draft_probs.where(stays, 0)
+    return drafts, old + (1 - old.sum(-1, keepdim=True)) * drafted.target_probs
 
 
-def verify_pure(
-    draft_tokens: Int[Tensor, "B W"],
-    target_probs: Float[Tensor, "B W K"],
-    uniform: Float[Tensor, "B W"],
-    clean: Bool[Tensor, "B W"],
-    reach: int,
-) -> Verdict:
-    """Pure denoising: a slot near the head stands as soon as it is clean, whatever its target says.
-
-    Source: SJD2, appendix B: fastest, with artefacts. Not exact.
-
-    Args:
-        draft_tokens: (B, W).
-        target_probs: (B, W, K).
-        uniform: (B, W) fresh numbers, for the slots that do not stand and are noisy.
-        clean: (B, W) True = the slot was fed without noise.
-        reach: slots from the head within which drafts may stand; window / num_levels in the paper.
-    """
-    tokens = draft_tokens.where(clean, draw(target_probs, uniform))
-    accept_mask = clean.clone()
-    accept_mask[:, reach:] = False
-    return Verdict(tokens, accept_mask)
+def judged(rule: Rule, slots: Slots, scores: Scores) -> Verdict:
+    """The verdict of a rule; structural slots, whose law is one-hot on their token, always stand."""
+    verdict = rule(slots, scores)
+    return Verdict(
+        verdict.tokens.where(slots.is_code, slots.tokens),
+        verdict.accept_mask | ~slots.is_code,
+        verdict.drafts.where(slots.is_code, slots.tokens),
+        verdict.draft_probs,
+    )
 
 
 def num_leading(mask: Bool[Tensor, "B W"]) -> Int[Tensor, " B"]:
@@ -149,63 +207,11 @@ def num_leading(mask: Bool[Tensor, "B W"]) -> Int[Tensor, " B"]:
     return mask.cumprod(-1, dtype=torch.long).sum(-1)
 
 
-KEEP_RATIO = 0.5  # least ratio target / draft of a draft that is kept (paper)
+def at(values: Tensor, codes: Tensor) -> Tensor:
+    """(B, W) the values (B, W, K) of one code each."""
+    return values.gather(-1, codes[..., None]).squeeze(-1)
 
 
-class Laws(NamedTuple):
-    """Drafts of one iteration, what they were drawn from, and what the model says now."""
-
-    draft_tokens: Tensor  # (B, W)
-    draft_probs: Tensor  # (B, W, K)
-    target_probs: Tensor  # (B, W, K)
-    noisy: Tensor | None  # (B, W) True = the slot was fed with noise; None = no slot was
-
-
-class Refined(NamedTuple):
-    """Drafts of the next iteration, tokens (B, W), and the law that they follow, probs (B, W, K)."""
-
-    tokens: Tensor
-    probs: Tensor
-
-
-Refiner = Callable[[Laws, Verdict, Tensor], Refined]
-
-
-def resample(laws: Laws, verdict: Verdict, uniform: Tensor) -> Refined:
-    """Fresh independent draws (SJD, Teng et al. 2024); `uniform` (B, W)."""
-    return Refined(draw(laws.target_probs, uniform), laws.target_probs)
-
-
-def couple(laws: Laws, verdict: Verdict, uniform: Tensor) -> Refined:
-    """What accept-or-residual gave in every slot: a maximal coupling of old and new law (MC-SJD / SCD)."""
-    return Refined(verdict.tokens, laws.target_probs)
-
-
-def keep(laws: Laws, verdict: Verdict, uniform: Tensor) -> Refined:
-    """Keep a clean draft whose ratio target / draft is at least 0.5, else draw anew (paper).
-
-    Not exact: the law is recorded as the target's, which drafts that were kept do not follow.
-    """
-    chosen = laws.draft_tokens[..., None]
-    target, draft = (p.gather(-1, chosen).squeeze(-1) for p in (laws.target_probs, laws.draft_probs))
-    kept = target >= KEEP_RATIO * draft
-    if laws.noisy is not None:
-        kept &= ~laws.noisy
-    tokens = laws.draft_tokens.where(kept, draw(laws.target_probs, uniform))
-    return Refined(tokens, laws.target_probs)
-
-
-def reuse(laws: Laws, verdict: Verdict, uniform: Tensor) -> Refined:
-    """`keep`, with the law that its drafts really follow (ours; the idea of reuse is SJD++'s).
-
-    A draft is one that was kept, or a fresh draw in place of one that was not: a mixture of the old law
-    where its ratio is at least 0.5, and of the target with the mass of all other codes.
-    """
-    stays = laws.target_probs >= KEEP_RATIO * laws.draft_probs  # (B, W, K)
-    kept = stays.gather(-1, laws.draft_tokens[..., None]).squeeze(-1)
-    tokens = laws.draft_tokens.where(kept, draw(laws.target_probs, uniform))
-    old = laws.draft_probs.where(stays, 0)
-    return Refined(tokens, old + (1 - old.sum(-1, keepdim=True)) * laws.target_probs)
-
-
-REFINERS: dict[str, Refiner] = {"resample": resample, "couple": couple, "keep": keep, "reuse": reuse}
+def _kept(field: Tensor | None) -> Tensor:
+    assert field is not None, "a rule reads what it does not keep"
+    return field

@@ -29,9 +29,9 @@ from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.context import Context
 from sjd2_lightning.decoding.law import log_law
 from sjd2_lightning.decoding.loop import decode
+from sjd2_lightning.decoding.method import Method
 from sjd2_lightning.decoding.output import DecodeStats
 from sjd2_lightning.decoding.span import Span
-from sjd2_lightning.decoding.window import SlotSource
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
@@ -139,13 +139,13 @@ def _pass(
 ) -> Callable[[], object]:
     """One pass of a window in the middle of the image; it may be called again and again."""
     config = replace(config, window=window)
-    source = SlotSource(config, layout, backbone.slot_table(), backbone.num_codes)
-    side = source.space.timestep_tokens(source.timesteps[1:])
+    method = Method(config, [layout], backbone.slot_table(), backbone.num_codes)
+    side = method.levels.timestep_tokens()
     context = Context(backbone, prompts, [layout] * len(prompts), side, window, 1, config)
     starts = [(layout.num_slots // 2 + row) % layout.num_slots - 1 for row in range(len(prompts))]
     columns = torch.arange(layout.num_slots + window, device=backbone.device)
     span = Span(starts, torch.tensor(starts, device=backbone.device), window, columns)
-    fed = F.embedding(span.index % backbone.num_codes, source.table)
+    fed = F.embedding(span.index % backbone.num_codes, method.table)
     levels = torch.full((len(prompts), window - 1), config.num_levels, device=backbone.device)
 
     def call() -> object:

@@ -21,9 +21,32 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sjd2_lightning.decoding.config import Grouping
-from sjd2_lightning.decoding.law import draw, residual
-from sjd2_lightning.decoding.rules import Verdict
+from sjd2_lightning.decoding.rules import Drafted, Exact, Refiner, at
 from sjd2_lightning.embedding import EmbeddingSpace
+
+
+class Grouped(Exact):
+    """Accept with the ratio of masses of the draft's group, `min(1, target / draft)`, else draw anew (GSD).
+
+    Not exact. With groups of one code it is `Exact`.
+
+    Args:
+        refine: what becomes of drafts that were not reached.
+        space: normalised space of the codes.
+        grouping: size of a group, and its limits.
+    """
+
+    def __init__(self, refine: Refiner, space: EmbeddingSpace, grouping: Grouping) -> None:
+        super().__init__(refine)
+        self.space, self.grouping = space, grouping
+
+    def accept(self, drafted: Drafted, accept_u: Tensor) -> Tensor:
+        """(B, W) True = the draft stands; `accept_u` (B, W) uniform numbers."""
+        members, belongs = group_of(drafted.codes, drafted.target_probs, self.space, self.grouping)
+        laws = (drafted.target_probs, drafted.draft_probs)
+        target, draft = (probs.gather(-1, members).where(belongs, 0).sum(-1) for probs in laws)
+        possible = at(drafted.target_probs.minimum(drafted.draft_probs), drafted.codes) > 0
+        return (accept_u * draft < target) & possible
 
 
 def group_of(
@@ -35,10 +58,10 @@ def group_of(
     """Codes around each draft, and which of them are of its group (GSD; distances and ends ours).
 
     Args:
-        draft_tokens: (B, W).
-        target_probs: (B, W, K).
-        space: of the codes.
-        grouping: G and the limits.
+        draft_tokens: (B, W) drafts.
+        target_probs: (B, W, K) laws of this pass.
+        space: normalised space of the codes.
+        grouping: size of a group, and its limits.
     """
     drafts = draft_tokens[..., None]
     order = target_probs.argsort(stable=True, dim=-1, descending=True)
@@ -50,29 +73,3 @@ def group_of(
     distance = ((space.table[codes] - space.table[drafts]) / space.std).square().mean(-1)
     belongs = (ranks >= 0) & (ranks <= last) & (gap <= grouping.gap) & (distance <= grouping.distance)
     return codes, belongs
-
-
-def verify_grouped(
-    draft_tokens: Int[Tensor, "B W"],
-    draft_probs: Float[Tensor, "B W K"],
-    target_probs: Float[Tensor, "B W K"],
-    accept_u: Float[Tensor, "B W"],
-    residual_u: Float[Tensor, "B W"],
-    group: tuple[Tensor, Tensor],
-) -> Verdict:
-    """Accept with the ratio of masses of the draft's group, `min(1, target / draft)`, else draw anew (GSD).
-
-    Not exact. With groups of one code it is `verify_speculative`.
-
-    Args:
-        draft_tokens: (B, W).
-        draft_probs, target_probs: (B, W, K).
-        accept_u, residual_u: (B, W) independent uniform numbers.
-        group: codes (B, W, G) and which of them belong, from `group_of`.
-    """
-    codes, belongs = group
-    target, draft = (p.gather(-1, codes).where(belongs, 0).sum(-1) for p in (target_probs, draft_probs))
-    possible = (target_probs.minimum(draft_probs)).gather(-1, draft_tokens[..., None]).squeeze(-1) > 0
-    accept_mask = (accept_u * draft < target) & possible
-    replacement = draw(residual(target_probs, draft_probs), residual_u)
-    return Verdict(draft_tokens.where(accept_mask, replacement), accept_mask)

@@ -1,4 +1,8 @@
-"""How much a code's left neighbour says of it: a table counted in training images (ours)."""
+"""Drafts corrected by their left neighbours, by a table of code pairs counted in training images (ours).
+
+A pass read the law of a slot behind what its left neighbour was then. The table says roughly what the
+neighbour's new code makes of that law. Replay only: there it does not matter what a draft is made of.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from sjd2_lightning.decoding.window import Slots, SlotSource
+from sjd2_lightning.decoding.config import PairSweeps
+from sjd2_lightning.decoding.rules import Scores, Slots, Verdict
 
 
 class PairTable(NamedTuple):
@@ -32,9 +37,10 @@ class PairTable(NamedTuple):
         """Factors of rank R = `rank` (at most K) of M, from how often code k stands right of code a.
 
         Args:
-            counts: (K, K) by a and k.
-            prior: pairs drawn as if the left code did not matter that are counted in each row, so that rare
-                codes correct nothing.
+            counts: (K, K) counts by a and k.
+            rank: R.
+            prior: number of pairs counted in each row as if the left code did not matter, so that rare codes
+                correct nothing.
         """
         single = counts.sum(0).double() + 0.5
         single /= single.sum()
@@ -61,7 +67,7 @@ class PairTable(NamedTuple):
         if len(found.left) != num_codes or found.left.shape != found.right.shape:
             raise ValueError(
                 f"pairs.table: {path} is of {len(found.left)} codes, the model has {num_codes}; make one "
-                "from shards of its own image tokenizer by python -m sjd2_lightning.cli.pairs"
+                "from shards of its own image tokenizer by `sjd2 pairs`"
             )
         return found
 
@@ -79,42 +85,34 @@ class Sweeper:
     """Corrects the drafts of a window.
 
     Args:
-        source: of the slots; holds the method, which has a table.
+        config: the table and how it is used.
+        table: (K + structural, D) embeddings by slot id, for their device.
+        num_codes: K.
     """
 
-    def __init__(self, source: SlotSource) -> None:
-        self.config, self.num_codes = source.config.pairs, source.num_codes
-        path = self.config.table
+    def __init__(self, config: PairSweeps, table: Tensor, num_codes: int) -> None:
+        self.config, self.num_codes = config, num_codes
+        path = config.table
         assert path is not None
-        changed = Path(path).stat().st_mtime_ns
-        self.left, self.right = _loaded(path, changed, self.num_codes, source.table.device)
-
-    @classmethod
-    def of(cls, source: SlotSource) -> Sweeper | None:
-        """The sweeper of a method; None where drafts are left alone."""
-        return None if source.config.pairs.table is None or source.config.size == 1 else cls(source)
+        self.left, self.right = _loaded(path, Path(path).stat().st_mtime_ns, num_codes, table.device)
 
     def __call__(
-        self,
-        slots: Slots,
-        tokens: Int[Tensor, "B W"],
-        scores: Float[Tensor, "B W K"],
-        settled: Bool[Tensor, "B W"],
-    ) -> Int[Tensor, "B W"]:
-        """Drafts (B, W), as slot ids.
+        self, slots: Slots, verdict: Verdict, scores: Scores, settled: Bool[Tensor, "B W"]
+    ) -> Tensor:
+        """The next drafts (B, W), as slot ids.
 
         Args:
             slots: the window that the pass was fed.
-            tokens: (B, W) slot ids, the best of log p + g.
-            scores: (B, W, K) unnormalised log p.
+            verdict: its verdict: tokens that maximise log p + g.
+            scores: what the pass says.
             settled: (B, W) True = committed by this pass: the token stays.
         """
         assert slots.gumbel is not None
-        fed = slots.tokens.clamp_max(self.num_codes)  # of structural slots nothing is known either
-        if slots.levels is not None:
-            fed = fed.masked_fill(slots.levels > 0, self.num_codes)
+        tokens = verdict.tokens
+        # of noise and of structural slots nothing is known
+        fed = slots.tokens.clamp_max(self.num_codes).masked_fill(slots.levels > 0, self.num_codes)
         before = F.embedding(fed[:, :-1], self.left)
-        behind, moves = (scores + slots.gumbel)[:, 1:], (slots.is_code & ~settled)[:, 1:]
+        behind, moves = (scores.log + slots.gumbel)[:, 1:], (slots.is_code & ~settled)[:, 1:]
         for _ in range(self.config.sweeps):
             now = F.embedding(tokens[:, :-1].clamp_max(self.num_codes), self.left)
             shift = now - before if self.right is None else (now - before) @ self.right

@@ -14,7 +14,7 @@ to itself. What is committed of a branch is fed again in the next pass, in its o
 "cached" are two counts a row, as in the paper's mode).
 
 Why it is exact. Exact mode: siblings are drawn with fresh numbers from the law that the draft was drawn from,
-without replacement, so draft, siblings and residual in turn (`verify_siblings`) give the target's law.
+without replacement, so draft, siblings and residual in turn (`first_sibling`) give the target's law.
 Whether a branch is followed depends on slots up to its sibling alone. Given those, the draft behind it
 follows the law recorded for it, and the law behind the sibling is that of the true prefix: ordinary
 speculative sampling, with numbers of that slot that nothing kept was made of. Replay: siblings are the next
@@ -30,106 +30,56 @@ the next pass. Ours differs behind it: branches do not fork again, and each carr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.context import Branches, Context
+from sjd2_lightning.decoding.law import draw, log_law, residual
+from sjd2_lightning.decoding.passes import Judged, Pass
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, slot_keys, stream, uniform
-from sjd2_lightning.decoding.rules import Verdict, num_leading, verify_siblings
-from sjd2_lightning.decoding.window import Slots, SlotSource, Window
+from sjd2_lightning.decoding.rules import Scores, Slots, judged, num_leading
+from sjd2_lightning.decoding.window import Window
 
-Judge = Callable[[Slots, SlotSource, Tensor], tuple[Verdict, Tensor, Tensor | None]]
-
-
-class Branches(NamedTuple):
-    """What a forward is fed right of the window: E = depth * (width - 1) * length tokens.
-
-    Columns are counted from the first one right of what is fed of the window.
-
-    Attributes:
-        tokens: (B, depth, width - 1, length) slot ids; a sibling, then copies of drafts.
-        embeddings: (B, E, D) theirs.
-        roots: (E,) column of the slot that each token's branch has a candidate for; below 0.
-        firsts: (E,) column of its branch's first token.
-    """
-
-    tokens: Tensor
-    embeddings: Tensor
-    roots: Tensor
-    firsts: Tensor
-
-    @property
-    def columns(self) -> Tensor:
-        """(E,) column of each token."""
-        return torch.arange(len(self.roots), device=self.roots.device)
-
-    @property
-    def places(self) -> Tensor:
-        """(E,) column of the slot that each token is for."""
-        return self.roots + self.columns - self.firsts
-
-    def mask(self, edge: Tensor, visible: Tensor) -> Tensor:
-        """(copies * B, 1, E, S) bool: what each token sees.
-
-        Args:
-            edge: (B, 1) first column of the branches.
-            visible: (copies, B, 1, S) which columns hold a prompt or a slot of each row.
-        """
-        keys = torch.arange(visible.shape[-1], device=edge.device) - edge  # (B, S)
-        left = (keys[:, None] < self.roots[:, None]) & visible
-        own = (keys[:, None] >= self.firsts[:, None]) & (keys[:, None] <= self.columns[:, None])
-        return (left | own).view(-1, 1, *own.shape[1:])
-
-
-class Pass(NamedTuple):
-    """One pass, as the window alone settles it.
-
-    Attributes:
-        slots, window: as the pass found them.
-        verdict: on every slot of the window.
-        scores: (B, W, K) unnormalised log-probabilities of the window's slots.
-        behind: (B, E, K) those of what follows each token of the branches.
-        run: (B,) slots that stand.
-    """
-
-    slots: Slots
-    window: Window
-    verdict: Verdict
-    scores: Tensor
-    behind: Tensor
-    run: Tensor
+if TYPE_CHECKING:
+    from sjd2_lightning.decoding.method import Method
 
 
 class Tree:
-    """Grows branches before a forward, and follows them after it.
+    """The shape of the branches.
 
     Args:
-        source: of the slots; holds the method.
+        config: the method.
+        table: (K + structural, D) embeddings by slot id.
+        num_codes: K.
     """
 
-    def __init__(self, source: SlotSource) -> None:
-        self.source = source
-        shape, window = source.config.tree, source.config.size
-        self.width = min(shape.width, source.num_codes)
+    def __init__(self, config: DecodingConfig, table: Tensor, num_codes: int) -> None:
+        self.table, self.num_codes = table, num_codes
+        shape, size = config.tree, config.size
+        self.width = min(shape.width, num_codes)
         # what is judged behind a sibling has a draft in the window
-        self.length = min(shape.length, window - 1)
-        self.depth = min(shape.depth, window - self.length)
-        device = source.table.device
-        branch = torch.arange(self.depth * (self.width - 1), device=device).repeat_interleave(self.length)
+        self.length = min(shape.length, size - 1)
+        self.depth = min(shape.depth, size - self.length)
+        branch = torch.arange(self.depth * (self.width - 1), device=table.device)
+        branch = branch.repeat_interleave(self.length)
         self.firsts = branch * self.length
-        self.roots = branch // max(1, self.width - 1) - (window - 1)
-        steps = torch.arange(self.length, device=device)
-        self.behind = torch.arange(self.depth, device=device)[:, None] + 1 + steps  # (depth, length) slots
+        self.roots = branch // max(1, self.width - 1) - (size - 1)
+        steps = torch.arange(self.length, device=table.device)
+        self.behind = (
+            torch.arange(self.depth, device=table.device)[:, None] + 1 + steps
+        )  # (depth, length) slots
 
     @classmethod
-    def of(cls, source: SlotSource) -> Tree | None:
+    def of(cls, config: DecodingConfig, table: Tensor, num_codes: int) -> Tree | None:
         """The tree of a method; None where no slot has a sibling or no law behind one is of the window."""
-        if source.config.tree.width == 1 or source.config.size == 1:
+        if config.tree.width == 1 or config.size == 1:
             return None
-        tree = cls(source)
+        tree = cls(config, table, num_codes)
         return tree if tree.num_columns else None
 
     @property
@@ -137,63 +87,134 @@ class Tree:
         """E, tokens that a forward is fed beside the window."""
         return len(self.roots)
 
-    def _keys(self, window: Window, purpose: Purpose) -> Tensor:
+    def keys(self, window: Window, purpose: Purpose) -> Tensor:
+        """(B, depth) keys of this iteration's random numbers for the slots that have siblings."""
         slots = window.span.index[:, : self.depth]
         return stream(slot_keys(window.seeds[:, None], slots), purpose, window.iteration)
 
-    def grow(self, slots: Slots, window: Window) -> Branches:
-        """The branches of the coming pass."""
+    def grow(self, slots: Slots, window: Window) -> tuple[Tensor, Branches]:
+        """Tokens (B, depth, width - 1, length) of the coming pass's branches, and how they are fed."""
         assert slots.draft_probs is not None
         if slots.gumbel is None:
-            noise = gumbel(self._keys(window, Purpose.SIBLINGS), self.source.num_codes)
+            noise = gumbel(self.keys(window, Purpose.SIBLINGS), self.num_codes)
         else:
             noise = slots.gumbel[:, : self.depth]
         # the k best perturbed scores are k draws without replacement; the draft is the first of all draws
         scores = slots.draft_probs[:, : self.depth].log() + noise
-        drafts = slots.tokens[:, : self.depth, None].clamp_max(self.source.num_codes - 1)
+        drafts = slots.tokens[:, : self.depth, None].clamp_max(self.num_codes - 1)
         siblings = scores.scatter(-1, drafts, -torch.inf).topk(self.width - 1).indices[..., None]
         copies = slots.tokens[:, self.behind[:, :-1]][:, :, None].expand(-1, -1, self.width - 1, -1)
         tokens = torch.cat([siblings, copies], dim=-1)
-        embeddings = F.embedding(tokens.flatten(1), self.source.table)
-        return Branches(tokens, embeddings, self.roots, self.firsts)
+        return tokens, Branches(F.embedding(tokens.flatten(1), self.table), self.roots, self.firsts)
 
-    def follow(self, branches: Branches, this: Pass, judge: Judge) -> Tensor:
-        """Length (B,) of the run with what branches add to it; tokens and laws are written in place.
+
+class TreePass(Pass):
+    """A pass over the window and branches beside it.
+
+    Args:
+        method: the method.
+        tree: the shape of the branches.
+    """
+
+    keeps = frozenset({"draft_probs"})  # siblings are drawn from it
+
+    def __init__(self, method: Method, tree: Tree) -> None:
+        super().__init__(method)
+        self.tree = tree
+        self.most_again = 1 + tree.length
+        if method.config.compile:  # shapes stay the same
+            self.least_again = self.most_again
+        self.num_columns = method.size + tree.num_columns
+
+    def __call__(self, context: Context, window: Window, slots: Slots, again: int) -> Judged:
+        """One forward pass, see `Pass`; what branches add to the run is written into verdict and scores."""
+        span, fed = window.fed(slots, again)
+        tokens, branches = self.tree.grow(slots, window)
+        logits = context.logits(span, fed, self.levels(slots), window.size, branches)
+        log, behind = log_law(logits, self.method.config.sampling).tensor_split([window.size], dim=1)
+        this = self.judge(slots, Scores(log))
+        return this._replace(run=self.follow(window, slots, this, tokens, behind))
+
+    def follow(self, window: Window, slots: Slots, this: Judged, branches: Tensor, behind: Tensor) -> Tensor:
+        """Length (B,) of the run with what branches add to it; tokens and scores are written in place.
 
         Args:
-            branches: that the forward was fed.
+            window: the window.
+            slots: its slots, as the pass found them.
             this: the pass, as the window alone settles it.
-            judge: the rule of the window.
+            branches: (B, depth, width - 1, length) tokens of the branches.
+            behind: (B, E, K) unnormalised log-probabilities of what follows each of them.
         """
-        verdict, slots = this.verdict, this.slots
+        verdict, scores = this.verdict, this.scores
+        scores.probs  # noqa: B018  the laws that drafts follow are those of the window: made before scores change
         rows = torch.arange(len(this.run), device=this.run.device)
-        at = this.run.clamp_max(self.depth - 1)
-        rejected = (this.run < self.depth) & ~verdict.accept_mask[rows, at]
-        tokens, which = self._choose(branches, this, rows, at)
+        at = this.run.clamp_max(self.tree.depth - 1)
+        rejected = (this.run < self.tree.depth) & ~verdict.accept_mask[rows, at]
+        tokens, which = self._choose(window, slots, this, branches[rows, at, :, 0], at)
         verdict.tokens[rows, at] = tokens.where(rejected, verdict.tokens[rows, at])
 
-        behind = self.behind[at]  # (B, length) slots that the branch has a law for
-        laws = this.behind.view(*branches.tokens.shape, -1)[rows, at, which.clamp_min(0)]
-        fields = (None if field is None else field[rows[:, None], behind] for field in slots)
-        judged, _, _ = judge(Slots._make(fields), self.source, laws)
-        gained = (num_leading(judged.accept_mask[:, :-1]) + 1).where(rejected & (which >= 0), 0)
-        theirs = behind <= (at + gained)[:, None]
-        place = (rows[:, None], behind)
-        verdict.tokens[place] = judged.tokens.where(theirs, verdict.tokens[place])
-        this.scores[place] = laws.where(theirs[..., None], this.scores[place])  # for observers
+        places = self.tree.behind[at]  # (B, length) slots that the branch has a law for
+        laws = behind.view(*branches.shape, -1)[rows, at, which.clamp_min(0)]
+        fields = (None if field is None else field[rows[:, None], places] for field in slots)
+        further = judged(self.method.rule, Slots._make(fields), Scores(laws))
+        gained = (num_leading(further.accept_mask[:, :-1]) + 1).where(rejected & (which >= 0), 0)
+        theirs = places <= (at + gained)[:, None]
+        place = (rows[:, None], places)
+        verdict.tokens[place] = further.tokens.where(theirs, verdict.tokens[place])
+        scores.log[place] = laws.where(theirs[..., None], scores.log[place])  # for observers
         return this.run + gained
 
-    def _choose(self, branches: Branches, this: Pass, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(
+        self, window: Window, slots: Slots, this: Judged, siblings: Tensor, at: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Token (B,) of slot `at` (B,) if its draft is rejected, and which sibling it is; -1 = none."""
-        slots = this.slots
         assert slots.draft_probs is not None
-        siblings, draft_probs = branches.tokens[rows, at, :, 0], slots.draft_probs[rows, at]
+        rows = torch.arange(len(at), device=at.device)
+        draft_probs = slots.draft_probs[rows, at]
         if slots.uniforms is None:  # replay: the token is known
             tokens = this.verdict.tokens[rows, at]
             same = (siblings == tokens[:, None]) & (draft_probs.gather(1, siblings) > 0)
             return tokens, torch.where(same.any(1), same.long().argmax(1), -1)
-        accept_u = uniform(self._keys(this.window, Purpose.SIBLING_VERDICT)[rows, at], self.width - 1)
-        drafts = slots.tokens[rows, at].clamp_max(self.source.num_codes - 1)
+        accept_u = uniform(self.tree.keys(window, Purpose.SIBLING_VERDICT)[rows, at], self.tree.width - 1)
+        drafts = slots.tokens[rows, at].clamp_max(self.tree.num_codes - 1)
         candidates = torch.cat([drafts[:, None], siblings], dim=1)
-        law = this.scores[rows, at].softmax(-1)
-        return verify_siblings(candidates, draft_probs, law, accept_u, slots.uniforms[rows, at, 1])
+        law = this.scores.log[rows, at].softmax(-1)
+        return first_sibling(candidates, draft_probs, law, accept_u, slots.uniforms[rows, at, 1])
+
+
+def first_sibling(
+    candidates: Int[Tensor, "B n"],
+    draft_probs: Float[Tensor, "B K"],
+    target_probs: Float[Tensor, "B K"],
+    accept_u: Float[Tensor, "B m"],
+    residual_u: Float[Tensor, " B"],
+) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
+    """A slot whose draft was rejected: its siblings in turn, then the residual of them all.
+
+    Source: recursive rejection sampling without replacement (Yang et al. 2024, Jeon et al. 2024). After each
+    rejection the target is the residual, and the law of the next candidate is the draft law without those
+    that went before; both are made to sum to one again. With the draft's own test in front the token follows
+    the target exactly.
+
+    Args:
+        candidates: (B, n) the rejected draft, then its n - 1 siblings, drawn from the draft law one after
+            the other without replacement.
+        draft_probs, target_probs: (B, K) laws of the slot.
+        accept_u: (B, n - 1) and residual_u: (B,) independent uniform numbers, not those of the draft's test.
+
+    Returns:
+        tokens (B,), and which sibling (B,) each is, from 0; -1 = none.
+    """
+    rest = residual(target_probs, draft_probs)
+    which = torch.full_like(candidates[:, 0], -1)
+    for number in range(candidates.shape[1] - 1):
+        draft_probs = draft_probs.scatter(-1, candidates[:, number : number + 1], 0.0)
+        draft_probs = draft_probs / draft_probs.sum(-1, keepdim=True).clamp_min(1e-30)
+        rest = rest / rest.sum(-1, keepdim=True)
+        chosen = candidates[:, number + 1 : number + 2]
+        target, draft = (p.gather(-1, chosen).squeeze(-1) for p in (rest, draft_probs))
+        stands = (accept_u[:, number] * draft < target) & (draft > 0)
+        which = torch.where(stands & (which < 0), number, which)
+        rest = residual(rest, draft_probs)
+    tokens = candidates.gather(1, which[:, None] + 1).squeeze(1)
+    return tokens.where(which >= 0, draw(rest, residual_u)), which

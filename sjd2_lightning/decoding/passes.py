@@ -1,0 +1,86 @@
+"""One forward pass over the window, judged: how many slots stand, and how many of them the cache holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sjd2_lightning.decoding.context import Context
+from sjd2_lightning.decoding.law import log_law
+from sjd2_lightning.decoding.rules import Scores, Slots, Verdict, judged, num_leading
+from sjd2_lightning.decoding.window import Window
+
+if TYPE_CHECKING:
+    from sjd2_lightning.decoding.method import Method
+
+
+class Judged(NamedTuple):
+    """What a pass settles.
+
+    Attributes:
+        scores: what the model says of the window's slots.
+        verdict: what the rule makes of it.
+        run: (B,) slots at the left of the window that stand.
+        cached: (B,) of them, those whose entry in the cache is that of the token that they are committed as.
+    """
+
+    scores: Scores
+    verdict: Verdict
+    run: Tensor
+    cached: Tensor
+
+
+class Pass:
+    """A pass over the window alone.
+
+    Args:
+        method: the method.
+    """
+
+    keeps: frozenset[str] = frozenset()  # fields of `Slots` that it reads beside the rule's
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        # committed tokens that a pass feeds again since the cache does not hold them: fewest and most
+        self.least_again, self.most_again = 1, method.size if method.rule.accepts_noisy else 1
+        self.num_columns = method.size  # that a pass needs right of the committed slots
+
+    def __call__(self, context: Context, window: Window, slots: Slots, again: int) -> Judged:
+        """One forward pass.
+
+        Args:
+            context: cache and prompts.
+            window: the window, whose committed slots are fed again as far as needed.
+            slots: its slots.
+            again: number of committed slots that are fed again.
+        """
+        span, fed = window.fed(slots, again)
+        log = log_law(context.logits(span, fed, self.levels(slots), window.size), self.method.config.sampling)
+        return self.judge(slots, Scores(log))
+
+    def levels(self, slots: Slots) -> Tensor | None:
+        """(B, W - 1) levels of the slots that are fed; None = all are clean, which costs no mask."""
+        return slots.levels[:, :-1] if self.method.num_levels else None
+
+    def judge(self, slots: Slots, scores: Scores) -> Judged:
+        """The verdict, and the runs that follow from it.
+
+        A slot may be committed if it and all before it stand. Its entry in the cache is right if they were
+        also fed as the clean embeddings of what they are now.
+        """
+        verdict = judged(self.method.rule, slots, scores)
+        stands = verdict.accept_mask[:, :-1]  # the last slot was not fed
+        cached = num_leading(stands & (slots.levels[:, :-1] == 0))
+        return Judged(
+            scores, verdict, num_leading(stands) if self.method.rule.accepts_noisy else cached, cached
+        )
+
+    def to_host(self, committed: Tensor, cached: Tensor) -> tuple[list[int], int]:
+        """Slots that each row commits, and how many the next pass feeds again: the wait for the device."""
+        if self.least_again == self.most_again:
+            return committed.tolist(), self.least_again
+        num_committed, num_cached = torch.stack([committed, cached]).tolist()
+        uncached = [num - old for num, old in zip(num_committed, num_cached, strict=True)]
+        return num_committed, max(self.least_again, *uncached)

@@ -18,13 +18,13 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.evaluation.auto_window import WINDOWS, WindowChoice, resolve_windows, with_windows
 from sjd2_lightning.evaluation.compare import decode_methods, run_identity
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
 from sjd2_lightning.evaluation.references import ReferenceSet
-from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, measure_methods
+from sjd2_lightning.evaluation.results import EvaluationResult, measure_methods
 from sjd2_lightning.evaluation.store import RecordStore
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mode
 from sjd2_lightning.report.figures import acceptance_histogram, image_grid, save_figure

@@ -41,8 +41,9 @@ from benchmarks.likelihood import log_laws
 from benchmarks.study.study_table import COLUMNS, Run, figure, lines, markdown, tabulate
 from sjd2_lightning.config.base import Group
 from sjd2_lightning.config.groups import Decoding
-from sjd2_lightning.config.reading import BASELINE, conf_dir, evaluate_config
+from sjd2_lightning.config.reading import conf_dir, evaluate_config
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
+from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts
 from sjd2_lightning.metrics.efficiency import timed, warm_up
 from sjd2_lightning.models.backbone import Backbone

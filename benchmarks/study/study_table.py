@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sjd2_lightning.config.reading import BASELINE
 from sjd2_lightning.decoding import DecodingConfig
+from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference, ratio_of_totals
 from sjd2_lightning.metrics.efficiency import speedup_result
 from sjd2_lightning.report.html import method_colour

@@ -14,6 +14,7 @@ from torch import nn
 
 from sjd2_lightning.config.reading import train_config
 from sjd2_lightning.config.runs import TrainConfig
+from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.pretrained import PretrainedBackbone, VocabularyBackbone
 from sjd2_lightning.models.registry import family_of
@@ -80,7 +81,8 @@ def run_settings(config: TrainConfig) -> RunSettings:
     """What of the configuration decides the memory."""
     import torch
 
-    trainer, drafting = config.trainer, [method for name, method in config.methods.items() if name != "ar"]
+    trainer = config.trainer
+    drafting = [method for name, method in config.methods.items() if name != BASELINE]
     sampling = config.callbacks.sampling
     return RunSettings(
         dtype=getattr(torch, config.model.dtype),

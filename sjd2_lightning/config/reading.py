@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from sjd2_lightning.config.runs import EvaluateConfig, SharedConfig, TrainConfig
-from sjd2_lightning.decoding.config import NOISY
+from sjd2_lightning.decoding.config import BASELINE, NOISY
 from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.processes import run_id
 
@@ -37,7 +37,6 @@ ALLOWED_TARGETS = frozenset(
     )
 )
 
-BASELINE = "ar"  # the method that others are compared with
 OF_ALL_METHODS = (
     "sampling",
     "compile",

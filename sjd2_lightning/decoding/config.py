@@ -10,6 +10,7 @@ from sjd2_lightning.decoding.rules import REFINERS
 from sjd2_lightning.noise import TIED, NoiseProcess
 
 METHODS = ("ar", "jacobi", "sjd", "mc_sjd", "gumbel", "sjd_pp", "sjd_pac", "gsd", "sjd2", "sjd2_pure")
+BASELINE = "ar"  # the method that others are compared with
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
 ACCEPTANCE = ("replay", "exact", "paper", "match", "pure", "grouped")
 BY_LAWS = ("exact", "paper", "grouped")  # acceptance by the law that a draft was drawn from: it is recorded

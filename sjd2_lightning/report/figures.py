@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from sjd2_lightning.data.pictures import png_bytes
-from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, MethodResult
+from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.evaluation.store import ImageRecord
 from sjd2_lightning.report.cost import MethodCost, PassCost
 from sjd2_lightning.report.html import LINE, QUIET, method_colour
@@ -78,7 +79,7 @@ def acceptance_histogram(methods: Sequence[MethodResult]) -> Figure:
     for place, (axis, method) in enumerate(zip(panels, methods, strict=True)):
         counts = np.array(method.acceptance_counts)
         axis.bar(np.arange(len(counts)), counts / max(counts.sum(), 1), color=method_colour(place))
-        mean = method.figures["step_compression"].value
+        mean = method.measured["step_compression"].value
         axis.axvline(mean, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(f"{method.name}: {mean:.2f} slots a pass", fontsize=8, loc="left")
         axis.spines[["top", "right"]].set_visible(False)

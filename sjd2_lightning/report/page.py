@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, MethodResult
+from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.evaluation.store import ImageRecord
 from sjd2_lightning.report.cost import method_costs
 from sjd2_lightning.report.figures import cost_chart, heat_map_png, settling_curve, settling_map
@@ -186,14 +187,14 @@ def _histogram(method: MethodResult) -> dict[str, Any]:
         for n, count in enumerate(counts)
         if n
     ]
-    return {"method": method.name, "mean": method.figures["step_compression"].value, "bars": bars}
+    return {"method": method.name, "mean": method.measured["step_compression"].value, "bars": bars}
 
 
 def _protocols(result: EvaluationResult) -> list[tuple[str, str]]:
     found = {
         figure.name: figure.protocol
         for method in result.methods.values()
-        for figure in method.figures.values()
+        for figure in method.measured.values()
     }
     return list(found.items())
 

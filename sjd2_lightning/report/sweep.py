@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sjd2_lightning.evaluation.results import BASELINE
+from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.report.figures import figure_png
 from sjd2_lightning.report.html import render
 from sjd2_lightning.report.sweep_figures import QUALITY, SweepRow, pareto_figure, sweep_map
@@ -124,7 +124,7 @@ def sweep_csv(jobs: Sequence[SweepJob], rows: Sequence[SweepRow]) -> str:
         own = [row for row in rows if row.job == job.name]
         lines += [
             {**head, "method": row.method, "acceptance": row.acceptance, "lossless": row.lossless}
-            | dict(row.figures)
+            | dict(row.measured)
             for row in own
         ]
         if not own:
@@ -142,8 +142,8 @@ def best_rows(rows: Sequence[SweepRow]) -> list[tuple[str, SweepRow]]:
     found = []
     for method in dict.fromkeys(row.method for row in rows if row.method != BASELINE):
         own = [row for row in rows if row.method == method]
-        key = "speedup" if all("speedup" in row.figures for row in own) else "step_compression"
-        found.append((method, max(own, key=lambda row: row.figures.get(key, 0.0))))
+        key = "speedup" if all("speedup" in row.measured for row in own) else "step_compression"
+        found.append((method, max(own, key=lambda row: row.measured.get(key, 0.0))))
     return found
 
 
@@ -180,9 +180,9 @@ def _table(jobs: Sequence[SweepJob], rows: Sequence[SweepRow]) -> tuple[list[str
     """Headings and cells: methods of evaluations, or metrics of trainings."""
     titles = job_titles(jobs)
     if rows:
-        shown = [key for key in _COLUMNS if any(key in row.figures for row in rows)]
+        shown = [key for key in _COLUMNS if any(key in row.measured for row in rows)]
         lines = [
-            [titles[row.job], row.method, row.setting, *(_number(row.figures.get(key)) for key in shown)]
+            [titles[row.job], row.method, row.setting, *(_number(row.measured.get(key)) for key in shown)]
             for row in rows
         ]
         return ["run", "method", "window / levels", *(key.replace("_", " ") for key in shown)], lines
@@ -204,7 +204,7 @@ def _markdown(jobs: Sequence[SweepJob], rows: Sequence[SweepRow], figures: Seque
     text = ["# Sweep", "", f"{len(jobs)} runs, {len(failed)} failed.", ""]
     text += [f"- failed: `{titles[job.name]}`: {job.error}" for job in failed]
     for method, row in best_rows(rows):
-        speed = row.figures.get("speedup")
+        speed = row.measured.get("speedup")
         text.append(f"- fastest {method}: {row.setting}, speedup {_number(speed)}")
     text += ["", "| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
     text += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
@@ -220,7 +220,7 @@ def _page(jobs: Sequence[SweepJob], rows: Sequence[SweepRow], drawn: Mapping[str
         title="Sweep",
         num_runs=len(jobs),
         failed=[(titles[job.name], job.error) for job in jobs if job.error is not None],
-        best=[(method, row.setting, _number(row.figures.get("speedup"))) for method, row in best_rows(rows)],
+        best=[(method, row.setting, _number(row.measured.get("speedup"))) for method, row in best_rows(rows)],
         figures=[(title, base64.b64encode(png).decode()) for title, png in drawn.values()],
         headings=headings,
         lines=lines,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, MethodResult
+from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.metrics.bootstrap import MetricResult
 from sjd2_lightning.metrics.manifold import MANIFOLD
 
@@ -58,7 +59,7 @@ _DISTANCES = {"fd_": 1, "kid_": 3, **{f"{name}_": 2 for name in MANIFOLD}}  # of
 def columns(result: EvaluationResult) -> tuple[Column, ...]:
     """Columns that hold at least one figure; quality figures are headed by their full names."""
     names: dict[str, str] = {}
-    for figures in _all_figures(result):
+    for figures in _all_measured(result):
         names |= {key: figure.name for key, figure in figures.items() if key not in names}
     names["clip_gain"] = "CLIP gain" if "clip_gain" in names else ""
     quality = [Column(key, names[key], decimals) for key, decimals in _QUALITY if names.get(key)]
@@ -76,10 +77,10 @@ def rows(result: EvaluationResult) -> list[Row]:
     shown = columns(result)
     found = []
     for name, method in result.methods.items():
-        cells = tuple(cell(method.figures, column) for column in shown)
+        cells = tuple(cell(method.measured, column) for column in shown)
         found.append(Row(name, acceptance_text(method), equal_text(method), method.num_images, cells, False))
     for name, (count, quality) in result.references.items():
-        cells = tuple(cell(quality.figures, column) for column in shown)
+        cells = tuple(cell(quality.measured, column) for column in shown)
         title = "real" if name == "real" else f"real, {name.replace('_', ' ')}"
         found.append(Row(title, MISSING, MISSING, count, cells, True))
     return found
@@ -152,10 +153,10 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
 
 
-def _all_figures(result: EvaluationResult) -> list[Mapping[str, MetricResult]]:
+def _all_measured(result: EvaluationResult) -> list[Mapping[str, MetricResult]]:
     return [
-        *(method.figures for method in result.methods.values()),
-        *(quality.figures for _, quality in result.references.values()),
+        *(method.measured for method in result.methods.values()),
+        *(quality.measured for _, quality in result.references.values()),
     ]
 
 
@@ -179,15 +180,15 @@ def headline(result: EvaluationResult) -> Headline | None:
     drafting = [
         method
         for name, method in result.methods.items()
-        if name != BASELINE and method.config.lossless and "speedup" in method.figures
+        if name != BASELINE and method.config.lossless and "speedup" in method.measured
     ]
     if not drafting:
         return None
-    best = max(drafting, key=lambda method: method.figures["speedup"].value)
+    best = max(drafting, key=lambda method: method.measured["speedup"].value)
     numbers = (
-        (f"{best.figures['speedup'].value:.2f}×", "speedup, wall clock"),
-        (f"{best.figures['step_compression'].value:.2f}", "tokens a pass"),
-        (f"{best.figures['nfe'].value:.0f}", f"passes an image{_of_baseline(result)}"),
+        (f"{best.measured['speedup'].value:.2f}×", "speedup, wall clock"),
+        (f"{best.measured['step_compression'].value:.2f}", "tokens a pass"),
+        (f"{best.measured['nfe'].value:.0f}", f"passes an image{_of_baseline(result)}"),
     )
     return Headline(best.name, f"{best.name} is the fastest lossless method here{_promise(best)}.", numbers)
 
@@ -201,4 +202,4 @@ def _promise(best: MethodResult) -> str:
 
 
 def _of_baseline(result: EvaluationResult) -> str:
-    return f", plain decoding {result.methods[BASELINE].figures['nfe'].value:.0f}"
+    return f", plain decoding {result.methods[BASELINE].measured['nfe'].value:.0f}"

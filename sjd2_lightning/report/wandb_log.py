@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import wandb
 
-from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, MethodResult
+from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.metrics.manifold import MANIFOLD
 from sjd2_lightning.report.figures import acceptance_maps, figure_pixels, image_grid
 from sjd2_lightning.run.provenance import redact
@@ -32,11 +33,11 @@ def scalar_row(result: EvaluationResult, prefix: str = "val/") -> dict[str, floa
     suffixes = log_suffixes(list(result.methods))
     for name, method in result.methods.items():
         suffix = suffixes[name]
-        for key, figure in method.figures.items():
+        for key, figure in method.measured.items():
             # Distances carry their extractor in the name; scores their scorer only in the report.
             log_key = figure.name if key.partition("_")[0] in _OF_FEATURES else key
             row[f"{prefix}{log_key}{suffix}"] = figure.value
-        if method.equal_to_ar is not None and name != "ar":
+        if method.equal_to_ar is not None and name != BASELINE:
             row[f"{prefix}equal_to_ar{suffix}"] = method.equal_to_ar
     return row
 

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, MethodResult
+from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.metrics.bootstrap import MetricResult
 from sjd2_lightning.report.cost import MethodCost, method_costs
 from sjd2_lightning.report.figures import (
@@ -26,7 +27,7 @@ from sjd2_lightning.report.table import MISSING, headline, markdown_table
 from sjd2_lightning.run.files import write_whole
 
 # Figures that every method has in report.json; null where one could not be measured.
-FIGURES = (
+MEASURES = (
     "nfe",
     "step_compression",
     "speedup",
@@ -112,7 +113,7 @@ def report_object(
     return {
         "methods": {name: _method_object(method) for name, method in result.methods.items()},
         "references": {
-            name: {"num_images": count, **_figures_object(quality.figures)}
+            name: {"num_images": count, **_measures_object(quality.measured)}
             for name, (count, quality) in result.references.items()
         },
         "metrics": _metrics_object(result),
@@ -128,7 +129,7 @@ def report_object(
 
 
 def _method_object(method: MethodResult) -> dict[str, Any]:
-    figures = {name: method.figures.get(name) for name in (*FIGURES, *method.figures)}
+    figures = {name: method.measured.get(name) for name in (*MEASURES, *method.measured)}
     return {
         "num_images": method.num_images,
         "method": method.config.method,
@@ -136,7 +137,7 @@ def _method_object(method: MethodResult) -> dict[str, Any]:
         "lossless": method.config.lossless,
         "window": method.config.window,
         "num_levels": method.config.num_levels,
-        **_figures_object(figures),
+        **_measures_object(figures),
         "seconds_p95": method.seconds_p95,
         "equal_to_ar": method.equal_to_ar,
         "near_ties": method.near_ties,
@@ -145,7 +146,7 @@ def _method_object(method: MethodResult) -> dict[str, Any]:
     }
 
 
-def _figures_object(figures: Mapping[str, MetricResult | None]) -> dict[str, Any]:
+def _measures_object(figures: Mapping[str, MetricResult | None]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, figure in figures.items():
         found[name] = None if figure is None else _finite(figure.value)
@@ -157,7 +158,7 @@ def _figures_object(figures: Mapping[str, MetricResult | None]) -> dict[str, Any
 def _metrics_object(result: EvaluationResult) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method in result.methods.values():
-        for key, figure in method.figures.items():
+        for key, figure in method.measured.items():
             described = {
                 "name": figure.name,
                 "protocol": figure.protocol,

@@ -80,7 +80,7 @@ def test_an_evaluation_by_a_protocol(tmp_path):
     prompts = coco_prompts(items)
     result = evaluate(tmp_path / "all", prompts=prompts, **settings)
     assert (result.reference_name, result.references) == ("coco2017_5k", {})
-    figure = result.methods["ar"].figures["fd"]
+    figure = result.methods["ar"].measured["fd"]
     assert f"3 reference images (sha256 {result.reference_identity[:12]})" in figure.protocol
     assert not any("asks for" in text for text in result.warnings)
     part = evaluate(tmp_path / "part", prompts=prompts[:2], **settings)

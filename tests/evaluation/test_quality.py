@@ -36,8 +36,8 @@ def test_equal_images_are_looked_at_once():
     first = meter.measure(images, CAPTIONS)
     assert extractor.seen == [12, 4]
     assert meter.measure([image.clone() for image in images], CAPTIONS) == first
-    assert meter.measure([images[1], images[0], *images[2:]], CAPTIONS).figures["fd"].value == pytest.approx(
-        first.figures["fd"].value
+    assert meter.measure([images[1], images[0], *images[2:]], CAPTIONS).measured["fd"].value == pytest.approx(
+        first.measured["fd"].value
     )
     assert extractor.seen == [12, 4]
     meter.forget_images()
@@ -48,7 +48,7 @@ def test_equal_images_are_looked_at_once():
 def test_distances_are_those_of_the_metrics_package():
     reference, images = reference_set(), pictures()
     meter = QualityMeter(QualityMetrics([Colours(), Other()], num_distance_resamples=5), reference)
-    figures = meter.measure(images, CAPTIONS).figures
+    figures = meter.measure(images, CAPTIONS).measured
     expected = frechet_result(
         extract_features(Colours(), images), extract_features(Colours(), reference.images), 5
     )
@@ -75,16 +75,15 @@ def test_clip_score_is_the_scorers_own_and_others_are_averaged():
         / sum(weights[i : i + 2])
         for i in range(0, 8, 2)
     ]
-    assert quality.figures["clip_score_shuffled"].value == pytest.approx(sum(means) / 4)
+    assert quality.measured["clip_score_shuffled"].value == pytest.approx(sum(means) / 4)
 
 
 def test_what_cannot_be_measured_is_left_out():
     meter = QualityMeter(QualityMetrics([Colours()], fake_clip(), 10, 5), reference_set())
-    assert set(meter.measure(pictures(1), ["red"]).figures) == {"clip_score"}
-    assert set(meter.measure(pictures(2), ["", "red"]).figures) == {"fd", "kid"}
-    assert (
-        set(QualityMeter(QualityMetrics([Colours()]), None).measure(pictures(2), ["a", "b"]).figures) == set()
-    )
+    assert set(meter.measure(pictures(1), ["red"]).measured) == {"clip_score"}
+    assert set(meter.measure(pictures(2), ["", "red"]).measured) == {"fd", "kid"}
+    without_reference = QualityMeter(QualityMetrics([Colours()]), None)
+    assert not without_reference.measure(pictures(2), ["a", "b"]).measured
 
 
 def test_neighbours_are_looked_at_where_there_are_enough():
@@ -93,7 +92,7 @@ def test_neighbours_are_looked_at_where_there_are_enough():
         meter = QualityMeter(
             QualityMetrics([Colours()], num_distance_resamples=5, nearest_k=nearest_k), reference_set()
         )
-        assert set(meter.measure(pictures(), CAPTIONS).figures) == {"fd", "kid"} | some
+        assert set(meter.measure(pictures(), CAPTIONS).measured) == {"fd", "kid"} | some
 
 
 def test_figures_name_the_weights_they_were_made_with(tmp_path):
@@ -108,7 +107,7 @@ def test_figures_name_the_weights_they_were_made_with(tmp_path):
     found = []
     for weight in (1.0, 2.0, 1.0):  # one name, other weights: their features must not meet in the cache
         metrics = QualityMetrics([Weighted(weight)], num_distance_resamples=2, cache_dir=tmp_path)
-        found.append(QualityMeter(metrics, reference_set()).measure(pictures(), CAPTIONS).figures["fd"])
+        found.append(QualityMeter(metrics, reference_set()).measure(pictures(), CAPTIONS).measured["fd"])
     assert found[0] == found[2]
     assert found[1].value == pytest.approx(4 * found[0].value)
     assert found[0].protocol != found[1].protocol

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 
 from sjd2_lightning.decoding.config import BASELINE
 
-# quality figures -> (title, whether less is better); the first one that a sweep holds is the main one
+# key of a quality metric -> (title, whether less is better); figures use the first one that a sweep has
 QUALITY = {
     "clip_gain": ("CLIP gain over other prompts", False),
     "clip_score": ("CLIP score", False),
@@ -54,18 +54,18 @@ class SweepRow:
 
 
 def sweep_map(rows: Sequence[SweepRow], key: str, title: str, less_is_better: bool) -> Figure | None:
-    """A figure over window (columns) and levels (lines), a panel a method, the best cell framed.
+    """A number over window (columns) and levels (lines), a panel for each method, the best cell framed.
 
     Runs that share a cell are averaged.
 
     Args:
-        rows: of `sweep_rows`.
-        key: the figure.
-        title: what it is.
-        less_is_better: which end is framed.
+        rows: rows of the sweep, from `sweep_rows`.
+        key: key of the number.
+        title: what the number is.
+        less_is_better: whether the least cell is framed, not the greatest.
 
     Returns:
-        None if no method that drafts has the figure at two settings.
+        None where no method that drafts has the number at two settings.
     """
     cells: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -116,7 +116,7 @@ def _map_panel(
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (x, y) that no other point beats in both, larger being better, by rising x."""
+    """Indices of the points (x, y), by rising x, that no other point beats in both; larger is better."""
     front: list[int] = []
     best = -np.inf
     for index in sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1])):
@@ -127,10 +127,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pareto_figure(rows: Sequence[SweepRow]) -> Figure | None:
-    """Quality against speedup, a mark a row, the front drawn through the settings that nothing beats.
+    """Quality against speedup, a mark for each row, with a line through the Pareto front.
 
     Returns:
-        None without a speedup and a quality figure, or with fewer than three rows.
+        None without a speedup and a quality metric, or with fewer than three rows.
     """
     key = next((key for key in QUALITY if any(key in row.measured for row in rows)), None)
     shown = [row for row in rows if key is not None and key in row.measured and "speedup" in row.measured]

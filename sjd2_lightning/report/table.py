@@ -1,9 +1,9 @@
-"""The table of an evaluation, for a console and as Markdown."""
+"""The table of an evaluation, on a console and in Markdown, and its headline: the fastest lossless method."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -18,7 +18,7 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of the table: its key, heading and number of decimals."""
+    """One column of the table: key of its number, heading, and number of decimals."""
 
     key: str
     heading: str
@@ -27,7 +27,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A value and, below it or in brackets, its interval ("" if there is none)."""
+    """A value and its interval as text; "" where there is no interval."""
 
     value: str
     interval: str = ""
@@ -57,10 +57,10 @@ _DISTANCES = {"fd_": 1, "kid_": 3, **{f"{name}_": 2 for name in MANIFOLD}}  # of
 
 
 def columns(result: EvaluationResult) -> tuple[Column, ...]:
-    """Columns that hold at least one figure; quality figures are headed by their full names."""
+    """Columns that hold at least one number; quality metrics are headed by their full names."""
     names: dict[str, str] = {}
-    for figures in _all_measured(result):
-        names |= {key: figure.name for key, figure in figures.items() if key not in names}
+    for measured in _all_measured(result):
+        names |= {key: measure.name for key, measure in measured.items() if key not in names}
     names["clip_gain"] = "CLIP gain" if "clip_gain" in names else ""
     quality = [Column(key, names[key], decimals) for key, decimals in _QUALITY if names.get(key)]
     quality += [
@@ -86,21 +86,21 @@ def rows(result: EvaluationResult) -> list[Row]:
     return found
 
 
-def cell(figures: Mapping[str, MetricResult], column: Column) -> Cell:
-    """The text of one figure."""
-    figure = figures.get(column.key)
-    if figure is None:
+def cell(measured: Mapping[str, MetricResult], column: Column) -> Cell:
+    """The text of one number."""
+    measure = measured.get(column.key)
+    if measure is None:
         return Cell(MISSING)
     digits = column.decimals
     interval = ""
-    if figure.interval is not None:
-        low, high = figure.interval
+    if measure.interval is not None:
+        low, high = measure.interval
         interval = f"[{low:.{digits}f}, {high:.{digits}f}]"
-    return Cell(f"{figure.value:.{digits}f}", interval)
+    return Cell(f"{measure.value:.{digits}f}", interval)
 
 
 def acceptance_text(method: MethodResult) -> str:
-    """Acceptance mode of a method, marked where it changes the law of the samples."""
+    """Acceptance mode of a method; "(lossy)" where it changes the law of the samples."""
     return method.config.acceptance if method.config.lossless else f"{method.config.acceptance} (lossy)"
 
 
@@ -142,15 +142,18 @@ def console_table(result: EvaluationResult) -> Table:
 def markdown_table(result: EvaluationResult) -> str:
     """The table in Markdown, intervals in brackets behind the values."""
     headings = ["method", "acceptance", "= ar", *(column.heading for column in columns(result)), "N"]
-    lines = [_line(headings), _line(["---", "---", *["---:"] * (len(headings) - 2)])]
+    lines = []
     for row in rows(result):
         cells = [f"{c.value} {c.interval}".strip() for c in row.cells]
-        lines.append(_line([row.name, row.kind, row.equal, *cells, str(row.num_images)]))
-    return "\n".join(lines) + "\n"
+        lines.append([row.name, row.kind, row.equal, *cells, str(row.num_images)])
+    return "\n".join(markdown_lines(headings, lines, num_texts=2)) + "\n"
 
 
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+def markdown_lines(headings: Sequence[str], cells: Sequence[Sequence[str]], num_texts: int = 1) -> list[str]:
+    """Lines of a Markdown table; all columns behind the first `num_texts` are aligned right, as numbers are."""
+    rule = ["---"] * num_texts + ["---:"] * (len(headings) - num_texts)
+    table = (headings, rule, *cells)
+    return ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in table]
 
 
 def _all_measured(result: EvaluationResult) -> list[Mapping[str, MetricResult]]:
@@ -165,9 +168,9 @@ class Headline:
     """The fastest lossless method.
 
     Attributes:
-        method: its name.
-        sentence: what it does.
-        numbers: (value, unit) each, the largest first.
+        method: name of the method.
+        sentence: what it does and promises.
+        numbers: (value, unit) of speedup, tokens a pass and passes.
     """
 
     method: str

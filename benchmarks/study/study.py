@@ -1,7 +1,7 @@
 """Variants of noise training against decoding without training: tokens a pass over window and levels.
 
     python train.py -m experiment=study/plain,study/recipe seed=0,1
-    python benchmarks/study.py --runs outputs/study --json outputs/study.json
+    python benchmarks/study/study.py --runs outputs/study --json outputs/study.json
 
 Every trained variant decodes the same held-out prompts with the same seeds: in replay mode by each number of
 levels, 0 being plain coupled drafts, and by the lossless methods that need no training, on the same weights.
@@ -25,7 +25,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,11 @@ from sjd2_lightning.config.reading import conf_dir, evaluate_config
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts
-from sjd2_lightning.metrics.efficiency import timed, warm_up
+from sjd2_lightning.evaluation.store import method_fields
+from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import load_backbone
+from sjd2_lightning.noise import NoiseProcess
 from sjd2_lightning.report.figures import figure_png
 from sjd2_lightning.run.files import sha256_of_json, write_whole
 
@@ -72,7 +74,8 @@ class Methods(Group):
 def read_run(folder: Path) -> Run:
     """What train.py left in its folder."""
     config = yaml.safe_load((folder / "train.yaml").read_text())
-    methods = Methods.model_validate_json(json.dumps({"methods": config["methods"]})).methods
+    nested = {name: _with_noise(method) for name, method in config["methods"].items()}
+    methods = Methods.model_validate_json(json.dumps({"methods": nested})).methods
     variant = folder.name.removesuffix(f"-{config['seed']}")
     model = config["model"]
     return Run(
@@ -86,6 +89,13 @@ def read_run(folder: Path) -> Run:
         method=methods["sjd2"],
         losses=validation_losses(folder),
     )
+
+
+def _with_noise(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a method; runs from before noise had fields of its own left them beside the others."""
+    names = {field.name for field in fields(NoiseProcess)}
+    noise = {name: value for name, value in method.items() if name in names}
+    return {"noise": noise} | {name: value for name, value in method.items() if name not in names}
 
 
 def finished_runs(folders: Iterable[Path]) -> list[Run]:
@@ -147,9 +157,12 @@ def changed(config: DecodingConfig, changes: str) -> DecodingConfig:
 
 
 def identity(config: DecodingConfig, weights: str, prompts: list[PromptItem]) -> str:
-    """Names all that decides a setting's tokens; a field that a later version adds counts once it is used."""
-    standard = asdict(DecodingConfig(config.method))
-    chosen = {name: value for name, value in asdict(config).items() if value != standard[name]}
+    """Hash of all that decides a setting's tokens; fields with their standard value do not count.
+
+    So a field that a later version adds changes nothing until it is used.
+    """
+    standard = method_fields(DecodingConfig(config.method))
+    chosen = {name: value for name, value in method_fields(config).items() if value != standard[name]}
     return sha256_of_json([config.method, chosen, weights, [asdict(item) for item in prompts]])
 
 
@@ -247,7 +260,7 @@ def measure_times(
         for name, config in configs.items():
             job = partial(decode, backbone, [item.prompt], [item.seed], config, layout)
             if place == 0:
-                warm_up(job, 1, options.device)
+                timed(job, options.device)  # warms up
             seconds[name] = timed(job, options.device)[1]
         run.times.append(seconds)
         write_whole(path, json.dumps({"identity": wanted, "rounds": run.times}))

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from sjd2_lightning.decoding import DecodingConfig
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference, ratio_of_totals
-from sjd2_lightning.metrics.efficiency import speedup_result
 from sjd2_lightning.report.html import method_colour
 
 COLUMNS = (
@@ -163,7 +162,7 @@ def speedup(runs: list[Run], name: str) -> Interval | None:
         return None
     pairs = [[(one[BASELINE], one[name]) for one in run.times[:num]] for run in runs]
     baseline, seconds = np.sum(pairs, axis=0).T
-    return rounded(speedup_result(baseline, seconds))
+    return rounded(ratio_of_totals("speedup", baseline, seconds, "wall clock, paired by prompt"))
 
 
 def difference(own: list[Run], plain: list[Run], values: Callable[[Run], list[float]]) -> Interval | None:

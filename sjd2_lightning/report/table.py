@@ -150,7 +150,7 @@ def markdown_table(result: EvaluationResult) -> str:
 
 
 def markdown_lines(headings: Sequence[str], cells: Sequence[Sequence[str]], num_texts: int = 1) -> list[str]:
-    """Lines of a Markdown table; all columns behind the first `num_texts` are aligned right, as numbers are."""
+    """Lines of a Markdown table: `num_texts` columns of text, then numbers, which are aligned right."""
     rule = ["---"] * num_texts + ["---:"] * (len(headings) - num_texts)
     table = (headings, rule, *cells)
     return ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in table]

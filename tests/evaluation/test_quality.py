@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
+from sjd2_lightning.metrics.alignment import own_scores
 from sjd2_lightning.metrics.features import extract_features
 from sjd2_lightning.metrics.fidelity import frechet_result
 from tests.tools.small_evaluation import Colours, fake_clip, reference_set
@@ -48,22 +49,31 @@ def test_equal_images_are_looked_at_once():
 def test_distances_are_those_of_the_metrics_package():
     reference, images = reference_set(), pictures()
     meter = QualityMeter(QualityMetrics([Colours(), Other()], num_distance_resamples=5), reference)
-    figures = meter.measure(images, CAPTIONS).measured
+    measured = meter.measure(images, CAPTIONS).measured
     expected = frechet_result(
         extract_features(Colours(), images), extract_features(Colours(), reference.images), 5
     )
-    assert (figures["fd"].value, figures["fd"].interval) == (expected.value, expected.interval)
-    assert f"12 reference images (sha256 {reference.identity[:12]})" in figures["fd"].protocol
-    assert figures["fd_Other"].value == expected.value
-    assert (figures["kid_Other"].name, figures["kid"].name) == ("kid_Other", "kid_Colours")
+    assert (measured["fd"].value, measured["fd"].interval) == (expected.value, expected.interval)
+    assert f"12 reference images (sha256 {reference.identity[:12]})" in measured["fd"].protocol
+    assert measured["fd_Other"].value == expected.value
+    assert (measured["kid_Other"].name, measured["kid"].name) == ("kid_Other", "kid_Colours")
 
 
 def test_clip_score_is_the_scorers_own_and_others_are_averaged():
     images, clip = pictures(), fake_clip()
     quality = QualityMeter(QualityMetrics(clip=clip), None).measure(images, CAPTIONS)
-    assert quality.clip_scores == pytest.approx(clip.score(images, CAPTIONS).tolist())
+
+    def score(image, caption):
+        return float(own_scores(clip.embed_images([image]), clip.embed_captions([caption])))
+
+    own = [score(image, caption) for image, caption in zip(images, CAPTIONS, strict=True)]
+    assert quality.clip_scores == pytest.approx(own)
+    found = quality.measured["clip_score"]
+    assert (found.name, found.value) == ("clip_score_fake", pytest.approx(sum(own) / len(own)))
+    assert found.interval[0] <= found.value <= found.interval[1]
+    assert quality.measured["clip_gain"].name == "clip_score_fake_matched_minus_shuffled"
     others = [
-        float(clip.score([image], [other]))
+        score(image, other)
         for image, own in zip(images, CAPTIONS, strict=True)
         for other in dict.fromkeys(CAPTIONS)
         if other != own

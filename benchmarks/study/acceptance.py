@@ -1,6 +1,6 @@
 """What limits acceptance in replay mode, and how far better drafts or other windows could push it.
 
-    python benchmarks/acceptance.py --weights outputs/study/plain-0/model --json outputs/acceptance.json
+    python benchmarks/study/acceptance.py --weights outputs/study/plain-0/model --json outputs/acceptance.json
 
 Tokens a pass (slots, row ends included) without noise, for each window, of
 

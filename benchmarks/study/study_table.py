@@ -1,4 +1,4 @@
-"""The tables and the figure of benchmarks/study.py: variants with their seeds pooled, paired by prompt."""
+"""The tables and the figure of benchmarks/study/study.py: seeds of a variant pooled, paired by prompt."""
 
 from __future__ import annotations
 

@@ -5,14 +5,14 @@
 
 Every trained variant decodes the same held-out prompts with the same seeds: in replay mode by each number of
 levels, 0 being plain coupled drafts, and by the lossless methods that need no training, on the same weights.
-What a variant decodes with (schedule of noise, first drafts and so on) is what its train.yaml says of sjd2;
-only window, levels and sampling are set here, and what is asked for behind a plus: `--training-free
+A variant decodes as its train.yaml configures sjd2 (schedule of noise, first drafts and so on). Only window,
+levels and sampling are set here, and fields that are given behind a plus: `--training-free
 mc_sjd+draft_init=repeat_above`, `--noisy +tree.width=3`. A token is a slot, row ends included, as in
 `DecodeStats`; the siblings of a tree are fed beside its window.
 
 Tokens a pass do not depend on the batch, so many prompts are decoded at once; `--time` adds the wall clock of
-single prompts. A setting that is done lies in a file of its own under `--out` and is not decoded again: after
-a kill the same command goes on. Seeds of training are pooled: a prompt counts its passes over all of them.
+single prompts. Each finished setting is a file under `--out` and is not decoded again: after a kill the same
+command continues. Seeds of training are pooled: a prompt counts its passes over all of them.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ TRAINING_FREE = (
 
 
 class Methods(Group):
-    """The part of train.yaml that decoding follows."""
+    """The part of train.yaml that decides decoding."""
 
     methods: dict[str, Decoding]
 
 
 def read_run(folder: Path) -> Run:
-    """What train.py left in its folder."""
+    """A run from the folder that train.py wrote."""
     config = yaml.safe_load((folder / "train.yaml").read_text())
     nested = {name: _with_noise(method) for name, method in config["methods"].items()}
     methods = Methods.model_validate_json(json.dumps({"methods": nested})).methods
@@ -99,7 +99,7 @@ def _with_noise(method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finished_runs(folders: Iterable[Path]) -> list[Run]:
-    """Runs in the folders, or in the folders inside them, that left weights; plain variants first."""
+    """Runs with exported weights in the folders, or in folders inside them; plain variants first."""
     places = [inner for folder in folders for inner in (folder, *sorted(folder.glob("*/")))]
     runs = [read_run(place) for place in places if (place / "model" / "backbone.json").is_file()]
     return sorted(runs, key=lambda run: (not run.is_plain, run.variant, run.seed))
@@ -182,10 +182,10 @@ def decoded(
     batch: int,
     baseline: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Decodes all prompts by one setting: passes, what they committed, and tokens against the baseline's.
+    """Decodes all prompts by one setting: passes, tokens of each pass, and whether tokens are the baseline's.
 
-    The baseline (None: this is it) keeps its tokens, and mean entropy of its law and negative
-    log-probability on its images, in nats a code.
+    The baseline (`baseline` is None) also keeps its tokens and, in nats a code, the mean entropy of its law
+    and the negative log-probability of its images.
     """
     layout = backbone.layout(*pixels)
     found: dict[str, Any] = {"num_slots": layout.num_slots, "nfe": []}
@@ -210,17 +210,17 @@ def decoded(
     if baseline is None:
         return found | {"slot_ids": slot_ids, "entropy": entropy, "nll": nll}
     pairs = zip(slot_ids, baseline["slot_ids"], strict=True)
-    return found | {"equal_to_ar": [ours == theirs for ours, theirs in pairs]}
+    return found | {"equal_to_ar": [own == plain for own, plain in pairs]}
 
 
 def held(path: Path, wanted: str) -> dict[str, Any] | None:
-    """What a file holds if it was made with this identity."""
+    """Content of a file if it has this identity, else None."""
     content = json.loads(path.read_text()) if path.is_file() else {}
     return content if content.get("identity") == wanted else None
 
 
 def measure(run: Run, options: argparse.Namespace) -> None:
-    """Fills a run with what its settings came to, decoding those that are missing."""
+    """Fills a run with the results of its settings, decoding those that are missing."""
     prompts = held_out_prompts(options.num_prompts)
     sampling = f"t{options.temperature:g}-g{options.guidance_scale:g}"
     out = options.out / run.folder.name / sampling
@@ -267,7 +267,7 @@ def measure_times(
 
 
 def command_line() -> argparse.ArgumentParser:
-    """What may be asked for."""
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -27,7 +27,7 @@ def benchmark_prompts(benchmark: str, source: str | Path, seed: int = 0) -> list
     """The prompts of "geneval" (its metadata file) or "dpg" (its folder of .txt files), in their order.
 
     Raises:
-        ValueError: unknown benchmark, or a source that is missing, empty or unreadable.
+        ValueError: the benchmark is unknown, or the source is missing, empty or unreadable.
     """
     prompts = [PromptItem(key, text, seed_of(key, seed)) for key, text, _ in _entries(benchmark, source)]
     check_prompts(prompts)
@@ -45,13 +45,13 @@ def export_benchmark(
 
     Args:
         benchmark: "geneval" or "dpg".
-        source: that the prompts were read from.
-        store: that holds the images.
-        records: of the method: four of each prompt, from `prompts.repeat_prompts`.
-        folder: to write.
+        source: metadata file or folder that the prompts were read from.
+        store: store of the images.
+        records: records of the method, four of each prompt; see `prompts.repeat_prompts`.
+        folder: folder to write.
 
     Raises:
-        ValueError: unknown benchmark, or a prompt that lacks one of its four images.
+        ValueError: the benchmark is unknown, or a prompt lacks one of its four images.
     """
     write = {"geneval": _write_geneval, "dpg": _write_dpg}[benchmark]
     paths = {record.key: store.image_path(record) for record in records}
@@ -76,7 +76,7 @@ def export_benchmark(
 
 
 def _entries(benchmark: str, source: str | Path) -> list[tuple[str, str, str]]:
-    """Key, prompt, and what the layout keeps of it beside."""
+    """Key, prompt, and what the benchmark's layout keeps beside its images, for each prompt."""
     if benchmark == "geneval":
         return _geneval_entries(Path(source))
     if benchmark == "dpg":
@@ -100,7 +100,7 @@ def _geneval_entries(source: Path) -> list[tuple[str, str, str]]:
 
 
 def _dpg_entries(source: Path) -> list[tuple[str, str, str]]:
-    """Key, prompt and nothing of each text file."""
+    """Key and prompt of each text file; its layout keeps nothing more."""
     if not source.is_dir():
         raise ValueError(f"{source} is no folder; give DPG-Bench's folder of prompts, one .txt a prompt")
     try:
@@ -125,5 +125,5 @@ def _write_dpg(folder: Path, key: str, _: str, images: list[Path]) -> None:
 
 
 def _grid(images: list[Tensor]) -> Tensor:
-    """Four images (h, w, 3) as one (2 h, 2 w, 3): the first two above."""
+    """Four images (h, w, 3) as one (2 h, 2 w, 3), the first two in the upper row."""
     return torch.cat([torch.cat(images[:2], dim=1), torch.cat(images[2:], dim=1)], dim=0)

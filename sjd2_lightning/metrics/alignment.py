@@ -113,7 +113,7 @@ def load_clip_scorer(
     Args:
         source: a folder (open_clip_config.json, weights and, if it names one, a tokenizer: never any
             network), "hf-hub:owner/model", or an architecture such as "ViT-B-32".
-        pretrained: with an architecture: a weight file, read with weights_only, or open_clip's tag of the
+        pretrained: weights of an architecture: a file, read with weights_only, or open_clip's tag of the
             weights ("openai"), which is downloaded when it is not cached.
         device: device that the model runs on.
 

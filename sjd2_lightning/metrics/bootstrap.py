@@ -20,8 +20,14 @@ Interval = tuple[float, float]
 class MetricResult:
     """One number with what is needed to read it.
 
-    `protocol` says how it was measured (extractor, resize, reference size); `flags` are sentences on what
-    the number must not be used for; `interval` is None when no resampling was asked for or possible.
+    Attributes:
+        name: name of the metric, with that of its extractor or scorer.
+        value: the number.
+        interval: its bootstrap interval; None where no resampling was asked for or possible.
+        num_images: images that it comes from.
+        protocol: how it was measured: extractor, resize, reference images.
+        flags: sentences on what the number must not be used for.
+        confidence: coverage that the interval aims at.
     """
 
     name: str
@@ -41,21 +47,18 @@ def mean_result(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> MetricResult:
-    """Mean of per-image values with its bootstrap interval (ours).
+    """Mean of per-image values with its bootstrap interval.
 
     Args:
-        name: name of the result.
+        name: name of the metric.
         values: (N,) one value an image.
         protocol: how the values were measured.
         num_resamples: bootstrap resamples; 0 leaves the interval out.
-        seed: of the resampling; the same seed resamples the same images.
-        confidence: coverage aimed at.
-
-    Returns:
-        The mean as a `MetricResult`.
+        seed: seed of the resampling; the same seed resamples the same images.
+        confidence: coverage that the interval aims at.
 
     Raises:
-        ValueError: no values, or values that are not finite.
+        ValueError: there are no values, or some are not finite.
     """
     sample = _checked(name, values)
     interval = _interval((sample,), np.mean, num_resamples, seed, confidence)
@@ -71,9 +74,9 @@ def paired_difference(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> MetricResult:
-    """Mean of first - second over the same images, with its paired bootstrap interval (ours).
+    """Mean of first - second over the same images, with its paired bootstrap interval.
 
-    Args and Raises as in `mean_result`; `first` and `second` are (N,), row by row of the same image.
+    `first` and `second` are (N,), row by row of the same image; see `mean_result` for the rest.
     """
     minuend, subtrahend = _checked_pair(name, first, second)
     return mean_result(name, minuend - subtrahend, protocol, num_resamples, seed, confidence)
@@ -88,9 +91,9 @@ def ratio_of_totals(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> MetricResult:
-    """sum(numerators) / sum(denominators), with an interval that resamples the pairs (ours).
+    """sum(numerators) / sum(denominators), with an interval that resamples the pairs.
 
-    Args and Raises as in `mean_result`; both are (N,), row by row of the same prompt, denominators positive.
+    Both are (N,), row by row of the same prompt, denominators positive; see `mean_result` for the rest.
     """
     above, below = _checked_pair(name, numerators, denominators)
     if (below <= 0).any():
@@ -107,8 +110,8 @@ def ratio_of_totals(
 def resample_counts(num_items: int, num_resamples: int, seed: int) -> NDArray[np.int64]:
     """How often each item occurs in each bootstrap resample, (num_resamples, num_items).
 
-    For statistics that are cheaper by weight than by index, and that must not take a repeated image for
-    two similar ones (Frechet and kernel distance).
+    For the kernel distance: it is cheaper by weight than by index, and must not take a repeated image for two
+    similar ones.
     """
     rng = np.random.default_rng(seed)
     return rng.multinomial(num_items, np.full(num_items, 1 / num_items), size=num_resamples)
@@ -136,7 +139,7 @@ def _interval(
         paired=len(samples) > 1,
         vectorized=True,
         n_resamples=num_resamples,
-        # Bounds the resampled matrix at about 40 MB, whatever the number of images.
+        # bounds the matrix of resamples at about 40 MB, whatever the number of images
         batch=max(1, 5_000_000 // len(samples[0])),
         confidence_level=confidence,
         method="percentile",

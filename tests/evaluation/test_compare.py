@@ -1,4 +1,4 @@
-"""The comparison: same prompts and seeds, nothing twice, nothing lost, figures that mean what they say."""
+"""The comparison: same prompts and seeds, nothing twice, nothing lost, numbers that mean what they say."""
 
 import dataclasses
 import json
@@ -62,8 +62,8 @@ def test_replay_draws_the_images_of_autoregression_in_fewer_passes(result):
         method = result.methods[name]
         assert method.equal_to_ar == 1
         assert method.measured["step_compression"].value > 1.2
-        for figure in ("fd", "kid", "clip_score"):
-            assert method.measured[figure] == ar.measured[figure]
+        for key in ("fd", "kid", "clip_score"):
+            assert method.measured[key] == ar.measured[key]
         assert method.measured["clip_score_minus_ar"].value == 0
     assert ar.measured["nfe"].value == ar.records[0].num_generated
     assert ar.measured["step_compression"].value == ar.measured["speedup"].value == 1
@@ -71,7 +71,7 @@ def test_replay_draws_the_images_of_autoregression_in_fewer_passes(result):
     assert not [text for text in result.warnings if "bug" in text]
 
 
-def test_figures_are_those_of_the_records(result):
+def test_numbers_are_those_of_the_records(result):
     for method in result.methods.values():
         passes = [record.nfe for record in method.records]
         low, high = method.measured["nfe"].interval

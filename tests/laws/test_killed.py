@@ -1,4 +1,4 @@
-"""A run that is killed and goes on gives what a run in one go gives: tokens, figures, nothing lost."""
+"""A run that is killed and goes on gives what a run in one go gives: tokens, numbers, nothing lost."""
 
 import json
 import multiprocessing

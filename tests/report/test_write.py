@@ -31,13 +31,13 @@ def report(files):
     return json.loads(files.json.read_text())
 
 
-def test_report_has_every_figure_that_is_demanded(report):
+def test_report_has_every_number_that_is_demanded(report):
     assert list(report["methods"]) == list(METHODS)
-    for figures in report["methods"].values():
-        assert all(np.isfinite(figures[name]) for name in DEMANDED)
+    for numbers in report["methods"].values():
+        assert all(np.isfinite(numbers[name]) for name in DEMANDED)
         for name in ("nfe", "step_compression", "speedup", "clip_score", "fd", "kid"):
-            low, high = figures[f"{name}_interval"]
-            assert low <= figures[name] <= high
+            low, high = numbers[f"{name}_interval"]
+            assert low <= numbers[name] <= high
     assert report["methods"]["sjd2"]["lossless"] is True
     assert report["methods"]["sjd2_paper"]["lossless"] is False
     assert report["methods"]["sjd2"]["equal_to_ar"] == 1

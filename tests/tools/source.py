@@ -104,7 +104,7 @@ def cycle() -> list[str]:
 
 
 def definitions(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """Functions, classes and methods of a module by qualified name; what lies inside functions is left out."""
+    """Functions, classes and methods of a module by qualified name; those inside functions are left out."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name, node
@@ -128,7 +128,8 @@ def used_words(node: ast.AST) -> Counter[str]:
 def unused(sources: Mapping[str, str], others: str = "") -> list[str]:
     """Functions, classes and methods that nothing reads outside their own body, as `module: name`.
 
-    Names are compared as words, so two things of one name count as used together. Special methods are left out.
+    Names are compared as words, so two things of one name count as used together. Special methods are left
+    out.
 
     Args:
         sources: source of every module by its name.

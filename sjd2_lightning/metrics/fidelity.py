@@ -73,11 +73,7 @@ def frechet_contributions(features: Tensor, reference: FeatureStatistics) -> Ten
 
 
 def frechet_result(
-    generated: FeatureSet,
-    reference: FeatureSet,
-    num_resamples: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    generated: FeatureSet, reference: FeatureSet, num_resamples: int = 2000, seed: int = 0
 ) -> MetricResult:
     """Frechet distance of generated to reference images, with a bootstrap interval over the generated ones.
 
@@ -90,17 +86,13 @@ def frechet_result(
     check_comparable(generated, reference)
     contributions = frechet_contributions(generated.features, reference.statistics)
     name, protocol = _metric_name("fd", generated), distance_protocol(generated, reference)
-    result = mean_result(name, contributions.numpy(), protocol, num_resamples, seed, confidence)
+    result = mean_result(name, contributions.numpy(), protocol, num_resamples, seed)
     interval = result.interval and (max(result.interval[0], 0.0), result.interval[1])
     return replace(result, interval=interval, flags=_flags(generated, biased=True))
 
 
 def kid_result(
-    generated: FeatureSet,
-    reference: FeatureSet,
-    num_resamples: int = 200,
-    seed: int = 0,
-    confidence: float = 0.95,
+    generated: FeatureSet, reference: FeatureSet, num_resamples: int = 200, seed: int = 0
 ) -> MetricResult:
     """Unbiased squared MMD with k(x, y) = (x.y / d + 1)^3 over all images (Binkowski et al. 2018, section 4).
 
@@ -123,7 +115,7 @@ def kid_result(
     )
     # a resample of few images may be one image alone, which has no pairs
     replicates = estimates[1:][estimates[1:].isfinite()]
-    interval = percentile_interval(replicates.numpy(), confidence) if len(replicates) else None
+    interval = percentile_interval(replicates.numpy()) if len(replicates) else None
     return MetricResult(
         _metric_name("kid", generated),
         float(estimates[0]),
@@ -131,7 +123,6 @@ def kid_result(
         generated.num_images,
         distance_protocol(generated, reference),
         _flags(generated, biased=False),
-        confidence,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.evaluation.store import method_fields
-from sjd2_lightning.metrics.bootstrap import MetricResult
+from sjd2_lightning.metrics.bootstrap import CONFIDENCE, MetricResult
 from sjd2_lightning.report.cost import MethodCost, method_costs
 from sjd2_lightning.report.figures import (
     acceptance_histogram,
@@ -164,7 +164,7 @@ def _metrics_object(result: EvaluationResult) -> dict[str, Any]:
             described = {
                 "name": measure.name,
                 "protocol": measure.protocol,
-                "confidence": measure.confidence,
+                "confidence": CONFIDENCE,
                 "num_images": measure.num_images,
                 "flags": list(measure.flags),
             }

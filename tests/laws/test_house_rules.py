@@ -2,6 +2,7 @@
 
 import ast
 import pickle
+import re
 import subprocess
 from collections import defaultdict
 from pathlib import Path
@@ -72,6 +73,27 @@ def test_functions_are_short():
 def test_names_say_something():
     names = {str(path): {path.stem, path.parent.name} for path in source_files()}
     assert not [path for path, parts in names.items() if parts & BANNED_NAMES]
+
+
+def test_argument_lines_have_a_noun():
+    """`seed: seed of the draw` says what it is; `seed: of the draw` leaves it to the type."""
+    without = re.compile(r"^ +[a-z_0-9]+(, [a-z_0-9]+)*: of ")
+    assert not lines_that(without)
+
+
+def test_constants_are_whole():
+    """The formatter tears a constant apart to make room for its comment: that belongs on the line above."""
+    assert not lines_that(re.compile(r"^ *\)  # (?!fmt:|noqa|type:)"))
+
+
+def lines_that(match: re.Pattern[str]) -> list[str]:
+    """Lines of the package that match, by file and number."""
+    return [
+        f"{path.relative_to(REPO)}:{number} {line.strip()}"
+        for path in modules().values()
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if match.search(line)
+    ]
 
 
 def test_no_two_modules_share_a_name():

@@ -30,13 +30,14 @@ from rich.table import Table
 
 from benchmarks.likelihood import nats_per_code
 from benchmarks.memory import LiveBytes
+from benchmarks.timing import time_inside
 from sjd2_lightning.config.groups import AutoWindowConfig
 from sjd2_lightning.config.reading import BASELINE, conf_dir, evaluate_config
 from sjd2_lightning.decoding import DecodingConfig, decode
 from sjd2_lightning.evaluation.auto_window import resolve_windows
 from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts
 from sjd2_lightning.metrics.bootstrap import mean_result, paired_difference, ratio_of_totals
-from sjd2_lightning.metrics.efficiency import peak_memory, speedup_result, time_inside, timed, warm_up
+from sjd2_lightning.metrics.efficiency import peak_memory, timed
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import load_backbone
 
@@ -107,7 +108,7 @@ def summary(cell: Cell, baseline: Cell) -> dict[str, Any]:
     steps = ratio_of_totals(
         "step_compression", [cell.num_slots] * len(cell.nfe), cell.nfe, "slots / forward passes"
     )
-    speed = speedup_result(baseline.seconds, cell.seconds)
+    speed = ratio_of_totals("speedup", baseline.seconds, cell.seconds, "wall clock, paired by prompt")
     likelihood = {}
     if cell.nll:
         nll = mean_result("nll", cell.nll, "nats a code under the law of ar")
@@ -210,10 +211,10 @@ def against_generate(
             return decode(backbone, [item.prompt], [item.seed], baseline, layout)
 
         if not ours:
-            warm_up(generate, 1, device)
+            timed(generate, device)  # warms up
         ours.append(timed(own, device)[1])
         theirs.append(timed(generate, device)[1])
-    result = speedup_result(theirs, ours, "wall clock, generate / ours, two rows")
+    result = ratio_of_totals("speedup", theirs, ours, "wall clock, generate / ours, two rows")
     return {"speedup": result.value, "ours_seconds": sum(ours), "generate_seconds": sum(theirs)}
 
 

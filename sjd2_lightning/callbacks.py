@@ -1,6 +1,6 @@
-"""Lightning callback that decodes fixed prompts during validation, by autoregression and by faster methods.
+"""Lightning callback that decodes fixed prompts during validation, by plain decoding and by faster methods.
 
-Source: ours. It is `evaluate_methods` on few prompts: the same decoding, timing, figures and files.
+It is `evaluate_methods` on a few prompts: the same decoding, timing, numbers and files.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.evaluation.auto_window import WINDOWS, WindowChoice, resolve_windows, with_windows
 from sjd2_lightning.evaluation.compare import decode_methods, run_identity
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
 from sjd2_lightning.evaluation.references import ReferenceSet
-from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, measure_methods
+from sjd2_lightning.evaluation.results import EvaluationResult, measure_methods
 from sjd2_lightning.evaluation.store import RecordStore
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mode
 from sjd2_lightning.report.figures import acceptance_histogram, image_grid, save_figure
@@ -33,24 +33,24 @@ from sjd2_lightning.run.files import write_whole
 
 
 class SamplingCallback(Callback):
-    """Decodes prompts at the end of validation; logs figures and images to all loggers and to `out_dir`.
+    """Decodes prompts at the end of validation; logs numbers and images to all loggers and to `out_dir`.
 
-    In `out_dir`: `metrics.jsonl` and `metrics.csv` with one line a validation, and `step_<n>/` with images,
-    records, `grid.png` and `acceptance.png`. Under the key `val/...` the figures of the first method that is
-    not the baseline are logged plainly (`val/nfe`, `val/fd_EffNetLite0`), those of the others with their name
-    behind (`val/nfe_ar`). W&B gets figures and media in one row; loggers without images get the figures.
+    Files: `metrics.jsonl` and `metrics.csv` get one line a validation; `step_<n>/` gets images, records,
+    `grid.png` and `acceptance.png`. Log keys: numbers of the first method that is not the baseline are plain
+    (`val/nfe`, `val/fd_EffNetLite0`), those of the others end in the method's name (`val/nfe_ar`). W&B gets
+    numbers and images in one row, other loggers the numbers.
 
-    Decoding is in eval mode, with the averaged weights if a `WeightAveraging` callback comes later in the
-    list, shared by all ranks, and leaves modes and global random states as they were. The baseline's images
-    are decoded again only when the weights have changed. The sanity check is skipped.
+    Ranks share the decoding. It runs in eval mode, with averaged weights if a `WeightAveraging` callback
+    comes later in the list, and leaves modes and global random states unchanged. The baseline's images are
+    decoded again only when weights have changed. Nothing is decoded in the sanity check.
 
     Args:
-        prompts: fixed prompts with their seeds, e.g. `held_out_prompts(8)`.
-        methods: by name; "ar" is the baseline.
-        out_dir: e.g. `<run_dir>/samples`.
+        prompts: fixed prompts with their seeds, such as `held_out_prompts(8)`.
+        methods: configuration of each method by name; "ar" is the baseline.
+        out_dir: folder of the files, such as `<run_dir>/samples`.
         every_n_validations: decode at every n-th validation, the first one included.
         batch_size: prompts decoded together.
-        metrics: what to measure quality with; None measures speed alone.
+        metrics: quality metrics; None measures speed alone.
         reference: real images for the distances.
         num_shown: prompts in the image grid.
         windows: windows to choose from for methods whose window is "auto". The choice is made at the first
@@ -97,10 +97,11 @@ class SamplingCallback(Callback):
         self._num_validations = 0
         self._warm = False
         self._meter: QualityMeter | None = None
-        self._previous: tuple[str, RecordStore] | None = None  # weights and records of the last decoding
+        # hash of the weights and records of the last decoding
+        self._previous: tuple[str, RecordStore] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses a set-up that would decode other weights than those validated."""
+        """Refuses a set-up that would decode other weights than those being validated."""
         if not isinstance(getattr(pl_module, "backbone", None), Backbone):
             raise ValueError(
                 f"SamplingCallback needs a module with a `backbone`; {type(pl_module).__name__} has none"
@@ -114,21 +115,21 @@ class SamplingCallback(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of validations seen and windows chosen, so that a resumed run goes on with both."""
+        """Number of validations and windows chosen, with which a resumed run continues."""
         state: dict[str, Any] = {"num_validations": self._num_validations}
         if self._choices:
             state["windows"] = {name: choice.summary() for name, choice in self._choices.items()}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self._num_validations = int(state_dict["num_validations"])
         windows = state_dict.get("windows", {})
         self._choices = {name: WindowChoice.from_summary(entry) for name, entry in windows.items()}
         self.methods = with_windows(self.methods, self._choices)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decodes, measures and logs, if it is this validation's turn."""
+        """Decodes, measures and logs at every n-th validation."""
         if trainer.sanity_checking:
             return
         number = self._num_validations
@@ -136,23 +137,36 @@ class SamplingCallback(Callback):
         if number % self.every_n_validations:
             return
         with isolate_rng():
-            result = self._sample(trainer, pl_module)
+            result = self._decode_and_measure(trainer, pl_module)
         row = None if result is None else scalar_row(result) | self._windows_row()
-        # All ranks log what rank 0 measured: checkpoints may be chosen by it on any rank.
+        # Every rank logs what rank 0 measured: a checkpoint may be chosen by it on any rank.
         row = trainer.strategy.broadcast(row)
         assert row is not None
         pl_module.log_dict(row, logger=False, sync_dist=trainer.world_size > 1)
         if result is not None:
-            self._log(trainer, result, row)
+            self._write_and_log(trainer, result, row)
 
-    def _sample(self, trainer: Trainer, pl_module: LightningModule) -> EvaluationResult | None:
-        backbone, layout = _model_of(pl_module)
+    def _decode_and_measure(self, trainer: Trainer, pl_module: LightningModule) -> EvaluationResult | None:
+        """The result; None on ranks other than 0."""
+        module: Any = pl_module
+        backbone, layout = module.backbone, module.image_layout
         prompts = self.prompts[:1] if trainer.fast_dev_run else self.prompts  # type: ignore[attr-defined]
-        self._choose_windows(backbone, layout, prompts[: self.batch_size])
+        # 1. windows, at the first decoding only
+        if not self._choices:
+            with evaluation_mode(backbone):
+                self.methods, self._choices = resolve_windows(
+                    backbone,
+                    self.methods,
+                    prompts[: self.batch_size],
+                    layout,
+                    windows=self.windows,
+                )
+        # 2. the baseline's images of the last decoding, where they still hold
         folder = Path(trainer.strategy.broadcast(str(self.out_dir / f"step_{trainer.global_step:08d}")))
         if trainer.is_global_zero:
             self._reuse_baseline(backbone, layout, prompts, folder)
         trainer.strategy.barrier()
+        # 3. images, by all ranks
         decoded = decode_methods(
             backbone,
             self.methods,
@@ -168,6 +182,7 @@ class SamplingCallback(Callback):
         if decoded is None:
             return None
         self._previous = (decoded.store.identity["weights"], decoded.store)
+        # 4. numbers, on rank 0
         if self._meter is None:
             self._meter = QualityMeter(self.metrics, self.reference)
         self._meter.forget_images()
@@ -175,18 +190,10 @@ class SamplingCallback(Callback):
             decoded.store, self.methods, prompts, self._meter, ties=decoded.ties, flops=decoded.flops
         )
 
-    def _choose_windows(self, backbone: Backbone, layout: ImageLayout, prompts: Sequence[PromptItem]) -> None:
-        if self._choices:
-            return
-        with evaluation_mode(backbone):
-            self.methods, self._choices = resolve_windows(
-                backbone, self.methods, prompts, layout, windows=self.windows
-            )
-
     def _reuse_baseline(
         self, backbone: Backbone, layout: ImageLayout, prompts: Sequence[PromptItem], folder: Path
     ) -> None:
-        """Copies the baseline's images of the last decoding into a new folder, if no weight has changed."""
+        """Copies the baseline's images of the last decoding into a new folder if no weight has changed."""
         if self._previous is None or BASELINE not in self.methods or folder.exists():
             return
         weights, store = self._previous
@@ -198,7 +205,7 @@ class SamplingCallback(Callback):
     def _windows_row(self) -> dict[str, float]:
         return {f"val/window_{name}": float(choice.window) for name, choice in self._choices.items()}
 
-    def _log(self, trainer: Trainer, result: EvaluationResult, row: Mapping[str, float]) -> None:
+    def _write_and_log(self, trainer: Trainer, result: EvaluationResult, row: Mapping[str, float]) -> None:
         step, folder = trainer.global_step, result.store.folder
         save_figure(image_grid(result, self.num_shown), folder / "grid.png")
         save_figure(acceptance_histogram(list(result.methods.values())), folder / "acceptance.png")
@@ -212,15 +219,10 @@ class SamplingCallback(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 media = media_row(result, num_prompts=self.num_shown) | self._windows_row()
-                # The experiment itself: `log_metrics` would do, but one row must carry figures and images.
+                # Not by `log_metrics`: numbers and images must be in one row.
                 logger.experiment.log({**media, "trainer/global_step": step}, step=step)
             else:
                 logger.log_metrics(dict(row), step)
-
-
-def _model_of(pl_module: LightningModule) -> tuple[Backbone, ImageLayout]:
-    module: Any = pl_module
-    return module.backbone, module.image_layout
 
 
 def _append_line(path: Path, entry: Mapping[str, Any]) -> None:
@@ -231,7 +233,7 @@ def _append_line(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def _append_csv(path: Path, entry: Mapping[str, Any]) -> None:
-    """Adds a row; the header grows when a validation brings a new figure."""
+    """Adds a row; the header grows when a validation has a new key."""
     rows: list[dict[str, Any]] = []
     if path.is_file():
         with path.open(newline="") as file:

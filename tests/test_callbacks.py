@@ -172,7 +172,7 @@ class FrozenBelow(Module):
 
 
 @pytest.mark.slow
-def test_ranks_share_the_prompts_and_log_the_same_figures(tmp_path):
+def test_ranks_share_the_prompts_and_log_the_same_numbers(tmp_path):
     fit(tmp_path / "one", FrozenBelow(), sampling(tmp_path / "one"))
     fit(tmp_path / "two", FrozenBelow(), sampling(tmp_path / "two"), strategy="ddp_fork", devices=2)
     (alone,), (shared,) = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
@@ -223,8 +223,9 @@ def test_a_chosen_window_is_logged_and_kept_over_resumption(tmp_path, monkeypatc
     assert set(line["windows"]["sjd2"]["seconds"]) == {"2", "8"}
     assert trainer.callback_metrics["val/window_sjd2"] == line["val/window_sjd2"] == window == 8
     assert callback.methods["sjd2"].window == 8
-    again = sampling(tmp_path, auto_windows=["sjd2"], windows=(2, 8))
+    again = sampling(tmp_path / "again", prompts=PROMPTS[:1], auto_windows=["sjd2"], windows=(2, 8))
     again.load_state_dict(callback.state_dict())
     assert again.methods == callback.methods
     monkeypatch.setattr(callbacks, "resolve_windows", None)  # it would be called to choose again
-    again._choose_windows(None, None, PROMPTS)
+    fit(tmp_path / "again", Module(), again)
+    assert again.methods == callback.methods

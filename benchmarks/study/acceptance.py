@@ -1,6 +1,6 @@
 """What limits acceptance in replay mode, and how far better drafts or other windows could push it.
 
-    python benchmarks/acceptance.py --weights outputs/study/plain-0/model --json outputs/acceptance.json
+    python benchmarks/study/acceptance.py --weights outputs/study/plain-0/model --json outputs/acceptance.json
 
 Tokens a pass (slots, row ends included) without noise, for each window, of
 
@@ -12,7 +12,8 @@ Tokens a pass (slots, row ends included) without noise, for each window, of
 - parts: a window cut into runs that start a row apart, less some slots of lag, for as many slots fed.
 
 And for one window, which drafts were rejected: by entropy of their law, distance to the head, row, column,
-and what was wrong around them when they were drawn. What is done is kept under `--out` and not done again.
+and what was wrong around them when they were drawn. Finished parts are files under `--out` and are not
+computed again.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def pieces(options: argparse.Namespace, stride: int) -> Iterator[tuple[str, int,
 
 @torch.inference_mode()
 def statistics(groups: list[Group], window: int) -> dict[str, Any]:
-    """Of all rejections, and of the laws of the images."""
+    """Statistics of all rejections, and of the laws of the images."""
     watchers = []
     for replay, _ in track(groups, "statistics"):
         watchers.append(Statistics(replay))
@@ -106,7 +107,7 @@ def statistics(groups: list[Group], window: int) -> dict[str, Any]:
 
 
 def measure(backbone: Backbone, options: argparse.Namespace) -> dict[str, Any]:
-    """All that is written to `--json`."""
+    """Everything that `--json` gets."""
     layout = backbone.layout(options.pixels, options.pixels)
     sampling = Sampling(options.temperature, guidance_scale=options.guidance_scale)
     items = held_out_prompts(options.num_prompts)
@@ -160,12 +161,12 @@ def main() -> None:
     """Command line."""
     options = command_line().parse_args()
     found = measure(load_backbone("chameleon", options.weights, options.trunk).eval(), options)
-    show(found)
+    print_tables(found)
     if options.json is not None:
         write_whole(options.json, as_text(found))
 
 
-def show(found: dict[str, Any]) -> None:
+def print_tables(found: dict[str, Any]) -> None:
     """Prints the tables."""
     console, seen = Console(), found["statistics"]
     windows = list(next(iter(found["tokens_a_pass"].values())))
@@ -185,7 +186,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """What may be asked for."""
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
 """How often bootstrap intervals hold what they promise, on synthetic data whose truth is known.
 
-python benchmarks/intervals.py --trials 1000
+python benchmarks/study/intervals.py --trials 1000
 """
 
 from __future__ import annotations

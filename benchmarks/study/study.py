@@ -1,18 +1,18 @@
 """Variants of noise training against decoding without training: tokens a pass over window and levels.
 
     python train.py -m experiment=study/plain,study/recipe seed=0,1
-    python benchmarks/study.py --runs outputs/study --json outputs/study.json
+    python benchmarks/study/study.py --runs outputs/study --json outputs/study.json
 
 Every trained variant decodes the same held-out prompts with the same seeds: in replay mode by each number of
 levels, 0 being plain coupled drafts, and by the lossless methods that need no training, on the same weights.
-What a variant decodes with (schedule of noise, first drafts and so on) is what its train.yaml says of sjd2;
-only window, levels and sampling are set here, and what is asked for behind a plus: `--training-free
+A variant decodes as its train.yaml configures sjd2 (schedule of noise, first drafts and so on). Only window,
+levels and sampling are set here, and fields that are given behind a plus: `--training-free
 mc_sjd+draft_init=repeat_above`, `--noisy +tree.width=3`. A token is a slot, row ends included, as in
 `DecodeStats`; the siblings of a tree are fed beside its window.
 
 Tokens a pass do not depend on the batch, so many prompts are decoded at once; `--time` adds the wall clock of
-single prompts. A setting that is done lies in a file of its own under `--out` and is not decoded again: after
-a kill the same command goes on. Seeds of training are pooled: a prompt counts its passes over all of them.
+single prompts. Each finished setting is a file under `--out` and is not decoded again: after a kill the same
+command continues. Seeds of training are pooled: a prompt counts its passes over all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,15 @@ from benchmarks.likelihood import log_laws
 from benchmarks.study.study_table import COLUMNS, Run, figure, lines, markdown, tabulate
 from sjd2_lightning.config.base import Group
 from sjd2_lightning.config.groups import Decoding
-from sjd2_lightning.config.reading import BASELINE, conf_dir, evaluate_config
+from sjd2_lightning.config.reading import conf_dir, evaluate_config
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
+from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts
-from sjd2_lightning.metrics.efficiency import timed, warm_up
+from sjd2_lightning.evaluation.store import method_fields
+from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import load_backbone
+from sjd2_lightning.noise import NoiseProcess
 from sjd2_lightning.report.figures import figure_png
 from sjd2_lightning.run.files import sha256_of_json, write_whole
 
@@ -63,15 +66,16 @@ TRAINING_FREE = (
 
 
 class Methods(Group):
-    """The part of train.yaml that decoding follows."""
+    """The part of train.yaml that decides decoding."""
 
     methods: dict[str, Decoding]
 
 
 def read_run(folder: Path) -> Run:
-    """What train.py left in its folder."""
+    """A run from the folder that train.py wrote."""
     config = yaml.safe_load((folder / "train.yaml").read_text())
-    methods = Methods.model_validate_json(json.dumps({"methods": config["methods"]})).methods
+    nested = {name: _with_noise(method) for name, method in config["methods"].items()}
+    methods = Methods.model_validate_json(json.dumps({"methods": nested})).methods
     variant = folder.name.removesuffix(f"-{config['seed']}")
     model = config["model"]
     return Run(
@@ -87,8 +91,15 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def _with_noise(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a method; runs from before noise had fields of its own left them beside the others."""
+    names = {field.name for field in fields(NoiseProcess)}
+    noise = {name: value for name, value in method.items() if name in names}
+    return {"noise": noise} | {name: value for name, value in method.items() if name not in names}
+
+
 def finished_runs(folders: Iterable[Path]) -> list[Run]:
-    """Runs in the folders, or in the folders inside them, that left weights; plain variants first."""
+    """Runs with exported weights in the folders, or in folders inside them; plain variants first."""
     places = [inner for folder in folders for inner in (folder, *sorted(folder.glob("*/")))]
     runs = [read_run(place) for place in places if (place / "model" / "backbone.json").is_file()]
     return sorted(runs, key=lambda run: (not run.is_plain, run.variant, run.seed))
@@ -146,9 +157,12 @@ def changed(config: DecodingConfig, changes: str) -> DecodingConfig:
 
 
 def identity(config: DecodingConfig, weights: str, prompts: list[PromptItem]) -> str:
-    """Names all that decides a setting's tokens; a field that a later version adds counts once it is used."""
-    standard = asdict(DecodingConfig(config.method))
-    chosen = {name: value for name, value in asdict(config).items() if value != standard[name]}
+    """Hash of all that decides a setting's tokens; fields with their standard value do not count.
+
+    So a field that a later version adds changes nothing until it is used.
+    """
+    standard = method_fields(DecodingConfig(config.method))
+    chosen = {name: value for name, value in method_fields(config).items() if value != standard[name]}
     return sha256_of_json([config.method, chosen, weights, [asdict(item) for item in prompts]])
 
 
@@ -168,10 +182,10 @@ def decoded(
     batch: int,
     baseline: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Decodes all prompts by one setting: passes, what they committed, and tokens against the baseline's.
+    """Decodes all prompts by one setting: passes, tokens of each pass, and whether tokens are the baseline's.
 
-    The baseline (None: this is it) keeps its tokens, and mean entropy of its law and negative
-    log-probability on its images, in nats a code.
+    The baseline (`baseline` is None) also keeps its tokens and, in nats a code, the mean entropy of its law
+    and the negative log-probability of its images.
     """
     layout = backbone.layout(*pixels)
     found: dict[str, Any] = {"num_slots": layout.num_slots, "nfe": []}
@@ -196,17 +210,17 @@ def decoded(
     if baseline is None:
         return found | {"slot_ids": slot_ids, "entropy": entropy, "nll": nll}
     pairs = zip(slot_ids, baseline["slot_ids"], strict=True)
-    return found | {"equal_to_ar": [ours == theirs for ours, theirs in pairs]}
+    return found | {"equal_to_ar": [own == plain for own, plain in pairs]}
 
 
 def held(path: Path, wanted: str) -> dict[str, Any] | None:
-    """What a file holds if it was made with this identity."""
+    """Content of a file if it has this identity, else None."""
     content = json.loads(path.read_text()) if path.is_file() else {}
     return content if content.get("identity") == wanted else None
 
 
 def measure(run: Run, options: argparse.Namespace) -> None:
-    """Fills a run with what its settings came to, decoding those that are missing."""
+    """Fills a run with the results of its settings, decoding those that are missing."""
     prompts = held_out_prompts(options.num_prompts)
     sampling = f"t{options.temperature:g}-g{options.guidance_scale:g}"
     out = options.out / run.folder.name / sampling
@@ -246,14 +260,14 @@ def measure_times(
         for name, config in configs.items():
             job = partial(decode, backbone, [item.prompt], [item.seed], config, layout)
             if place == 0:
-                warm_up(job, 1, options.device)
+                timed(job, options.device)  # warms up
             seconds[name] = timed(job, options.device)[1]
         run.times.append(seconds)
         write_whole(path, json.dumps({"identity": wanted, "rounds": run.times}))
 
 
 def command_line() -> argparse.ArgumentParser:
-    """What may be asked for."""
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

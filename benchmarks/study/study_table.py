@@ -1,4 +1,4 @@
-"""The tables and the figure of benchmarks/study.py: variants with their seeds pooled, paired by prompt."""
+"""The tables and the figure of benchmarks/study/study.py: seeds of a variant pooled, paired by prompt."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sjd2_lightning.config.reading import BASELINE
 from sjd2_lightning.decoding import DecodingConfig
+from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference, ratio_of_totals
-from sjd2_lightning.metrics.efficiency import speedup_result
 from sjd2_lightning.report.html import method_colour
 
 COLUMNS = (
@@ -28,17 +27,17 @@ Interval = dict[str, Any]  # a value and its interval
 
 @dataclass
 class Run:
-    """One trained variant and what its settings came to.
+    """One trained variant and the results of its settings.
 
     Attributes:
-        folder: of train.py.
+        folder: folder that train.py wrote.
         variant, seed: name of the variant and seed of its training.
-        base: weights that training started from, None for random ones.
-        is_plain: whether it was trained without noise: what the variants of its base are compared with.
-        family, pixels: of the model and its images.
-        method: sjd2 as its train.yaml decodes.
-        losses: "start" and "end" of training by name of the validation loss.
-        found: what each setting came to, see `study.decoded`.
+        base: weights that training started from; None for random ones.
+        is_plain: whether it was trained without noise; variants of the same base are compared with it.
+        family, pixels: family of the model and (height, width) of its images.
+        method: the method sjd2 as train.yaml configures it.
+        losses: first ("start") and last ("end") value of each validation loss by name.
+        found: result of each setting by its name, see `study.decoded`.
         times: seconds of single prompts by setting, one dictionary a prompt.
     """
 
@@ -131,7 +130,7 @@ def setting(
         "over_training_free": ratio(have, own, name, rivals[0]),
         "over_same_window": ratio(have, own, name, alike),
         "over_plain": ratio(have, plain, name, rivals[1]),
-        "speedup": speedup(have, name),
+        "speedup": wall_clock_ratio(have, name),
     }
 
 
@@ -145,33 +144,33 @@ def best(runs: list[Run], names: Iterable[str]) -> str | None:
     return min(passes, key=lambda name: passes[name], default=None)
 
 
-def ratio(ours: list[Run], theirs: list[Run], name: str, rival: str | None) -> Interval | None:
-    """Tokens a pass of a setting over the rival's, over the seeds that both sides have."""
+def ratio(own: list[Run], others: list[Run], name: str, rival: str | None) -> Interval | None:
+    """Tokens a pass of a setting over those of the rival, over the seeds that both sides have."""
     if rival is None:
         return None
-    above, below = _common(theirs, [run for run in ours if name in run.found])
+    above, below = _common(others, [run for run in own if name in run.found])
     if not above:
         return None
-    theirs_nfe, ours_nfe = _sums(above, lambda run: run.nfe(rival)), _sums(below, lambda run: run.nfe(name))
-    return rounded(ratio_of_totals("ratio", theirs_nfe, ours_nfe, "tokens a pass, paired by prompt"))
+    rival_nfe, own_nfe = _sums(above, lambda run: run.nfe(rival)), _sums(below, lambda run: run.nfe(name))
+    return rounded(ratio_of_totals("ratio", rival_nfe, own_nfe, "tokens a pass, paired by prompt"))
 
 
-def speedup(runs: list[Run], name: str) -> Interval | None:
-    """Wall clock of the baseline over the setting's, of the prompts that all runs have timed."""
+def wall_clock_ratio(runs: list[Run], name: str) -> Interval | None:
+    """Wall clock of the baseline over that of the setting, for the prompts that all runs have timed."""
     num = min(len(run.times) for run in runs)
     if num == 0:
         return None
     pairs = [[(one[BASELINE], one[name]) for one in run.times[:num]] for run in runs]
     baseline, seconds = np.sum(pairs, axis=0).T
-    return rounded(speedup_result(baseline, seconds))
+    return rounded(ratio_of_totals("speedup", baseline, seconds, "wall clock, paired by prompt"))
 
 
 def difference(own: list[Run], plain: list[Run], values: Callable[[Run], list[float]]) -> Interval | None:
     """Mean of own minus plain, over the seeds that both have."""
-    ours, theirs = ([run for run in side if values(run)] for side in _common(own, plain))
-    if not ours or len(ours) != len(theirs):
+    own, plain = ([run for run in side if values(run)] for side in _common(own, plain))
+    if not own or len(own) != len(plain):
         return None
-    first, second = _sums(ours, values) / len(ours), _sums(theirs, values) / len(theirs)
+    first, second = _sums(own, values) / len(own), _sums(plain, values) / len(plain)
     return rounded(paired_difference("difference", first, second, "paired by prompt"))
 
 
@@ -208,7 +207,7 @@ def rounded(result: MetricResult) -> Interval:
 
 
 def shown(result: Interval | None, digits: int = 2) -> str:
-    """Value and interval as text; nothing for nothing."""
+    """Value and interval as text; "" for None."""
     if result is None:
         return ""
     ends = "" if result["interval"] is None else ", ".join(f"{end:.{digits}f}" for end in result["interval"])

@@ -6,19 +6,17 @@ import pickle
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 
-from sjd2_lightning.config.groups import ModelConfig, ProtocolConfig, shipped
+from sjd2_lightning.config.groups import ModelConfig, shipped
 from sjd2_lightning.config.runs import SharedConfig, TrainConfig
 from sjd2_lightning.data.datamodule import CodeDataModule
 from sjd2_lightning.data.sources.emoji import load_emoji_index
 from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts, read_prompts
 from sjd2_lightning.evaluation.quality import QualityMetrics
 from sjd2_lightning.evaluation.references import (
-    CocoProtocol,
     ReferenceSet,
     coco_items,
     coco_prompts,
@@ -193,7 +191,7 @@ def build_reference(config: SharedConfig) -> ReferenceSet | None:
     if not config.metrics.features:
         return None
     if config.metrics.protocol is not None:
-        protocol = CocoProtocol(**_places(config.metrics.protocol))
+        protocol = config.metrics.protocol
         return coco_reference(protocol, coco_items(protocol))
     height, width = config.model.image_size
     if config.data.reference_dir is not None:
@@ -207,17 +205,10 @@ def build_prompts(config: SharedConfig, num_prompts: int | None) -> list[PromptI
     None is all that the protocol or the file has, or 64 held-out names.
     """
     if config.metrics.protocol is not None:
-        protocol = CocoProtocol(**_places(config.metrics.protocol))
-        return coco_prompts(coco_items(protocol), config.seed)[:num_prompts]
+        return coco_prompts(coco_items(config.metrics.protocol), config.seed)[:num_prompts]
     if config.data.prompt_file is not None:
         return read_prompts(config.data.prompt_file, config.seed)[:num_prompts]
     return held_out_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed)
-
-
-def _places(protocol: ProtocolConfig) -> dict[str, Any]:
-    """Its values, the places as paths."""
-    places = {"annotations": Path(protocol.annotations), "images": Path(protocol.images)}
-    return {**protocol.model_dump(), **places}
 
 
 def recipe_dir(config: TrainConfig) -> str:

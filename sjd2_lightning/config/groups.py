@@ -12,6 +12,7 @@ from sjd2_lightning.config.base import Count, Group, Natural, Positive, Share, s
 from sjd2_lightning.config.base import shipped as shipped
 from sjd2_lightning.data.places import place
 from sjd2_lightning.decoding.law import Sampling
+from sjd2_lightning.evaluation.references import CocoProtocol
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.weights import WeightsSource
 
@@ -98,28 +99,6 @@ class LoggerConfig(Group):
     wandb: WandbConfig | None
 
 
-class ProtocolConfig(Group):
-    """`protocols.CocoProtocol`."""
-
-    name: Annotated[str, Field(min_length=1)]
-    annotations: str
-    images: str
-    num_images: Count
-
-    def problems(self) -> list[str]:
-        """COCO is not where it should be."""
-        remedy = (
-            "unpack COCO's archives of images and annotations beside each other and give the places with "
-            "metrics.protocol.annotations and metrics.protocol.images"
-        )
-        found = []
-        if not Path(self.annotations).is_file():
-            found.append(f"annotations={self.annotations}: there is no such file; {remedy}")
-        if not Path(self.images).is_dir():
-            found.append(f"images={self.images}: there is no such folder; {remedy}")
-        return found
-
-
 class MetricsConfig(Group):
     """What images are measured with."""
 
@@ -131,7 +110,7 @@ class MetricsConfig(Group):
     num_resamples: Count
     num_distance_resamples: Natural
     nearest_k: Count | None
-    protocol: ProtocolConfig | None
+    protocol: Annotated[CocoProtocol, AfterValidator(sound)] | None
     cache_dir: str | None
 
     def problems(self) -> list[str]:

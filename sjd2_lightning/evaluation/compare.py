@@ -1,7 +1,7 @@
-"""Compares decoding methods on the same prompts and seeds: images first, then figures with intervals.
+"""Compares decoding methods on the same prompts and seeds: all images first, then what they measure.
 
-Source: ours. Every method runs through the same backbone, cache and batching; a killed run goes on where it
-stopped; ranks share the prompts.
+Every method runs through the same backbone, cache and batching. A killed run continues where it stopped.
+Ranks share the prompts.
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from sjd2_lightning import __version__
-from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.evaluation.flops import decoding_flops
-from sjd2_lightning.evaluation.jobs import OnBatch, decode_jobs, explained_by_ties, plan_jobs, unfinished
+from sjd2_lightning.evaluation.jobs import OnBatch, decode_jobs, explained_by_ties, jobs_of_rank, unfinished
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
 from sjd2_lightning.evaluation.references import ReferenceSet
 from sjd2_lightning.evaluation.results import (
-    BASELINE,
     EvaluationResult,
     measure_methods,
     measure_references,
     records_by_method,
 )
-from sjd2_lightning.evaluation.store import ImageRecord, RecordStore, collect_on_rank_zero, discard_other_run
+from sjd2_lightning.evaluation.store import (
+    ImageRecord,
+    RecordStore,
+    collect_on_rank_zero,
+    discard_other_run,
+    method_fields,
+)
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mode
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.run.files import remove_leftovers, sha256_of_json
@@ -42,9 +47,12 @@ _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 
 @dataclass(frozen=True)
 class Decoded:
-    """Images of all methods on disk, which differences from the baseline a near tie explains, and FLOPs.
+    """The images of all methods, before anything is measured.
 
-    `ties` and `flops` are by method and key of an image.
+    Attributes:
+        store: records and images on disk.
+        ties: by method and image key, whether a near tie explains why the image differs from the baseline's.
+        flops: by method and image key, floating-point operations of the passes.
     """
 
     store: RecordStore
@@ -73,25 +81,25 @@ def evaluate_methods(
     Under `torch.distributed` ranks share the prompt batches, and rank 0 measures.
 
     Args:
-        backbone: model; put into eval mode here, and back.
+        backbone: model; decodes in eval mode and gets its modes back.
         methods: configuration of each method by the name it gets in the report; "ar" is the baseline.
-        prompts: with their seeds; see `prompts.held_out_prompts` and `prompts.read_prompts`.
-        layout: `backbone.layout(height_px, width_px)`.
+        prompts: prompts with their seeds; see `prompts.held_out_prompts` and `prompts.read_prompts`.
+        layout: image size and row ends, from `backbone.layout(height_px, width_px)`.
         out_dir: folder of records and images, `images/<method>/<key>.png`; one configuration a folder.
         batch_size: prompts decoded together.
-        metrics: what to measure quality with; None measures speed alone.
+        metrics: quality metrics; None measures speed alone.
         reference: real images of the size of the layout, for the distances and the reference rows.
-        image_tokenizer: for the row of reconstructed real images; None leaves the row out.
+        image_tokenizer: draws the row of reconstructed real images; None leaves the row out.
         warm_up: decode the first batch once by each method before anything is timed.
         replace: remove records and images of another configuration from the folder, instead of raising.
         progress: show a progress bar.
-        on_start: called on rank 0 once all input was found usable and the folder is this run's.
+        on_start: called on rank 0 when all input was found usable and the folder belongs to this run.
 
     Returns:
         The result; None on ranks other than 0.
 
     Raises:
-        ValueError: unusable methods or prompts, or a folder of another configuration, before decoding.
+        ValueError: before decoding, for unusable methods or prompts, or a folder of another configuration.
     """
     if reference is not None and isinstance(reference.images, Tensor):
         size = tuple(reference.images.shape[1:3])
@@ -101,7 +109,7 @@ def evaluate_methods(
                 f"{layout.pixels}; prepare them at that size"
             )
     check_run(backbone, methods, prompts, layout, batch_size)
-    # Real images are read here: one that cannot be must not stop a run that has decoded for hours.
+    # Real images are read before decoding: an unreadable one must not stop a run after hours.
     meter = QualityMeter(metrics or QualityMetrics(), reference) if current_rank()[0] == 0 else None
     decoded = decode_methods(
         backbone,
@@ -134,7 +142,7 @@ def decode_methods(
     progress: bool = True,
     on_start: Callable[[], None] = lambda: None,
 ) -> Decoded | None:
-    """The first half of `evaluate_methods`, with the same arguments, returns None and errors."""
+    """The first half of `evaluate_methods`: same arguments and errors, None on ranks other than 0."""
     check_run(backbone, methods, prompts, layout, batch_size)
     rank, world_size = current_rank()
     identity = run_identity(backbone, methods, prompts, layout, batch_size)
@@ -146,7 +154,7 @@ def decode_methods(
     store = RecordStore(out_dir, identity, rank)
     if rank == 0:
         on_start()
-    jobs = unfinished(plan_jobs(prompts, list(methods), batch_size, rank, world_size), store)
+    jobs = unfinished(jobs_of_rank(prompts, list(methods), batch_size, rank, world_size), store)
     num_images = sum(len(job.prompts) for job in jobs)
     with evaluation_mode(backbone), _progress(progress and rank == 0 and bool(jobs), num_images) as on_batch:
         decode_jobs(backbone, methods, jobs, layout, store, warm_up=warm_up, on_batch=on_batch)
@@ -166,12 +174,12 @@ def run_identity(
     layout: ImageLayout,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Everything that decides the images of a folder, as a JSON object."""
+    """Everything that decides the images of a folder, as a JSON object; see `store.method_fields`."""
     return {
         "code": __version__,
         "weights": weights_hash(backbone),
         "device": backbone.device.type,
-        "methods": {name: asdict(config) for name, config in methods.items()},
+        "methods": {name: method_fields(config) for name, config in methods.items()},
         "prompts": sha256_of_json([asdict(item) for item in prompts]),
         "pixels": list(layout.pixels),
         "batch_size": batch_size,
@@ -185,7 +193,7 @@ def check_run(
     layout: ImageLayout,
     batch_size: int,
 ) -> None:
-    """Refuse what would fail in the middle of a run.
+    """Refuses what would fail in the middle of a run.
 
     Raises:
         ValueError: no or unusable methods, prompts or batch size.
@@ -217,7 +225,7 @@ def _ties(
     records: Mapping[str, Sequence[ImageRecord]],
     layout: ImageLayout,
 ) -> dict[str, dict[str, bool]]:
-    """By method that must replay the baseline: which differing images a near tie explains."""
+    """For each method that must give the baseline's images: which differences a near tie explains."""
     baseline = methods.get(BASELINE)
     if baseline is None or baseline.acceptance != "replay":
         return {}

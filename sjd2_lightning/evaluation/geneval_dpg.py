@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,14 +22,20 @@ from sjd2_lightning.evaluation.store import ImageRecord, RecordStore
 
 NUM_SAMPLES = 4  # images of each prompt, in both benchmarks
 
+# Reads key, prompt and what the layout keeps beside the images, for each prompt of the benchmark.
+Reader = Callable[[Path], list[tuple[str, str, str]]]
+# Writes the images of one key into a folder, with what is kept beside them.
+Writer = Callable[[Path, str, str, list[Path]], None]
+
 
 def benchmark_prompts(benchmark: str, source: str | Path, seed: int = 0) -> list[PromptItem]:
     """The prompts of "geneval" (its metadata file) or "dpg" (its folder of .txt files), in their order.
 
     Raises:
-        ValueError: unknown benchmark, or a source that is missing, empty or unreadable.
+        ValueError: the benchmark is unknown, or the source is missing, empty or unreadable.
     """
-    prompts = [PromptItem(key, text, seed_of(key, seed)) for key, text, _ in _entries(benchmark, source)]
+    read, _ = _layout(benchmark)
+    prompts = [PromptItem(key, text, seed_of(key, seed)) for key, text, _ in read(Path(source))]
     check_prompts(prompts)
     return prompts
 
@@ -45,17 +51,17 @@ def export_benchmark(
 
     Args:
         benchmark: "geneval" or "dpg".
-        source: that the prompts were read from.
-        store: that holds the images.
-        records: of the method: four of each prompt, from `prompts.repeat_prompts`.
-        folder: to write.
+        source: metadata file or folder that the prompts were read from.
+        store: store of the images.
+        records: records of the method, four of each prompt; see `prompts.repeat_prompts`.
+        folder: folder to write.
 
     Raises:
-        ValueError: unknown benchmark, or a prompt that lacks one of its four images.
+        ValueError: the benchmark is unknown, or a prompt lacks one of its four images.
     """
-    write = {"geneval": _write_geneval, "dpg": _write_dpg}[benchmark]
+    read, write = _layout(benchmark)
     paths = {record.key: store.image_path(record) for record in records}
-    wanted = [entry for entry in _entries(benchmark, source) if entry[0] in paths]
+    wanted = [entry for entry in read(Path(source)) if entry[0] in paths]
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
@@ -75,15 +81,6 @@ def export_benchmark(
     return folder
 
 
-def _entries(benchmark: str, source: str | Path) -> list[tuple[str, str, str]]:
-    """Key, prompt, and what the layout keeps of it beside."""
-    if benchmark == "geneval":
-        return _geneval_entries(Path(source))
-    if benchmark == "dpg":
-        return _dpg_entries(Path(source))
-    raise ValueError(f"unknown benchmark {benchmark!r}; choose geneval or dpg")
-
-
 def _geneval_entries(source: Path) -> list[tuple[str, str, str]]:
     """Key, prompt and line of each entry of evaluation_metadata.jsonl."""
     entries: list[tuple[str, str, str]] = []
@@ -100,7 +97,7 @@ def _geneval_entries(source: Path) -> list[tuple[str, str, str]]:
 
 
 def _dpg_entries(source: Path) -> list[tuple[str, str, str]]:
-    """Key, prompt and nothing of each text file."""
+    """Key and prompt of each text file; its layout keeps nothing more."""
     if not source.is_dir():
         raise ValueError(f"{source} is no folder; give DPG-Bench's folder of prompts, one .txt a prompt")
     try:
@@ -125,5 +122,17 @@ def _write_dpg(folder: Path, key: str, _: str, images: list[Path]) -> None:
 
 
 def _grid(images: list[Tensor]) -> Tensor:
-    """Four images (h, w, 3) as one (2 h, 2 w, 3): the first two above."""
+    """Four images (h, w, 3) as one (2 h, 2 w, 3), the first two in the upper row."""
     return torch.cat([torch.cat(images[:2], dim=1), torch.cat(images[2:], dim=1)], dim=0)
+
+
+_LAYOUTS: dict[str, tuple[Reader, Writer]] = {
+    "geneval": (_geneval_entries, _write_geneval),
+    "dpg": (_dpg_entries, _write_dpg),
+}
+
+
+def _layout(benchmark: str) -> tuple[Reader, Writer]:
+    if benchmark not in _LAYOUTS:
+        raise ValueError(f"unknown benchmark {benchmark!r}; choose {' or '.join(_LAYOUTS)}")
+    return _LAYOUTS[benchmark]

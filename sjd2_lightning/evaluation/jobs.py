@@ -1,7 +1,7 @@
-"""Decodes prompts by several methods side by side, so that drift of the machine hits all methods alike.
+"""Decodes prompts by several methods in turn, so that drift of the machine hits all methods alike.
 
-Source: ours. Every prompt batch is decoded by every method in turn, in an order that rotates with the batch;
-timing covers prefill and token decoding, not the image decoder, which is the same for all.
+Every prompt batch is decoded by every method, in an order that rotates with the batch. Timing covers prefill
+and token decoding, not the image decoder, which is the same for all methods.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ class Job:
     prompts: tuple[PromptItem, ...]
 
 
-def plan_jobs(
+def jobs_of_rank(
     prompts: Sequence[PromptItem], methods: Sequence[str], batch_size: int, rank: int = 0, world_size: int = 1
 ) -> list[Job]:
     """Jobs of one rank, in the order they run.
 
-    Batches are cut before they are dealt to ranks: the batch an image is decoded in does not depend on the
-    number of ranks.
+    Batches are cut before ranks share them: an image's batch does not depend on the number of ranks.
     """
     batches = [tuple(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     jobs = []
@@ -51,7 +50,7 @@ def plan_jobs(
 
 
 def unfinished(jobs: Sequence[Job], store: RecordStore) -> list[Job]:
-    """Jobs that lack a record."""
+    """The jobs of which at least one image has no record yet."""
     done = {(record.method, record.key) for record in store.load()}
     return [job for job in jobs if any((job.method, item.key) not in done for item in job.prompts)]
 
@@ -66,27 +65,30 @@ def decode_jobs(
     warm_up: bool = True,
     on_batch: OnBatch = lambda method, num_images: None,
 ) -> None:
-    """Decodes jobs, and keeps records and images in the store.
+    """Decodes jobs and writes their records and images.
 
     Args:
         backbone: model, in eval mode.
-        methods: configuration of each method the jobs name.
-        jobs: from `plan_jobs`, without those that are done.
-        layout: of the images.
-        store: where records and images go.
+        methods: configuration of each method that the jobs name.
+        jobs: jobs to run, from `unfinished`.
+        layout: image size and row ends.
+        store: takes records and images.
         warm_up: decode the first batch once by each method, unrecorded, before anything is timed.
-        on_batch: called with method and number of images after each job.
+        on_batch: called after each job with its method and number of images.
     """
     if warm_up and jobs:
         for name in dict.fromkeys(job.method for job in jobs):
             _decode(backbone, jobs[0].prompts, methods[name], layout)
     process = uuid4().hex[:12]
     for job in jobs:
+        # 1. decode the codes: all that is timed
         call = partial(_decode, backbone, job.prompts, methods[job.method], layout)
         with peak_memory(backbone.device) as peak:
             output, seconds = timed(call, backbone.device)
+        # 2. draw the images
         with torch.no_grad():
             images = to_uint8(backbone.decode_images(output.image_ids))
+        # 3. write images and records; only now is the job done
         records = [
             replace(record, peak_bytes=peak.num_bytes)
             for record in _records(job, output, layout, seconds, process)
@@ -103,19 +105,19 @@ def explained_by_ties(
     other: Sequence[ImageRecord],
     layout: ImageLayout,
 ) -> dict[str, bool]:
-    """For each image that differs from the baseline's in replay mode: may rounding be why?
+    """Whether rounding may explain each image that differs from the baseline's in replay mode.
 
-    It may if the two best perturbed scores of the first slot that differs lie within 1e-5 in either
-    decoding. Only batches with a difference are decoded again, with an observer and untimed.
+    It may where, in either decoding, the two best perturbed scores of the first slot that differs lie within
+    1e-5. Only batches with a difference are decoded again, with an observer and untimed.
 
     Args:
         backbone: model, in eval mode.
         method, baseline: configurations, both in replay mode.
         own, other: records of all prompts by the method and by the baseline, in the same order.
-        layout: of the images.
+        layout: image size and row ends.
 
     Returns:
-        By key of each image that differs, whether a near tie explains it.
+        For the key of each image that differs, whether a near tie explains it.
     """
     differing = {b.key: _first_difference(a, b, layout) for a, b in zip(own, other, strict=True)}
     differing = {key: slot for key, slot in differing.items() if slot is not None}
@@ -135,7 +137,7 @@ def explained_by_ties(
 
 
 def _first_difference(own: ImageRecord, other: ImageRecord, layout: ImageLayout) -> int | None:
-    """Slot of the first code that differs; None if all are equal."""
+    """Slot of the first code that differs; None if all codes are equal."""
     for place, (a, b) in enumerate(zip(own.image_ids, other.image_ids, strict=True)):
         if a != b:
             return int(layout.code_slots[place])

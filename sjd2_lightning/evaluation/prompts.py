@@ -1,6 +1,6 @@
 """Prompts to decode, each with its own seed: from the held-out emoji names or from a file.
 
-Source: ours. A prompt's seed depends on its key alone, so that a longer list repeats a shorter one.
+A prompt's seed depends on its key alone, so a longer list begins with the images of a shorter one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_TAR_TEXT = 1_000_000  # bytes read of one prompt
 
 @dataclass(frozen=True)
 class PromptItem:
-    """One image to decode: `key` names its files, `seed` decides its randomness."""
+    """One image to decode: `key` names its files, `seed` decides all its random numbers."""
 
     key: str
     prompt: str
@@ -38,7 +38,7 @@ def seed_of(key: str, seed: int = 0) -> int:
 
 
 def held_out_order(seed: int = 0) -> list[EmojiImage]:
-    """Held-out pictures, one of every concept before the second of any; the same on every machine."""
+    """Held-out pictures, one of every concept before the second of any; the order is the same everywhere."""
     by_concept: dict[str, list[EmojiImage]] = defaultdict(list)
     for item in load_emoji_index():
         if item.split == "val":
@@ -56,7 +56,7 @@ def held_out_prompts(num_prompts: int | None = None, seed: int = 0) -> list[Prom
     """The first `num_prompts` (None: all) held-out emoji names, spread over concepts.
 
     Raises:
-        ValueError: if there are fewer.
+        ValueError: there are fewer.
     """
     found = held_out_order(seed)
     if num_prompts is None:
@@ -73,7 +73,7 @@ def repeat_prompts(prompts: Sequence[PromptItem], samples_per_prompt: int) -> li
     """Every prompt with `samples_per_prompt` seeds; the first repeat keeps key and seed.
 
     Raises:
-        ValueError: if `samples_per_prompt` is below 1.
+        ValueError: `samples_per_prompt` is below 1.
     """
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
@@ -98,7 +98,7 @@ def read_prompts(path: str | Path, seed: int = 0) -> list[PromptItem]:
     a key it is named by its files.
 
     Raises:
-        ValueError: if the file is missing, unreadable, or holds an unusable prompt.
+        ValueError: the file is missing, unreadable, or holds an unusable prompt.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".json", ".tar"):
@@ -126,7 +126,7 @@ def read_prompts(path: str | Path, seed: int = 0) -> list[PromptItem]:
 
 
 def check_prompts(prompts: Sequence[PromptItem]) -> None:
-    """Refuse a list that cannot be decoded.
+    """Refuses a list that cannot be decoded.
 
     Raises:
         ValueError: no prompts, an empty one, a key that is no file name or occurs twice, a bad seed.
@@ -152,7 +152,7 @@ def _text_entries(path: Path) -> Any:
 
 
 def _tar_entries(path: Path) -> list[Any]:
-    """Objects of a WebDataset file, by its own rule: a sample's name ends at the first dot of a file's."""
+    """Entries of a WebDataset file, whose samples are named up to the first dot of a file name."""
     found: dict[str, Any] = {}
     with tarfile.open(path) as archive:
         for member in archive:

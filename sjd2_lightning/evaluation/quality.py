@@ -1,7 +1,7 @@
-"""Quality of image sets: distances to real images and CLIP score, every image looked at once (ours).
+"""Quality of image sets: distances to real images and CLIP scores, each different image computed once.
 
-Methods that replay the same randomness draw the same images. Features and embeddings are kept by content
-within one `QualityMeter`, so equal images cost nothing and get equal numbers, to the last bit.
+Methods that replay the same randomness draw the same images. A `QualityMeter` keeps features and embeddings
+by content, so equal images cost nothing and get equal numbers, to the last bit.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class QualityMetrics:
     """What to measure images with.
 
     Attributes:
-        extractors: of features for the figures fd, kid, precision, recall, density and coverage; the first
-            one gives them these names, each further one appends its own, as in `fd_<name>`.
+        extractors: feature extractors behind fd, kid, precision, recall, density and coverage; results of the
+            first one have these names, those of a further one end in its name, as in `fd_<name>`.
         clip: scorer of images against prompts; None leaves the CLIP score out.
         num_resamples: bootstrap resamples of means.
         num_distance_resamples: bootstrap resamples of distances; 0 leaves their intervals out.
         nearest_k: neighbours that precision, recall, density and coverage look at; None leaves them out.
-        cache_dir: keeps features of the reference images between runs; None computes them every time.
+        cache_dir: folder that keeps features of the reference images between runs; None computes them anew.
     """
 
     extractors: Sequence[FeatureExtractor] = ()
@@ -50,9 +50,9 @@ class QualityMetrics:
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures of one image set by name, and the CLIP score of each image (empty without a scorer)."""
+    """What one image set measured, by name, and the CLIP score of each image (empty without a scorer)."""
 
-    figures: dict[str, MetricResult]
+    measured: dict[str, MetricResult]
     clip_scores: tuple[float, ...]
 
 
@@ -60,7 +60,7 @@ class QualityMeter:
     """Measures image sets against one reference set.
 
     Args:
-        metrics: what to measure with.
+        metrics: extractors and scorer.
         reference: real images; None leaves the distances out.
     """
 
@@ -78,13 +78,13 @@ class QualityMeter:
         ]
 
     def forget_images(self) -> None:
-        """Drops what was kept of images; features of the reference stay."""
+        """Drops features and embeddings of measured images; features of the reference stay."""
         for cache in (*self._features, *filter(None, [self._embeddings])):
             cache.rows.clear()
         self._measured.clear()
 
     def measure(self, images: Sequence[Tensor], captions: Sequence[str]) -> Quality:
-        """Quality of uint8 images (h, w, 3) that should show their captions; "" means no caption is known."""
+        """Quality of uint8 images (h, w, 3) with their captions; "" where no caption is known."""
         keys = [_content(image) for image in images]
         content = hashlib.sha256(b"".join(keys) + "\n".join(captions).encode()).digest()
         if content not in self._measured:
@@ -92,7 +92,7 @@ class QualityMeter:
         return self._measured[content]
 
     def _measure(self, images: Sequence[Tensor], keys: Sequence[bytes], captions: Sequence[str]) -> Quality:
-        figures: dict[str, MetricResult] = {}
+        measured: dict[str, MetricResult] = {}
         for place, (extractor, reference) in enumerate(
             zip(self.metrics.extractors, self._reference, strict=True)
         ):
@@ -102,14 +102,14 @@ class QualityMeter:
             generated = FeatureSet(extractor.name, extractor.preprocessing, rows, self._weights[place])
             suffix = f"_{extractor.name}" if place else ""
             resamples = self.metrics.num_distance_resamples
-            figures[f"fd{suffix}"] = frechet_result(generated, reference, resamples)
-            figures[f"kid{suffix}"] = kid_result(generated, reference, resamples)
+            measured[f"fd{suffix}"] = frechet_result(generated, reference, resamples)
+            measured[f"kid{suffix}"] = kid_result(generated, reference, resamples)
             nearest_k = self.metrics.nearest_k
             if nearest_k is not None and min(len(images), reference.num_images) > nearest_k:
                 found = manifold_results(generated, reference, nearest_k, self.metrics.num_resamples)
-                figures |= {f"{name}{suffix}": result for name, result in found.items()}
-        clip_figures, scores = self._alignment(images, keys, captions)
-        return Quality(figures | clip_figures, scores)
+                measured |= {f"{name}{suffix}": result for name, result in found.items()}
+        alignment, scores = self._alignment(images, keys, captions)
+        return Quality(measured | alignment, scores)
 
     def _alignment(
         self, images: Sequence[Tensor], keys: Sequence[bytes], captions: Sequence[str]
@@ -122,15 +122,15 @@ class QualityMeter:
         weights = f" (weights {self._clip_weights[:12]})" if self._clip_weights else ""
         protocol = f"open_clip {clip.name}{weights}, the resize of that model"
         resamples = self.metrics.num_resamples
-        figures = {"clip_score": mean_result(clip.metric_name, matched, protocol, resamples)}
+        measured = {"clip_score": mean_result(clip.metric_name, matched, protocol, resamples)}
         if len(set(captions)) > 1:
             shuffled = scores_of_others(embedded, texts, captions).numpy()
             against = f"{protocol}, mean over all other prompts"
             name = f"{clip.metric_name}_shuffled"
-            figures["clip_score_shuffled"] = mean_result(name, shuffled, against, resamples)
+            measured["clip_score_shuffled"] = mean_result(name, shuffled, against, resamples)
             name = f"{clip.metric_name}_matched_minus_shuffled"
-            figures["clip_gain"] = paired_difference(name, matched, shuffled, against, resamples)
-        return figures, tuple(matched.tolist())
+            measured["clip_gain"] = paired_difference(name, matched, shuffled, against, resamples)
+        return measured, tuple(matched.tolist())
 
     def _reference_features(
         self, extractor: FeatureExtractor, weights: str, reference: ReferenceSet | None
@@ -146,7 +146,7 @@ class QualityMeter:
 
 
 class _ContentCache:
-    """A function of images, row by row, that sees every different image once."""
+    """A function from images to rows that is called once for every different image."""
 
     def __init__(self, function: Callable[[Sequence[Tensor]], Tensor]) -> None:
         self.function = function
@@ -165,7 +165,7 @@ def _content(image: Tensor) -> bytes:
 
 
 def _weights_sha256(module: object) -> str:
-    """ "" for what has no weights of its own to name."""
+    """Hash of a module's weights; "" for what has none of its own."""
     return weights_hash(module) if isinstance(module, nn.Module) and module.state_dict() else ""
 
 

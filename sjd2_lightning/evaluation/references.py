@@ -1,4 +1,7 @@
-"""Real images that generated ones are measured against, and altered copies that show the scale (ours)."""
+"""Real images that generated ones are measured against: emoji, a folder, COCO.
+
+Altered copies of real images show the scale of a distance.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True)
 class ReferenceSet:
-    """Real images, uint8, with their keys and, where known, captions ("" if not).
+    """Real images.
 
     Attributes:
-        images: (M, h, w, 3) at the size of generated images, or M images of any sizes that are read when they
-            are looked at; of the latter there are no altered copies.
-        num_prompts: that the protocol of this name asks for; None where nothing is asked for.
+        name: name of the set in reports.
+        keys: name of each image.
+        captions: caption of each image; "" where none is known.
+        images: (M, h, w, 3) uint8 at the size of generated images, or M images of any sizes that are read
+            when they are looked at; the latter have no altered copies.
+        num_prompts: number of prompts that the set's protocol asks for; None where it asks for none.
     """
 
     name: str
@@ -53,10 +59,10 @@ class ReferenceSet:
         return digest.hexdigest()
 
     def matching(self, prompts: Sequence[PromptItem]) -> ReferenceSet:
-        """The images the prompts name, as many as there are prompts if possible.
+        """The images that the prompts name, as many as there are prompts if possible.
 
-        Prompts of another origin name none: then images are taken evenly from the whole set. A distance
-        depends on the number of images, so rows are only comparable at equal numbers.
+        Where the prompts name none, images are taken evenly from the whole set. A distance depends on the
+        number of images: only rows of equal numbers compare.
         """
         wanted = {item.key for item in prompts}
         chosen = [i for i, key in enumerate(self.keys) if key in wanted]
@@ -85,7 +91,7 @@ def image_folder(folder: str | Path, size: tuple[int, int]) -> ReferenceSet:
     """Images of a folder, their middle resized to `size` = (height, width); captions from `<stem>.txt`.
 
     Raises:
-        ValueError: if the folder is missing, holds fewer than two images, or one that cannot be read.
+        ValueError: the folder is missing, holds fewer than two images, or one that cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -104,7 +110,7 @@ def image_folder(folder: str | Path, size: tuple[int, int]) -> ReferenceSet:
 def reference_rows(reference: ReferenceSet, tokenizer: ImageTokenizer | None) -> dict[str, Tensor]:
     """The images as they are, through the tokenizer, blurred, and patch-shuffled; (M, h, w, 3) uint8 each.
 
-    Empty for images that lie on the disk in sizes of their own.
+    Empty for images that have sizes of their own.
     """
     if not isinstance(reference.images, Tensor):
         return {}
@@ -117,7 +123,7 @@ def reference_rows(reference: ReferenceSet, tokenizer: ImageTokenizer | None) ->
 
 
 def reconstructed(images: Tensor, tokenizer: ImageTokenizer, batch_size: int = 32) -> Tensor:
-    """Images (M, h, w, 3) encoded and decoded by the image tokenizer: the best a trunk could draw."""
+    """Images (M, h, w, 3) encoded and decoded by the image tokenizer: the best that a trunk could draw."""
     device = (
         next((p.device for p in tokenizer.parameters()), None)
         if isinstance(tokenizer, torch.nn.Module)
@@ -172,7 +178,7 @@ class CocoProtocol:
     """Captions and images of COCO, as its archives unpack.
 
     Attributes:
-        name: of the protocol; goes into every report.
+        name: name of the protocol; goes into every report.
         annotations: a captions_*.json.
         images: the folder of the JPEGs that it names.
         num_images: captions to draw, each of another image.
@@ -182,6 +188,23 @@ class CocoProtocol:
     annotations: Path
     images: Path
     num_images: int
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a line each, starting with the key."""
+        remedy = (
+            "unpack COCO's archives of images and annotations beside each other and give the places with "
+            "metrics.protocol.annotations and metrics.protocol.images"
+        )
+        found = []
+        if not self.name:
+            found.append("name: is empty; give the protocol a name for the report")
+        if self.num_images < 1:
+            found.append(f"num_images={self.num_images}: must be at least 1")
+        if not self.annotations.is_file():
+            found.append(f"annotations={self.annotations}: there is no such file; {remedy}")
+        if not self.images.is_dir():
+            found.append(f"images={self.images}: there is no such folder; {remedy}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -201,10 +224,10 @@ def coco_items(protocol: CocoProtocol) -> list[CocoItem]:
     """The images of a protocol with one caption each, in the order of their ids.
 
     The caption of an image is the one with the lowest annotation id. Where the file holds more images than
-    the protocol wants, those are taken whose id has the smallest sha256: a fixed draw that no seed changes.
+    the protocol wants, those whose id has the smallest sha256 are taken: a fixed draw that no seed changes.
 
     Raises:
-        ValueError: the file is missing, is no COCO captions file, or holds too few captioned images.
+        ValueError: the file is missing, is no COCO captions file, or holds too few images with captions.
     """
     images, captions = _read(protocol.annotations)
     chosen = sorted(images.keys() & captions.keys())
@@ -227,7 +250,7 @@ def coco_reference(protocol: CocoProtocol, items: Sequence[CocoItem]) -> Referen
     """The images of the captions at their own sizes; the extractor resizes them, as clean-fid does.
 
     Raises:
-        ValueError: an image is not in the folder. One that cannot be read is an error when it is looked at.
+        ValueError: an image is not in the folder; an unreadable one raises when it is looked at.
     """
     paths = [protocol.images / item.file_name for item in items]
     missing = [path for path in paths if not path.is_file()]

@@ -1,4 +1,4 @@
-"""Figures of decoded images: what each method cost and what its images are worth, with intervals (ours)."""
+"""Results of a comparison: what each method cost and how good its images are, with intervals and warnings."""
 
 from __future__ import annotations
 
@@ -8,43 +8,44 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.evaluation.quality import Quality, QualityMeter
 from sjd2_lightning.evaluation.references import reference_rows
 from sjd2_lightning.evaluation.store import ImageRecord, RecordStore
 from sjd2_lightning.metrics.bootstrap import (
+    Interval,
     MetricResult,
     mean_result,
     paired_difference,
     percentile_interval,
     ratio_of_totals,
 )
-from sjd2_lightning.metrics.efficiency import latency_summary
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
-
-BASELINE = "ar"
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """What one method did.
+    """What one method cost and how good its images are.
 
     Attributes:
-        figures: nfe, step_compression, speedup, seconds_per_image, images_per_second, flops_per_token,
+        name: its name in the report.
+        config: what it decoded with.
+        measured: nfe, step_compression, speedup, seconds_per_image, images_per_second, flops_per_token,
             peak_memory_gib, fd, kid, precision, recall, density, coverage, clip_score, clip_score_shuffled,
-            clip_gain, clip_score_minus_ar; a figure that could not be measured is absent.
+            clip_gain, clip_score_minus_ar; what could not be measured is absent.
         seconds_p95: 95th percentile of the seconds an image.
         acceptance_counts: entry n counts the forward passes that committed n slots.
         equal_to_ar: share of images whose codes equal the baseline's; None without a baseline.
-        near_ties: images that differ from the baseline's in replay mode and where rounding may be why: the
-            two best perturbed scores lie within 1e-5 at the first slot that differs.
-        records: of all images, in the order of the prompts; `clip_scores` has one entry each, or is empty.
+        near_ties: number of images that differ from the baseline's in replay mode where rounding may be why;
+            see `jobs.explained_by_ties`.
+        records: records of all images, in the order of the prompts.
+        clip_scores: CLIP score of each image, or empty.
     """
 
     name: str
     config: DecodingConfig
-    figures: dict[str, MetricResult]
+    measured: dict[str, MetricResult]
     seconds_p95: float
     acceptance_counts: tuple[int, ...]
     equal_to_ar: float | None
@@ -59,12 +60,16 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Results of all methods, of the reference rows, and what must be said about them.
+    """Results of all methods and of the reference rows.
 
     Attributes:
-        references: real images as they are, reconstructed, blurred, patch-shuffled; empty without reference.
-        warnings: sentences a reader needs before the figures.
+        methods: results by name of the method.
+        references: number and quality of real images by name of the row: as they are, reconstructed, blurred,
+            patch-shuffled; empty without a reference.
+        prompts: prompts in their order.
+        warnings: sentences that a reader needs before the numbers.
         store: records and images.
+        reference_name, reference_identity: name and sha256 of the real images; None without a reference.
     """
 
     methods: dict[str, MethodResult]
@@ -85,19 +90,19 @@ def measure_methods(
     ties: Mapping[str, Mapping[str, bool]] | None = None,
     flops: Mapping[str, Mapping[str, float]] | None = None,
 ) -> EvaluationResult:
-    """Figures of images that were decoded before.
+    """Measures images that were decoded before.
 
     Args:
         store: records and images.
         methods, prompts: what was decoded.
-        meter: measures the images.
-        references: of `measure_references`.
-        ties: by method in replay mode and key of an image that differs from the baseline's, whether a near
-            tie explains it; see `generation.explained_by_ties`.
-        flops: by method and key of an image, floating-point operations of its passes.
+        meter: measures the quality of the images.
+        references: rows of real images, from `measure_references`.
+        ties: by method and image key, whether a near tie explains why the image differs from the baseline's;
+            see `jobs.explained_by_ties`.
+        flops: by method and image key, floating-point operations of the passes.
 
     Raises:
-        ValueError: if an image is missing or cannot be read.
+        ValueError: an image is missing or cannot be read.
     """
     records = records_by_method(store, methods, prompts)
     ties = ties or {}
@@ -111,7 +116,7 @@ def measure_methods(
         for name, config in methods.items()
     }
     for name, by_key in (flops or {}).items():
-        results[name].figures["flops_per_token"] = ratio_of_totals(
+        results[name].measured["flops_per_token"] = ratio_of_totals(
             "flops_per_token",
             [by_key[record.key] for record in records[name]],
             [record.num_generated for record in records[name]],
@@ -135,7 +140,7 @@ def measure_references(
 ) -> dict[str, tuple[int, Quality]]:
     """Number and quality of the real images that the prompts name, as they are and altered.
 
-    They show the scale: what no method can beat, and what a spoilt image scores.
+    They show the scale: what no method can beat, and what degraded images score.
     """
     if meter.reference is None:
         return {}
@@ -152,7 +157,7 @@ def records_by_method(
     """Records of each method, in the order of the prompts.
 
     Raises:
-        ValueError: if an image is missing.
+        ValueError: an image is missing.
     """
     found = {(record.method, record.key): record for record in store.load()}
     methods = list(methods)
@@ -173,7 +178,7 @@ def _method_result(
     near_ties: int,
 ) -> MethodResult:
     own, baseline = records[name], records.get(BASELINE)
-    figures = {
+    measured = {
         "nfe": mean_result(
             "nfe", [r.nfe for r in own], "forward passes an image, prefill excluded", num_resamples
         ),
@@ -185,21 +190,21 @@ def _method_result(
             num_resamples,
         ),
     }
-    seconds = latency_summary([r.seconds / r.batch_size for r in own])
-    figures |= _clock_figures(own, seconds.median, num_resamples)
+    median, seconds_p95 = np.quantile([r.seconds / r.batch_size for r in own], [0.5, 0.95])
+    measured |= _clock(own, float(median), num_resamples)
     if baseline is not None:
-        figures["speedup"] = speedup(baseline, own, num_resamples)
+        measured["speedup"] = speedup(baseline, own, num_resamples)
         scores, baseline_scores = qualities[name].clip_scores, qualities[BASELINE].clip_scores
         if scores and name != BASELINE:
-            figures["clip_score_minus_ar"] = paired_difference(
+            measured["clip_score_minus_ar"] = paired_difference(
                 "clip_score_minus_ar", scores, baseline_scores, "paired by prompt and seed", num_resamples
             )
     counts = Counter(count for record in own for count in record.accepted)
     return MethodResult(
         name=name,
         config=config,
-        figures=figures | qualities[name].figures,
-        seconds_p95=seconds.p95,
+        measured=measured | qualities[name].measured,
+        seconds_p95=float(seconds_p95),
         acceptance_counts=tuple(counts[n] for n in range(max(counts, default=0) + 1)),
         equal_to_ar=None if baseline is None else _share_equal(own, baseline),
         near_ties=near_ties,
@@ -208,16 +213,10 @@ def _method_result(
     )
 
 
-def _clock_figures(
-    own: Sequence[ImageRecord], median: float, num_resamples: int, seed: int = 0
-) -> dict[str, MetricResult]:
+def _clock(own: Sequence[ImageRecord], median: float, num_resamples: int) -> dict[str, MetricResult]:
     """Latency, throughput and memory; intervals resample batches, which is what was timed."""
     batches = list({record.batch: record for record in own}.values())
-    taken = np.array([record.seconds / record.batch_size for record in batches])
-    interval = None
-    if num_resamples and len(batches) > 1:
-        rows = np.random.default_rng(seed).integers(0, len(taken), (num_resamples, len(taken)))
-        interval = percentile_interval(np.median(taken[rows], axis=1))
+    interval = _median_interval([record.seconds / record.batch_size for record in batches], num_resamples)
     found = {
         "seconds_per_image": MetricResult(
             "seconds_per_image", median, interval, len(own), "wall clock of a batch / images in it, median"
@@ -245,19 +244,24 @@ def speedup(
     """Median over prompt batches of baseline seconds / method seconds; the interval resamples batches.
 
     Only batches that one process decoded by both methods are paired: a run that was stopped and resumed may
-    have met another machine in between. Without any such batch all are paired, and the figure is flagged.
+    have changed machines in between. Without any such batch all are paired, and the result is flagged.
     """
-    ours = {record.batch: record for record in method}
-    theirs = {record.batch: record for record in baseline}
-    paired = [batch for batch in theirs if ours[batch].process == theirs[batch].process]
+    own = {record.batch: record for record in method}
+    plain = {record.batch: record for record in baseline}
+    paired = [batch for batch in plain if own[batch].process == plain[batch].process]
     flags = () if paired else ("baseline and method were not timed side by side",)
-    ratios = np.array([theirs[batch].seconds / ours[batch].seconds for batch in paired or theirs])
-    interval = None
-    if num_resamples and len(ratios) > 1:
-        rows = np.random.default_rng(seed).integers(0, len(ratios), (num_resamples, len(ratios)))
-        interval = percentile_interval(np.median(ratios[rows], axis=1))
+    ratios = [plain[batch].seconds / own[batch].seconds for batch in paired or plain]
+    interval = _median_interval(ratios, num_resamples, seed)
     protocol = f"wall clock, median ratio over {len(ratios)} prompt batches decoded by both methods in turn"
     return MetricResult("speedup", float(np.median(ratios)), interval, len(method), protocol, flags)
+
+
+def _median_interval(values: Sequence[float], num_resamples: int, seed: int = 0) -> Interval | None:
+    """Bootstrap interval of the median of values (N,)."""
+    if not num_resamples or len(values) < 2:
+        return None
+    rows = np.random.default_rng(seed).integers(0, len(values), (num_resamples, len(values)))
+    return percentile_interval(np.median(np.array(values)[rows], axis=1))
 
 
 def _share_equal(own: Sequence[ImageRecord], baseline: Sequence[ImageRecord]) -> float:
@@ -270,21 +274,22 @@ def _protocol_warnings(meter: QualityMeter, num_prompts: int) -> Iterator[str]:
     if meter.reference and wanted is not None and wanted != num_prompts:
         yield (
             f"{meter.reference.name} asks for {wanted} prompts and {num_prompts} were decoded: "
-            "not comparable with published figures"
+            "not comparable with published numbers"
         )
 
 
 def _warnings(results: Mapping[str, MethodResult], ties: Mapping[str, Mapping[str, bool]]) -> Iterator[str]:
-    methods_of: dict[tuple[str, str], list[str]] = {}  # by flag and figure
+    # One sentence for each flag: all metrics that carry it, and the methods where not all methods do.
+    methods_of: dict[tuple[str, str], list[str]] = {}  # by flag and metric
     for name, result in results.items():
-        for figure in result.figures.values():
-            for flag in figure.flags:
-                methods_of.setdefault((flag, figure.name), []).append(name)
-    figures_of: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (flag, figure_name), names in methods_of.items():
-        figures_of.setdefault((flag, tuple(names)), []).append(figure_name)
-    for (flag, methods), figure_names in figures_of.items():
-        text = f"{', '.join(figure_names)}: {flag}"
+        for measure in result.measured.values():
+            for flag in measure.flags:
+                methods_of.setdefault((flag, measure.name), []).append(name)
+    metrics_of: dict[tuple[str, tuple[str, ...]], list[str]] = {}  # by flag and methods
+    for (flag, metric), names in methods_of.items():
+        metrics_of.setdefault((flag, tuple(names)), []).append(metric)
+    for (flag, methods), metrics in metrics_of.items():
+        text = f"{', '.join(metrics)}: {flag}"
         yield text if len(methods) == len(results) else f"{text} ({', '.join(methods)})"
     if BASELINE not in results:
         yield f"no method is called {BASELINE!r}: there is no baseline for speedup and equality"

@@ -1,7 +1,8 @@
-"""What a comparison leaves on disk: one record and one PNG an image, so that a killed run can go on.
+"""Records and images of a comparison on disk: a killed run continues from them.
 
-Source: ours. A record is appended, and forced to the disk, after its PNG lies there: a record present means
-work done. A folder belongs to one configuration, whose hash it carries.
+Every image has one record and one PNG. The record is appended, and forced to the disk, after the PNG is
+written: where there is a record, the work is done. A folder belongs to one configuration, whose hash it
+carries.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor, distributed
 
 from sjd2_lightning.data.pictures import LazyImages, png_bytes, read_image
+from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.run.files import sha256_of_json, write_whole
 from sjd2_lightning.run.processes import wait_for_all
 
@@ -31,14 +33,18 @@ class ImageRecord:
     """One decoded image without its pixels.
 
     Attributes:
-        batch, batch_size: number of the prompt batch it was decoded in, and rows of that batch.
-        nfe, num_generated: forward passes and generated slots, structural ones included.
-        accepted: slots committed by each pass.
-        settled_iteration: pass, from 0, that committed each code, raster order.
-        image_ids: the codes, raster order; `size` is (height, width) in codes.
+        key, prompt, seed: the prompt item.
+        method: name of the method.
+        batch, batch_size: number of the image's prompt batch, and rows of that batch.
+        nfe: forward passes, prefill excluded.
+        num_generated: generated slots, structural ones included.
+        accepted: number of slots that each pass committed.
+        settled_iteration: pass, from 0, that committed each code; raster order.
+        image_ids: the codes, raster order.
+        size: (height, width) in codes.
         seconds: wall clock of decoding the whole batch.
-        process: names the process; only decodes of one process are compared in time.
-        peak_bytes: most memory the device held while decoding the batch; None where it cannot be told.
+        process: name of the process; only decodes of one process are compared in time.
+        peak_bytes: most memory the device held while it decoded the batch; None where it cannot be told.
     """
 
     key: str
@@ -59,9 +65,18 @@ class ImageRecord:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ImageRecord:
-        """A record from the object that `json` read."""
+        """A record from its JSON object."""
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
         return cls(**plain)
+
+
+def method_fields(config: DecodingConfig) -> dict[str, Any]:
+    """A method as run.json and report.json hold it: the fields of its noise lie beside the others.
+
+    Keep this form: a folder continues only where the hash of its identity is the same as before.
+    """
+    fields = asdict(config)
+    return fields.pop("noise") | fields
 
 
 def discard_other_run(folder: str | Path, identity: Mapping[str, Any]) -> bool:
@@ -78,7 +93,7 @@ def discard_other_run(folder: str | Path, identity: Mapping[str, Any]) -> bool:
         if json.loads(run_file.read_text())["hash"] == sha256_of_json(identity):
             return False
     except (ValueError, KeyError, TypeError):
-        pass  # no usable hash: nobody can go on with this folder
+        pass  # no usable hash: no run can continue here
     for path in folder.glob("records*.jsonl"):
         path.unlink()
     shutil.rmtree(folder / "images", ignore_errors=True)
@@ -90,12 +105,12 @@ class RecordStore:
     """Records and images of one folder.
 
     Args:
-        folder: created when missing.
+        folder: place of records and images; created when missing.
         identity: JSON object of everything that decides the images; a folder holds one identity only.
-        rank: of the process, which appends to a file of its own.
+        rank: rank of this process; each rank appends to a file of its own.
 
     Raises:
-        ValueError: if the folder holds images of another identity, naming what differs.
+        ValueError: the folder holds images of another identity; the message names what differs.
     """
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any], rank: int = 0) -> None:
@@ -107,11 +122,11 @@ class RecordStore:
         _cut_torn_line(self.path)
 
     def image_path(self, record: ImageRecord) -> Path:
-        """Where the PNG of a record lies."""
+        """Path of a record's PNG."""
         return self.folder / "images" / record.method / f"{record.key}.png"
 
     def append(self, records: Sequence[ImageRecord], images: Iterable[Tensor | np.ndarray]) -> None:
-        """Keeps decoded images, uint8 (h, w, 3) each: first the PNGs, then all their records at once."""
+        """Writes decoded images, uint8 (h, w, 3) each: first the PNGs, then all their records at once."""
         for record, pixels in zip(records, images, strict=True):
             write_whole(self.image_path(record), png_bytes(pixels))
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
@@ -121,10 +136,10 @@ class RecordStore:
             os.fsync(file.fileno())
 
     def load(self) -> list[ImageRecord]:
-        """Records of all ranks whose PNG is there, one for each method and key, by batch and method."""
+        """Records of all ranks whose PNG exists, one for each method and key, sorted by batch and method."""
         found: dict[tuple[str, str], ImageRecord] = {}
         for path in sorted(self.folder.glob("records*.jsonl")):
-            # Behind the last newline lies what a kill cut short, or what another rank is writing now.
+            # Behind the last newline is what a kill cut short, or what another rank is writing now.
             whole, _, _ = path.read_text().rpartition("\n")
             for number, line in enumerate(whole.splitlines(), start=1):
                 try:
@@ -138,7 +153,7 @@ class RecordStore:
         return sorted(found.values(), key=lambda record: (record.batch, record.method, record.key))
 
     def images(self, records: Sequence[ImageRecord]) -> LazyImages:
-        """Pixels of records, read when they are looked at; one that cannot be read is a ValueError then."""
+        """Pixels of records, each read when it is looked at; an unreadable one raises ValueError then."""
         return LazyImages(read_image, [self.image_path(record) for record in records])
 
     def _claim(self, identity: Mapping[str, Any]) -> None:
@@ -181,9 +196,9 @@ def _differences(held: Any, wanted: Any, prefix: str = "") -> list[str]:
 
 
 def collect_on_rank_zero(store: RecordStore, rank: int, world_size: int) -> None:
-    """Waits for all ranks, then copies to rank 0's folder what it cannot see there.
+    """Waits for all ranks, then copies what they decoded into rank 0's folder.
 
-    On a shared file system that is nothing. Records are told apart by method and key, so none comes twice.
+    On a shared file system nothing is copied. A record is known by method and key, so none is copied twice.
     """
     if world_size == 1:
         return

@@ -16,23 +16,21 @@ import open_clip
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
 from sjd2_lightning.metrics.features import Images
 
 CONFIG_FILE = "open_clip_config.json"
 
 
 class CLIPScorer:
-    """Scores images against captions with one CLIP.
+    """One CLIP: embeds images and captions, whose cosines are scores.
 
     Args:
         model: an open_clip model; put into evaluation mode.
-        preprocess: its evaluation transform, PIL image -> (3, h, w).
-        tokenize: captions -> token ids (B, context).
-        name: of the weights; part of every metric's name.
-        device: where the model runs.
+        preprocess: evaluation transform of the model, PIL image -> (3, h, w).
+        tokenize: tokenizer of the model, captions -> token ids (B, context).
+        name: name of the weights; part of every metric's name.
+        device: device that the model runs on.
     """
 
     def __init__(
@@ -75,33 +73,23 @@ class CLIPScorer:
             parts.append(self.model.encode_text(ids.to(self.device), normalize=True))
         return torch.cat(parts).float().cpu()
 
-    def score(self, images: Images, captions: Sequence[str], batch_size: int = 64) -> Tensor:
-        """100 * max(cos, 0) of each image with its caption, (N,) float32 (Hessel et al. 2021, eq. 1).
-
-        Raises:
-            ValueError: no images, or not as many captions as images.
-        """
-        if len(images) != len(captions) or len(images) == 0:
-            raise ValueError(f"{len(images)} images for {len(captions)} captions; give one caption an image")
-        return own_scores(self.embed_images(images, batch_size), self.embed_captions(captions))
-
-    def result(
-        self, images: Images, captions: Sequence[str], num_resamples: int = 2000, seed: int = 0
-    ) -> MetricResult:
-        """Mean score with its bootstrap interval over images; raises as `score` does."""
-        scores = self.score(images, captions).numpy()
-        return mean_result(self.metric_name, scores, f"open_clip {self.name}", num_resamples, seed)
-
 
 def own_scores(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """CLIP scores (N,) of images with their own captions, unit embeddings (N, D) each."""
+    """100 * max(cos, 0) of each image with its own caption (N,), from unit embeddings (N, D) of both.
+
+    Source: Hessel et al. 2021, eq. 1.
+    """
     return (image_embeds * text_embeds).sum(-1).clamp(min=0).mul(100)
 
 
 def scores_of_others(image_embeds: Tensor, text_embeds: Tensor, captions: Sequence[str]) -> Tensor:
-    """CLIP score (N,) of each image averaged over all captions that differ from its own (ours).
+    """CLIP score of each image averaged over all captions that differ from its own, (N,) (ours).
 
-    The mean that one shuffled caption an image estimates, without the noise of the shuffle.
+    What shuffled captions score in the mean, without the noise of one shuffle.
+
+    Args:
+        image_embeds, text_embeds: (N, D) unit embeddings of images and of their captions.
+        captions: the N captions.
 
     Raises:
         ValueError: all captions are equal.
@@ -117,61 +105,17 @@ def scores_of_others(image_embeds: Tensor, text_embeds: Tensor, captions: Sequen
     return torch.cat(means)
 
 
-def matched_minus_shuffled(
-    scorer: CLIPScorer, images: Images, captions: Sequence[str], num_resamples: int = 2000, seed: int = 0
-) -> MetricResult:
-    """Score with the own caption minus the mean score with the others', paired by image (ours).
-
-    What a CLIP score is worth: near 0, the scorer does not read captions, or the images do not show them.
-
-    Raises:
-        ValueError: all captions are equal, or their number is not that of the images.
-    """
-    if len(images) != len(captions):
-        raise ValueError(f"{len(images)} images for {len(captions)} captions; give one caption an image")
-    embedded, texts = scorer.embed_images(images), scorer.embed_captions(captions)
-    matched, shuffled = own_scores(embedded, texts), scores_of_others(embedded, texts, captions)
-    name = f"{scorer.metric_name}_matched_minus_shuffled"
-    protocol = f"open_clip {scorer.name}, mean over all other captions"
-    return paired_difference(name, matched.numpy(), shuffled.numpy(), protocol, num_resamples, seed)
-
-
-class CLIPScore(Metric):
-    """Mean CLIP score as a torchmetrics accumulator: sums over batches and over ranks."""
-
-    higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-    total: Tensor
-    num_images: Tensor
-
-    def __init__(self, scorer: CLIPScorer) -> None:
-        super().__init__()
-        self.scorer = scorer
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, images: Images, captions: Sequence[str]) -> None:
-        """Adds uint8 images (B, h, w, 3) with their captions."""
-        self.total += self.scorer.score(images, captions).double().sum().to(self.total.device)
-        self.num_images += len(captions)
-
-    def compute(self) -> Tensor:
-        """Mean over all images seen, scalar float64."""
-        return self.total / self.num_images
-
-
 def load_clip_scorer(
     source: str | Path, pretrained: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> CLIPScorer:
-    """A scorer from a local folder, a hub name, or an open_clip architecture with weights (open_clip).
+    """A scorer from a local folder, a hub name, or an open_clip architecture with weights.
 
     Args:
         source: a folder (open_clip_config.json, weights and, if it names one, a tokenizer: never any
             network), "hf-hub:owner/model", or an architecture such as "ViT-B-32".
-        pretrained: with an architecture: a weight file, read with weights_only, or open_clip's tag of the
+        pretrained: weights of an architecture: a file, read with weights_only, or open_clip's tag of the
             weights ("openai"), which is downloaded when it is not cached.
-        device: where the model runs.
+        device: device that the model runs on.
 
     Raises:
         ValueError: the folder is incomplete, the architecture unknown, the weights missing or unreadable.

@@ -14,14 +14,20 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 Interval = tuple[float, float]
+CONFIDENCE = 0.95  # coverage that every interval aims at
 
 
 @dataclass(frozen=True)
 class MetricResult:
     """One number with what is needed to read it.
 
-    `protocol` says how it was measured (extractor, resize, reference size); `flags` are sentences on what
-    the number must not be used for; `interval` is None when no resampling was asked for or possible.
+    Attributes:
+        name: name of the metric, with that of its extractor or scorer.
+        value: the number.
+        interval: its bootstrap interval; None where no resampling was asked for or possible.
+        num_images: images that it comes from.
+        protocol: how it was measured: extractor, resize, reference images.
+        flags: sentences on what the number must not be used for.
     """
 
     name: str
@@ -30,53 +36,37 @@ class MetricResult:
     num_images: int
     protocol: str
     flags: tuple[str, ...] = ()
-    confidence: float = 0.95
 
 
 def mean_result(
-    name: str,
-    values: ArrayLike,
-    protocol: str,
-    num_resamples: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    name: str, values: ArrayLike, protocol: str, num_resamples: int = 2000, seed: int = 0
 ) -> MetricResult:
-    """Mean of per-image values with its bootstrap interval (ours).
+    """Mean of per-image values with its bootstrap interval.
 
     Args:
-        name: name of the result.
+        name: name of the metric.
         values: (N,) one value an image.
         protocol: how the values were measured.
         num_resamples: bootstrap resamples; 0 leaves the interval out.
-        seed: of the resampling; the same seed resamples the same images.
-        confidence: coverage aimed at.
-
-    Returns:
-        The mean as a `MetricResult`.
+        seed: seed of the resampling; the same seed resamples the same images.
 
     Raises:
-        ValueError: no values, or values that are not finite.
+        ValueError: there are no values, or some are not finite.
     """
     sample = _checked(name, values)
-    interval = _interval((sample,), np.mean, num_resamples, seed, confidence)
-    return MetricResult(name, float(sample.mean()), interval, len(sample), protocol, (), confidence)
+    interval = _interval((sample,), np.mean, num_resamples, seed)
+    return MetricResult(name, float(sample.mean()), interval, len(sample), protocol)
 
 
 def paired_difference(
-    name: str,
-    first: ArrayLike,
-    second: ArrayLike,
-    protocol: str,
-    num_resamples: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    name: str, first: ArrayLike, second: ArrayLike, protocol: str, num_resamples: int = 2000, seed: int = 0
 ) -> MetricResult:
-    """Mean of first - second over the same images, with its paired bootstrap interval (ours).
+    """Mean of first - second over the same images, with its paired bootstrap interval.
 
-    Args and Raises as in `mean_result`; `first` and `second` are (N,), row by row of the same image.
+    `first` and `second` are (N,), row by row of the same image; see `mean_result` for the rest.
     """
     minuend, subtrahend = _checked_pair(name, first, second)
-    return mean_result(name, minuend - subtrahend, protocol, num_resamples, seed, confidence)
+    return mean_result(name, minuend - subtrahend, protocol, num_resamples, seed)
 
 
 def ratio_of_totals(
@@ -86,11 +76,10 @@ def ratio_of_totals(
     protocol: str,
     num_resamples: int = 2000,
     seed: int = 0,
-    confidence: float = 0.95,
 ) -> MetricResult:
-    """sum(numerators) / sum(denominators), with an interval that resamples the pairs (ours).
+    """sum(numerators) / sum(denominators), with an interval that resamples the pairs.
 
-    Args and Raises as in `mean_result`; both are (N,), row by row of the same prompt, denominators positive.
+    Both are (N,), row by row of the same prompt, denominators positive; see `mean_result` for the rest.
     """
     above, below = _checked_pair(name, numerators, denominators)
     if (below <= 0).any():
@@ -99,34 +88,30 @@ def ratio_of_totals(
     def ratio(a: NDArray[Any], b: NDArray[Any], axis: int = -1) -> NDArray[Any]:
         return a.sum(axis=axis) / b.sum(axis=axis)
 
-    interval = _interval((above, below), ratio, num_resamples, seed, confidence)
+    interval = _interval((above, below), ratio, num_resamples, seed)
     value = float(above.sum() / below.sum())
-    return MetricResult(name, value, interval, len(above), protocol, (), confidence)
+    return MetricResult(name, value, interval, len(above), protocol)
 
 
 def resample_counts(num_items: int, num_resamples: int, seed: int) -> NDArray[np.int64]:
     """How often each item occurs in each bootstrap resample, (num_resamples, num_items).
 
-    For statistics that are cheaper by weight than by index, and that must not take a repeated image for
-    two similar ones (Frechet and kernel distance).
+    For the kernel distance: it is cheaper by weight than by index, and must not take a repeated image for two
+    similar ones.
     """
     rng = np.random.default_rng(seed)
     return rng.multinomial(num_items, np.full(num_items, 1 / num_items), size=num_resamples)
 
 
-def percentile_interval(replicates: ArrayLike, confidence: float = 0.95) -> Interval:
-    """The central `confidence` share of the bootstrap replicates (R,)."""
-    tail = (1 - confidence) / 2
+def percentile_interval(replicates: ArrayLike) -> Interval:
+    """The central `CONFIDENCE` share of the bootstrap replicates (R,)."""
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.asarray(replicates, dtype=np.float64), [tail, 1 - tail])
     return float(low), float(high)
 
 
 def _interval(
-    samples: tuple[NDArray[Any], ...],
-    statistic: Callable[..., Any],
-    num_resamples: int,
-    seed: int,
-    confidence: float,
+    samples: tuple[NDArray[Any], ...], statistic: Callable[..., Any], num_resamples: int, seed: int
 ) -> Interval | None:
     if num_resamples == 0 or len(samples[0]) < 2:
         return None
@@ -136,9 +121,9 @@ def _interval(
         paired=len(samples) > 1,
         vectorized=True,
         n_resamples=num_resamples,
-        # Bounds the resampled matrix at about 40 MB, whatever the number of images.
+        # bounds the matrix of resamples at about 40 MB, whatever the number of images
         batch=max(1, 5_000_000 // len(samples[0])),
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval

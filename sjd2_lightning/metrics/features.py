@@ -1,7 +1,7 @@
-"""Image features for distances between image sets: the extractors, and a cache of reference features.
+"""Image features for distances between image sets: extractors, and a cache of reference features.
 
-Resizing is clean-fid's (Parmar et al. 2022, "On Aliased Resizing"): PIL on float channels, antialiased,
-never rounded back to 8 bits. Reading PNG is left to the caller.
+Images are resized as by clean-fid (Parmar et al. 2022, "On Aliased Resizing"): by PIL on float channels,
+antialiased, never rounded back to 8 bits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ INCEPTION_FILE = "inception-2015-12-05.pt"
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """Maps uint8 images (B, h, w, 3) to float32 features (B, dim); name and preprocessing identify it."""
+    """Maps uint8 images (B, h, w, 3) to float32 features (B, dim).
+
+    Features of one `name` and `preprocessing` compare.
+    """
 
     name: str
     preprocessing: str
@@ -44,7 +47,7 @@ class FeatureExtractor(Protocol):
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Mean (d,) and unbiased covariance (d, d) of features, float64, and how many they come from."""
+    """Mean (d,) and unbiased covariance (d, d) of the features of `num_images` images, float64."""
 
     mean: Tensor
     covariance: Tensor
@@ -63,16 +66,20 @@ class FeatureStatistics:
 
     @cached_property
     def root(self) -> Tensor:
-        """Symmetric root (d, d) of the covariance: seconds for d = 1280, so once for each set."""
+        """Symmetric root (d, d) of the covariance; takes seconds for d = 1280, so it is kept."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features (N, dim), float32 on the CPU, of one set of images, with what they were made by.
+    """Features of one set of images, and what made them.
 
-    `weights` is the sha256 of the extractor's weights, `images_sha256` that of the images; "" where unknown.
+    Attributes:
+        extractor, preprocessing: name and resize of the extractor.
+        features: (N, dim) float32 on the CPU.
+        weights: sha256 of the extractor's weights; "" where unknown.
+        images_sha256: sha256 of the images; "" where unknown.
     """
 
     extractor: str
@@ -91,7 +98,7 @@ class FeatureSet:
 
     @cached_property
     def statistics(self) -> FeatureStatistics:
-        """Their mean and covariance; raises ValueError for fewer than two images."""
+        """Mean and covariance of the features; raises ValueError for fewer than two images."""
         return FeatureStatistics.of(self.features)
 
 
@@ -110,7 +117,7 @@ class _ResizedFeatures(nn.Module):
         self._resize = make_resizer("PIL", False, "bicubic", (self.side, self.side))
 
     def forward(self, images: Images) -> Tensor:
-        """Features of uint8 images (B, h, w, 3) in 0..255, any sizes: (B, dim) float32 (ours).
+        """Features (B, dim) float32 of uint8 images (B, h, w, 3) in 0..255, of any sizes.
 
         Raises:
             ValueError: an image is not uint8 with three channels.
@@ -150,9 +157,9 @@ class InceptionCleanFID(_ResizedFeatures):
     """clean-fid's Inception-v3 (the weights of the original FID) with its resize: the comparable FID.
 
     Args:
-        weights_dir: folder of `inception-2015-12-05.pt`; default: torch's folder of checkpoints.
+        weights_dir: folder of `inception-2015-12-05.pt`; None takes torch's folder of checkpoints.
         allow_download: fetch the file when it is missing; otherwise a missing file is an error.
-        device: where the network runs.
+        device: device that the network runs on.
 
     Raises:
         ValueError: the weights are missing and `allow_download` is False.
@@ -191,10 +198,10 @@ def load_feature_extractor(
     weights_dir: str | Path | None = None,
     allow_download: bool = False,
 ) -> FeatureExtractor:
-    """The extractor of that name; `weights_dir` and `allow_download` concern Inception only (ours).
+    """The extractor of that name; `weights_dir` and `allow_download` concern Inception only.
 
     Raises:
-        ValueError: unknown name, or weights missing.
+        ValueError: the name is unknown, or weights are missing.
     """
     if name == InceptionCleanFID.name:
         return InceptionCleanFID(weights_dir, allow_download, device)
@@ -207,7 +214,7 @@ def load_feature_extractor(
 def extract_features(
     extractor: FeatureExtractor, images: Images, batch_size: int = 32, weights: str = ""
 ) -> FeatureSet:
-    """Features of uint8 images, (N, h, w, 3) or N times (h, w, 3), read `batch_size` at a time (ours).
+    """Features of uint8 images, (N, h, w, 3) or N times (h, w, 3), read `batch_size` at a time.
 
     `weights` is the sha256 of the extractor's weights, where it is known.
 
@@ -227,10 +234,10 @@ def cached_features(
     batch_size: int = 32,
     weights: str = "",
 ) -> FeatureSet:
-    """`extract_features`, kept in `cache_dir` under a hash of what decides them (ours).
+    """`extract_features`, kept in `cache_dir` under a hash of everything that decides them.
 
-    The file is named by the images' bytes and order, the extractor, its weights and its preprocessing, so a
-    changed set of images can never meet old features. An unreadable file is written anew.
+    That is the images' bytes and order, the extractor, its weights and its preprocessing: changed images
+    never get old features. An unreadable file is written anew.
     """
     path = Path(cache_dir) / f"{extractor.name}-{_content_hash(extractor, images, weights)}.safetensors"
     if path.is_file():

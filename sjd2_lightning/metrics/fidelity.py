@@ -43,13 +43,13 @@ def frechet_contributions(features: Tensor, reference: FeatureStatistics) -> Ten
     """What each image adds to the Frechet distance to first order: (N,) float64 whose mean is the distance.
 
     Source: ours, the influence function of eq. 6. An image x weighs |x - mu1|^2 + 2 (x - mu1).(mu1 - mu2)
-    minus its part in the root of the trace, up to a constant. Resampling these is resampling the distance
-    without its bias, which grows when a resample repeats images (its spread comes out 2 times too wide at
-    N below the dimension), and without an eigendecomposition for each resample.
+    minus its part in the root of the trace, up to a constant. To resample these contributions is to resample
+    the distance, but without an eigendecomposition for each resample, and without the bias of repeated images
+    (it makes the spread 2 times too wide at N below the dimension).
 
     Args:
-        features: (N, d) of the images to judge.
-        reference: of the images to match.
+        features: (N, d) features of generated images.
+        reference: statistics of reference images.
 
     Raises:
         ValueError: the feature sizes differ, or fewer than two images.
@@ -73,42 +73,34 @@ def frechet_contributions(features: Tensor, reference: FeatureStatistics) -> Ten
 
 
 def frechet_result(
-    generated: FeatureSet,
-    reference: FeatureSet,
-    num_resamples: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    generated: FeatureSet, reference: FeatureSet, num_resamples: int = 2000, seed: int = 0
 ) -> MetricResult:
-    """Frechet distance of generated to reference images with a bootstrap interval over the generated (ours).
+    """Frechet distance of generated to reference images, with a bootstrap interval over the generated ones.
 
-    The interval is the spread between sets of this N against this reference; it says nothing on the bias
-    that N brings. Equal seeds resample equal rows, so methods measured on the same prompts are paired.
+    The interval is the spread between sets of this N against this reference; it does not show the bias that
+    depends on N. Equal seeds resample equal rows, so methods measured on the same prompts are paired.
 
     Raises:
-        ValueError: the sets were made by different extractors, or hold fewer than two images.
+        ValueError: the extractors differ, or a set holds fewer than two images.
     """
     check_comparable(generated, reference)
     contributions = frechet_contributions(generated.features, reference.statistics)
     name, protocol = _metric_name("fd", generated), distance_protocol(generated, reference)
-    result = mean_result(name, contributions.numpy(), protocol, num_resamples, seed, confidence)
+    result = mean_result(name, contributions.numpy(), protocol, num_resamples, seed)
     interval = result.interval and (max(result.interval[0], 0.0), result.interval[1])
     return replace(result, interval=interval, flags=_flags(generated, biased=True))
 
 
 def kid_result(
-    generated: FeatureSet,
-    reference: FeatureSet,
-    num_resamples: int = 200,
-    seed: int = 0,
-    confidence: float = 0.95,
+    generated: FeatureSet, reference: FeatureSet, num_resamples: int = 200, seed: int = 0
 ) -> MetricResult:
     """Unbiased squared MMD with k(x, y) = (x.y / d + 1)^3 over all images (Binkowski et al. 2018, section 4).
 
-    The interval resamples both sets. Repeats of one image are weights, never pairs: a pair of equal images
-    would bring back the diagonal that makes the estimate unbiased by its absence.
+    The interval resamples both sets. A repeated image counts as a weight, never as a pair: pairs of equal
+    images would bring back the diagonal, without which the estimate is unbiased.
 
     Raises:
-        ValueError: different extractors, or fewer than two images in a set.
+        ValueError: the extractors differ, or a set holds fewer than two images.
     """
     check_comparable(generated, reference)
     if min(generated.num_images, reference.num_images) < 2:
@@ -121,9 +113,9 @@ def kid_result(
         + _mean_over_pairs(y, y_weights)
         - 2 * _weighted_kernel_sum(x, y, x_weights, y_weights) / (x_weights.sum(1) * y_weights.sum(1))
     )
-    # A resample of few images may be one image alone, which has no pair to look at.
+    # a resample of few images may be one image alone, which has no pairs
     replicates = estimates[1:][estimates[1:].isfinite()]
-    interval = percentile_interval(replicates.numpy(), confidence) if len(replicates) else None
+    interval = percentile_interval(replicates.numpy()) if len(replicates) else None
     return MetricResult(
         _metric_name("kid", generated),
         float(estimates[0]),
@@ -131,7 +123,6 @@ def kid_result(
         generated.num_images,
         distance_protocol(generated, reference),
         _flags(generated, biased=False),
-        confidence,
     )
 
 
@@ -186,7 +177,11 @@ def _flags(generated: FeatureSet, biased: bool) -> tuple[str, ...]:
 
 
 def check_comparable(generated: FeatureSet, reference: FeatureSet) -> None:
-    """Raises ValueError for features of different extractors, weights or resizes."""
+    """Refuses features of different extractors, weights or resizes.
+
+    Raises:
+        ValueError: they differ.
+    """
     made = [(s.extractor, s.preprocessing, s.dim, s.weights) for s in (generated, reference)]
     if made[0] != made[1]:
         raise ValueError(f"features of {made[0]} and {made[1]} have no distance; use one extractor for both")

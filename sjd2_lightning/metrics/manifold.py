@@ -23,11 +23,11 @@ _ROUNDING = 1e-12  # of squared distances, relative to the norms: below it two i
 
 @dataclass(frozen=True)
 class Manifold:
-    """What each image adds; a figure is the mean over its images, all float64.
+    """What each image adds to the four metrics; each metric is the mean over its images. All float64.
 
     Attributes:
-        precision, density: (N,) of the generated images.
-        recall, coverage: (M,) of the real images.
+        precision, density: (N,) values of the generated images.
+        recall, coverage: (M,) values of the real images.
     """
 
     precision: Tensor
@@ -44,12 +44,12 @@ def manifold(generated: Tensor, reference: Tensor, nearest_k: int = 5) -> Manifo
     ball of a real image holds a generated one.
 
     Args:
-        generated: (N, d) features.
-        reference: (M, d) features.
-        nearest_k: k.
+        generated: (N, d) features of generated images.
+        reference: (M, d) features of real images.
+        nearest_k: the neighbour, counted from 1, that a ball reaches to.
 
     Raises:
-        ValueError: k is below 1, or a set does not hold more than k images.
+        ValueError: `nearest_k` is below 1, or a set does not hold more images than that.
     """
     least = min(len(generated), len(reference))
     if not 1 <= nearest_k < least:
@@ -83,13 +83,13 @@ def manifold_results(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, MetricResult]:
-    """The four figures by name, with intervals (ours).
+    """The four metrics by name, with intervals.
 
-    Intervals resample the images that a figure is a mean over, with all neighbourhoods as they are: generated
-    images for precision and density, real ones for recall and coverage.
+    Intervals resample the images that a metric is the mean over (generated ones for precision and density,
+    real ones for recall and coverage) and leave all neighbourhoods as they are.
 
     Raises:
-        ValueError: different extractors, or a set that does not hold more than k images.
+        ValueError: the extractors differ, or a set does not hold more than `nearest_k` images.
     """
     check_comparable(generated, reference)
     found = manifold(generated.features, reference.features, nearest_k)

@@ -1,6 +1,6 @@
-"""Pages from templates: strict, escaped, with one script that the page itself allows.
+"""What a page is made of: templates, figures as inline SVG, embedded images. Nothing comes from elsewhere.
 
-Source: ours.
+Templates are strict and escaped. A page allows one script, its own, by the hash in its policy.
 """
 
 from __future__ import annotations
@@ -18,16 +18,34 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+# Colours that figures are drawn with; templates/base.css has a variable for each.
+METHOD_COLOURS = (
+    "#7a7f87", "#4c78a8", "#f58518", "#54a24b", "#b279a2", "#d6575a", "#3fa7a0", "#9d755d", "#c5a020"
+)  # fmt: skip
+TEXT, QUIET, LINE = "#000000", "#61666d", "#d9dce0"
+
+# A page holds an image of up to LOSSLESS_PX a side as it is, a larger one as WebP of at most MAX_PX a side.
+LOSSLESS_PX, MAX_PX = 256, 512
+_WEBP_QUALITY = 88
+
 _TEMPLATES = Path(__file__).parent / "templates"
+_VARIABLES = {TEXT: "--text", QUIET: "--quiet", LINE: "--line"} | {
+    colour: f"--method-{place}" for place, colour in enumerate(METHOD_COLOURS)
+}
+_STYLE: dict[Any, str] = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}
+_DROPPED = re.compile(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", re.DOTALL)
+_ID = re.compile(r"(\bid=\"|href=\"#|url\(#)")
+_FONT = re.compile(r"font: ([\d.]+)px [^;\"]*")
+_SIZE = re.compile(r"<svg [^>]*?viewBox=\"([^\"]+)\"[^>]*>")
 
 
 def render(template: str, title: str, **values: Any) -> str:
     """A page as text; `templates/<stem>.css` and `.js` become part of it where they exist.
 
     Args:
-        template: its file name.
-        title: of the page.
-        values: what the template names; one that is missing raises jinja2.UndefinedError.
+        template: file name of the template.
+        title: title of the page.
+        values: values that the template names; a missing one raises jinja2.UndefinedError.
     """
     stem = template.removesuffix(".html")
     style = _text("base.css") + _text(f"{stem}.css")
@@ -40,7 +58,7 @@ def render(template: str, title: str, **values: Any) -> str:
             title=title,
             style=style,
             script=script,
-            # nothing from elsewhere, and no script but the one whose hash this is
+            # nothing from elsewhere, and no script but the one with this hash
             policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src "
             + (f"'sha256-{digest}'" if script else "'none'"),
             **values,
@@ -64,23 +82,8 @@ def _text(name: str) -> str:
     return path.read_text() if path.is_file() else ""
 
 
-# Colours that figures are drawn with, and the page's variables (templates/base.css) that stand for them.
-METHOD_COLOURS = (
-    "#7a7f87", "#4c78a8", "#f58518", "#54a24b", "#b279a2", "#d6575a", "#3fa7a0", "#9d755d", "#c5a020"
-)  # fmt: skip
-TEXT, QUIET, LINE = "#000000", "#61666d", "#d9dce0"
-_VARIABLES = {TEXT: "--text", QUIET: "--quiet", LINE: "--line"} | {
-    colour: f"--method-{place}" for place, colour in enumerate(METHOD_COLOURS)
-}
-_STYLE: dict[Any, str] = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}
-_DROPPED = re.compile(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", re.DOTALL)
-_ID = re.compile(r"(\bid=\"|href=\"#|url\(#)")
-_FONT = re.compile(r"font: ([\d.]+)px [^;\"]*")
-_SIZE = re.compile(r"<svg [^>]*?viewBox=\"([^\"]+)\"[^>]*>")
-
-
 def method_colour(place: int) -> str:
-    """Colour of the method at this place of the comparison, in every figure."""
+    """Colour of the method at this place of the comparison, the same in every figure."""
     return METHOD_COLOURS[place % len(METHOD_COLOURS)]
 
 
@@ -88,9 +91,9 @@ def figure_svg(figure: Figure, name: str, label: str) -> str:
     """A figure as an `<svg>` element without style sheet, colours or fonts of its own.
 
     Args:
-        figure: drawn in the colours of this module.
-        name: unique on the page; goes in front of every id.
-        label: what it shows, for readers that cannot see it.
+        figure: a figure in the colours of this module.
+        name: unique name on the page; goes in front of every id.
+        label: what the figure shows, for readers who cannot see it.
     """
     buffer = io.StringIO()
     with rc_context(_STYLE):
@@ -106,25 +109,18 @@ def figure_svg(figure: Figure, name: str, label: str) -> str:
     return re.sub(r"\s*\n\s*", " ", _SIZE.sub(lambda found: found.expand(head), text, count=1))
 
 
-LOSSLESS_PX, MAX_PX = (
-    256,
-    512,
-)  # up to the first side a page holds the file as it is, else WebP up to the second
-_QUALITY = 88
-
-
 def data_uri(data: bytes, kind: str = "png") -> str:
-    """Bytes of an image as an address that needs no network."""
+    """Bytes of an image file as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def embedded_image(path: Path) -> str:
-    """A PNG as data URI: small ones unchanged, large ones as WebP of at most 512 pixels a side."""
+    """A PNG as data URI: unchanged up to `LOSSLESS_PX` a side, else as WebP of at most `MAX_PX`."""
     with Image.open(path) as image:
         if max(image.size) <= LOSSLESS_PX:
             return data_uri(path.read_bytes())
         small = image.convert("RGB")
     small.thumbnail((MAX_PX, MAX_PX))
     buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=_QUALITY)
+    small.save(buffer, "WEBP", quality=_WEBP_QUALITY)
     return data_uri(buffer.getvalue(), "webp")

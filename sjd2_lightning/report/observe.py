@@ -1,6 +1,10 @@
-"""What a report shows beyond the records: trajectories, replays and the cost of a pass.
+"""Decodes a few prompts once more and keeps what a report shows of them.
 
-Source: ours. All of it is taken after the comparison and never timed with it.
+- trajectory: the model's guess for each code after each forward pass;
+- settling: from which pass on those guesses are final;
+- replay: partial images on the way, drawn from the guesses.
+
+Also times single passes. All of it happens after the comparison and is never timed with it.
 """
 
 from __future__ import annotations
@@ -23,125 +27,22 @@ from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mod
 from sjd2_lightning.models.image_tokenizer import to_uint8
 from sjd2_lightning.report.cost import PassCost, measure_pass_costs
 
-
-@dataclass(frozen=True)
-class Observations:
-    """Trajectories of the first prompts by every method, their replays, and the cost of a pass by window."""
-
-    trajectories: tuple[Trajectory, ...] = ()
-    replays: tuple[Replay, ...] = ()
-    pass_costs: tuple[PassCost, ...] = ()
-
-
-def observe(
-    backbone: Backbone,
-    result: EvaluationResult,
-    layout: ImageLayout,
-    *,
-    num_trajectories: int,
-    num_frames: int,
-    cost_windows: Sequence[int],
-) -> Observations:
-    """Decodes the first prompts again with an observer, draws partial images, times single passes.
-
-    Args:
-        backbone: model that the result is of; put into eval mode here, and back.
-        result: of `evaluate_methods`.
-        layout: of its images.
-        num_trajectories: prompts decoded again by every method; 0 leaves trajectories and replays out.
-        num_frames: partial images of each replay, 2 or more.
-        cost_windows: windows at which a pass is timed; none leaves it out.
-    """
-    methods = {name: method.config for name, method in result.methods.items()}
-    guided = any(config.sampling.guidance_scale != 1 for config in methods.values())
-    rows = (2 if guided else 1) * max(
-        record.batch_size for m in result.methods.values() for record in m.records
-    )
-    with evaluation_mode(backbone):
-        traced = trace(backbone, methods, result.prompts[:num_trajectories], layout)
-        replays = [replay(backbone, trajectory, num_frames) for trajectory in traced]
-        costs = measure_pass_costs(backbone, layout, cost_windows, rows)
-    return Observations(tuple(traced), tuple(replays), costs)
-
-
+OUTSIDE = -1  # guess and level of a code that a pass did not look at
 MAX_FRAME_PX = 160
-_CHUNK = 8  # images decoded together: bounds memory of large image decoders
-_QUALITY = 88
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A trajectory and its partial images.
-
-    Attributes:
-        trajectory: what is replayed.
-        passes: (F,) forward passes, from 0, after which the frames were taken; the last pass is among them.
-        frames: (F, h, w, 3) uint8, at most `MAX_FRAME_PX` a side.
-    """
-
-    trajectory: Trajectory
-    passes: tuple[int, ...]
-    frames: np.ndarray
-
-
-def shown_passes(num_passes: int, num_frames: int) -> tuple[int, ...]:
-    """At most `num_frames` passes, evenly spread, the first and the last among them."""
-    spread = np.linspace(0, num_passes - 1, min(num_frames, num_passes)).round().astype(int)
-    return tuple(dict.fromkeys(spread.tolist()))
-
-
-@torch.inference_mode()
-def replay(backbone: Backbone, trajectory: Trajectory, num_frames: int) -> Replay:
-    """Partial images of a trajectory.
-
-    Args:
-        backbone: whose image decoder draws them.
-        trajectory: of `trace`.
-        num_frames: at most so many, 2 or more.
-    """
-    passes = shown_passes(trajectory.num_passes, num_frames)
-    codes = trajectory.guesses[list(passes)]
-    filler = np.bincount(trajectory.image_ids).argmax()
-    grids = torch.from_numpy(np.where(codes == OUTSIDE, filler, codes)).view(-1, *trajectory.size)
-    frames = [
-        _small(image.numpy())
-        for chunk in grids.split(_CHUNK)
-        for image in to_uint8(backbone.decode_images(chunk.to(backbone.device)))
-    ]
-    return Replay(trajectory, passes, np.stack(frames))
-
-
-def sprite(replay: Replay) -> tuple[bytes, int]:
-    """All frames in one WebP image, row by row, and how many stand in a row."""
-    num, height, width = replay.frames.shape[:3]
-    in_row = int(np.ceil(np.sqrt(num)))
-    sheet = Image.new("RGB", (in_row * width, -(-num // in_row) * height))
-    for place, frame in enumerate(replay.frames):
-        sheet.paste(Image.fromarray(frame), (place % in_row * width, place // in_row * height))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "WEBP", quality=_QUALITY, method=4)
-    return buffer.getvalue(), in_row
-
-
-def _small(pixels: np.ndarray) -> np.ndarray:
-    image = Image.fromarray(pixels)
-    image.thumbnail((MAX_FRAME_PX, MAX_FRAME_PX))
-    return np.asarray(image)
-
-
-OUTSIDE = -1
+_CHUNK = 8  # images decoded together: bounds the memory of large image decoders
+_WEBP_QUALITY = 88
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What the model thought of each code after each forward pass; codes in raster order, row ends left out.
+    """The model's guess for each code after each of P forward passes; C codes in raster order, no row ends.
 
     Attributes:
         item: the prompt.
         method: name of the method.
-        guesses: (P, C) what verification gave each code of the window; left of it what was committed, right
-            of it -1.
-        levels: (P, C) noise level that a draft was fed with; -1 outside the window.
+        guesses: (P, C) token that verification gave each code of the window; left of the window the committed
+            token, right of it `OUTSIDE`.
+        levels: (P, C) noise level that each draft was fed with; `OUTSIDE` outside the window.
         num_committed: (P,) codes committed after each pass.
         size: (height, width) in codes.
     """
@@ -169,7 +70,7 @@ class Trajectory:
 
     @property
     def entered(self) -> np.ndarray:
-        """(C,) pass, from 0, that first looked at each code."""
+        """(C,) pass, from 0, in which each code entered the window."""
         return (self.guesses != OUTSIDE).argmax(0)
 
     @property
@@ -179,32 +80,32 @@ class Trajectory:
 
     @property
     def settled(self) -> np.ndarray:
-        """(C,) pass from which on the guess was the final value, never after the pass that committed it."""
+        """(C,) pass from which on the guess is final, never later than the pass that committed the code."""
         unchanged = np.logical_and.accumulate((self.guesses == self.image_ids)[::-1])
         return self.num_passes - unchanged.sum(0)
 
     @property
     def lead(self) -> np.ndarray:
-        """(C,) passes between settling and being committed."""
+        """(C,) passes between settling and commit."""
         return self.committed - self.settled
 
 
 class TrajectoryObserver:
-    """Observer of `decode` for a batch of one image: keeps guesses and levels of each pass, on the CPU."""
+    """Observer of `decode` for one image: keeps guesses and levels of each pass, on the CPU."""
 
     def __init__(self, layout: ImageLayout) -> None:
         self.layout = layout
         self._slots: list[tuple[int, int, list[int], list[int]]] = []
 
     def __call__(self, iteration: Iteration) -> None:
-        """Notes one pass."""
+        """Keeps what one pass did."""
         if iteration.rows.tolist() != [0]:
-            raise ValueError("a trajectory is of one image: decode a single prompt")
+            raise ValueError("a trajectory shows one image; decode a single prompt")
         head, count = int(iteration.heads[0]), int(iteration.num_committed[0])
         self._slots.append((head, count, iteration.tokens[0].tolist(), iteration.levels[0].tolist()))
 
     def trajectory(self, item: PromptItem, method: str) -> Trajectory:
-        """What was seen since the observer was made."""
+        """The trajectory of all passes so far."""
         num_slots, codes = self.layout.num_slots, self.layout.code_slots.numpy()
         guesses = np.full((len(self._slots), num_slots), OUTSIDE)
         levels = np.full_like(guesses, OUTSIDE)
@@ -228,13 +129,13 @@ def trace(
     prompts: Sequence[PromptItem],
     layout: ImageLayout,
 ) -> list[Trajectory]:
-    """Decodes prompts by every method, one image at a time, with an observer (ours; the paper's figure 8).
+    """Trajectories of prompts by every method, decoded one image at a time (shown like the paper's figure 8).
 
     Args:
         backbone: model, in eval mode.
-        methods: configurations by name.
-        prompts: few: each is decoded once more by every method.
-        layout: of the images.
+        methods: configuration of each method by name.
+        prompts: a few prompts; each is decoded once more by every method.
+        layout: image size and row ends.
     """
     found = []
     for item in prompts:
@@ -247,12 +148,12 @@ def trace(
 
 @dataclass(frozen=True)
 class Settling:
-    """How a method's drafts settled, over all its trajectories.
+    """How early a method's drafts are final, over all its trajectories.
 
     Attributes:
-        mean_lead: passes that a code had its final value before it was committed.
+        mean_lead: mean number of passes between settling and commit of a code.
         first_guess: share of codes whose first guess was final.
-        ahead: entry k is the share of codes that were final k passes before they were committed.
+        ahead: entry k is the share of codes that were final k passes before their commit.
     """
 
     mean_lead: float
@@ -260,12 +161,12 @@ class Settling:
     ahead: tuple[float, ...]
 
     def as_object(self) -> dict[str, Any]:
-        """For report.json."""
+        """The JSON object in report.json."""
         return {"mean_lead": self.mean_lead, "first_guess": self.first_guess, "ahead": list(self.ahead)}
 
 
 def settling(trajectories: Sequence[Trajectory]) -> dict[str, Settling]:
-    """By method, how its drafts settled."""
+    """How early the drafts of each method are final, by its name."""
     found = {}
     for name in dict.fromkeys(trajectory.method for trajectory in trajectories):
         own = [trajectory for trajectory in trajectories if trajectory.method == name]
@@ -274,3 +175,103 @@ def settling(trajectories: Sequence[Trajectory]) -> dict[str, Settling]:
         ahead = tuple(float((lead >= passes).mean()) for passes in range(int(lead.max()) + 1))
         found[name] = Settling(float(lead.mean()), float(first.mean()), ahead)
     return found
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A trajectory and its partial images.
+
+    Attributes:
+        trajectory: the decoding that is replayed.
+        passes: (F,) forward passes, from 0, after which the frames were taken; the last pass is among them.
+        frames: (F, h, w, 3) uint8, at most `MAX_FRAME_PX` a side.
+    """
+
+    trajectory: Trajectory
+    passes: tuple[int, ...]
+    frames: np.ndarray
+
+
+def shown_passes(num_passes: int, num_frames: int) -> tuple[int, ...]:
+    """At most `num_frames` passes, evenly spread, the first and the last among them."""
+    spread = np.linspace(0, num_passes - 1, min(num_frames, num_passes)).round().astype(int)
+    return tuple(dict.fromkeys(spread.tolist()))
+
+
+@torch.inference_mode()
+def replay(backbone: Backbone, trajectory: Trajectory, num_frames: int) -> Replay:
+    """Partial images of a trajectory; the commonest code fills what no pass has looked at yet.
+
+    Args:
+        backbone: model whose image decoder draws them.
+        trajectory: a result of `trace`.
+        num_frames: greatest number of images, 2 or more.
+    """
+    passes = shown_passes(trajectory.num_passes, num_frames)
+    codes = trajectory.guesses[list(passes)]
+    filler = np.bincount(trajectory.image_ids).argmax()
+    grids = torch.from_numpy(np.where(codes == OUTSIDE, filler, codes)).view(-1, *trajectory.size)
+    frames = [
+        _small(image.numpy())
+        for chunk in grids.split(_CHUNK)
+        for image in to_uint8(backbone.decode_images(chunk.to(backbone.device)))
+    ]
+    return Replay(trajectory, passes, np.stack(frames))
+
+
+def sprite(replay: Replay) -> tuple[bytes, int]:
+    """All frames in one WebP image, row by row, and the number of frames in a row."""
+    num, height, width = replay.frames.shape[:3]
+    in_row = int(np.ceil(np.sqrt(num)))
+    sheet = Image.new("RGB", (in_row * width, -(-num // in_row) * height))
+    for place, frame in enumerate(replay.frames):
+        sheet.paste(Image.fromarray(frame), (place % in_row * width, place // in_row * height))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "WEBP", quality=_WEBP_QUALITY, method=4)
+    return buffer.getvalue(), in_row
+
+
+def _small(pixels: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(pixels)
+    image.thumbnail((MAX_FRAME_PX, MAX_FRAME_PX))
+    return np.asarray(image)
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Trajectories of the first prompts by every method, their replays, and the cost of a pass by window."""
+
+    trajectories: tuple[Trajectory, ...] = ()
+    replays: tuple[Replay, ...] = ()
+    pass_costs: tuple[PassCost, ...] = ()
+
+
+def observe(
+    backbone: Backbone,
+    result: EvaluationResult,
+    layout: ImageLayout,
+    *,
+    num_trajectories: int,
+    num_frames: int,
+    cost_windows: Sequence[int],
+) -> Observations:
+    """Decodes the first prompts again with an observer, draws partial images, times single passes.
+
+    Args:
+        backbone: the model of the result; decodes in eval mode and gets its modes back.
+        result: result of `evaluate_methods`.
+        layout: image size and row ends.
+        num_trajectories: prompts decoded again by every method; 0 leaves trajectories and replays out.
+        num_frames: partial images of each replay, 2 or more.
+        cost_windows: windows at which a pass is timed; none leaves it out.
+    """
+    methods = {name: method.config for name, method in result.methods.items()}
+    guided = any(config.sampling.guidance_scale != 1 for config in methods.values())
+    rows = (2 if guided else 1) * max(
+        record.batch_size for m in result.methods.values() for record in m.records
+    )
+    with evaluation_mode(backbone):
+        traced = trace(backbone, methods, result.prompts[:num_trajectories], layout)
+        replays = [replay(backbone, trajectory, num_frames) for trajectory in traced]
+        costs = measure_pass_costs(backbone, layout, cost_windows, rows)
+    return Observations(tuple(traced), tuple(replays), costs)

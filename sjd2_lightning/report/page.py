@@ -1,4 +1,4 @@
-"""One self-contained HTML page of an evaluation: no network, light and dark, phone to wide screen."""
+"""One self-contained HTML page of an evaluation: no network, light and dark, from phone to wide screen."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, MethodResult
+from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.evaluation.store import ImageRecord
 from sjd2_lightning.report.cost import method_costs
 from sjd2_lightning.report.figures import cost_chart, heat_map_png, settling_curve, settling_map
@@ -29,13 +30,12 @@ def html_page(
     """The page as text.
 
     Args:
-        result: of `evaluate_methods`.
-        provenance: of `collect_provenance`.
-        observations: of `observe`; without them the page has neither replay nor settling.
-        title: of the page.
-        num_prompts: prompts whose images are shown; the table covers all.
-        max_megabytes: room for images. Replays come first; prompts whose images have no room left are
-            counted and left out, the first one excepted.
+        result: result of `evaluate_methods`.
+        provenance: result of `collect_provenance`.
+        observations: result of `observe`; without it the page has neither replay nor settling.
+        title: title of the page.
+        num_prompts: prompts whose images are shown; the table covers all prompts.
+        max_megabytes: room for images. Replays come first; then prompts, at least one, while there is room.
     """
     seen = observations or Observations()
     places = {name: place for place, name in enumerate(result.methods)}
@@ -62,14 +62,14 @@ def html_page(
             cost_chart(seen.pass_costs, costs, places, legend=False), "cost", "Milliseconds a pass by window"
         ),
         pass_costs=seen.pass_costs,
-        histograms=[_histogram(method) for method in result.methods.values()],
+        histograms=[_bars(method) for method in result.methods.values()],
         reference_name=result.reference_name,
         protocols=_protocols(result),
         summary=_summary(provenance),
         provenance=json.dumps(dict(provenance), indent=2, ensure_ascii=False),
         data={
             "methods": list(places),
-            "prompts": [_numbers(prompt) for prompt in shown],
+            "prompts": [_script_data(prompt) for prompt in shown],
             "replays": replays,
         },
     )
@@ -111,8 +111,8 @@ def _percent_equal(own: ImageRecord, other: ImageRecord) -> int:
     return 100 * same // len(own.image_ids)
 
 
-def _numbers(prompt: Mapping[str, Any]) -> dict[str, Any]:
-    """What the script needs of a prompt; it takes the pictures from the page."""
+def _script_data(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """What the script needs of a prompt; it takes the images from the page."""
     images = [
         {name: image[name] for name in ("nfe", "compression", "clip", "same")} for image in prompt["images"]
     ]
@@ -120,7 +120,7 @@ def _numbers(prompt: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _replays(result: EvaluationResult, replays: Sequence[Replay]) -> list[dict[str, Any]]:
-    """A replay a prompt, with an entry a method."""
+    """One replay for each prompt, with an entry for each method."""
     costs = {cost.method: cost.seconds for cost in method_costs(result)}
     found: dict[str, dict[str, Any]] = {}
     for replay in replays:
@@ -149,7 +149,7 @@ def _replays(result: EvaluationResult, replays: Sequence[Replay]) -> list[dict[s
 
 
 def _levels(trajectory: Trajectory, place: int) -> str:
-    """A character for each draft that is left in the window after a pass: the level it was fed with."""
+    """One character for each draft that stays in the window after a pass: the level it was fed with."""
     drafts = trajectory.levels[place, trajectory.num_committed[place] : trajectory.num_seen[place]]
     return "".join(_LEVELS[min(level, len(_LEVELS) - 1)] for level in drafts.tolist())
 
@@ -162,7 +162,7 @@ def _settling_curve(trajectories: Sequence[Trajectory], places: Mapping[str, int
 
 
 def _settling_maps(trajectories: Sequence[Trajectory], places: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Of the first prompt, for each method that drafts."""
+    """Settling maps of the first prompt, one for each method that drafts."""
     return [
         {
             "method": trajectory.method,
@@ -178,7 +178,8 @@ def _settling_maps(trajectories: Sequence[Trajectory], places: Mapping[str, int]
     ]
 
 
-def _histogram(method: MethodResult) -> dict[str, Any]:
+def _bars(method: MethodResult) -> dict[str, Any]:
+    """Bars of the acceptance histogram, drawn by the page."""
     counts = method.acceptance_counts
     total, most = max(sum(counts), 1), max(counts, default=1) or 1
     bars = [
@@ -186,14 +187,14 @@ def _histogram(method: MethodResult) -> dict[str, Any]:
         for n, count in enumerate(counts)
         if n
     ]
-    return {"method": method.name, "mean": method.figures["step_compression"].value, "bars": bars}
+    return {"method": method.name, "mean": method.measured["step_compression"].value, "bars": bars}
 
 
 def _protocols(result: EvaluationResult) -> list[tuple[str, str]]:
     found = {
-        figure.name: figure.protocol
+        measure.name: measure.protocol
         for method in result.methods.values()
-        for figure in method.figures.values()
+        for measure in method.measured.values()
     }
     return list(found.items())
 

@@ -1,11 +1,10 @@
-"""One report of a sweep: every run in a table, maps over window and levels, failures by name.
+"""One report of a sweep: every run in a table, maps over window and levels, failed runs by name.
 
-Source: ours; the maps follow the paper's figure 4 (latency over window and denoising iterations).
+The maps follow the paper's figure 4 (latency over window and denoising iterations).
 """
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import json
@@ -14,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sjd2_lightning.evaluation.results import BASELINE
+from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.report.figures import figure_png
-from sjd2_lightning.report.html import render
+from sjd2_lightning.report.html import data_uri, render
 from sjd2_lightning.report.sweep_figures import QUALITY, SweepRow, pareto_figure, sweep_map
+from sjd2_lightning.report.table import MISSING, markdown_lines
 from sjd2_lightning.run.files import write_whole
 
 JOB_FILE = "job.json"
-# figure -> (title, whether less is better)
+# key of a number -> (title, whether less is better)
 MAPS = {
     "seconds_per_image": ("seconds an image", True),
     "step_compression": ("tokens a pass", False),
@@ -32,13 +32,13 @@ MAPS = {
 
 @dataclass(frozen=True)
 class SweepJob:
-    """One run of a sweep: what it was asked for, and what came out or went wrong.
+    """One run of a sweep: its overrides, and its result or error.
 
     Attributes:
-        name: of its folder.
-        overrides: as on the command line, "key=value".
-        error: first line of what stopped it; None if it ended.
-        report: its report.json, if it wrote one.
+        name: name of its folder.
+        overrides: overrides as on the command line, "key=value".
+        error: first line of the error that stopped it; None if it ended.
+        report: content of its report.json; None where there is none.
         metrics: what training returned.
     """
 
@@ -51,7 +51,7 @@ class SweepJob:
 
 @dataclass(frozen=True)
 class SweepFiles:
-    """Where the parts of the report lie, and how many runs failed."""
+    """Paths of the report's files, and how many runs failed."""
 
     csv: Path
     markdown: Path
@@ -61,7 +61,7 @@ class SweepFiles:
 
 
 def job_titles(jobs: Sequence[SweepJob]) -> dict[str, str]:
-    """By name of each run the overrides that not all runs share, in one line."""
+    """For each run's name, the overrides that not all runs share, in one line."""
     shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     return {
         job.name: " ".join(text for text in job.overrides if text not in shared) or f"run {job.name}"
@@ -70,13 +70,13 @@ def job_titles(jobs: Sequence[SweepJob]) -> dict[str, str]:
 
 
 def write_job(folder: Path, overrides: Sequence[str], outcome: object, error: str | None) -> None:
-    """Leaves word of one run in its folder, for `read_sweep`.
+    """Writes job.json into a run's folder; `read_sweep` collects them.
 
     Args:
-        folder: of the run.
-        overrides: of the run.
+        folder: folder of the run.
+        overrides: overrides of the run.
         outcome: what the run returned; only plain numbers in a mapping are kept.
-        error: what stopped it, or None.
+        error: first line of the error that stopped it, or None.
     """
     numbers = outcome.items() if isinstance(outcome, Mapping) else ()
     metrics = {str(name): value for name, value in numbers if isinstance(value, (int, float))}
@@ -100,7 +100,7 @@ def sweep_rows(jobs: Sequence[SweepJob]) -> list[SweepRow]:
     rows = []
     for job in jobs:
         for name, method in (job.report or {}).get("methods", {}).items():
-            figures = {
+            measured = {
                 key: value
                 for key, value in method.items()
                 if isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -108,13 +108,13 @@ def sweep_rows(jobs: Sequence[SweepJob]) -> list[SweepRow]:
             for key, value in method.items():
                 if key.endswith("_interval") and value is not None and None not in value:
                     stem = key.removesuffix("_interval")
-                    figures |= {f"{stem}_low": value[0], f"{stem}_high": value[1]}
-            rows.append(SweepRow(job.name, name, method["acceptance"], method["lossless"], figures))
+                    measured |= {f"{stem}_low": value[0], f"{stem}_high": value[1]}
+            rows.append(SweepRow(job.name, name, method["acceptance"], method["lossless"], measured))
     return rows
 
 
 def sweep_csv(jobs: Sequence[SweepJob], rows: Sequence[SweepRow]) -> str:
-    """Every run as a line: its overrides, then what it measured or why it failed."""
+    """CSV with a line for every method of every run: overrides, then what was measured or why it failed."""
     overrides = {
         job.name: dict(text.lstrip("+~").partition("=")[::2] for text in job.overrides) for job in jobs
     }
@@ -124,7 +124,7 @@ def sweep_csv(jobs: Sequence[SweepJob], rows: Sequence[SweepRow]) -> str:
         own = [row for row in rows if row.job == job.name]
         lines += [
             {**head, "method": row.method, "acceptance": row.acceptance, "lossless": row.lossless}
-            | dict(row.figures)
+            | dict(row.measured)
             for row in own
         ]
         if not own:
@@ -138,12 +138,12 @@ def sweep_csv(jobs: Sequence[SweepJob], rows: Sequence[SweepRow]) -> str:
 
 
 def best_rows(rows: Sequence[SweepRow]) -> list[tuple[str, SweepRow]]:
-    """For each method that drafts its fastest setting, by wall clock where it was measured."""
+    """The fastest setting of each method that drafts, by wall clock where it was measured."""
     found = []
     for method in dict.fromkeys(row.method for row in rows if row.method != BASELINE):
         own = [row for row in rows if row.method == method]
-        key = "speedup" if all("speedup" in row.figures for row in own) else "step_compression"
-        found.append((method, max(own, key=lambda row: row.figures.get(key, 0.0))))
+        key = "speedup" if all("speedup" in row.measured for row in own) else "step_compression"
+        found.append((method, max(own, key=lambda row: row.measured.get(key, 0.0))))
     return found
 
 
@@ -151,8 +151,8 @@ def write_sweep_report(jobs: Sequence[SweepJob], folder: str | Path) -> SweepFil
     """Writes sweep.csv, sweep.md, sweep.html and figures/ of a sweep.
 
     Args:
-        jobs: from `read_sweep`.
-        folder: of the sweep.
+        jobs: the runs, from `read_sweep`.
+        folder: folder of the sweep.
     """
     folder = Path(folder)
     rows = sweep_rows(jobs)
@@ -177,12 +177,12 @@ _COLUMNS = ("step_compression", "speedup", "seconds_per_image", "clip_gain", "ki
 
 
 def _table(jobs: Sequence[SweepJob], rows: Sequence[SweepRow]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: methods of evaluations, or metrics of trainings."""
+    """Headings and cells of the table: methods of evaluations, or metrics of trainings."""
     titles = job_titles(jobs)
     if rows:
-        shown = [key for key in _COLUMNS if any(key in row.figures for row in rows)]
+        shown = [key for key in _COLUMNS if any(key in row.measured for row in rows)]
         lines = [
-            [titles[row.job], row.method, row.setting, *(_number(row.figures.get(key)) for key in shown)]
+            [titles[row.job], row.method, row.setting, *(_number(row.measured.get(key)) for key in shown)]
             for row in rows
         ]
         return ["run", "method", "window / levels", *(key.replace("_", " ") for key in shown)], lines
@@ -194,7 +194,7 @@ def _table(jobs: Sequence[SweepJob], rows: Sequence[SweepRow]) -> tuple[list[str
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return MISSING if value is None else f"{value:.3f}"
 
 
 def _markdown(jobs: Sequence[SweepJob], rows: Sequence[SweepRow], figures: Sequence[str]) -> str:
@@ -204,10 +204,9 @@ def _markdown(jobs: Sequence[SweepJob], rows: Sequence[SweepRow], figures: Seque
     text = ["# Sweep", "", f"{len(jobs)} runs, {len(failed)} failed.", ""]
     text += [f"- failed: `{titles[job.name]}`: {job.error}" for job in failed]
     for method, row in best_rows(rows):
-        speed = row.figures.get("speedup")
+        speed = row.measured.get("speedup")
         text.append(f"- fastest {method}: {row.setting}, speedup {_number(speed)}")
-    text += ["", "| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
-    text += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    text += ["", *markdown_lines(headings, lines, num_texts=len(headings))]
     text += ["", *(f"![{name}](figures/{name}.png)" for name in figures)]
     return "\n".join(text) + "\n"
 
@@ -220,8 +219,8 @@ def _page(jobs: Sequence[SweepJob], rows: Sequence[SweepRow], drawn: Mapping[str
         title="Sweep",
         num_runs=len(jobs),
         failed=[(titles[job.name], job.error) for job in jobs if job.error is not None],
-        best=[(method, row.setting, _number(row.figures.get("speedup"))) for method, row in best_rows(rows)],
-        figures=[(title, base64.b64encode(png).decode()) for title, png in drawn.values()],
+        best=[(method, row.setting, _number(row.measured.get("speedup"))) for method, row in best_rows(rows)],
+        figures=[(title, data_uri(png)) for title, png in drawn.values()],
         headings=headings,
         lines=lines,
     )

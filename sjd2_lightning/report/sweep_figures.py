@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from sjd2_lightning.evaluation.results import BASELINE
+from sjd2_lightning.decoding.config import BASELINE
 
-# quality figures -> (title, whether less is better); the first one that a sweep holds is the main one
+# key of a quality metric -> (title, whether less is better); figures use the first one that a sweep has
 QUALITY = {
     "clip_gain": ("CLIP gain over other prompts", False),
     "clip_score": ("CLIP score", False),
@@ -28,24 +28,24 @@ class SweepRow:
 
     Attributes:
         job: name of the run.
-        method: its name in the report.
+        method: name of the method in the report.
         acceptance, lossless: what the method promises.
-        figures: numbers by name, `window` and `num_levels` among them; what was not measured is absent.
+        measured: numbers by name, `window` and `num_levels` among them; what was not measured is absent.
     """
 
     job: str
     method: str
     acceptance: str
     lossless: bool
-    figures: Mapping[str, float]
+    measured: Mapping[str, float]
 
     @property
     def window(self) -> int:
-        return int(self.figures["window"])
+        return int(self.measured["window"])
 
     @property
     def num_levels(self) -> int:
-        return int(self.figures["num_levels"])
+        return int(self.measured["num_levels"])
 
     @property
     def setting(self) -> str:
@@ -54,23 +54,23 @@ class SweepRow:
 
 
 def sweep_map(rows: Sequence[SweepRow], key: str, title: str, less_is_better: bool) -> Figure | None:
-    """A figure over window (columns) and levels (lines), a panel a method, the best cell framed.
+    """A number over window (columns) and levels (lines), a panel for each method, the best cell framed.
 
     Runs that share a cell are averaged.
 
     Args:
-        rows: of `sweep_rows`.
-        key: the figure.
-        title: what it is.
-        less_is_better: which end is framed.
+        rows: rows of the sweep, from `sweep_rows`.
+        key: key of the number.
+        title: what the number is.
+        less_is_better: whether the least cell is framed, not the greatest.
 
     Returns:
-        None if no method that drafts has the figure at two settings.
+        None where no method that drafts has the number at two settings.
     """
     cells: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row.method != BASELINE and key in row.figures:
-            cells[row.method][row.num_levels, row.window].append(row.figures[key])
+        if row.method != BASELINE and key in row.measured:
+            cells[row.method][row.num_levels, row.window].append(row.measured[key])
     shown = {method: found for method, found in cells.items() if len(found) > 1}
     if not shown:
         return None
@@ -116,7 +116,7 @@ def _map_panel(
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (x, y) that no other point beats in both, larger being better, by rising x."""
+    """Indices of the points (x, y), by rising x, that no other point beats in both; larger is better."""
     front: list[int] = []
     best = -np.inf
     for index in sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1])):
@@ -127,13 +127,13 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pareto_figure(rows: Sequence[SweepRow]) -> Figure | None:
-    """Quality against speedup, a mark a row, the front drawn through the settings that nothing beats.
+    """Quality against speedup, a mark for each row, with a line through the Pareto front.
 
     Returns:
-        None without a speedup and a quality figure, or with fewer than three rows.
+        None without a speedup and a quality metric, or with fewer than three rows.
     """
-    key = next((key for key in QUALITY if any(key in row.figures for row in rows)), None)
-    shown = [row for row in rows if key is not None and key in row.figures and "speedup" in row.figures]
+    key = next((key for key in QUALITY if any(key in row.measured for row in rows)), None)
+    shown = [row for row in rows if key is not None and key in row.measured and "speedup" in row.measured]
     if key is None or len(shown) < 3:
         return None
     title, less_is_better = QUALITY[key]
@@ -142,24 +142,24 @@ def pareto_figure(rows: Sequence[SweepRow]) -> Figure | None:
     for method in dict.fromkeys(row.method for row in shown):
         own = [row for row in shown if row.method == method]
         axis.scatter(
-            [row.figures["speedup"] for row in own],
-            [row.figures[key] for row in own],
+            [row.measured["speedup"] for row in own],
+            [row.measured[key] for row in own],
             s=18,
             label=method,
             marker="o" if own[0].lossless else "x",
         )
     sign = -1 if less_is_better else 1
-    points = [(row.figures["speedup"], sign * row.figures[key]) for row in shown]
+    points = [(row.measured["speedup"], sign * row.measured[key]) for row in shown]
     front = [shown[index] for index in pareto_front(points)]
     axis.plot(
-        [row.figures["speedup"] for row in front],
-        [row.figures[key] for row in front],
+        [row.measured["speedup"] for row in front],
+        [row.measured[key] for row in front],
         color="black",
         linewidth=0.8,
         linestyle=":",
     )
     for row in front:
-        place = (row.figures["speedup"], row.figures[key])
+        place = (row.measured["speedup"], row.measured[key])
         axis.annotate(row.setting, place, fontsize=6, xytext=(3, 3), textcoords="offset points")
     if less_is_better:
         axis.invert_yaxis()

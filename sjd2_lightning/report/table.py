@@ -1,14 +1,15 @@
-"""The table of an evaluation, for a console and as Markdown."""
+"""The table of an evaluation, on a console and in Markdown, and its headline: the fastest lossless method."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 
-from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, MethodResult
+from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.metrics.bootstrap import MetricResult
 from sjd2_lightning.metrics.manifold import MANIFOLD
 
@@ -17,7 +18,7 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of the table: its key, heading and number of decimals."""
+    """One column of the table: key of its number, heading, and number of decimals."""
 
     key: str
     heading: str
@@ -26,7 +27,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A value and, below it or in brackets, its interval ("" if there is none)."""
+    """A value and its interval as text; "" where there is no interval."""
 
     value: str
     interval: str = ""
@@ -56,10 +57,10 @@ _DISTANCES = {"fd_": 1, "kid_": 3, **{f"{name}_": 2 for name in MANIFOLD}}  # of
 
 
 def columns(result: EvaluationResult) -> tuple[Column, ...]:
-    """Columns that hold at least one figure; quality figures are headed by their full names."""
+    """Columns that hold at least one number; quality metrics are headed by their full names."""
     names: dict[str, str] = {}
-    for figures in _all_figures(result):
-        names |= {key: figure.name for key, figure in figures.items() if key not in names}
+    for measured in _all_measured(result):
+        names |= {key: measure.name for key, measure in measured.items() if key not in names}
     names["clip_gain"] = "CLIP gain" if "clip_gain" in names else ""
     quality = [Column(key, names[key], decimals) for key, decimals in _QUALITY if names.get(key)]
     quality += [
@@ -76,30 +77,30 @@ def rows(result: EvaluationResult) -> list[Row]:
     shown = columns(result)
     found = []
     for name, method in result.methods.items():
-        cells = tuple(cell(method.figures, column) for column in shown)
+        cells = tuple(cell(method.measured, column) for column in shown)
         found.append(Row(name, acceptance_text(method), equal_text(method), method.num_images, cells, False))
     for name, (count, quality) in result.references.items():
-        cells = tuple(cell(quality.figures, column) for column in shown)
+        cells = tuple(cell(quality.measured, column) for column in shown)
         title = "real" if name == "real" else f"real, {name.replace('_', ' ')}"
         found.append(Row(title, MISSING, MISSING, count, cells, True))
     return found
 
 
-def cell(figures: Mapping[str, MetricResult], column: Column) -> Cell:
-    """The text of one figure."""
-    figure = figures.get(column.key)
-    if figure is None:
+def cell(measured: Mapping[str, MetricResult], column: Column) -> Cell:
+    """The text of one number."""
+    measure = measured.get(column.key)
+    if measure is None:
         return Cell(MISSING)
     digits = column.decimals
     interval = ""
-    if figure.interval is not None:
-        low, high = figure.interval
+    if measure.interval is not None:
+        low, high = measure.interval
         interval = f"[{low:.{digits}f}, {high:.{digits}f}]"
-    return Cell(f"{figure.value:.{digits}f}", interval)
+    return Cell(f"{measure.value:.{digits}f}", interval)
 
 
 def acceptance_text(method: MethodResult) -> str:
-    """Acceptance mode of a method, marked where it changes the law of the samples."""
+    """Acceptance mode of a method; "(lossy)" where it changes the law of the samples."""
     return method.config.acceptance if method.config.lossless else f"{method.config.acceptance} (lossy)"
 
 
@@ -141,21 +142,24 @@ def console_table(result: EvaluationResult) -> Table:
 def markdown_table(result: EvaluationResult) -> str:
     """The table in Markdown, intervals in brackets behind the values."""
     headings = ["method", "acceptance", "= ar", *(column.heading for column in columns(result)), "N"]
-    lines = [_line(headings), _line(["---", "---", *["---:"] * (len(headings) - 2)])]
+    lines = []
     for row in rows(result):
         cells = [f"{c.value} {c.interval}".strip() for c in row.cells]
-        lines.append(_line([row.name, row.kind, row.equal, *cells, str(row.num_images)]))
-    return "\n".join(lines) + "\n"
+        lines.append([row.name, row.kind, row.equal, *cells, str(row.num_images)])
+    return "\n".join(markdown_lines(headings, lines, num_texts=2)) + "\n"
 
 
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+def markdown_lines(headings: Sequence[str], cells: Sequence[Sequence[str]], num_texts: int = 1) -> list[str]:
+    """Lines of a Markdown table: `num_texts` columns of text, then numbers, which are aligned right."""
+    rule = ["---"] * num_texts + ["---:"] * (len(headings) - num_texts)
+    table = (headings, rule, *cells)
+    return ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in table]
 
 
-def _all_figures(result: EvaluationResult) -> list[Mapping[str, MetricResult]]:
+def _all_measured(result: EvaluationResult) -> list[Mapping[str, MetricResult]]:
     return [
-        *(method.figures for method in result.methods.values()),
-        *(quality.figures for _, quality in result.references.values()),
+        *(method.measured for method in result.methods.values()),
+        *(quality.measured for _, quality in result.references.values()),
     ]
 
 
@@ -164,9 +168,9 @@ class Headline:
     """The fastest lossless method.
 
     Attributes:
-        method: its name.
-        sentence: what it does.
-        numbers: (value, unit) each, the largest first.
+        method: name of the method.
+        sentence: what it does and promises.
+        numbers: (value, unit) of speedup, tokens a pass and passes.
     """
 
     method: str
@@ -179,15 +183,15 @@ def headline(result: EvaluationResult) -> Headline | None:
     drafting = [
         method
         for name, method in result.methods.items()
-        if name != BASELINE and method.config.lossless and "speedup" in method.figures
+        if name != BASELINE and method.config.lossless and "speedup" in method.measured
     ]
     if not drafting:
         return None
-    best = max(drafting, key=lambda method: method.figures["speedup"].value)
+    best = max(drafting, key=lambda method: method.measured["speedup"].value)
     numbers = (
-        (f"{best.figures['speedup'].value:.2f}×", "speedup, wall clock"),
-        (f"{best.figures['step_compression'].value:.2f}", "tokens a pass"),
-        (f"{best.figures['nfe'].value:.0f}", f"passes an image{_of_baseline(result)}"),
+        (f"{best.measured['speedup'].value:.2f}×", "speedup, wall clock"),
+        (f"{best.measured['step_compression'].value:.2f}", "tokens a pass"),
+        (f"{best.measured['nfe'].value:.0f}", f"passes an image{_of_baseline(result)}"),
     )
     return Headline(best.name, f"{best.name} is the fastest lossless method here{_promise(best)}.", numbers)
 
@@ -201,4 +205,4 @@ def _promise(best: MethodResult) -> str:
 
 
 def _of_baseline(result: EvaluationResult) -> str:
-    return f", plain decoding {result.methods[BASELINE].figures['nfe'].value:.0f}"
+    return f", plain decoding {result.methods[BASELINE].measured['nfe'].value:.0f}"

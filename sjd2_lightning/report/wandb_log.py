@@ -1,4 +1,4 @@
-"""An evaluation in Weights & Biases: figures, images, histograms and a table per prompt, in one step."""
+"""An evaluation in Weights & Biases: numbers, images, histograms and a table of prompts, in one step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import wandb
 
-from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, MethodResult
+from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.metrics.manifold import MANIFOLD
 from sjd2_lightning.report.figures import acceptance_maps, figure_pixels, image_grid
 from sjd2_lightning.run.provenance import redact
@@ -23,32 +24,32 @@ _MODES = ("online", "offline", "disabled")
 
 
 def scalar_row(result: EvaluationResult, prefix: str = "val/") -> dict[str, float]:
-    """Every figure as one number under its log key.
+    """Every number under its log key.
 
-    The first method that is not the baseline has the plain keys, such as `val/nfe` and `val/fd_EffNetLite0`;
-    the others have their name behind them, such as `val/nfe_ar`.
+    Keys of the first method that is not the baseline are plain, such as `val/nfe` and `val/fd_EffNetLite0`;
+    those of the others end in the method's name, such as `val/nfe_ar`.
     """
     row = {}
     suffixes = log_suffixes(list(result.methods))
     for name, method in result.methods.items():
         suffix = suffixes[name]
-        for key, figure in method.figures.items():
-            # Distances carry their extractor in the name; scores their scorer only in the report.
-            log_key = figure.name if key.partition("_")[0] in _OF_FEATURES else key
-            row[f"{prefix}{log_key}{suffix}"] = figure.value
-        if method.equal_to_ar is not None and name != "ar":
+        for key, measure in method.measured.items():
+            # Distances carry their extractor in the name; scores carry their scorer only in the report.
+            log_key = measure.name if key.partition("_")[0] in _OF_FEATURES else key
+            row[f"{prefix}{log_key}{suffix}"] = measure.value
+        if method.equal_to_ar is not None and name != BASELINE:
             row[f"{prefix}equal_to_ar{suffix}"] = method.equal_to_ar
     return row
 
 
 def log_suffixes(names: Sequence[str]) -> dict[str, str]:
-    """What stands behind the log keys of each method; nothing for the first that is not the baseline."""
+    """End of the log keys of each method; "" for the first that is not the baseline."""
     main = next((name for name in names if name != BASELINE), names[0])
     return {name: "" if name == main else f"_{name}" for name in names}
 
 
 def media_row(result: EvaluationResult, prefix: str = "val/", num_prompts: int = 8) -> dict[str, Any]:
-    """Figures, image grid, acceptance histograms, maps of passes and the table, for one call of `run.log`.
+    """Numbers, image grid, acceptance histograms, maps of passes and the table, for one call of `run.log`.
 
     One call, because W&B drops what is logged to a step that it has left.
     """
@@ -56,7 +57,7 @@ def media_row(result: EvaluationResult, prefix: str = "val/", num_prompts: int =
     row[f"{prefix}images"] = wandb.Image(figure_pixels(image_grid(result, num_prompts)))
     row[f"{prefix}passes"] = wandb.Image(figure_pixels(acceptance_maps(result, min(num_prompts, 6))))
     for name, method in result.methods.items():
-        row[f"{prefix}acceptance/{name}"] = _histogram(method)
+        row[f"{prefix}acceptance/{name}"] = _wandb_histogram(method)
     row[f"{prefix}prompts"] = _table(result)
     return row
 
@@ -80,18 +81,18 @@ def log_to_wandb(
     15 s, the run is kept offline and a warning says how to send it later.
 
     Args:
-        result: of `evaluate_methods`.
+        result: result of `evaluate_methods`.
         provenance: becomes the run's config, with secrets blanked.
         folder: W&B writes below `<folder>/wandb`.
         mode: "online", "offline" or "disabled".
-        project, entity, name, group, tags: of the run.
+        project, entity, name, group, tags: W&B's names for the run and its place.
         pictures: further PNG files by log key.
 
     Returns:
         The folder of the run's files; None when disabled.
 
     Raises:
-        ValueError: unknown mode.
+        ValueError: the mode is unknown.
     """
     mode = os.environ.get("WANDB_MODE") or mode
     if mode not in _MODES:
@@ -123,9 +124,9 @@ _stays_offline = False
 
 
 def start_run(mode: str, settings: dict[str, Any]) -> Any:
-    """A W&B run; an online one falls back to offline with one warning when it cannot be had.
+    """A W&B run; where going online fails, it is kept offline, with one warning.
 
-    Online is tried once a process: a sweep without network waits for the server once.
+    Going online is tried once a process: a sweep without network waits for the server once.
     """
     global _stays_offline
     if mode == "online" and not _stays_offline:
@@ -146,7 +147,7 @@ def start_run(mode: str, settings: dict[str, Any]) -> Any:
     return wandb.init(mode="disabled" if mode == "disabled" else "offline", **settings)
 
 
-def _histogram(method: MethodResult) -> wandb.Histogram:
+def _wandb_histogram(method: MethodResult) -> wandb.Histogram:
     counts = np.array(method.acceptance_counts[1:] or (0,))
     return wandb.Histogram(np_histogram=(counts, np.arange(len(counts) + 1) + 0.5))
 

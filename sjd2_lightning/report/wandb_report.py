@@ -1,9 +1,9 @@
-"""An evaluation as a W&B Report: the text of report.md, and the media of the run that was logged.
+"""Publishes an evaluation as a W&B Report: the text of report.md and the media of a logged run.
 
     python -m sjd2_lightning.report.wandb_report outputs/demo --project sjd2-lightning --run 1a2b3c4d
 
-publishes what an offline evaluation left, once its run was sent with `wandb sync`. Needs the extra `reports`
-(wandb-workspaces) and a login; building a report needs neither login nor network, publishing needs both.
+publishes an offline evaluation whose run was sent with `wandb sync`. Needs the extra `reports`
+(wandb-workspaces). Building a report needs neither login nor network, publishing needs both.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _NEEDS_EXTRA = (
 def build_report(
     report: Mapping[str, Any], markdown: str, *, project: str, entity: str = "", run_id: str = ""
 ) -> Any:
-    """A report that is not published yet (ours).
+    """A report that is not published yet.
 
     Args:
         report: content of report.json.
         markdown: content of report.md.
-        project, entity: where it will belong.
-        run_id: of the run that holds images and figures; "" shows all runs of the project.
+        project, entity: W&B project and account that it will belong to.
+        run_id: id of the run that holds images and figures; "" shows all runs of the project.
 
     Raises:
         ValueError: wandb-workspaces is not installed.
@@ -73,9 +73,9 @@ def publish_report(folder: str | Path, *, project: str, entity: str | None = Non
     """Publishes the report of a folder and returns its address.
 
     Args:
-        folder: with report.json and report.md.
-        project, entity: where it belongs; the account's default entity if there is none.
-        run_id: of the run that holds its media.
+        folder: folder of report.json and report.md.
+        project, entity: W&B project and account; without an entity the account's default.
+        run_id: id of the run that holds images and figures.
 
     Raises:
         ValueError: nobody is logged in, wandb-workspaces or the report is missing, or the server refuses.
@@ -98,12 +98,12 @@ def publish_report(folder: str | Path, *, project: str, entity: str | None = Non
 def later_command(
     folder: str | Path, run_folder: str | Path, *, project: str, entity: str | None = None
 ) -> str:
-    """The command that sends a run which was kept offline and publishes its report.
+    """The shell command that sends an offline run and publishes its report.
 
     Args:
-        folder: with report.json.
-        run_folder: of the offline run, as `log_to_wandb` returns it.
-        project, entity: where both belong.
+        folder: folder of report.json.
+        run_folder: folder of the offline run, from `log_to_wandb`.
+        project, entity: W&B project and account of both.
     """
     to = ["--project", project, *(["--entity", entity] if entity else [])]
     sync = shlex.join(["wandb", "sync", *to, str(run_folder)])
@@ -117,7 +117,7 @@ def run_id_of(run_folder: str | Path) -> str:
 
 
 def _without_pictures(markdown: str) -> str:
-    """Pictures beside report.md are not on the server: the panels show them."""
+    """The text without its pictures: they are not on the server, and panels show them."""
     return re.sub(r"^!\[[^\]]*\]\([^)]*\)\n+", "", markdown, flags=re.MULTILINE)
 
 

@@ -1,16 +1,18 @@
-"""The files of a report: report.json, report.md, report.html and figures, each whole or absent."""
+"""Writes a report: report.json, report.md, report.html and figures, each file whole or absent."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sjd2_lightning.evaluation.results import BASELINE, EvaluationResult, MethodResult
-from sjd2_lightning.metrics.bootstrap import MetricResult
+from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
+from sjd2_lightning.evaluation.store import method_fields
+from sjd2_lightning.metrics.bootstrap import CONFIDENCE, MetricResult
 from sjd2_lightning.report.cost import MethodCost, method_costs
 from sjd2_lightning.report.figures import (
     acceptance_histogram,
@@ -22,11 +24,11 @@ from sjd2_lightning.report.figures import (
 )
 from sjd2_lightning.report.observe import Observations, settling
 from sjd2_lightning.report.page import html_page
-from sjd2_lightning.report.table import MISSING, headline, markdown_table
+from sjd2_lightning.report.table import MISSING, headline, markdown_lines, markdown_table
 from sjd2_lightning.run.files import write_whole
 
-# Figures that every method has in report.json; null where one could not be measured.
-FIGURES = (
+# Numbers that every method has in report.json; null where one could not be measured.
+MEASURES = (
     "nfe",
     "step_compression",
     "speedup",
@@ -49,7 +51,7 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """Where the parts of a report lie; `settling` is there if trajectories were observed."""
+    """Paths of a report's files; `settling` is None where no trajectories were observed."""
 
     json: Path
     markdown: Path
@@ -74,12 +76,13 @@ def write_report(
     """Writes all files of a report.
 
     Args:
-        result: of `evaluate_methods`.
-        provenance: of `collect_provenance`.
-        observations: of `observe`.
-        folder: default is the folder of the images.
+        result: result of `evaluate_methods`.
+        provenance: result of `collect_provenance`.
+        observations: result of `observe`.
+        folder: where the files go; default is the folder of the images.
         num_prompts: prompts shown in the figures.
-        page_prompts, page_megabytes: prompts whose images the page shows, and the room that it has for them.
+        page_prompts: prompts whose images the page shows.
+        page_megabytes: room on the page for images.
     """
     observations = observations or Observations()
     folder = Path(folder) if folder is not None else result.store.folder
@@ -98,7 +101,7 @@ def write_report(
     write_whole(markdown, _markdown(result, provenance, observations))
     page = html_page(result, provenance, observations, num_prompts=page_prompts, max_megabytes=page_megabytes)
     write_whole(html, page)
-    # Last: whoever waits for report.json finds the rest beside it.
+    # report.json comes last: whoever waits for it finds the other files beside it.
     whole = report_object(result, provenance, observations)
     write_whole(report, json.dumps(whole, indent=1, allow_nan=False) + "\n")
     return ReportFiles(report, markdown, html, grid, histogram, maps, cost, curve)
@@ -107,12 +110,12 @@ def write_report(
 def report_object(
     result: EvaluationResult, provenance: Mapping[str, Any], observations: Observations | None = None
 ) -> dict[str, Any]:
-    """The whole result as a JSON object: `methods.<name>.<figure>` and what is needed to read it."""
+    """The whole result as a JSON object: `methods.<name>.<number>` and what is needed to read it."""
     seen = observations or Observations()
     return {
         "methods": {name: _method_object(method) for name, method in result.methods.items()},
         "references": {
-            name: {"num_images": count, **_figures_object(quality.figures)}
+            name: {"num_images": count, **_measures_object(quality.measured)}
             for name, (count, quality) in result.references.items()
         },
         "metrics": _metrics_object(result),
@@ -128,7 +131,7 @@ def report_object(
 
 
 def _method_object(method: MethodResult) -> dict[str, Any]:
-    figures = {name: method.figures.get(name) for name in (*FIGURES, *method.figures)}
+    measured = {name: method.measured.get(name) for name in (*MEASURES, *method.measured)}
     return {
         "num_images": method.num_images,
         "method": method.config.method,
@@ -136,20 +139,20 @@ def _method_object(method: MethodResult) -> dict[str, Any]:
         "lossless": method.config.lossless,
         "window": method.config.window,
         "num_levels": method.config.num_levels,
-        **_figures_object(figures),
+        **_measures_object(measured),
         "seconds_p95": method.seconds_p95,
         "equal_to_ar": method.equal_to_ar,
         "near_ties": method.near_ties,
         "acceptance_counts": list(method.acceptance_counts),
-        "config": asdict(method.config),
+        "config": method_fields(method.config),
     }
 
 
-def _figures_object(figures: Mapping[str, MetricResult | None]) -> dict[str, Any]:
+def _measures_object(measured: Mapping[str, MetricResult | None]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, figure in figures.items():
-        found[name] = None if figure is None else _finite(figure.value)
-        interval = None if figure is None else figure.interval
+    for name, measure in measured.items():
+        found[name] = None if measure is None else _finite(measure.value)
+        interval = None if measure is None else measure.interval
         found[f"{name}_interval"] = None if interval is None else [_finite(end) for end in interval]
     return found
 
@@ -157,13 +160,13 @@ def _figures_object(figures: Mapping[str, MetricResult | None]) -> dict[str, Any
 def _metrics_object(result: EvaluationResult) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method in result.methods.values():
-        for key, figure in method.figures.items():
+        for key, measure in method.measured.items():
             described = {
-                "name": figure.name,
-                "protocol": figure.protocol,
-                "confidence": figure.confidence,
-                "num_images": figure.num_images,
-                "flags": list(figure.flags),
+                "name": measure.name,
+                "protocol": measure.protocol,
+                "confidence": CONFIDENCE,
+                "num_images": measure.num_images,
+                "flags": list(measure.flags),
             }
             found.setdefault(key, described)
     return found
@@ -181,22 +184,11 @@ def _markdown(result: EvaluationResult, provenance: Mapping[str, Any], seen: Obs
     lines += ["In brackets: 95 % bootstrap intervals. `report.html` beside this file shows more.", ""]
     lines += [f"- {warning}" for warning in result.warnings]
     lines += ["", "![images](figures/grid.png)", "", "## Cost of a pass", ""]
-    lines += _lines(
-        ["method", "window", "tokens a pass", "ms a pass", "in passes of ar"],
-        [
-            [
-                cost.method,
-                f"{cost.window}",
-                f"{cost.tokens:.2f}",
-                f"{1000 * cost.seconds:.1f}",
-                _relative(cost),
-            ]
-            for cost in method_costs(result)
-        ],
-    )
+    headings = ["method", "window", "tokens a pass", "ms a pass", "in passes of ar"]
+    lines += markdown_lines(headings, [_cost_cells(cost) for cost in method_costs(result)])
     if found := {name: s for name, s in settling(seen.trajectories).items() if name != BASELINE}:
         lines += ["", "## How drafts settle", ""]
-        lines += _lines(
+        lines += markdown_lines(
             ["method", "first guess was final", "passes from settled to committed"],
             [[name, f"{100 * s.first_guess:.0f} %", f"{s.mean_lead:.1f}"] for name, s in found.items()],
         )
@@ -210,11 +202,12 @@ def _markdown(result: EvaluationResult, provenance: Mapping[str, Any], seen: Obs
     return "\n".join(lines) + "\n"
 
 
-def _lines(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """A table whose first column is text and whose others are numbers."""
-    rule = ["---", *["---:"] * (len(headings) - 1)]
-    return ["| " + " | ".join(line) + " |" for line in (headings, rule, *cells)]
-
-
-def _relative(cost: MethodCost) -> str:
-    return MISSING if cost.relative is None else f"{cost.relative:.2f}"
+def _cost_cells(cost: MethodCost) -> list[str]:
+    relative = MISSING if cost.relative is None else f"{cost.relative:.2f}"
+    return [
+        cost.method,
+        f"{cost.window}",
+        f"{cost.tokens:.2f}",
+        f"{1000 * cost.seconds:.1f}",
+        relative,
+    ]

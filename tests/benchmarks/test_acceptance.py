@@ -167,4 +167,4 @@ def test_what_is_done_is_not_done_again(replay, tmp_path, monkeypatch):
     again = acceptance.measure(replay.backbone, options)
     assert done == [(4, "above")]
     assert json.dumps(again) == json.dumps(found)
-    acceptance.show(found)
+    acceptance.print_tables(found)

@@ -11,7 +11,7 @@ import yaml
 from benchmarks.likelihood import log_laws, nats_per_code
 from sjd2_lightning.decoding import Sampling, decode
 from sjd2_lightning.decoding.config import DecodingConfig, TreeShape
-from sjd2_lightning.evaluation.prompts import held_out_prompts
+from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts
 from sjd2_lightning.noise import NoiseProcess
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
@@ -143,6 +143,15 @@ def test_changes_of_a_method(study):
             study.changed(config, wrong)
     with pytest.raises(ValueError, match="draft_init"):
         study.changed(config, "+draft_init=repeat_below")
+
+
+def test_what_the_first_version_decoded_is_not_decoded_again(study):
+    """The hash was taken from 0.1.0, where noise was no group of its own."""
+    noise = NoiseProcess(schedule="karras", source="mean", state="draft")
+    sampling = Sampling(0.9, guidance_scale=2.0)
+    config = DecodingConfig("sjd2", window=16, num_levels=2, noise=noise, sampling=sampling)
+    held = "5b908b41e5950660ef4d922f1b0e81e7efc278e7e9c6200ab1743e6bf84ec870"
+    assert study.identity(config, "w", [PromptItem("a", "red", 3)]) == held
 
 
 def test_an_unknown_method_is_named(study, options, monkeypatch):

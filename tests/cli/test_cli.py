@@ -22,7 +22,7 @@ from sjd2_lightning.cli.train import resume_path, train
 from sjd2_lightning.config.groups import WandbConfig
 from sjd2_lightning.config.reading import conf_dir, evaluate_config
 from sjd2_lightning.models.small import build_tiny
-from tests.evaluation.test_coco import tiny_coco
+from tests.evaluation.test_references import tiny_coco
 from tests.tools.source import REPO
 from tests.tools.tiny_backbones import tiny_image_tokenizer
 from tests.tools.wandb_files import offline_run

@@ -55,7 +55,7 @@ def test_operations_are_those_of_the_passes(tmp_path, config):
     prompt = len(backbone.prompt_ids(item.prompt, backbone.layout(SIDE, SIDE)))
     one_pass = pass_flops(backbone, tokens, config.num_levels + prompt - 1 + tokens, copies)
     passes = counted(backbone, config, item) - first + one_pass
-    found = result.methods["x"].figures["flops_per_token"]
+    found = result.methods["x"].measured["flops_per_token"]
     # What else multiplies matrices in the loop (nearest codes and the like) is not counted: well below 5 %.
     assert found.value * record.num_generated == pytest.approx(passes, rel=0.05)
 

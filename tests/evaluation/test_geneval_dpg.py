@@ -8,6 +8,7 @@ import torch
 from sjd2_lightning.data.pictures import read_image
 from sjd2_lightning.evaluation.geneval_dpg import benchmark_prompts, export_benchmark
 from sjd2_lightning.evaluation.prompts import repeat_prompts
+from sjd2_lightning.evaluation.store import RecordStore
 from tests.tools.small_evaluation import METHODS, SIDE, evaluate
 
 LINES = [
@@ -106,3 +107,5 @@ def test_bad_sources_are_named(tmp_path):
         benchmark_prompts("dpg", tmp_path)
     with pytest.raises(ValueError, match="unknown benchmark 'coco'"):
         benchmark_prompts("coco", path)
+    with pytest.raises(ValueError, match="unknown benchmark 'coco'; choose geneval or dpg"):
+        export_benchmark("coco", path, RecordStore(tmp_path, {}), [], tmp_path / "out")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
+from sjd2_lightning.metrics.alignment import own_scores
 from sjd2_lightning.metrics.features import extract_features
 from sjd2_lightning.metrics.fidelity import frechet_result
 from tests.tools.small_evaluation import Colours, fake_clip, reference_set
@@ -36,8 +37,8 @@ def test_equal_images_are_looked_at_once():
     first = meter.measure(images, CAPTIONS)
     assert extractor.seen == [12, 4]
     assert meter.measure([image.clone() for image in images], CAPTIONS) == first
-    assert meter.measure([images[1], images[0], *images[2:]], CAPTIONS).figures["fd"].value == pytest.approx(
-        first.figures["fd"].value
+    assert meter.measure([images[1], images[0], *images[2:]], CAPTIONS).measured["fd"].value == pytest.approx(
+        first.measured["fd"].value
     )
     assert extractor.seen == [12, 4]
     meter.forget_images()
@@ -48,22 +49,31 @@ def test_equal_images_are_looked_at_once():
 def test_distances_are_those_of_the_metrics_package():
     reference, images = reference_set(), pictures()
     meter = QualityMeter(QualityMetrics([Colours(), Other()], num_distance_resamples=5), reference)
-    figures = meter.measure(images, CAPTIONS).figures
+    measured = meter.measure(images, CAPTIONS).measured
     expected = frechet_result(
         extract_features(Colours(), images), extract_features(Colours(), reference.images), 5
     )
-    assert (figures["fd"].value, figures["fd"].interval) == (expected.value, expected.interval)
-    assert f"12 reference images (sha256 {reference.identity[:12]})" in figures["fd"].protocol
-    assert figures["fd_Other"].value == expected.value
-    assert (figures["kid_Other"].name, figures["kid"].name) == ("kid_Other", "kid_Colours")
+    assert (measured["fd"].value, measured["fd"].interval) == (expected.value, expected.interval)
+    assert f"12 reference images (sha256 {reference.identity[:12]})" in measured["fd"].protocol
+    assert measured["fd_Other"].value == expected.value
+    assert (measured["kid_Other"].name, measured["kid"].name) == ("kid_Other", "kid_Colours")
 
 
 def test_clip_score_is_the_scorers_own_and_others_are_averaged():
     images, clip = pictures(), fake_clip()
     quality = QualityMeter(QualityMetrics(clip=clip), None).measure(images, CAPTIONS)
-    assert quality.clip_scores == pytest.approx(clip.score(images, CAPTIONS).tolist())
+
+    def score(image, caption):
+        return float(own_scores(clip.embed_images([image]), clip.embed_captions([caption])))
+
+    own = [score(image, caption) for image, caption in zip(images, CAPTIONS, strict=True)]
+    assert quality.clip_scores == pytest.approx(own)
+    found = quality.measured["clip_score"]
+    assert (found.name, found.value) == ("clip_score_fake", pytest.approx(sum(own) / len(own)))
+    assert found.interval[0] <= found.value <= found.interval[1]
+    assert quality.measured["clip_gain"].name == "clip_score_fake_matched_minus_shuffled"
     others = [
-        float(clip.score([image], [other]))
+        score(image, other)
         for image, own in zip(images, CAPTIONS, strict=True)
         for other in dict.fromkeys(CAPTIONS)
         if other != own
@@ -75,16 +85,15 @@ def test_clip_score_is_the_scorers_own_and_others_are_averaged():
         / sum(weights[i : i + 2])
         for i in range(0, 8, 2)
     ]
-    assert quality.figures["clip_score_shuffled"].value == pytest.approx(sum(means) / 4)
+    assert quality.measured["clip_score_shuffled"].value == pytest.approx(sum(means) / 4)
 
 
 def test_what_cannot_be_measured_is_left_out():
     meter = QualityMeter(QualityMetrics([Colours()], fake_clip(), 10, 5), reference_set())
-    assert set(meter.measure(pictures(1), ["red"]).figures) == {"clip_score"}
-    assert set(meter.measure(pictures(2), ["", "red"]).figures) == {"fd", "kid"}
-    assert (
-        set(QualityMeter(QualityMetrics([Colours()]), None).measure(pictures(2), ["a", "b"]).figures) == set()
-    )
+    assert set(meter.measure(pictures(1), ["red"]).measured) == {"clip_score"}
+    assert set(meter.measure(pictures(2), ["", "red"]).measured) == {"fd", "kid"}
+    without_reference = QualityMeter(QualityMetrics([Colours()]), None)
+    assert not without_reference.measure(pictures(2), ["a", "b"]).measured
 
 
 def test_neighbours_are_looked_at_where_there_are_enough():
@@ -93,7 +102,7 @@ def test_neighbours_are_looked_at_where_there_are_enough():
         meter = QualityMeter(
             QualityMetrics([Colours()], num_distance_resamples=5, nearest_k=nearest_k), reference_set()
         )
-        assert set(meter.measure(pictures(), CAPTIONS).figures) == {"fd", "kid"} | some
+        assert set(meter.measure(pictures(), CAPTIONS).measured) == {"fd", "kid"} | some
 
 
 def test_figures_name_the_weights_they_were_made_with(tmp_path):
@@ -108,7 +117,7 @@ def test_figures_name_the_weights_they_were_made_with(tmp_path):
     found = []
     for weight in (1.0, 2.0, 1.0):  # one name, other weights: their features must not meet in the cache
         metrics = QualityMetrics([Weighted(weight)], num_distance_resamples=2, cache_dir=tmp_path)
-        found.append(QualityMeter(metrics, reference_set()).measure(pictures(), CAPTIONS).figures["fd"])
+        found.append(QualityMeter(metrics, reference_set()).measure(pictures(), CAPTIONS).measured["fd"])
     assert found[0] == found[2]
     assert found[1].value == pytest.approx(4 * found[0].value)
     assert found[0].protocol != found[1].protocol

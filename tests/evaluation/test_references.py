@@ -1,11 +1,30 @@
-"""Real images and their altered copies."""
+"""Real images, their altered copies, and COCO protocols on a tiny folder."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sjd2_lightning.evaluation.references import blurred, held_out_emoji, image_folder, patch_shuffled
+from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
+from sjd2_lightning.evaluation.references import (
+    CocoProtocol,
+    blurred,
+    coco_items,
+    coco_prompts,
+    coco_reference,
+    held_out_emoji,
+    image_folder,
+    patch_shuffled,
+)
+from sjd2_lightning.metrics.features import extract_features
+from tests.tools.small_evaluation import Colours, evaluate, reference_set
+
+COCO_SIZES = {9: (20, 30), 3: (30, 20), 7: (16, 16), 5: (40, 12)}
 
 
 def test_held_out_pictures_are_the_split():
@@ -53,3 +72,119 @@ def test_bad_folders_are_one_clear_error(tmp_path):
         (tmp_path / f"{name}.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"a\.png cannot be read"):
         image_folder(tmp_path, (8, 8))
+
+
+def tiny_coco(folder: Path, split: str = "val2017") -> CocoProtocol:
+    """Four images of different sizes, some with several captions, one without any."""
+    images, rng = folder / split, np.random.default_rng(0)
+    images.mkdir(parents=True)
+    for image_id, (height, width) in COCO_SIZES.items():
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{image_id:012d}.jpg", quality=95)
+    annotations = [
+        {"id": 50, "image_id": 9, "caption": "a later caption"},
+        {"id": 41, "image_id": 9, "caption": " a dog on\na mat "},
+        {"id": 2, "image_id": 3, "caption": "a red cat"},
+        {"id": 8, "image_id": 7, "caption": "blue"},
+    ]
+    content = {
+        "images": [{"id": i, "file_name": f"{i:012d}.jpg"} for i in COCO_SIZES],
+        "annotations": annotations,
+    }
+    path = folder / "annotations" / f"captions_{split}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+    return CocoProtocol("coco2017_5k", path, images, 3)
+
+
+def test_one_caption_an_image_in_the_order_of_ids(tmp_path):
+    items = coco_items(tiny_coco(tmp_path))
+    assert [(item.image_id, item.caption) for item in items] == [
+        (3, "a red cat"), (7, "blue"), (9, "a dog on a mat")
+    ]  # fmt: skip
+    prompts = coco_prompts(items)
+    assert [item.key for item in prompts] == [f"coco-{i:012d}" for i in (3, 7, 9)]
+    assert coco_prompts(items) == prompts != coco_prompts(items, seed=1)
+
+
+def test_fewer_images_are_a_fixed_draw(tmp_path):
+    protocol = tiny_coco(tmp_path)
+    draws = [coco_items(CocoProtocol("x", protocol.annotations, protocol.images, n)) for n in (1, 2, 3)]
+    ids = [{item.image_id for item in draw} for draw in draws]
+    by_hash = sorted((3, 7, 9), key=lambda i: hashlib.sha256(f"coco:{i}".encode()).hexdigest())
+    assert ids == [set(by_hash[:count]) for count in (1, 2, 3)]
+    assert draws[1] == sorted(draws[1], key=lambda item: item.image_id)
+
+
+def test_real_images_are_measured_at_their_own_sizes(tmp_path):
+    protocol = tiny_coco(tmp_path)
+    items = coco_items(protocol)
+    reference = coco_reference(protocol, items)
+    opened = [torch.from_numpy(np.array(Image.open(protocol.images / item.file_name))) for item in items]
+    assert [tuple(image.shape[:2]) for image in reference.images] == [(30, 20), (16, 16), (20, 30)]
+    expected = extract_features(Colours(), opened).features
+    assert torch.equal(extract_features(Colours(), reference.images).features, expected)
+    assert reference.identity == coco_reference(protocol, items).identity
+    Image.fromarray(255 - opened[0].numpy()).save(protocol.images / items[0].file_name)
+    assert reference.identity != coco_reference(protocol, items).identity
+    assert reference.matching(coco_prompts(items)[1:]).keys == reference.keys[1:]
+
+
+def test_an_evaluation_by_a_protocol(tmp_path):
+    protocol = tiny_coco(tmp_path / "coco")
+    items = coco_items(protocol)
+    settings = {"reference": coco_reference(protocol, items), "batch_size": 2}
+    prompts = coco_prompts(items)
+    result = evaluate(tmp_path / "all", prompts=prompts, **settings)
+    assert (result.reference_name, result.references) == ("coco2017_5k", {})
+    protocol_text = result.methods["ar"].measured["fd"].protocol
+    assert f"3 reference images (sha256 {result.reference_identity[:12]})" in protocol_text
+    assert not any("asks for" in text for text in result.warnings)
+    part = evaluate(tmp_path / "part", prompts=prompts[:2], **settings)
+    assert "coco2017_5k asks for 3 prompts and 2 were decoded" in part.warnings[0]
+
+
+def test_reference_statistics_are_kept_by_content(tmp_path):
+    protocol = tiny_coco(tmp_path / "coco")
+    reference = coco_reference(protocol, coco_items(protocol))
+    metrics = QualityMetrics([Colours()], num_distance_resamples=2, cache_dir=tmp_path / "kept")
+    images = list(reference_set(3).images)
+    first = QualityMeter(metrics, reference).measure(images, [""] * 3)
+    (kept,) = (tmp_path / "kept").iterdir()
+    before = kept.stat().st_mtime_ns
+    assert QualityMeter(metrics, reference).measure(images, [""] * 3) == first
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_what_lacks_is_one_clear_error(tmp_path):
+    protocol = tiny_coco(tmp_path)
+    items = coco_items(protocol)
+    with pytest.raises(ValueError, match="captions of 3 images and coco2017_5k needs 5000"):
+        coco_items(CocoProtocol("coco2017_5k", protocol.annotations, protocol.images, 5000))
+    with pytest.raises(ValueError, match=r"gone\.json cannot be read as COCO captions"):
+        coco_items(CocoProtocol("x", tmp_path / "gone.json", protocol.images, 1))
+    broken = protocol.images / items[1].file_name
+    broken.write_bytes(b"no picture")
+    reference = coco_reference(protocol, items)
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=rf"{broken.name} cannot be read"):
+        evaluate(out, prompts=coco_prompts(items), reference=reference)
+    assert not out.exists(), "found before anything was decoded or written"
+    broken.unlink()
+    with pytest.raises(ValueError, match=r"1 images of .* the first is 000000000007\.jpg"):
+        coco_reference(protocol, items)
+    for content in ("[]", '{"images": []}', '{"images": [{"id": 1}], "annotations": []}', "{"):
+        protocol.annotations.write_text(content)
+        with pytest.raises(ValueError, match="cannot be read as COCO captions"):
+            coco_items(protocol)
+    entries = [{"id": 1, "file_name": "../../etc/passwd"}]
+    protocol.annotations.write_text(json.dumps({"images": entries, "annotations": []}))
+    with pytest.raises(ValueError, match="names of COCO hold no folders"):
+        coco_items(protocol)
+
+
+def test_problems_of_a_protocol_start_with_their_keys(tmp_path):
+    assert tiny_coco(tmp_path).problems() == []
+    found = CocoProtocol("", tmp_path / "gone.json", tmp_path / "gone", 0).problems()
+    assert [re.split("[=:]", line)[0] for line in found] == ["name", "num_images", "annotations", "images"]
+    assert "unpack COCO's archives" in found[2]

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from sjd2_lightning.data.pictures import LazyImages
-from sjd2_lightning.evaluation.store import ImageRecord, RecordStore, discard_other_run
-from sjd2_lightning.run.files import remove_leftovers, write_whole
+from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.law import Sampling
+from sjd2_lightning.evaluation.store import ImageRecord, RecordStore, discard_other_run, method_fields
+from sjd2_lightning.noise import NoiseProcess
+from sjd2_lightning.run.files import remove_leftovers, sha256_of_json, write_whole
 
 RECORD = ImageRecord(
     key="a",
@@ -39,6 +42,15 @@ def test_records_and_images_come_back_as_they_were(tmp_path):
     loaded = RecordStore(tmp_path, {"weights": "w"}).load()
     assert loaded == [RECORD]
     assert torch.equal(store.images(loaded)[0], PIXELS)
+
+
+def test_identity_of_a_method_is_that_of_the_first_version():
+    """Folders that 0.1.0 wrote continue: this hash was taken there, where noise was no group of its own."""
+    noise = NoiseProcess(schedule="karras", source="mean", state="draft")
+    sampling = Sampling(0.9, guidance_scale=2.0)
+    config = DecodingConfig("sjd2", window=16, num_levels=2, noise=noise, sampling=sampling)
+    held = "cb7d92fec25d85a3b959c4b6462bd83f3b8da3ae5891db30f3a52308613fc429"
+    assert sha256_of_json(method_fields(config)) == held
 
 
 def test_ranks_write_apart_and_are_read_together(tmp_path):

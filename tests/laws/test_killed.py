@@ -1,4 +1,4 @@
-"""A run that is killed and goes on gives what a run in one go gives: tokens, figures, nothing lost."""
+"""A run that is killed and goes on gives what a run in one go gives: tokens, numbers, nothing lost."""
 
 import json
 import multiprocessing
@@ -14,7 +14,7 @@ import torch
 from sjd2_lightning.data.pictures import read_image
 from sjd2_lightning.evaluation.compare import decode_methods
 from sjd2_lightning.evaluation.store import RecordStore
-from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, evaluate, figures, small_backbone, tokens
+from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, evaluate, numbers, small_backbone, tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.resume]
 
@@ -97,7 +97,7 @@ def check_end(folder, whole):
     result = evaluate(folder, methods=SOME)
     assert stamps == {path: path.stat().st_mtime_ns for path in folder.glob("images/*/*")}
     assert tokens(result) == tokens(whole)
-    assert figures(result) == figures(whole)
+    assert numbers(result) == numbers(whole)
     for name in SOME:
         for own, other in zip(result.methods[name].records, whole.methods[name].records, strict=True):
             assert torch.equal(

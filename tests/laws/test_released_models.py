@@ -89,26 +89,26 @@ def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, pe
     ],
 )
 def test_the_plan_needs_no_weights(composed, capsys, model, parameters, tokens):
-    figures = train(composed("train", f"model={model}", "print_plan=true", "data.batch_size=1"))
-    assert figures["parameters"] == pytest.approx(parameters, rel=0.02)
-    assert figures["tokens_per_image"] == tokens
-    assert figures["missing_files"] > 0
+    plan = train(composed("train", f"model={model}", "print_plan=true", "data.batch_size=1"))
+    assert plan["parameters"] == pytest.approx(parameters, rel=0.02)
+    assert plan["tokens_per_image"] == tokens
+    assert plan["missing_files"] > 0
     printed = capsys.readouterr().out
     assert "hf download" in printed
     assert f"weights/{'emu3_gen' if model == 'emu3' else model.replace('mgpt', 'mgpt_7b')}" in printed
     less = train(
         composed("train", f"model={model}", "print_plan=true", "data.batch_size=1", "model.peft=lora")
     )
-    assert less["trained"] < 0.01 * figures["trained"]
-    assert less["training_gib"] < 0.6 * figures["training_gib"]
+    assert less["trained"] < 0.01 * plan["trained"]
+    assert less["training_gib"] < 0.6 * plan["training_gib"]
 
 
 def test_the_plan_of_the_shipped_model_counts_its_weights(composed, repo):
-    figures = train(composed("train", "print_plan=true", f"model.path={repo / 'weights/tiny'}"))
+    plan = train(composed("train", "print_plan=true", f"model.path={repo / 'weights/tiny'}"))
     backbone = load_backbone("chameleon", repo / "weights" / "tiny")
-    assert figures["parameters"] == sum(p.numel() for p in backbone.model.parameters())
-    assert figures["tokens_per_image"] == backbone.layout(64, 64).num_slots
-    assert figures["missing_files"] == 0
+    assert plan["parameters"] == sum(p.numel() for p in backbone.model.parameters())
+    assert plan["tokens_per_image"] == backbone.layout(64, 64).num_slots
+    assert plan["missing_files"] == 0
 
 
 def test_missing_weights_are_refused_with_the_command(composed):

@@ -13,7 +13,7 @@ def draw(num, dim, seed, shift=0.0, scale=1.0):
     return shift + scale * torch.randn(num, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def figures(generated, reference, k):
+def means(generated, reference, k):
     found = manifold(generated, reference, k)
     return {name: float(getattr(found, name).mean()) for name in MANIFOLD}
 
@@ -43,7 +43,7 @@ def brute_force(fake, real, k):
 @pytest.mark.parametrize(("k", "shift"), [(1, 0.0), (3, 0.7), (5, 1.5)])
 def test_figures_equal_a_brute_force(k, shift):
     fake, real = draw(40, 4, 0, shift, 0.8), draw(55, 4, 1)
-    assert figures(fake, real, k) == pytest.approx(brute_force(fake, real, k), abs=1e-12)
+    assert means(fake, real, k) == pytest.approx(brute_force(fake, real, k), abs=1e-12)
 
 
 def test_repeated_images_equal_a_brute_force():
@@ -52,27 +52,27 @@ def test_repeated_images_equal_a_brute_force():
     fake, real = points.repeat(3, 1), torch.cat([points.repeat(3, 1), draw(4, 64, 1)])
     expected = brute_force(fake, real, 2)
     assert expected["precision"] == 0
-    assert figures(fake, real, 2) == pytest.approx(expected, abs=1e-12)
+    assert means(fake, real, 2) == pytest.approx(expected, abs=1e-12)
 
 
 def test_known_cases():
     real = draw(300, 8, 0)
-    same = figures(real.clone(), real, 5)
+    same = means(real.clone(), real, 5)
     assert (same["precision"], same["recall"], same["coverage"]) == (1, 1, 1)
-    assert set(figures(real + 100, real, 5).values()) == {0}
-    one_mode = figures(draw(300, 8, 1, scale=0.05), real, 5)  # all in the middle: likely, and nothing else
+    assert set(means(real + 100, real, 5).values()) == {0}
+    one_mode = means(draw(300, 8, 1, scale=0.05), real, 5)  # all in the middle: likely, and nothing else
     assert one_mode["precision"] > 0.95
     assert one_mode["recall"] < 0.05
-    law = figures(draw(300, 8, 2), real, 5)
+    law = means(draw(300, 8, 2), real, 5)
     assert law["density"] == pytest.approx(1, abs=0.15)  # its expectation for equal laws
     assert law["coverage"] == pytest.approx(1 - 0.5**5, abs=0.06)
 
 
 def test_blocks_change_nothing(monkeypatch):
     fake, real = draw(50, 6, 0, 0.5), draw(70, 6, 1)
-    whole = figures(fake, real, 4)
+    whole = means(fake, real, 4)
     monkeypatch.setattr(module, "_BLOCK", 16)
-    assert figures(fake, real, 4) == whole
+    assert means(fake, real, 4) == whole
 
 
 def test_results_carry_what_is_needed_to_read_them():

@@ -106,7 +106,7 @@ def test_costs(result, backbone, seen):
     assert measure_pass_costs(backbone, backbone.layout(SIDE, SIDE), (), 1) == ()
     costs = {cost.method: cost for cost in method_costs(result)}
     assert costs["ar"].relative == 1
-    assert costs["sjd2"].tokens == pytest.approx(result.methods["sjd2"].figures["step_compression"].value)
+    assert costs["sjd2"].tokens == pytest.approx(result.methods["sjd2"].measured["step_compression"].value)
     records = [
         dataclasses.replace(record, seconds=2.0 + record.batch, nfe=nfe)
         for record, nfe in zip(result.methods["sjd"].records, (5, 10, 6, 3, 8), strict=True)
@@ -117,9 +117,9 @@ def test_costs(result, backbone, seen):
 
 def test_headline_is_the_fastest_lossless_method(result):
     def with_speed(name, value):
-        speed = dataclasses.replace(result.methods[name].figures["speedup"], value=value)
+        speed = dataclasses.replace(result.methods[name].measured["speedup"], value=value)
         return dataclasses.replace(
-            result.methods[name], figures=result.methods[name].figures | {"speedup": speed}
+            result.methods[name], measured=result.methods[name].measured | {"speedup": speed}
         )
 
     methods = result.methods | {

@@ -61,13 +61,13 @@ def test_runs_are_read_in_order_and_failed_ones_have_no_rows(folder):
     assert len(rows) == 10
     assert {row.job for row in rows} == {"0", "1", "2", "4", "5"}
     assert rows[1].setting == "8 / 1"
-    assert rows[1].figures["speedup_low"] == pytest.approx(1.15)
-    assert "fd" not in rows[1].figures
+    assert rows[1].measured["speedup_low"] == pytest.approx(1.15)
+    assert "fd" not in rows[1].measured
 
 
 def test_the_fastest_setting_is_named(folder):
     ((name, row),) = best_rows(sweep_rows(read_sweep(folder)))
-    assert (name, row.setting, row.figures["speedup"]) == ("sjd2", "32 / 2", 2.5)
+    assert (name, row.setting, row.measured["speedup"]) == ("sjd2", "32 / 2", 2.5)
 
 
 def test_every_run_is_a_line_of_the_csv(folder):

@@ -18,8 +18,8 @@ from tests.tools.wandb_files import offline_run
 
 def test_keys_of_the_faster_method_are_plain(result):
     row = scalar_row(result)
-    assert row["val/nfe"] == result.methods["sjd"].figures["nfe"].value
-    assert row["val/nfe_ar"] == result.methods["ar"].figures["nfe"].value
+    assert row["val/nfe"] == result.methods["sjd"].measured["nfe"].value
+    assert row["val/nfe_ar"] == result.methods["ar"].measured["nfe"].value
     for name in ("speedup", "step_compression", "clip_score", "fd_Colours", "kid_Colours", "equal_to_ar"):
         assert f"val/{name}" in row
         assert f"val/{name}_sjd2" in row

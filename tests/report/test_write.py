@@ -14,7 +14,7 @@ from rich.console import Console
 from sjd2_lightning.report.figures import figure_pixels, grid_figure, heat_map_png, settled_map
 from sjd2_lightning.report.page import html_page
 from sjd2_lightning.report.table import columns, console_table, equal_text, markdown_table
-from sjd2_lightning.report.write import FIGURES, report_object, write_report
+from sjd2_lightning.report.write import MEASURES, report_object, write_report
 from tests.tools.small_evaluation import METHODS, PROMPTS
 from tests.tools.source import REPO
 
@@ -31,13 +31,13 @@ def report(files):
     return json.loads(files.json.read_text())
 
 
-def test_report_has_every_figure_that_is_demanded(report):
+def test_report_has_every_number_that_is_demanded(report):
     assert list(report["methods"]) == list(METHODS)
-    for figures in report["methods"].values():
-        assert all(np.isfinite(figures[name]) for name in DEMANDED)
+    for numbers in report["methods"].values():
+        assert all(np.isfinite(numbers[name]) for name in DEMANDED)
         for name in ("nfe", "step_compression", "speedup", "clip_score", "fd", "kid"):
-            low, high = figures[f"{name}_interval"]
-            assert low <= figures[name] <= high
+            low, high = numbers[f"{name}_interval"]
+            assert low <= numbers[name] <= high
     assert report["methods"]["sjd2"]["lossless"] is True
     assert report["methods"]["sjd2_paper"]["lossless"] is False
     assert report["methods"]["sjd2"]["equal_to_ar"] == 1
@@ -53,12 +53,12 @@ def test_ci_accepts_the_report(report):
 
 
 def test_what_could_not_be_measured_is_null(result, provenance):
-    method = dataclasses.replace(result.methods["sjd"], figures={})
+    method = dataclasses.replace(result.methods["sjd"], measured={})
     bare = dataclasses.replace(result, methods={"sjd": method}, references={})
     found = report_object(bare, provenance)["methods"]["sjd"]
-    assert {found[name] for name in FIGURES} == {None}
-    broken = {"nfe": dataclasses.replace(result.methods["sjd"].figures["nfe"], value=float("nan"))}
-    method = dataclasses.replace(method, figures=broken)
+    assert {found[name] for name in MEASURES} == {None}
+    broken = {"nfe": dataclasses.replace(result.methods["sjd"].measured["nfe"], value=float("nan"))}
+    method = dataclasses.replace(method, measured=broken)
     bare = dataclasses.replace(bare, methods={"sjd": method})
     assert report_object(bare, provenance)["methods"]["sjd"]["nfe"] is None
 

@@ -79,12 +79,12 @@ def tokens(result: EvaluationResult) -> dict[str, list[tuple[int, ...]]]:
     return {name: [record.image_ids for record in method.records] for name, method in result.methods.items()}
 
 
-def figures(result: EvaluationResult) -> dict[tuple[str, str], float]:
-    """All figures but those of the clock."""
+def numbers(result: EvaluationResult) -> dict[tuple[str, str], float]:
+    """All measured numbers but those of the clock."""
     return {
-        (name, key): figure.value
+        (name, key): measure.value
         for name, method in result.methods.items()
-        for key, figure in method.figures.items()
+        for key, measure in method.measured.items()
         if key not in ("speedup", "seconds_per_image", "images_per_second")
     }
 

@@ -1,7 +1,10 @@
-"""What the tests of the house rules read out of the source: modules and their imports."""
+"""Reads modules, their imports, and what nothing uses out of the source, for the tests of the house rules."""
 
 import ast
+import re
 import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -98,3 +101,46 @@ def cycle() -> list[str]:
         if found := walk(name, []):
             return found
     return []
+
+
+def definitions(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Functions, classes and methods of a module by qualified name; those inside functions are left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name, node
+        if isinstance(node, ast.ClassDef):
+            yield from ((f"{node.name}.{name}", inner) for name, inner in definitions(node))
+
+
+def used_words(node: ast.AST) -> Counter[str]:
+    """Identifiers that code reads as names or attributes; imports count only where they rename."""
+    words: Counter[str] = Counter()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name):
+            words[inner.id] += 1
+        elif isinstance(inner, ast.Attribute):
+            words[inner.attr] += 1
+        elif isinstance(inner, ast.alias) and inner.asname not in (None, inner.name):
+            words[inner.name] += 1
+    return words
+
+
+def unused(sources: Mapping[str, str], others: str = "") -> list[str]:
+    """Functions, classes and methods that nothing reads outside their own body, as `module: name`.
+
+    Names are compared as words, so two things of one name count as used together. Special methods are left
+    out.
+
+    Args:
+        sources: source of every module by its name.
+        others: text of templates and configuration, whose words count as uses.
+    """
+    trees = {name: ast.parse(source) for name, source in sources.items()}
+    words = sum(map(used_words, trees.values()), Counter(re.findall(r"\w+", others)))
+    found = []
+    for module, tree in trees.items():
+        for qualified, node in definitions(tree):
+            name = qualified.rpartition(".")[2]
+            if not name.startswith("__") and words[name] <= used_words(node)[name]:
+                found.append(f"{module}: {qualified}")
+    return sorted(found)

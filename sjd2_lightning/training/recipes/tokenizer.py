@@ -11,6 +11,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from sjd2_lightning.data.sources.emoji import EmojiPictures, Picture
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer
@@ -93,9 +94,9 @@ class TokenizerModule(L.LightningModule):
 
     def validation_step(self, batch: Picture, batch_idx: int) -> None:
         decoded = self.tokenizer.decode(self.tokenizer.encode(batch.image))
-        mse = (decoded - batch.image).square().mean((1, 2, 3))
-        self.log("val/psnr", (-10 * mse.log10()).mean(), prog_bar=True, batch_size=len(mse))
-        self.log("val/l1", F.l1_loss(decoded, batch.image), batch_size=len(mse))
+        psnr = peak_signal_noise_ratio(decoded, batch.image, data_range=1.0, dim=(1, 2, 3))
+        self.log("val/psnr", psnr, prog_bar=True, batch_size=len(decoded))
+        self.log("val/l1", F.l1_loss(decoded, batch.image), batch_size=len(decoded))
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01)

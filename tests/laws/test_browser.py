@@ -8,8 +8,9 @@ import pytest
 
 from sjd2_lightning.report.observe import observe
 from sjd2_lightning.report.write import write_report
+from sjd2_lightning.run.provenance import collect_provenance
 from tests.tools.browser import chromium, emulate, programs, screenshot
-from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, small_backbone
+from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, evaluate, small_backbone
 from tests.tools.source import REPO
 
 pytestmark = pytest.mark.browser
@@ -17,8 +18,10 @@ SHOTS = REPO / "outputs" / "browser"  # kept by CI
 
 
 @pytest.fixture(scope="module")
-def page(result, provenance, tmp_path_factory) -> Path:
+def page(tmp_path_factory) -> Path:
     backbone = small_backbone()
+    result = evaluate(tmp_path_factory.mktemp("small_evaluation"))
+    provenance = collect_provenance(backbone, {"window": 6}, {item.key: item.seed for item in PROMPTS})
     seen = observe(
         backbone,
         result,

@@ -32,8 +32,9 @@ from benchmarks.likelihood import nats_per_code
 from benchmarks.memory import LiveBytes
 from benchmarks.timing import time_inside
 from sjd2_lightning.config.groups import AutoWindowConfig
-from sjd2_lightning.config.reading import BASELINE, conf_dir, evaluate_config
+from sjd2_lightning.config.reading import conf_dir, evaluate_config
 from sjd2_lightning.decoding import DecodingConfig, decode
+from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.auto_window import resolve_windows
 from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts
 from sjd2_lightning.metrics.bootstrap import mean_result, paired_difference, ratio_of_totals
@@ -61,7 +62,7 @@ class Cell:
 def conf_methods(
     names: list[str], overrides: list[str]
 ) -> tuple[dict[str, DecodingConfig], AutoWindowConfig]:
-    """Methods of conf/decoding by name, and which of them have a window of `auto`."""
+    """Methods of conf/method by name, and how a window of `auto` is chosen."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = evaluate_config(compose("evaluate", overrides))
     return {name: config.methods[name] for name in dict.fromkeys([BASELINE, *names])}, config.auto_window

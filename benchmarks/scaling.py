@@ -33,8 +33,9 @@ from rich.table import Table
 
 from benchmarks.memory import LiveBytes
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
-from sjd2_lightning.decoding.loop import judge
-from sjd2_lightning.decoding.window import SlotSource, Window
+from sjd2_lightning.decoding.method import Method
+from sjd2_lightning.decoding.rules import Scores, judged
+from sjd2_lightning.decoding.window import Window
 from sjd2_lightning.masks import window_mask
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone, rows_with_newlines
@@ -84,14 +85,17 @@ def own_work(window: int, vocabulary: int, levels: int, rows: int) -> Callable[[
     config = DecodingConfig("sjd2", window, levels, acceptance="exact")
     layout = rows_with_newlines(64, 64, vocabulary, (64, 64))
     table = torch.randn(vocabulary + 1, 64)
-    state = Window(SlotSource(config, layout, table, vocabulary), torch.arange(rows))
-    scores = torch.randn(rows, window, vocabulary)
+    method = Method(config, [layout], table, vocabulary)
+    state = Window(method, torch.arange(rows))
+    log = torch.randn(rows, window, vocabulary)
+    none_settled = torch.zeros(rows, window, dtype=torch.bool)
 
     def call() -> None:
         slots = state.slots()
         state.fed(slots, 1)
-        _, refined, law = judge(slots, state.source, scores)
-        state.renew(slots, refined, law)
+        scores = Scores(log)
+        verdict = judged(method.rule, slots, scores)
+        state.renew(slots, method.redraft(slots, verdict, scores, none_settled), verdict, scores)
         state.iteration -= 1  # the window stays where it is, so that every call does the same
         state.advance([0] * rows, torch.zeros(rows, dtype=torch.long))
 
@@ -123,11 +127,11 @@ def memory(
         made.append(type(backbone).new_cache(backbone, batch, max_len))
         return made[-1]
 
-    source = SlotSource(config, layout, backbone.slot_table(), backbone.num_codes)
-    state = Window(source, torch.arange(rows)).num_bytes
+    method = Method(config, [layout], backbone.slot_table(), backbone.num_codes)
+    state = Window(method, torch.arange(rows)).num_bytes
     with patch.object(backbone, "new_cache", new_cache), LiveBytes() as live:
         decode(backbone, ["a red cat"] * rows, range(rows), config, layout)
-    law = 4 * rows * config.window * backbone.num_codes
+    law = 4 * rows * config.size * backbone.num_codes
     cache = made[0].num_bytes
     return {
         "law_bytes": law,

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.law import guided, log_law
+from sjd2_lightning.decoding.method import Method
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, slot_keys, stream
-from sjd2_lightning.decoding.window import SlotSource
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.masks import attention_mask
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, right_aligned
@@ -106,8 +106,8 @@ class ReplayMap:
         config = DecodingConfig("sjd", sampling=sampling)
         self.truth = decode(backbone, texts, seeds, config, layout).slot_ids
         slots, keys = torch.arange(layout.num_slots), torch.tensor(seeds)
-        source = SlotSource(config, layout, backbone.slot_table(), backbone.num_codes)
-        self.first = source.first_drafts(keys, slots)[0]
+        method = Method(config, [layout], backbone.slot_table(), backbone.num_codes)
+        self.first = method.first_slots(keys, slots)[0]
         self.gumbel = gumbel(stream(slot_keys(keys[:, None], slots), Purpose.GUMBEL), backbone.num_codes)
         self.is_code = torch.tensor(layout.forced) < 0
         before = self.is_code.long().cumsum(0) - self.is_code.long()

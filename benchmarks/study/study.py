@@ -40,7 +40,6 @@ from rich.table import Table
 from benchmarks.likelihood import log_laws
 from benchmarks.study.study_table import COLUMNS, Run, figure, lines, markdown, tabulate
 from sjd2_lightning.config.base import Group
-from sjd2_lightning.config.groups import Decoding
 from sjd2_lightning.config.reading import conf_dir, evaluate_config
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.config import BASELINE
@@ -53,7 +52,7 @@ from sjd2_lightning.noise import NoiseProcess
 from sjd2_lightning.report.figures import figure_png
 from sjd2_lightning.run.files import sha256_of_json, write_whole
 
-# lossless methods of conf/decoding
+# lossless methods of conf/method
 TRAINING_FREE = (
     "mc_sjd",
     "mc_sjd+draft_init=repeat_above",
@@ -68,7 +67,7 @@ TRAINING_FREE = (
 class Methods(Group):
     """The part of train.yaml that decides decoding."""
 
-    methods: dict[str, Decoding]
+    methods: dict[str, DecodingConfig]
 
 
 def read_run(folder: Path) -> Run:

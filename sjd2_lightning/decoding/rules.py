@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -73,6 +73,7 @@ class Verdict(NamedTuple):
     draft_probs: Float[Tensor, "B W K"] | None = None
 
 
+@runtime_checkable
 class Rule(Protocol):
     """An acceptance rule.
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from sjd2_lightning.decoding import DecodingConfig
+from sjd2_lightning.decoding.method import Method
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, normal, slot_keys, stream, uniform
+from sjd2_lightning.decoding.rules import Scores, Verdict
 from sjd2_lightning.decoding.span import Span
-from sjd2_lightning.decoding.window import SlotSource, Window
+from sjd2_lightning.decoding.window import Window
 from sjd2_lightning.models.backbone import rows_with_newlines
 
 COLUMNS = torch.arange(40)
@@ -15,8 +17,8 @@ COLUMNS = torch.arange(40)
 def _window(acceptance: str, num_codes: int = 5, rows: int = 3, window: int = 6, side: int = 16) -> Window:
     config = DecodingConfig("sjd2", window, 2, acceptance)
     table = torch.randn(num_codes + 1, 4, generator=torch.Generator().manual_seed(0))
-    source = SlotSource(config, rows_with_newlines(side, side, num_codes, (side, side)), table, num_codes)
-    return Window(source, 100 + torch.arange(rows))
+    method = Method(config, [rows_with_newlines(side, side, num_codes, (side, side))], table, num_codes)
+    return Window(method, 100 + torch.arange(rows))
 
 
 @pytest.mark.parametrize("starts", [[4, 4, 4], [4, 0, 9]])
@@ -59,11 +61,11 @@ def test_numbers_belong_to_slot_and_iteration_wherever_the_strip_lies(acceptance
         noise = normal(stream(keys, Purpose.NOISE), 4)
         untouched = slots.levels == 2  # and neither structural nor fed before
         assert torch.equal(slots.noisy[untouched], noise[untouched])
-        law = torch.full((3, 6, 5), float(iteration)) if acceptance == "exact" else None
-        before = window.base.clone()
-        window.renew(slots, slots.tokens, law)
+        law, scores = torch.full((3, 6, 5), float(iteration)), Scores(torch.zeros(3, 6, 5))
+        before = window.strip.base.clone()
+        window.renew(slots, slots.tokens, Verdict(slots.tokens, slots.is_code, slots.tokens, law), scores)
         window.advance(num, torch.tensor(num))
-        moves += int((window.base != before).any())
+        moves += int((window.strip.base != before).any())
         if acceptance == "exact":  # what stayed in the window keeps its law, what entered is flat
             for row in range(3):
                 kept = window.slots().draft_probs[row, : 6 - num[row]]

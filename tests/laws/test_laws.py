@@ -12,12 +12,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.nn import functional
 
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode, loop
-from sjd2_lightning.decoding import rules as verify
 from sjd2_lightning.decoding.config import Grouping, TreeShape
 from sjd2_lightning.decoding.law import draw, residual
-from sjd2_lightning.decoding.rules import num_leading
+from sjd2_lightning.decoding.rules import Exact, couple, num_leading, resample
 from sjd2_lightning.decoding.variants import tree
 from sjd2_lightning.noise import NoiseProcess
 from tests.tools.enumeration import chi_square, histogram, p_value, sequence_law
@@ -174,44 +174,57 @@ def test_table_law_one_by_one_and_in_fours(table, rule, batch_size):
     assert law_p(table, config, num_draws, num_prompts=batch_size, batch_size=batch_size) > P_PASS
 
 
-def _judge_with(change):
-    """A stand-in for `loop.judge` that changes (slots, verdict, refined, law) of the real one."""
-    real = loop.judge
+class Changed:
+    """A rule that changes the verdict of a right one."""
 
-    def judged(slots, *others):
-        verdict, refined, law = real(slots, *others)
-        return change(slots, verdict, refined, law)
+    def __init__(self, right, change):
+        self.right, self.change = right, change
+        self.keeps, self.accepts_noisy = right.keeps, right.accepts_noisy
 
-    return judged
-
-
-def _old_law_where_kept(slots, verdict, refined, law):
-    return verdict, refined, slots.draft_probs.where((refined == slots.tokens)[..., None], law)
+    def __call__(self, slots, scores):
+        return self.change(slots, self.right(slots, scores))
 
 
-def _old_law_everywhere(slots, verdict, refined, law):
-    return verdict, refined, slots.draft_probs
+def changed(change):
+    """The rule "exact" or "paper" of a method, with its verdict changed."""
+    return {
+        name: lambda config, space, make=RIGHT[name]: Changed(make(config, space), change)
+        for name in ("exact", "paper")
+    }
 
 
-def _run_stays_with_old_law(slots, verdict, refined, law):
+def _old_law_where_kept(slots, verdict):
+    kept = (verdict.drafts == slots.tokens)[..., None]
+    return verdict._replace(draft_probs=slots.draft_probs.where(kept, verdict.draft_probs))
+
+
+def _old_law_everywhere(slots, verdict):
+    return verdict._replace(draft_probs=slots.draft_probs)
+
+
+def _run_stays_with_old_law(slots, verdict):
     run = verdict.accept_mask.long().cumprod(-1).bool()
-    return verdict, slots.tokens.where(run, refined), slots.draft_probs.where(run[..., None], law)
+    law = slots.draft_probs.where(run[..., None], verdict.draft_probs)
+    return verdict._replace(drafts=slots.tokens.where(run, verdict.drafts), draft_probs=law)
 
 
 def _least_of_four(mask):
     return num_leading(mask).view(-1, 4).amin(-1, keepdim=True).expand(-1, 4).reshape(-1)
 
 
-def _noisy_slots_as_drafts(slots, source, *others):
-    exact = loop.SlotSource.__new__(loop.SlotSource)
-    exact.__dict__ = {**source.__dict__, "config": replace(source.config, acceptance="exact")}
-    return _REAL_JUDGE(slots, exact, *others)
+class NoisySlotsStand(Exact):
+    """The exact test, also where the slot was fed with noise."""
+
+    accepts_noisy = True
 
 
-def _flat_law_of_repeats(slots, source, *others):
-    certain = slots.draft_probs.amax(-1, keepdim=True) == 1
-    flat = slots.draft_probs.where(~certain, 1 / slots.draft_probs.shape[-1])
-    return _REAL_JUDGE(slots._replace(draft_probs=flat), source, *others)
+class FlatLawOfRepeats(Exact):
+    """The exact test, as if repeated drafts had been drawn from a flat law."""
+
+    def __call__(self, slots, scores):
+        certain = slots.draft_probs.amax(-1, keepdim=True) == 1
+        flat = slots.draft_probs.where(~certain, 1 / slots.draft_probs.shape[-1])
+        return super().__call__(slots._replace(draft_probs=flat), scores)
 
 
 def _not_renormalised(probs, uniform):
@@ -221,14 +234,12 @@ def _not_renormalised(probs, uniform):
 
 
 def _siblings_with_replacement(self, slots, window):
-    branches = _REAL_GROW(self, slots, window)
+    tokens, branches = _REAL_GROW(self, slots, window)
     rng = torch.Generator().manual_seed(window.iteration)
     for number in range(self.width - 1):
         law = slots.draft_probs[:, : self.depth].flatten(0, 1)
-        drawn = torch.multinomial(law, 1, generator=rng).view(-1, self.depth)
-        branches.tokens[:, :, number, 0] = drawn
-    embeddings = torch.nn.functional.embedding(branches.tokens.flatten(1), self.source.table)
-    return branches._replace(embeddings=embeddings)
+        tokens[:, :, number, 0] = torch.multinomial(law, 1, generator=rng).view(-1, self.depth)
+    return tokens, branches._replace(embeddings=functional.embedding(tokens.flatten(1), self.table))
 
 
 def _siblings_by_the_whole_law(candidates, draft_probs, target_probs, accept_u, residual_u):
@@ -257,43 +268,49 @@ def _siblings_of_a_bare_residual(candidates, draft_probs, target_probs, accept_u
     return tokens.where(which >= 0, draw(rest, residual_u)), which
 
 
-def _law_behind_the_draft(self, branches, this, judged):
+def _law_behind_the_draft(self, window, slots, this, branches, behind):
     """What follows a sibling, drawn from the law that follows the draft."""
-    laws = this.scores[:, self.behind][:, :, None].expand(*branches.tokens.shape, -1)
-    return _REAL_FOLLOW(self, branches, this._replace(behind=laws.flatten(1, 3)), judged)
+    laws = this.scores.log[:, self.tree.behind][:, :, None].expand(*branches.shape, -1)
+    return _REAL_FOLLOW(self, window, slots, this, branches, laws.flatten(1, 3))
 
 
-_REAL_GROW, _REAL_FOLLOW = tree.Tree.grow, tree.Tree.follow
-_REAL_JUDGE = loop.judge
+_REAL_GROW, _REAL_FOLLOW = tree.Tree.grow, tree.TreePass.follow
+RIGHT = dict(method.RULES)
 _COUPLE, _RESAMPLE, _LEFT = RULES["mc_sjd"], RULES["sjd"], RULES["sjd-left"]
 
 # name: the nearest right method, and what is broken in it
 CONTROLS = {
-    "old law on kept slots": (_COUPLE, {"judge": _judge_with(_old_law_where_kept)}),
-    "old law on every slot": (_COUPLE, {"judge": _judge_with(_old_law_everywhere)}),
+    "old law on kept slots": (_COUPLE, changed(_old_law_where_kept)),
+    "old law on every slot": (_COUPLE, changed(_old_law_everywhere)),
     "keep at half, current law (paper)": (replace(_RESAMPLE, acceptance="paper", refiner="keep"), {}),
     "keep at half, old law": (
         replace(_RESAMPLE, acceptance="paper", refiner="keep"),
-        {"judge": _judge_with(_old_law_where_kept)},
+        changed(_old_law_where_kept),
     ),
     "no residual": (_RESAMPLE, {"residual": lambda target_probs, draft_probs: target_probs}),
     "residual without clamp": (_RESAMPLE, {"residual": lambda target, draft: (target - draft).abs()}),
-    "noisy slots accepted": (replace(RULES["sjd2-1"], acceptance="paper"), {"judge": _noisy_slots_as_drafts}),
+    "noisy slots accepted": (
+        replace(RULES["sjd2-1"], acceptance="paper"),
+        {"paper": lambda config, space: NoisySlotsStand(couple)},
+    ),
     "kept drafts, current law (SJD++ as published)": (
         replace(RULES["sjd_pp"], acceptance="paper", refiner="keep"),
         {},
     ),
-    "kept drafts, old law": (RULES["sjd_pp"], {"judge": _judge_with(_old_law_everywhere)}),
-    "repeated drafts, flat law": (_LEFT, {"judge": _flat_law_of_repeats}),
+    "kept drafts, old law": (RULES["sjd_pp"], changed(_old_law_everywhere)),
+    "repeated drafts, flat law": (_LEFT, {"exact": lambda config, space: FlatLawOfRepeats(resample)}),
     "residual not renormalised": (_RESAMPLE, {"draw": _not_renormalised}),
     "groups of codes": (DecodingConfig("gsd", acceptance="grouped", groups=Grouping(3, 1.0, 99.0)), {}),
     "pure": (DecodingConfig("sjd2_pure", num_levels=2, acceptance="pure"), {}),
     "paper": (replace(RULES["sjd2-1"], acceptance="paper", refiner="keep"), {}),
     "least of four rows": (
         _RESAMPLE,
-        {"judge": _judge_with(_run_stays_with_old_law), "num_leading": _least_of_four, "_LEAVE_SHARE": 2.0},
+        changed(_run_stays_with_old_law) | {"num_leading": _least_of_four, "LEAVE_SHARE": 2.0},
     ),
 }
+
+
+HOMES = {"residual": rules, "draw": rules, "num_leading": passes, "LEAVE_SHARE": loop}
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -301,16 +318,18 @@ def test_wrong_rules_fail(table, name):
     config, broken = CONTROLS[name]
     with ExitStack() as stack:
         for part, wrong in broken.items():
-            place = verify if part in ("residual", "draw") else loop
-            stack.enter_context(patch.object(place, part, wrong))
+            if part in RIGHT:
+                stack.enter_context(patch.dict(method.RULES, {part: wrong}))
+            else:
+                stack.enter_context(patch.object(HOMES[part], part, wrong))
         assert law_p(table, replace(config, window=4), 16_000) < P_FAIL
 
 
 TREE_CONTROLS = {
     "siblings with replacement": (tree.Tree, "grow", _siblings_with_replacement),
-    "siblings tested against the whole draft law": (tree, "verify_siblings", _siblings_by_the_whole_law),
-    "residual of siblings not renormalised": (tree, "verify_siblings", _siblings_of_a_bare_residual),
-    "law behind the draft": (tree.Tree, "follow", _law_behind_the_draft),
+    "siblings tested against the whole draft law": (tree, "first_sibling", _siblings_by_the_whole_law),
+    "residual of siblings not renormalised": (tree, "first_sibling", _siblings_of_a_bare_residual),
+    "law behind the draft": (tree.TreePass, "follow", _law_behind_the_draft),
 }
 
 
@@ -334,8 +353,12 @@ def test_the_right_tree_passes(strong):
 
 def test_the_stand_ins_themselves_change_nothing(table):
     """What the controls share with the right rule, the real parts put back in, passes."""
-    same = _judge_with(lambda slots, verdict, refined, law: (verdict, refined, law))
-    with patch.multiple(loop, judge=same, _LEAVE_SHARE=2.0), patch.object(verify, "residual", residual):
+    same = changed(lambda slots, verdict: verdict)
+    with (
+        patch.dict(method.RULES, same),
+        patch.object(loop, "LEAVE_SHARE", 2.0),
+        patch.object(rules, "residual", residual),
+    ):
         assert law_p(table, replace(_RESAMPLE, window=4), 8_000) > P_PASS
 
 

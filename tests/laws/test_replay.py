@@ -17,9 +17,10 @@ from sjd2_lightning.decoding import (
     Sampling,
     decode,
     decode_reference,
-    loop,
+    passes,
 )
 from sjd2_lightning.decoding.config import Grouping, TreeShape
+from sjd2_lightning.noise import NoiseProcess
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
 AR = DecodingConfig("ar", window=1)
@@ -94,15 +95,15 @@ def test_every_method_replays_autoregression(backbone, layout, name, num_levels)
 
 
 VARIANTS = {
-    "tied": {"source": "tied"},
-    "tied white": {"source": "tied_white", "draft_init": "gumbel"},
-    "drafts": {"state": "draft"},
-    "tied drafts": {"source": "tied", "state": "draft", "tree": TreeShape(3, 2, 2)},
-    "mean": {"source": "mean"},
-    "above": {"source": "above"},
-    "expected": {"estimate": "expected", "source": "mean", "state": "draft"},
+    "tied": {"noise": NoiseProcess(source="tied")},
+    "tied white": {"draft_init": "gumbel", "noise": NoiseProcess(source="tied_white")},
+    "drafts": {"noise": NoiseProcess(state="draft")},
+    "tied drafts": {"tree": TreeShape(3, 2, 2), "noise": NoiseProcess(source="tied", state="draft")},
+    "mean": {"noise": NoiseProcess(source="mean")},
+    "above": {"noise": NoiseProcess(source="above")},
+    "expected": {"noise": NoiseProcess(estimate="expected", source="mean", state="draft")},
     "stable": {"level_rule": "stable"},
-    "confident": {"level_rule": "confident", "confidence": 0.4, "estimate": "expected"},
+    "confident": {"level_rule": "confident", "confidence": 0.4, "noise": NoiseProcess(estimate="expected")},
 }
 
 
@@ -238,7 +239,7 @@ def test_what_is_taken_of_a_branch_must_be_fed_again(backbone, layout):
     sampling = SAMPLINGS["plain"]
     wanted, prompts, seeds = autoregression(backbone, sampling, layout, 4)
     config = DecodingConfig("gumbel", 7, tree=TreeShape(4, 2, 2), sampling=sampling)
-    with patch.object(loop, "_to_host", lambda committed, cached: (committed.tolist(), [1])):
+    with patch.object(passes.Pass, "to_host", lambda self, committed, cached: (committed.tolist(), 1)):
         output = decode(backbone, prompts, seeds, config, layout)
     assert not torch.equal(output.slot_ids, wanted.slot_ids)
 

@@ -5,7 +5,8 @@ import torch
 
 from benchmarks.memory import LiveBytes
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
-from sjd2_lightning.decoding.window import SlotSource, Window
+from sjd2_lightning.decoding.method import Method
+from sjd2_lightning.decoding.window import Window
 from tests.tools.tiny_backbones import tiny_chameleon
 
 GUIDED = Sampling(guidance_scale=3.0)
@@ -21,10 +22,10 @@ def bytes_of(backbone, acceptance: str, rows: int, window: int) -> tuple[int, in
     """Bytes of the state, and of all that decoding makes at its peak, cache and trunk included."""
     config = DecodingConfig("sjd2", window, 1, acceptance, sampling=GUIDED)
     layout = backbone.layout(4, 4)
-    source = SlotSource(config, layout, backbone.slot_table(), NUM_CODES)
+    method = Method(config, [layout], backbone.slot_table(), NUM_CODES)
     with LiveBytes() as live:
         decode(backbone, ["red cat"] * rows, range(rows), config, layout)
-    return Window(source, torch.arange(rows)).num_bytes, live.peak
+    return Window(method, torch.arange(rows)).num_bytes, live.peak
 
 
 @pytest.mark.parametrize("acceptance", ["replay", "exact"])

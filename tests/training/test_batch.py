@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sjd2_lightning.decoding import DecodingConfig, decode
-from sjd2_lightning.decoding.window import SlotSource
+from sjd2_lightning.decoding.method import Method
 from sjd2_lightning.noise import timesteps
 from sjd2_lightning.training.batch import NoisyCodes, code_logits, trunk_input
 from tests.tools.slow_loop import Slot, SlowDecoder
@@ -175,8 +175,8 @@ def test_half_precision_trunks_keep_the_timestep_tokens(batch):
         prompts = [backbone.prompt_ids(prompt, layout) for prompt in RAGGED_PROMPTS]
         sides.append(trunk_input(backbone, prompts, image_ids, layout, noise).embeddings[0, :25].float())
         config = DecodingConfig("sjd2", window=5, num_levels=25)
-        source = SlotSource(config, layout, backbone.slot_table(), 7)
-        sides.append(source.space.timestep_tokens(source.timesteps[1:]).float())
+        method = Method(config, [layout], backbone.slot_table(), 7)
+        sides.append(method.levels.timestep_tokens().float())
         assert decode(backbone, RAGGED_PROMPTS, range(4), config, layout).image_ids.shape == (4, 3, 2)
     for side in sides[1:]:
         assert torch.allclose(side, sides[0], atol=0.05)

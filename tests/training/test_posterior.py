@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sjd2_lightning.decoding import DecodingConfig
-from sjd2_lightning.decoding.window import SlotSource
+from sjd2_lightning.decoding.method import Method
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import rows_with_newlines
-from sjd2_lightning.noise import tied_noise, tied_rows
+from sjd2_lightning.noise import NoiseProcess, tied_noise, tied_rows
 from sjd2_lightning.training.states import posterior_gumbel
 
 
@@ -100,8 +100,8 @@ def test_white_noise_of_a_table_of_few_directions_is_finite():
 def test_decoding_starts_slots_from_the_noise_of_training(source):
     """The same Gumbel vectors give the same noise in both."""
     table = torch.randn(13, 6, generator=torch.Generator().manual_seed(0))
-    config = DecodingConfig("sjd2", 5, 2, source=source)
-    slots = SlotSource(config, rows_with_newlines(3, 4, 12, (3, 4)), table, 12)
+    config = DecodingConfig("sjd2", 5, 2, noise=NoiseProcess(source=source))
+    slots = Method(config, [rows_with_newlines(3, 4, 12, (3, 4))], table, 12)
     found = slots.fresh(torch.tensor([4, 5]), torch.arange(10).expand(2, -1))
     rows = EmbeddingSpace(table[:12]).normalise(table[:12])
     noise = tied_noise(found["gumbel"], tied_rows(rows, source == "tied_white"))

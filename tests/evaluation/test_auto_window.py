@@ -98,7 +98,8 @@ def test_the_cheap_window_and_the_long_one(backbone, clock):
 
 def test_methods_get_windows_and_a_continued_run_keeps_them(backbone, clock, tmp_path, caplog):
     layout = backbone.layout(SIDE, SIDE)
-    job = (backbone, METHODS, ["sjd2", "sjd"], PROMPTS[:2], layout)
+    asked = {name: replace(METHODS[name], window="auto") for name in ("sjd", "sjd2")}
+    job = (backbone, METHODS | asked, PROMPTS[:2], layout)
     with caplog.at_level("INFO"):
         methods, choices = resolve_windows(*job, windows=(2, 4), folder=tmp_path)
     assert list(choices) == ["sjd", "sjd2"]
@@ -110,7 +111,7 @@ def test_methods_get_windows_and_a_continued_run_keeps_them(backbone, clock, tmp
     assert len(clock.passes) == num, "kept"
     resolve_windows(*job, windows=(4, 8), folder=tmp_path)
     assert len(clock.passes) > num, "another question"
-    assert resolve_windows(backbone, METHODS, [], PROMPTS, layout) == (METHODS, {})
+    assert resolve_windows(backbone, METHODS, PROMPTS, layout) == (METHODS, {})
 
 
 def test_a_chosen_window_is_a_method_like_any_other(backbone, clock):

@@ -49,7 +49,7 @@ class WindowChoice:
     """What is known of some windows, and the best of them.
 
     Attributes:
-        seconds: of a pass, by window.
+        seconds: seconds of a pass, by window.
         slots: that passes committed in all rows, by window.
         passes: that committed them.
     """

@@ -32,8 +32,8 @@ def decoding_flops(
     Args:
         backbone: model, in eval mode.
         methods: by name.
-        records: of each method.
-        layout: of the images.
+        records: records of each method.
+        layout: layout of the images.
     """
     lengths: dict[str, int] = {}
     for rows in records.values():

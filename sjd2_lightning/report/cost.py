@@ -35,7 +35,7 @@ class MethodCost:
     """Where a method's speed comes from.
 
     Attributes:
-        window: of the method.
+        window: window of the method.
         seconds: wall clock a forward pass, everything included.
         relative: the same in passes of the baseline; None without one.
         tokens: generated tokens a pass.
@@ -58,9 +58,9 @@ def measure_pass_costs(
 
     Args:
         backbone: model, in eval mode.
-        layout: of the images.
+        layout: layout of the images.
         windows: tokens fed to a pass.
-        rows: of the batch; guidance doubles them.
+        rows: number of rows of the batch; guidance doubles them.
     """
     calls = {window: _one_pass(backbone, layout.num_slots // 2, window, rows) for window in windows}
     least = dict.fromkeys(calls, float("inf"))

@@ -65,9 +65,8 @@ class Tree:
         self.firsts = branch * self.length
         self.roots = branch // max(1, self.width - 1) - (size - 1)
         steps = torch.arange(self.length, device=table.device)
-        self.behind = (
-            torch.arange(self.depth, device=table.device)[:, None] + 1 + steps
-        )  # (depth, length) slots
+        # (depth, length) slots behind each slot that has siblings
+        self.behind = torch.arange(self.depth, device=table.device)[:, None] + 1 + steps
 
     @classmethod
     def of(cls, config: DecodingConfig, table: Tensor, num_codes: int) -> Tree | None:

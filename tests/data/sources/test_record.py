@@ -137,7 +137,7 @@ def test_img2dataset_tars(tmp_path: Path) -> None:
 def test_compressed_tars_are_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
         add(tar, "a.jpg", picture(1))
-    with pytest.raises(ValueError, match="cannot be read as a tar .* give an uncompressed one"):
+    with pytest.raises(ValueError, match=r"cannot be read as a tar .* give an uncompressed one"):
         tar_records(tmp_path)
 
 

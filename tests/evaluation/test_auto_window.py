@@ -63,14 +63,9 @@ def test_most_slots_a_second_and_not_a_pass():
             WindowChoice(seconds, slots, seen)
 
 
-def test_a_choice_follows_the_acceptance_seen_since():
-    """A batch that commits one slot a pass, and a last one that does not count, speaks against its window."""
-    choice = WindowChoice({4: 1.0, 16: 1.5}, {4: 30, 16: 60}, {4: 10, 16: 10})
-    assert choice.window == 16
-    later = choice.after(16, DecodeStats(torch.tensor([[1]] * 40 + [[9]])))
-    assert later.committed == {4: 3.0, 16: 2.0}
-    assert later.window == 4
+def test_an_images_last_pass_says_nothing_of_acceptance():
     assert runs_of(DecodeStats(torch.tensor([[3, 2], [2, 5], [4, 0]]))) == [3, 2, 2]
+    assert runs_of(DecodeStats(torch.tensor([[9]]))) == [9], "unless it is the only one"
 
 
 @pytest.mark.parametrize("config", [SJD2, replace(METHODS["ar"], window=1), METHODS["sjd2_paper"]])
@@ -98,7 +93,8 @@ def test_the_cheap_window_and_the_long_one(backbone, clock):
 
 def test_methods_get_windows_and_a_continued_run_keeps_them(backbone, clock, tmp_path, caplog):
     layout = backbone.layout(SIDE, SIDE)
-    job = (backbone, METHODS, ["sjd2", "sjd"], PROMPTS[:2], layout)
+    asking = {**METHODS, **{name: replace(METHODS[name], window="auto") for name in ("sjd2", "sjd")}}
+    job = (backbone, asking, PROMPTS[:2], layout)
     with caplog.at_level("INFO"):
         methods, choices = resolve_windows(*job, windows=(2, 4), folder=tmp_path)
     assert list(choices) == ["sjd", "sjd2"]
@@ -110,7 +106,7 @@ def test_methods_get_windows_and_a_continued_run_keeps_them(backbone, clock, tmp
     assert len(clock.passes) == num, "kept"
     resolve_windows(*job, windows=(4, 8), folder=tmp_path)
     assert len(clock.passes) > num, "another question"
-    assert resolve_windows(backbone, METHODS, [], PROMPTS, layout) == (METHODS, {})
+    assert resolve_windows(backbone, METHODS, PROMPTS, layout) == (METHODS, {})
 
 
 def test_a_chosen_window_is_a_method_like_any_other(backbone, clock):

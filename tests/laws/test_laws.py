@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sjd2_lightning.decoding import DecodingConfig, Sampling, decode, loop
+from sjd2_lightning.decoding import DecodingConfig, Sampling, decode, loop, method, passes, rules
 from sjd2_lightning.decoding.config import Grouping, TreeShape
 from sjd2_lightning.decoding.law import draw, residual
 from sjd2_lightning.decoding.rules import Exact, couple, num_leading, resample

@@ -35,7 +35,6 @@ from benchmarks.memory import LiveBytes
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.method import Method
 from sjd2_lightning.decoding.rules import Scores, judged
-from sjd2_lightning.decoding.window import Window
 from sjd2_lightning.masks import window_mask
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone, rows_with_newlines
@@ -86,7 +85,7 @@ def own_work(window: int, vocabulary: int, levels: int, rows: int) -> Callable[[
     layout = rows_with_newlines(64, 64, vocabulary, (64, 64))
     table = torch.randn(vocabulary + 1, 64)
     method = Method(config, [layout], table, vocabulary)
-    state = Window(method, torch.arange(rows))
+    state = method.window(torch.arange(rows))
     log = torch.randn(rows, window, vocabulary)
     none_settled = torch.zeros(rows, window, dtype=torch.bool)
 
@@ -94,7 +93,7 @@ def own_work(window: int, vocabulary: int, levels: int, rows: int) -> Callable[[
         slots = state.slots()
         state.fed(slots, 1)
         scores = Scores(log)
-        verdict = judged(method.rule, slots, scores)
+        verdict = judged(method.one_pass.rule, slots, scores)
         state.renew(slots, method.redraft(slots, verdict, scores, none_settled), verdict, scores)
         state.iteration -= 1  # the window stays where it is, so that every call does the same
         state.advance([0] * rows, torch.zeros(rows, dtype=torch.long))
@@ -128,7 +127,7 @@ def memory(
         return made[-1]
 
     method = Method(config, [layout], backbone.slot_table(), backbone.num_codes)
-    state = Window(method, torch.arange(rows)).num_bytes
+    state = method.window(torch.arange(rows)).num_bytes
     with patch.object(backbone, "new_cache", new_cache), LiveBytes() as live:
         decode(backbone, ["a red cat"] * rows, range(rows), config, layout)
     law = 4 * rows * config.size * backbone.num_codes

@@ -1,6 +1,73 @@
-"""`python -m sjd2_lightning COMMAND ...`: the same as `sjd2 COMMAND ...`."""
+"""Every command of the package in one table: `sjd2 COMMAND`, or `python -m sjd2_lightning COMMAND`."""
 
-from sjd2_lightning.cli.commands import main
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import sys
+
+from sjd2_lightning import __version__
+from sjd2_lightning.run.processes import HANDED_DOWN, started_by_lightning
+
+# command: (module whose `main` runs it, what it does)
+COMMANDS = {
+    "train": ("cli.train", "fine-tune a model: sjd2 train model=tiny trainer.max_steps=100"),
+    "evaluate": ("cli.evaluate", "compare decoding methods: sjd2 evaluate compare=[ar,sjd2] num_prompts=16"),
+    "prepare": ("cli.prepare", "make shards of captioned pictures: sjd2 prepare folder --input photos"),
+    "convert": ("models.convert", "bring released Lumina-mGPT weights into this layout"),
+    "pairs": ("cli.pairs", "count which codes stand side by side, for decoding.pairs"),
+    "teacher": ("cli.teacher", "let a model draw the images of a data set, for distillation"),
+    "publish": ("report.wandb_report", "publish a finished evaluation as a W&B Report"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command that the first argument names; the others are its own.
+
+    Args:
+        arguments: words of the command line behind the program's name; None reads `sys.argv`.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    if started_by_lightning():
+        # Lightning started this process and repeats the command line without the command
+        words = [json.loads(os.environ[HANDED_DOWN])["script"], *words]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if words[0] == "--version":
+        print(__version__)
+        return
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean `sjd2 {close[0]}`?" if close else f"commands: {', '.join(COMMANDS)}"
+        print(f"sjd2: there is no command {name!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
+    module = importlib.import_module(f"sjd2_lightning.{COMMANDS[name][0]}")
+    if name in ("train", "evaluate"):  # Hydra reads its overrides from the command line itself
+        sys.argv[1:] = rest
+        module.main()
+    else:
+        module.main(rest)
+
+
+def usage() -> str:
+    """The table of commands."""
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sjd2 COMMAND ...",
+            "",
+            *rows,
+            "",
+            "train and evaluate take keys of conf/ as KEY=VALUE; --cfg job --resolve shows what would run.",
+            "The other commands explain themselves: sjd2 prepare --help.",
+        ]
+    )
+
 
 if __name__ == "__main__":
     main()

@@ -107,7 +107,7 @@ class ReplayMap:
         self.truth = decode(backbone, texts, seeds, config, layout).slot_ids
         slots, keys = torch.arange(layout.num_slots), torch.tensor(seeds)
         method = Method(config, [layout], backbone.slot_table(), backbone.num_codes)
-        self.first = method.first_slots(keys, slots)[0]
+        self.first = method.source.first_slots(keys, slots)[0]
         self.gumbel = gumbel(stream(slot_keys(keys[:, None], slots), Purpose.GUMBEL), backbone.num_codes)
         self.is_code = torch.tensor(layout.forced) < 0
         before = self.is_code.long().cumsum(0) - self.is_code.long()

@@ -39,7 +39,7 @@ from rich.table import Table
 
 from benchmarks.likelihood import log_laws
 from benchmarks.study.study_table import COLUMNS, Run, figure, lines, markdown, tabulate
-from sjd2_lightning.config.base import Group
+from sjd2_lightning.config.groups import Group
 from sjd2_lightning.config.reading import conf_dir, evaluate_config
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.config import BASELINE
@@ -149,7 +149,7 @@ def changed(config: DecodingConfig, changes: str) -> DecodingConfig:
             held = getattr(config, group) if group else config
             held = replace(held, **{field: yaml.safe_load(value)})
         except (AttributeError, TypeError):
-            raise SystemExit(f"+{change}: there is no decoding.{name}; see conf/decoding/sjd2.yaml") from None
+            raise SystemExit(f"+{change}: there is no decoding.{name}; see conf/method/base.yaml") from None
         config = replace(config, **{group: held}) if group else held
     config.check()
     return config

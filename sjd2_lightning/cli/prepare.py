@@ -23,8 +23,8 @@ from sjd2_lightning.data.ensure import Coder, Wanted, ensure_shards
 from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.pictures import CROPPED
 from sjd2_lightning.data.sources.coco import coco_records
-from sjd2_lightning.data.sources.emoji_shards import SOURCE as EMOJI
-from sjd2_lightning.data.sources.emoji_shards import prepare_emoji
+from sjd2_lightning.data.sources.emoji import SOURCE as EMOJI
+from sjd2_lightning.data.sources.emoji import prepare_emoji
 from sjd2_lightning.data.sources.folder import folder_records
 from sjd2_lightning.data.sources.parquet import block_of, read_cell, table_records
 from sjd2_lightning.data.sources.record import FilePictures, Reader, Record, chosen_records, read_stretch

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from sjd2_lightning.config.base import did_you_mean
+from sjd2_lightning.config.groups import did_you_mean
 from sjd2_lightning.config.runs import EvaluateConfig, SharedConfig, TrainConfig
 from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.processes import run_id

@@ -7,17 +7,22 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from sjd2_lightning.config.base import Count, Group, Natural, did_you_mean, several, sound
 from sjd2_lightning.config.groups import (
     AutoWindowConfig,
     CallbacksConfig,
+    Count,
     DataConfig,
     DecodingDefaults,
+    Group,
     LoggerConfig,
     MetricsConfig,
     ModelConfig,
+    Natural,
     ReportConfig,
     TrainerConfig,
+    did_you_mean,
+    several,
+    sound,
 )
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.training.noise import TrainingNoise

@@ -17,7 +17,7 @@ from torch import nn
 from sjd2_lightning.data.index import INDEX_NAME, ShardIndex
 from sjd2_lightning.data.loader import Batch, CodeDataset, CodeLoader, PictureBatch
 from sjd2_lightning.data.places import Place, place
-from sjd2_lightning.data.sources.emoji_shards import SOURCE, prepare_emoji
+from sjd2_lightning.data.sources.emoji import SOURCE, prepare_emoji
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 
 __all__ = ["Batch", "CodeDataModule", "PictureBatch"]

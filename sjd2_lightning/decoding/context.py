@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.law import guided
-from sjd2_lightning.decoding.span import Span
+from sjd2_lightning.decoding.strip import Span
 from sjd2_lightning.masks import attention_mask, window_mask
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, by_row, right_aligned
 

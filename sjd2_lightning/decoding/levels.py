@@ -57,7 +57,7 @@ class NoiseLevels:
     """
 
     def __init__(self, config: DecodingConfig, table: Tensor, space: EmbeddingSpace, start: Start) -> None:
-        self.config, self.start, self.space = config, start, space
+        self.config, self.start, self.space, self.table = config, start, space, table
         self.num_codes = len(space.table)
         # single precision whatever the trunk's: timestep tokens are of 1000 t, which half precision garbles
         self.timesteps = config.noise.grid(config.num_levels).to(table.device)

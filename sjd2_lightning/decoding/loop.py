@@ -57,7 +57,7 @@ def decode(
     context = Context(
         backbone, prompts, layouts, method.levels.timestep_tokens(), columns, most_again, config
     )
-    window = Window(method, torch.tensor(list(seeds), device=backbone.device))
+    window = method.window(torch.tensor(list(seeds), device=backbone.device))
     images = _Images(layouts, backbone.device)
     again = one_pass.least_again
     while True:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.context import Context
 from sjd2_lightning.decoding.law import log_law
-from sjd2_lightning.decoding.rules import Scores, Slots, Verdict, judged, num_leading
+from sjd2_lightning.decoding.rules import Rule, Scores, Slots, Verdict, judged, num_leading
 from sjd2_lightning.decoding.window import Window
-
-if TYPE_CHECKING:
-    from sjd2_lightning.decoding.method import Method
 
 
 class Judged(NamedTuple):
@@ -36,16 +34,17 @@ class Pass:
     """A pass over the window alone.
 
     Args:
-        method: the method.
+        config: the method's values.
+        rule: which drafts stand.
     """
 
     keeps: frozenset[str] = frozenset()  # fields of `Slots` that it reads beside the rule's
 
-    def __init__(self, method: Method) -> None:
-        self.method = method
+    def __init__(self, config: DecodingConfig, rule: Rule) -> None:
+        self.config, self.rule = config, rule
         # committed tokens that a pass feeds again since the cache does not hold them: fewest and most
-        self.least_again, self.most_again = 1, method.size if method.rule.accepts_noisy else 1
-        self.num_columns = method.size  # that a pass needs right of the committed slots
+        self.least_again, self.most_again = 1, config.size if rule.accepts_noisy else 1
+        self.num_columns = config.size  # that a pass needs right of the committed slots
 
     def __call__(self, context: Context, window: Window, slots: Slots, again: int) -> Judged:
         """One forward pass.
@@ -57,12 +56,12 @@ class Pass:
             again: number of committed slots that are fed again.
         """
         span, fed = window.fed(slots, again)
-        log = log_law(context.logits(span, fed, self.levels(slots), window.size), self.method.config.sampling)
+        log = log_law(context.logits(span, fed, self.levels(slots), window.size), self.config.sampling)
         return self.judge(slots, Scores(log))
 
     def levels(self, slots: Slots) -> Tensor | None:
         """(B, W - 1) levels of the slots that are fed; None = all are clean, which costs no mask."""
-        return slots.levels[:, :-1] if self.method.num_levels else None
+        return slots.levels[:, :-1] if self.config.num_levels else None
 
     def judge(self, slots: Slots, scores: Scores) -> Judged:
         """The verdict, and the runs that follow from it.
@@ -70,12 +69,10 @@ class Pass:
         A slot may be committed if it and all before it stand. Its entry in the cache is right if they were
         also fed as the clean embeddings of what they are now.
         """
-        verdict = judged(self.method.rule, slots, scores)
+        verdict = judged(self.rule, slots, scores)
         stands = verdict.accept_mask[:, :-1]  # the last slot was not fed
         cached = num_leading(stands & (slots.levels[:, :-1] == 0))
-        return Judged(
-            scores, verdict, num_leading(stands) if self.method.rule.accepts_noisy else cached, cached
-        )
+        return Judged(scores, verdict, num_leading(stands) if self.rule.accepts_noisy else cached, cached)
 
     def to_host(self, committed: Tensor, cached: Tensor) -> tuple[list[int], int]:
         """Slots that each row commits, and how many the next pass feeds again: the wait for the device."""

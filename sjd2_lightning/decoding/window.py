@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sjd2_lightning.decoding.rules import Scores, Slots, Verdict
-from sjd2_lightning.decoding.span import Span
-from sjd2_lightning.decoding.strip import Strip
+from sjd2_lightning.decoding.strip import SlotSource, Span, Strip
 
-if TYPE_CHECKING:
-    from sjd2_lightning.decoding.method import Method
+
+class OnEntry:
+    """What happens to slots when they are made, and when they enter the window: nothing, by default."""
+
+    def start(self, window: Window) -> None:
+        """Called once, before the first iteration."""
+
+    def made(self, window: Window, slots: Tensor, kept: dict[str, Tensor]) -> None:
+        """Called when the fields `kept` of slots (B, n) were made."""
+
+    def entered(self, window: Window, committed: Tensor, most: int) -> None:
+        """Called when the window has moved on by `committed` (B,) slots, at most `most`."""
+
+    def keep_rows(self, index: Tensor) -> None:
+        """Called when rows leave the batch; `index` (R,) are those that stay."""
 
 
 class Window:
@@ -24,23 +35,25 @@ class Window:
     fields lie in a strip, see `Strip`.
 
     Args:
-        method: the method.
+        source: what slots start as.
+        on_entry: what happens to slots when they are made, and when they enter.
         seeds: (B,) seeds of the rows.
     """
 
-    def __init__(self, method: Method, seeds: Tensor) -> None:
-        self.method, self.size, self.seeds = method, method.size, seeds
-        ends = [layout.num_slots for layout in method.layouts]
+    def __init__(self, source: SlotSource, on_entry: Sequence[OnEntry], seeds: Tensor) -> None:
+        self.source, self.on_entry, self.seeds = source, on_entry, seeds
+        self.size = source.config.size
+        ends = [layout.num_slots for layout in source.layouts]
         self.ends = ends * (len(seeds) // len(ends))
         self.end = torch.tensor(self.ends, device=seeds.device)
         self.heads, self.head = [0] * len(seeds), torch.zeros_like(seeds)
         self.iteration = 0
-        self.strip = Strip(method, seeds)
+        self.strip = Strip(source, seeds)
         self.columns = torch.arange(max(ends) + 2 * self.strip.length, device=seeds.device)
-        self.tokens, self.levels = method.first_slots(seeds, self.columns)
-        self.is_code = (method.forced(len(self.columns)) < 0).expand(len(seeds), -1)
+        self.tokens, self.levels = source.first_slots(seeds, self.columns)
+        self.is_code = (source.forced(len(self.columns)) < 0).expand(len(seeds), -1)
         self._made(*self.strip.begin(self.columns))
-        for event in method.on_entry:
+        for event in on_entry:
             event.start(self)
         self._place()
 
@@ -69,19 +82,19 @@ class Window:
         """
         starts = [head - again for head in self.heads]
         span = Span(starts, self.head - again, again + self.size - 1, self.columns)
-        embeddings = F.embedding(span.read(self.tokens), self.method.table)
+        embeddings = F.embedding(span.read(self.tokens), self.source.table)
         if slots.noisy is not None:
             drafts = embeddings[:, again:]
-            noisy = self.method.levels.embeddings(slots.noisy[:, :-1])
+            noisy = self.source.levels.embeddings(slots.noisy[:, :-1])
             drafts.copy_(noisy.where(slots.levels[:, :-1, None] > 0, drafts))
         return span, embeddings
 
     def renew(self, slots: Slots, drafts: Tensor, verdict: Verdict, scores: Scores) -> None:
         """Puts the next drafts (B, W) and their laws in place, and makes noisy slots one level cleaner."""
         if slots.noisy is not None:
-            levels = self.method.levels.lower(slots, drafts, scores)
-            if self.method.num_levels > 1:  # from level 1 a slot goes straight to a clean embedding
-                noisy = self.method.levels.cleaner(slots, drafts, scores)
+            levels = self.source.levels.lower(slots, drafts, scores)
+            if self.source.config.num_levels > 1:  # from level 1 a slot goes straight to a clean embedding
+                noisy = self.source.levels.cleaner(slots, drafts, scores)
                 self.in_strip.write(self.strip.fields["noisy"], noisy)
             self.span.write(self.levels, levels)
         if slots.draft_probs is not None:
@@ -95,7 +108,7 @@ class Window:
         self.head = self.head + committed
         self.iteration += 1
         self._place()
-        for event in self.method.on_entry:
+        for event in self.on_entry:
             event.entered(self, committed, max(num_committed))
 
     def entered(self, committed: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -113,7 +126,7 @@ class Window:
         self.head, self.end, self.seeds = self.head[index], self.end[index], self.seeds[index]
         self.tokens, self.levels, self.is_code = self.tokens[index], self.levels[index], self.is_code[index]
         self.strip.keep_rows(rows, index)
-        for event in self.method.on_entry:
+        for event in self.on_entry:
             event.keep_rows(index)
         self._place()
 
@@ -125,5 +138,5 @@ class Window:
         self.in_strip = self.strip.span(self.heads, self.head)
 
     def _made(self, slots: Tensor, fields: dict[str, Tensor]) -> None:
-        for event in self.method.on_entry:
+        for event in self.on_entry:
             event.made(self, slots, fields)

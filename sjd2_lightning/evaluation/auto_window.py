@@ -31,7 +31,7 @@ from sjd2_lightning.decoding.law import log_law
 from sjd2_lightning.decoding.loop import decode
 from sjd2_lightning.decoding.method import Method
 from sjd2_lightning.decoding.output import DecodeStats
-from sjd2_lightning.decoding.span import Span
+from sjd2_lightning.decoding.strip import Span
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone, ImageLayout

@@ -19,8 +19,7 @@ from sjd2_lightning.evaluation.references import ReferenceSet
 from sjd2_lightning.metrics.alignment import CLIPScorer, own_scores, scores_of_others
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
 from sjd2_lightning.metrics.features import FeatureExtractor, FeatureSet, cached_features, extract_features
-from sjd2_lightning.metrics.fidelity import frechet_result, kid_result
-from sjd2_lightning.metrics.manifold import manifold_results
+from sjd2_lightning.metrics.fidelity import frechet_result, kid_result, manifold_results
 from sjd2_lightning.run.provenance import weights_hash
 
 _MIN_IMAGES = 2  # a covariance needs two

@@ -11,7 +11,7 @@ from rich.table import Table
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.metrics.bootstrap import MetricResult
-from sjd2_lightning.metrics.manifold import MANIFOLD
+from sjd2_lightning.metrics.fidelity import MANIFOLD
 
 MISSING = "–"
 

@@ -13,7 +13,7 @@ import wandb
 
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
-from sjd2_lightning.metrics.manifold import MANIFOLD
+from sjd2_lightning.metrics.fidelity import MANIFOLD
 from sjd2_lightning.report.figures import acceptance_maps, figure_pixels, image_grid
 from sjd2_lightning.run.provenance import redact
 

@@ -141,8 +141,8 @@ def test_changes_of_a_method(study):
     for wrong in ("+trees.width=3", "+tree.wide=3", "+windows=3"):
         with pytest.raises(SystemExit, match="there is no decoding"):
             study.changed(config, wrong)
-    with pytest.raises(ValueError, match="draft_init"):
-        study.changed(config, "+draft_init=repeat_below")
+    with pytest.raises(ValueError, match="confidence"):
+        study.changed(config, "+confidence=2.0")
 
 
 def test_what_the_first_version_decoded_is_not_decoded_again(study):

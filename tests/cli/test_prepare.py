@@ -17,8 +17,7 @@ from sjd2_lightning.cli import prepare
 from sjd2_lightning.data import ensure
 from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.reading import read_all
-from sjd2_lightning.data.sources.emoji import ATTRIBUTION, load_emoji_index, render, words
-from sjd2_lightning.data.sources.emoji_shards import prepare_emoji
+from sjd2_lightning.data.sources.emoji import ATTRIBUTION, load_emoji_index, prepare_emoji, render, words
 from tests.tools.shards import GreyTokenizer, WriteCodes
 
 

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from sjd2_lightning.config.base import Group
+from sjd2_lightning.config.groups import Group
 from sjd2_lightning.config.reading import ConfigError, conf_dir, evaluate_config, save_config, train_config
 from sjd2_lightning.config.runs import EvaluateConfig, SharedConfig, TrainConfig
 from sjd2_lightning.noise import NoiseProcess

@@ -117,9 +117,8 @@ def test_bad_values_are_all_named():
     found = Sampling(temperature=-1, top_k=-2, top_p=0, guidance_scale=-1).problems()
     assert [key for key in ("temperature", "top_k", "top_p", "guidance_scale") if key in " ".join(found)]
     assert len(found) == 4
-    found = Sampling(guidance_schedule="cosine", guidance_start=0.5, guidance_end=0.5).problems()
-    assert [key for key in ("guidance_schedule", "guidance_start") if key in " ".join(found)]
-    assert len(found) == 2
+    [line] = Sampling(guidance_start=0.5, guidance_end=0.5).problems()
+    assert line.startswith("guidance_start=0.5: must satisfy")
     assert not Sampling(temperature=0, top_p=1).problems()
 
 

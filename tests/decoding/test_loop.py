@@ -269,4 +269,4 @@ def test_each_bad_value_is_one_error_before_any_forward(changes, named):
     with pytest.raises(ValueError, match=f"^{named}") as error:
         decode(backbone, ["p1"], [0], replace(good, **changes), backbone.layout(2, 2))
     assert len(replace(good, **changes).problems()) == 1
-    assert str(error.value) == replace(good, **changes).problems()[0]
+    assert str(error.value) == f"decoding.{replace(good, **changes).problems()[0]}"

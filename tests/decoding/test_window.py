@@ -7,7 +7,7 @@ from sjd2_lightning.decoding import DecodingConfig
 from sjd2_lightning.decoding.method import Method
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, normal, slot_keys, stream, uniform
 from sjd2_lightning.decoding.rules import Scores, Verdict
-from sjd2_lightning.decoding.span import Span
+from sjd2_lightning.decoding.strip import Span
 from sjd2_lightning.decoding.window import Window
 from sjd2_lightning.models.backbone import rows_with_newlines
 
@@ -18,7 +18,7 @@ def _window(acceptance: str, num_codes: int = 5, rows: int = 3, window: int = 6,
     config = DecodingConfig("sjd2", window, 2, acceptance)
     table = torch.randn(num_codes + 1, 4, generator=torch.Generator().manual_seed(0))
     method = Method(config, [rows_with_newlines(side, side, num_codes, (side, side))], table, num_codes)
-    return Window(method, 100 + torch.arange(rows))
+    return method.window(100 + torch.arange(rows))
 
 
 @pytest.mark.parametrize("starts", [[4, 4, 4], [4, 0, 9]])

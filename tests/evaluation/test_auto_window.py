@@ -93,8 +93,8 @@ def test_the_cheap_window_and_the_long_one(backbone, clock):
 
 def test_methods_get_windows_and_a_continued_run_keeps_them(backbone, clock, tmp_path, caplog):
     layout = backbone.layout(SIDE, SIDE)
-    asking = {**METHODS, **{name: replace(METHODS[name], window="auto") for name in ("sjd2", "sjd")}}
-    job = (backbone, asking, PROMPTS[:2], layout)
+    asked = {name: replace(METHODS[name], window="auto") for name in ("sjd", "sjd2")}
+    job = (backbone, METHODS | asked, PROMPTS[:2], layout)
     with caplog.at_level("INFO"):
         methods, choices = resolve_windows(*job, windows=(2, 4), folder=tmp_path)
     assert list(choices) == ["sjd", "sjd2"]

@@ -50,7 +50,7 @@ def scripts() -> list[tuple[str, tuple[str, ...]]]:
         for i, word in enumerate(words[:2]):
             if word in ("train.py", "evaluate.py", "sjd2-train", "sjd2-evaluate"):
                 root = word.removesuffix(".py").removeprefix("sjd2-")
-                found.append((root, tuple(word for word in words[i + 1 :] if word != "-m")))
+                found.append((root, tuple(word for word in words[i + 1 :] if "=" in word)))
     return sorted(set(found))
 
 

@@ -305,7 +305,7 @@ CONTROLS = {
     "paper": (replace(RULES["sjd2-1"], acceptance="paper", refiner="keep"), {}),
     "least of four rows": (
         _RESAMPLE,
-        changed(_run_stays_with_old_law) | {"num_leading": _least_of_four, "LEAVE_SHARE": 2.0},
+        changed(_run_stays_with_old_law) | {"num_leading": _least_of_four, "LEAVE_SHARE": 1.0},
     ),
 }
 
@@ -356,7 +356,7 @@ def test_the_stand_ins_themselves_change_nothing(table):
     same = changed(lambda slots, verdict: verdict)
     with (
         patch.dict(method.RULES, same),
-        patch.object(loop, "LEAVE_SHARE", 2.0),
+        patch.object(loop, "LEAVE_SHARE", 1.0),
         patch.object(rules, "residual", residual),
     ):
         assert law_p(table, replace(_RESAMPLE, window=4), 8_000) > P_PASS

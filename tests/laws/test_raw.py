@@ -12,7 +12,7 @@ import torch
 from sjd2_lightning.data.datamodule import Batch, CodeDataModule, PictureBatch
 from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.loader import CodeDataset, CodeLoader
-from sjd2_lightning.data.sources.emoji_shards import prepare_emoji
+from sjd2_lightning.data.sources.emoji import prepare_emoji
 from tests.data.test_datamodule import Recorder, trainer
 from tests.tools.shards import GreyTokenizer
 

@@ -114,7 +114,7 @@ def test_the_plan_of_the_shipped_model_counts_its_weights(composed, repo):
 def test_missing_weights_are_refused_with_the_command(composed):
     for model, command in (
         ("emu3", "hf download BAAI/Emu3-Gen-hf"),
-        ("lumina_mgpt", "models.convert --trunk"),
+        ("lumina_mgpt", "sjd2 convert --trunk"),
     ):
         with pytest.raises(ConfigError) as error:
             train(composed("train", f"model={model}"))

@@ -6,7 +6,6 @@ import torch
 from benchmarks.memory import LiveBytes
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.method import Method
-from sjd2_lightning.decoding.window import Window
 from tests.tools.tiny_backbones import tiny_chameleon
 
 GUIDED = Sampling(guidance_scale=3.0)
@@ -25,7 +24,7 @@ def bytes_of(backbone, acceptance: str, rows: int, window: int) -> tuple[int, in
     method = Method(config, [layout], backbone.slot_table(), NUM_CODES)
     with LiveBytes() as live:
         decode(backbone, ["red cat"] * rows, range(rows), config, layout)
-    return Window(method, torch.arange(rows)).num_bytes, live.peak
+    return method.window(torch.arange(rows)).num_bytes, live.peak
 
 
 @pytest.mark.parametrize("acceptance", ["replay", "exact"])

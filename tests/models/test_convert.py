@@ -12,10 +12,9 @@ from torch.nn import functional as F
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from sjd2_lightning.models.chameleon import LUMINA_MGPT
-from sjd2_lightning.models.convert import MANIFEST, convert
+from sjd2_lightning.models.convert import MANIFEST, convert, read_pickle, vq_from_taming
 from sjd2_lightning.models.registry import load_backbone
 from sjd2_lightning.models.small import byte_tokenizer, code_name
-from sjd2_lightning.models.taming import read_pickle, vq_from_taming
 
 NUM_CODES = 12
 CHANNELS = [32, 64]

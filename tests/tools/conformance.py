@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sjd2_lightning.decoding import DecodingConfig, NearTies, Sampling, decode, decode_reference
-from sjd2_lightning.decoding.config import METHODS, NOISY
+from sjd2_lightning.decoding.config import NOISY
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.masks import attention_mask
 from sjd2_lightning.models.backbone import ImageLayout
@@ -31,6 +31,8 @@ from tests.tools.operations import Operations
 
 PROMPTS = ("a red cat", "dog")  # of different lengths
 AR = DecodingConfig("ar", window=1)
+
+METHODS = ("ar", "jacobi", "sjd", "mc_sjd", "gumbel", "sjd_pp", "sjd_pac", "gsd", "sjd2", "sjd2_pure")
 
 
 @dataclass(frozen=True)

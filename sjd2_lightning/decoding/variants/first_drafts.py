@@ -1,38 +1,22 @@
-"""First drafts that are more than a random code: the maximum of the slot's own noise, or a neighbour's token.
+"""What a slot may start with beside a random code and Gaussian noise.
 
-Images are smooth, so the code beside or above is a fair guess (SJD). A repeated draft is drawn from nothing:
-given what stands to its left it is certain, so the law that is recorded for it has all its mass on it.
+First drafts: the maximum of the slot's own noise, or a neighbour's token: images are smooth, so the code
+beside or above is a fair guess (SJD). A repeated draft is drawn from nothing: given what stands to its left
+it is certain, so the law that is recorded for it has all its mass on it. In place of noise (ours): noise tied
+to the slot's token, or the embedding of the code one row up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sjd2_lightning.decoding.window import OnEntry, Window
 from sjd2_lightning.models.backbone import ImageLayout, by_row
-
-if TYPE_CHECKING:
-    from sjd2_lightning.decoding.window import Window
-
-
-class OnEntry:
-    """What happens to slots when they are made, and when they enter the window: nothing, by default."""
-
-    def start(self, window: Window) -> None:
-        """Called once, before the first iteration."""
-
-    def made(self, window: Window, slots: Tensor, kept: dict[str, Tensor]) -> None:
-        """Called when the fields `kept` of slots (B, n) were made."""
-
-    def entered(self, window: Window, committed: Tensor, most: int) -> None:
-        """Called when the window has moved on by `committed` (B,) slots, at most `most`."""
-
-    def keep_rows(self, index: Tensor) -> None:
-        """Called when rows leave the batch; `index` (R,) are those that stay."""
+from sjd2_lightning.noise import tied_noise, tied_rows
 
 
 class OwnMaximum(OnEntry):
@@ -77,6 +61,49 @@ class Repeated(OnEntry):
     def keep_rows(self, index: Tensor) -> None:
         """Keeps some rows."""
         self.neighbour = self.neighbour[index]
+
+
+class Tied:
+    """Slots start from noise made of the Gumbel vector that decides their token, see `noise.tied_noise`.
+
+    Args:
+        rows: (K, D) normalised embeddings of the codes.
+        white: whether the noise is without the table's correlations.
+    """
+
+    def __init__(self, rows: Tensor, white: bool) -> None:
+        self.rows = tied_rows(rows, white)
+
+    def __call__(self, keys: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        return tied_noise(kept["gumbel"], self.rows)
+
+
+class FromAbove(OnEntry):
+    """Slots that enter the window hold the embedding of what now stands one row up.
+
+    Args:
+        layouts: layouts of the images, one for all or one a row.
+        rows: (K + structural, D) normalised embeddings by slot id.
+    """
+
+    def __init__(self, layouts: Sequence[ImageLayout], rows: Tensor) -> None:
+        self.layouts, self.rows = layouts, rows
+
+    def start(self, window: Window) -> None:
+        """Finds the slot one row up of each slot."""
+        num = len(window.columns)
+        found = by_row(self.layouts, lambda layout: neighbours(layout, "repeat_above", num))
+        self.above = found.to(window.columns.device).expand(len(window.seeds), -1)
+
+    def entered(self, window: Window, committed: Tensor, most: int) -> None:
+        """Called when the window has moved on by `committed` (B,) slots, at most `most`."""
+        slots, ends = window.entered(committed, most)
+        tokens, found = repeated(window.tokens, slots, ends, self.above, "repeat_above")
+        window.strip.put("noisy", slots, F.embedding(tokens, self.rows), found & (slots >= ends))
+
+    def keep_rows(self, index: Tensor) -> None:
+        """Keeps some rows."""
+        self.above = self.above[index]
 
 
 def neighbours(layout: ImageLayout, kind: str, num_columns: int) -> Tensor:

@@ -30,8 +30,6 @@ the next pass. Ours differs behind it: branches do not fork again, and each carr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -42,11 +40,8 @@ from sjd2_lightning.decoding.context import Branches, Context
 from sjd2_lightning.decoding.law import draw, log_law, residual
 from sjd2_lightning.decoding.passes import Judged, Pass
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, slot_keys, stream, uniform
-from sjd2_lightning.decoding.rules import Scores, Slots, judged, num_leading
+from sjd2_lightning.decoding.rules import Rule, Scores, Slots, judged, num_leading
 from sjd2_lightning.decoding.window import Window
-
-if TYPE_CHECKING:
-    from sjd2_lightning.decoding.method import Method
 
 
 class Tree:
@@ -112,26 +107,27 @@ class TreePass(Pass):
     """A pass over the window and branches beside it.
 
     Args:
-        method: the method.
+        config: the method's values.
+        rule: which drafts stand.
         tree: the shape of the branches.
     """
 
     keeps = frozenset({"draft_probs"})  # siblings are drawn from it
 
-    def __init__(self, method: Method, tree: Tree) -> None:
-        super().__init__(method)
+    def __init__(self, config: DecodingConfig, rule: Rule, tree: Tree) -> None:
+        super().__init__(config, rule)
         self.tree = tree
         self.most_again = 1 + tree.length
-        if method.config.compile:  # shapes stay the same
+        if config.compile:  # shapes stay the same
             self.least_again = self.most_again
-        self.num_columns = method.size + tree.num_columns
+        self.num_columns = config.size + tree.num_columns
 
     def __call__(self, context: Context, window: Window, slots: Slots, again: int) -> Judged:
         """One forward pass, see `Pass`; what branches add to the run is written into verdict and scores."""
         span, fed = window.fed(slots, again)
         tokens, branches = self.tree.grow(slots, window)
         logits = context.logits(span, fed, self.levels(slots), window.size, branches)
-        log, behind = log_law(logits, self.method.config.sampling).tensor_split([window.size], dim=1)
+        log, behind = log_law(logits, self.config.sampling).tensor_split([window.size], dim=1)
         this = self.judge(slots, Scores(log))
         return this._replace(run=self.follow(window, slots, this, tokens, behind))
 
@@ -156,7 +152,7 @@ class TreePass(Pass):
         places = self.tree.behind[at]  # (B, length) slots that the branch has a law for
         laws = behind.view(*branches.shape, -1)[rows, at, which.clamp_min(0)]
         fields = (None if field is None else field[rows[:, None], places] for field in slots)
-        further = judged(self.method.rule, Slots._make(fields), Scores(laws))
+        further = judged(self.rule, Slots._make(fields), Scores(laws))
         gained = (num_leading(further.accept_mask[:, :-1]) + 1).where(rejected & (which >= 0), 0)
         theirs = places <= (at + gained)[:, None]
         place = (rows[:, None], places)

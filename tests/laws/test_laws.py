@@ -203,7 +203,7 @@ def _old_law_everywhere(slots, verdict):
 
 
 def _run_stays_with_old_law(slots, verdict):
-    run = verdict.accept_mask.long().cumprod(-1).bool()
+    run = (verdict.accept_mask | ~slots.is_code).long().cumprod(-1).bool()
     law = slots.draft_probs.where(run[..., None], verdict.draft_probs)
     return verdict._replace(drafts=slots.tokens.where(run, verdict.drafts), draft_probs=law)
 

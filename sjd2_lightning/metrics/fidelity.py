@@ -2,8 +2,8 @@
 
 Sources: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID, unbiased, cubic polynomial kernel). The names
 "fid" and "kid" are kept for clean-fid's Inception features; other extractors are named in the metric.
-Kynkäänniemi et al. 2019 (precision, recall), Naeem et al. 2020 (density, coverage), with the conventions of the
-latter's published code: a ball reaches to the k-th neighbour other than its centre, without its border.
+Kynkäänniemi et al. 2019 (precision, recall), Naeem et al. 2020 (density, coverage), with the conventions of
+the latter's published code: a ball reaches to the k-th neighbour other than its centre, without its border.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class SJD2Module(L.LightningModule):
     ) -> None:
         super().__init__()
         if found := noise.problems():
-            raise ValueError("; ".join(found))
+            raise ValueError("; ".join(f"noise.{line}" for line in found))
         self.strict_loading = not save_trained_only
         self.backbone = backbone
         self.noise = noise

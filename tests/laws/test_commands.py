@@ -166,7 +166,7 @@ def test_the_checkpoint_to_go_on_from(tmp_path):
     "overrides",
     [
         ["noise=off"],
-        ["noise.schedule=karras", "trainer.accumulate_grad_batches=2"],
+        ["noise.process.schedule=karras", "trainer.accumulate_grad_batches=2"],
         ["optimizer.freeze=[model.model.embed_tokens]", "callbacks.ema_decay=0.9"],
         ["callbacks.extra=[{_target_: lightning.pytorch.callbacks.Timer}]", "logger=csv"],
     ],

@@ -196,7 +196,7 @@ def test_sets_that_cannot_be_compared_are_refused():
         frechet_result(named(draw(1, 8, 0)), x)
 
 
-def draw(num, dim, seed, shift=0.0, scale=1.0):
+def points(num, dim, seed, shift=0.0, scale=1.0):
     return shift + scale * torch.randn(num, dim, generator=torch.Generator().manual_seed(seed))
 
 
@@ -229,42 +229,42 @@ def brute_force(fake, real, k):
 
 @pytest.mark.parametrize(("k", "shift"), [(1, 0.0), (3, 0.7), (5, 1.5)])
 def test_figures_equal_a_brute_force(k, shift):
-    fake, real = draw(40, 4, 0, shift, 0.8), draw(55, 4, 1)
+    fake, real = points(40, 4, 0, shift, 0.8), points(55, 4, 1)
     assert means(fake, real, k) == pytest.approx(brute_force(fake, real, k), abs=1e-12)
 
 
 def test_repeated_images_equal_a_brute_force():
     """White pictures are one point: radii of 0, which rounding must not open."""
-    points = draw(20, 64, 0, scale=100.0)
-    fake, real = points.repeat(3, 1), torch.cat([points.repeat(3, 1), draw(4, 64, 1)])
+    some = points(20, 64, 0, scale=100.0)
+    fake, real = some.repeat(3, 1), torch.cat([some.repeat(3, 1), points(4, 64, 1)])
     expected = brute_force(fake, real, 2)
     assert expected["precision"] == 0
     assert means(fake, real, 2) == pytest.approx(expected, abs=1e-12)
 
 
 def test_known_cases():
-    real = draw(300, 8, 0)
+    real = points(300, 8, 0)
     same = means(real.clone(), real, 5)
     assert (same["precision"], same["recall"], same["coverage"]) == (1, 1, 1)
     assert set(means(real + 100, real, 5).values()) == {0}
-    one_mode = means(draw(300, 8, 1, scale=0.05), real, 5)  # all in the middle: likely, and nothing else
+    one_mode = means(points(300, 8, 1, scale=0.05), real, 5)  # all in the middle: likely, and nothing else
     assert one_mode["precision"] > 0.95
     assert one_mode["recall"] < 0.05
-    law = means(draw(300, 8, 2), real, 5)
+    law = means(points(300, 8, 2), real, 5)
     assert law["density"] == pytest.approx(1, abs=0.15)  # its expectation for equal laws
     assert law["coverage"] == pytest.approx(1 - 0.5**5, abs=0.06)
 
 
 def test_blocks_change_nothing(monkeypatch):
-    fake, real = draw(50, 6, 0, 0.5), draw(70, 6, 1)
+    fake, real = points(50, 6, 0, 0.5), points(70, 6, 1)
     whole = means(fake, real, 4)
     monkeypatch.setattr(module, "_BLOCK", 16)
     assert means(fake, real, 4) == whole
 
 
 def test_results_carry_what_is_needed_to_read_them():
-    fake = FeatureSet("EffNetLite0", "resize", draw(50, 6, 0, 0.5), "w" * 64)
-    real = FeatureSet("EffNetLite0", "resize", draw(70, 6, 1), "w" * 64, "f" * 64)
+    fake = FeatureSet("EffNetLite0", "resize", points(50, 6, 0, 0.5), "w" * 64)
+    real = FeatureSet("EffNetLite0", "resize", points(70, 6, 1), "w" * 64, "f" * 64)
     found = manifold_results(fake, real, 4, num_resamples=100)
     assert tuple(found) == MANIFOLD
     for name, result in found.items():
@@ -276,10 +276,10 @@ def test_results_carry_what_is_needed_to_read_them():
 
 
 def test_what_cannot_be_measured_is_refused():
-    x = draw(5, 3, 0)
+    x = points(5, 3, 0)
     for k in (0, 5):
         with pytest.raises(ValueError, match=f"nearest_k is {k}"):
-            manifold(x, draw(9, 3, 1), k)
+            manifold(x, points(9, 3, 1), k)
     other = FeatureSet("Other", "resize", x)
     with pytest.raises(ValueError, match="one extractor"):
         manifold_results(FeatureSet("EffNetLite0", "resize", x), other, 2)

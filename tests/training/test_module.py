@@ -28,7 +28,9 @@ class Batch(NamedTuple):
 
 
 CAPTIONS = ["red cat", "dog on a green mat", "blue", "a red dog on a blue cat"]
-NOISE = TrainingNoise(num_levels=(1, 3), ramp=RampLaw(clean_run=(1, 2), segment=(1, 2), top_run=(0, 2)))
+NOISE = TrainingNoise(
+    num_levels=(1, 3), val_levels=2, ramp=RampLaw(clean_run=(1, 2), segment=(1, 2), top_run=(0, 2))
+)
 OFF = replace(NOISE, enabled=False)
 QUIET = {
     "accelerator": "cpu",
@@ -44,8 +46,8 @@ def batch_of(seed: int = 0) -> Batch:
 
 
 def module_of(noise: TrainingNoise = NOISE, **values) -> SJD2Module:
-    optimizer = OptimizerConfig(lr=2e-2, warmup_steps=3)
-    settings = {"image_size": (6, 6), "val_levels": 2, "seed": 1, **values}
+    optimizer = OptimizerConfig(lr=2e-2, warmup_steps=3, freeze=values.pop("freeze", ()))
+    settings = {"image_size": (6, 6), "seed": 1, **values}
     return SJD2Module(tiny_chameleon(7, seed=4, scale=0.3), noise, optimizer, **settings)
 
 
@@ -182,11 +184,11 @@ def test_random_grids_in_training_and_the_schedule_in_validation(monkeypatch):
 @pytest.mark.parametrize(
     "values",
     [
-        {"source": "tied"},
-        {"source": "mean"},
-        {"trajectory": True, "state": "draft", "random_grid": True},
-        {"trajectory": True, "state": "draft", "mark_drafts": False},
-        {"trajectory": True, "source": "mean", "estimate": "expected"},
+        {"process": NoiseProcess(source="tied")},
+        {"process": NoiseProcess(source="mean")},
+        {"trajectory": True, "process": NoiseProcess(state="draft"), "random_grid": True},
+        {"trajectory": True, "process": NoiseProcess(state="draft"), "mark_drafts": False},
+        {"trajectory": True, "process": NoiseProcess(source="mean", estimate="expected")},
         {"consistency": 0.5},
     ],
 )
@@ -230,9 +232,9 @@ def told_logits(module: SJD2Module, noise) -> torch.Tensor:
 
 
 def test_choices_that_do_not_go_together_are_refused():
-    with pytest.raises(ValueError, match=r"noise\.state 'draft' needs drafts"):
+    with pytest.raises(ValueError, match=r"noise\.process\.state=draft: needs drafts"):
         module_of(replace(NOISE, process=NoiseProcess(state="draft")))
-    with pytest.raises(ValueError, match=r"noise\.mark_drafts false .* set noise\.state to draft"):
+    with pytest.raises(ValueError, match=r"noise\.mark_drafts=False: .* set noise\.process\.state to draft"):
         module_of(replace(NOISE, trajectory=True, mark_drafts=False))
 
 
@@ -336,7 +338,7 @@ def test_validation_logs_loss_by_level(monkeypatch):
 @pytest.mark.parametrize("val_levels", [1, 5])
 def test_a_band_without_a_code_does_not_spoil_the_others(val_levels):
     """With one level nothing is low, and short images may never reach the top: no number is a NaN."""
-    module = module_of(val_levels=val_levels)
+    module = module_of(replace(NOISE, val_levels=val_levels))
     logged = validate(module, [batch_of(seed) for seed in range(5)])
     assert "val/loss_clean" in logged
     assert all(torch.isfinite(torch.tensor(value)) for value in logged.values()), logged

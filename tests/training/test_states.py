@@ -1,6 +1,6 @@
 """What noisy codes of training hold: against the slow decoder's own steps, and the gradients behind it."""
 
-from dataclasses import replace
+from dataclasses import fields
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import torch
 from sjd2_lightning.decoding import DecodingConfig
 from sjd2_lightning.noise import NoiseProcess, timesteps
 from sjd2_lightning.training.batch import NoisyCodes
-from sjd2_lightning.training.noise import TrainingNoise
+from sjd2_lightning.training.noise import RampLaw, TrainingNoise
 from sjd2_lightning.training.states import Sample, logits_of, noisy_codes, posterior_gumbel, walk
 from tests.tools.slow_loop import Slot, SlowDecoder
 from tests.tools.tiny_backbones import NOISY_LEVELS, RAGGED_PROMPTS, tiny_chameleon
@@ -24,6 +24,13 @@ OPTIONS = {
     "expected": {"estimate": "expected"},
     "expected mean": {"source": "mean", "estimate": "expected"},
 }
+
+
+def with_process(**values) -> TrainingNoise:
+    """Noise of training, the fields of its process beside the others."""
+    names = {field.name for field in fields(NoiseProcess)}
+    process = {name: values.pop(name) for name in names & set(values)}
+    return TrainingNoise(process=NoiseProcess(**process), **values)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +78,7 @@ class Teacher(SlowDecoder):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_states_are_those_of_decoding(backbone, sample, option):
     """Every code takes the slow decoder's own steps, from its start to its level."""
-    noise = TrainingNoise(trajectory=True, **OPTIONS[option])
+    noise = with_process(trajectory=True, **OPTIONS[option])
     found = noisy_codes(backbone, sample, LEVELS, timesteps(3), noise, rng())
     log_probs = logits_of(backbone, sample, None).log_softmax(-1)
     race = torch.empty(log_probs.shape).exponential_(generator=rng())
@@ -173,11 +180,9 @@ def test_the_default_draws_what_it_always_drew(backbone, sample):
 @pytest.mark.parametrize("values", [{}, {"source": "above"}, {"source": "mean"}, {"trajectory": True}])
 def test_the_own_law_as_a_target_changes_no_noise(backbone, sample, values):
     """It is the law of clean input, without gradients, and draws nothing."""
-    found = noisy_codes(backbone, sample, LEVELS, timesteps(3), TrainingNoise(**values), rng())
+    found = noisy_codes(backbone, sample, LEVELS, timesteps(3), with_process(**values), rng())
     assert found.clean_law is None
-    told = noisy_codes(
-        backbone, sample, LEVELS, timesteps(3), TrainingNoise(**values, consistency=0.5), rng()
-    )
+    told = noisy_codes(backbone, sample, LEVELS, timesteps(3), with_process(**values, consistency=0.5), rng())
     assert torch.equal(told.clean_law, logits_of(backbone, sample, None).log_softmax(-1))
     assert not told.clean_law.requires_grad
     for kept, again in ((found.eps, told.eps), (found.states, told.states)):
@@ -214,7 +219,7 @@ def passes(backbone, call) -> int:
     ],
 )
 def test_passes_beside_the_training_pass(backbone, sample, values, num_levels, wanted):
-    noise = TrainingNoise(**values)
+    noise = with_process(**values)
     levels = LEVELS.clamp_max(num_levels)
     grid = timesteps(num_levels)
     assert passes(backbone, lambda: noisy_codes(backbone, sample, levels, grid, noise, rng())) == wanted
@@ -242,13 +247,16 @@ def test_gradients_are_those_of_the_training_pass_alone(sample, autocast):
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_wrong_choices_are_named():
+def test_values_that_do_not_go_together_are_named():
     assert TrainingNoise().problems() == []
-    [line] = replace(TrainingNoise(), process=NoiseProcess(source="mask")).problems()
-    assert line == "noise.source must be one of gaussian, tied, tied_white, mean, above; got 'mask'"
-    [line] = replace(TrainingNoise(), process=NoiseProcess(state="draft")).problems()
-    assert "set noise.trajectory to true" in line
-    [line] = replace(TrainingNoise(), consistency=1.5).problems()
-    assert line == "noise.consistency is a share: it must lie in [0, 1], got 1.5"
-    [line] = replace(TrainingNoise(), process=NoiseProcess(estimate="expected")).problems()
-    assert "set noise.trajectory to true" in line
+    for values, key in (
+        ({"state": "draft"}, "process.state=draft: needs drafts; set noise.trajectory to true"),
+        ({"estimate": "expected"}, "process.estimate=expected: needs laws on the way; set noise.trajectory"),
+        ({"t_min": 1.0}, "process.t_min=1.0: must lie in (0, 1)"),
+        ({"consistency": 1.5}, "consistency=1.5: is a share; it must lie in [0, 1]"),
+        ({"num_levels": (3, 2)}, "num_levels=[3, 2]: must be [fewest, most]"),
+        ({"val_levels": 0}, "val_levels=0: must be at least 1"),
+        ({"ramp": RampLaw(segment=(0, 2))}, "ramp.segment=[0, 2]: must be [fewest, most]"),
+    ):
+        [line] = with_process(**values).problems()
+        assert line.startswith(key)

@@ -9,10 +9,10 @@ import torch
 from sjd2_lightning.data.sources.emoji import Picture, load_emoji_index, render
 from sjd2_lightning.metrics.alignment import load_clip_scorer, own_scores
 from sjd2_lightning.models.small import train_text_tokenizer
+from sjd2_lightning.training.recipes import ClipRecipe
 from sjd2_lightning.training.recipes.clip import ClipModule, EmojiPairs, recall_at
 
 SMALL = {
-    "image_size": 32,
     "patch_size": 8,
     "vision_width": 32,
     "vision_layers": 1,
@@ -23,6 +23,11 @@ SMALL = {
     "patch_dropout": 0.0,
     "text_dropout": 0.0,
 }
+
+
+def clip(text_dir: str, out_dir: str | None = None, **sizes) -> ClipModule:
+    """A small CLIP of images of 32 pixels."""
+    return ClipModule(ClipRecipe(text_dir=text_dir, **SMALL | sizes), out_dir, image_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +83,7 @@ def test_recall_counts_own_captions_among_the_nearest():
 
 def test_text_is_pooled_at_its_end_whatever_follows(text_dir):
     torch.manual_seed(0)
-    module = ClipModule(text_dir, None, **SMALL).eval()
+    module = clip(text_dir).eval()
     images = torch.rand(2, 3, 32, 32)
     _, short = module.embed(images, ["red apple", "cat"])
     _, same = module.embed(images, ["red apple", "a very long caption of a grinning cat with hearts"])
@@ -91,7 +96,7 @@ def test_a_few_pairs_are_learnt(text_dir):
     items = load_emoji_index()[::450]
     images = torch.stack([torch.tensor(render(item.path, 32)) for item in items]).permute(0, 3, 1, 2) / 255
     batch = Picture(images, [item.caption for item in items], [item.concept for item in items])
-    module = ClipModule(text_dir, None, **SMALL)
+    module = clip(text_dir)
     module.log = lambda *args, **kwargs: None
     optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
     losses = []
@@ -107,7 +112,7 @@ def test_a_few_pairs_are_learnt(text_dir):
 def test_training_ends_in_a_folder_that_scores_as_the_module_does(text_dir, tmp_path):
     L.seed_everything(0)
     out = tmp_path / "clip"
-    module = ClipModule(text_dir, str(out), **SMALL)
+    module = clip(text_dir, str(out))
     trainer = quiet_trainer(max_epochs=1, limit_train_batches=2)
     trainer.fit(module, EmojiPairs(batch_size=16, size=32))
     assert (
@@ -129,7 +134,7 @@ def test_training_ends_in_a_folder_that_scores_as_the_module_does(text_dir, tmp_
 
 def test_only_training_captions_lose_tokens_and_never_their_end(text_dir):
     torch.manual_seed(0)
-    module = ClipModule(text_dir, None, **SMALL | {"text_dropout": 0.5})
+    module = clip(text_dir, text_dropout=0.5)
     seen = []
     module.clip.encode_text = lambda ids, normalize: seen.append(ids)
     captions, images = ["red apple and a grinning cat"] * 50, torch.rand(50, 3, 32, 32)
@@ -144,16 +149,17 @@ def test_only_training_captions_lose_tokens_and_never_their_end(text_dir):
 
 
 def test_settings_that_do_not_fit_are_named_together(text_dir, tmp_path):
-    with pytest.raises(ValueError, match=r"image_size=30 .*text_width=40 .*patch_dropout=1\.5") as raised:
-        ClipModule(text_dir, None, **SMALL | {"image_size": 30, "text_width": 40, "patch_dropout": 1.5})
+    wrong = {"patch_size": 7, "text_width": 40, "patch_dropout": 1.5}
+    with pytest.raises(ValueError, match=r"text_width=40: .*patch_dropout=1\.5: .*patch_size=7: ") as raised:
+        clip(text_dir, **wrong)
     assert "vision_width" not in str(raised.value)
     with pytest.raises(ValueError, match=r"no tokenizer\.json in text_dir"):
-        ClipModule(str(tmp_path), None, **SMALL)
+        clip(str(tmp_path))
     train_text_tokenizer(["cat"], 8, 300).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     del settings["eos_token"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="has no eos_token"):
-        ClipModule(str(tmp_path), None, **SMALL)
+        clip(str(tmp_path))
     with pytest.raises(ValueError, match="exceeds the"):
         EmojiPairs(batch_size=5000).train_dataloader()

@@ -233,9 +233,9 @@ def _not_renormalised(probs, uniform):
     return torch.searchsorted(sums, uniform[..., None]).squeeze(-1).clamp_max(probs.shape[-1] - 1)
 
 
-def _siblings_with_replacement(self, slots, window):
-    tokens, branches = _REAL_GROW(self, slots, window)
-    rng = torch.Generator().manual_seed(window.iteration)
+def _siblings_with_replacement(self, slots, noise):
+    tokens, branches = _REAL_GROW(self, slots, noise)
+    rng = torch.Generator().manual_seed(int(noise.view(torch.int32).sum()) % 2**31)
     for number in range(self.width - 1):
         law = slots.draft_probs[:, : self.depth].flatten(0, 1)
         tokens[:, :, number, 0] = torch.multinomial(law, 1, generator=rng).view(-1, self.depth)

@@ -4,7 +4,8 @@
 
 First part, measured here: seconds of one pass of the shipped trunk, law included, and of the loop's own work
 beside it, over window, prefix, batch, vocabulary and levels, one varied at a time, with the exponent of a
-power law. Settings are interleaved and the least of the repeats is taken, since other load only ever adds time.
+power law. Settings are interleaved and the least of the repeats is taken, since other load only ever adds
+time.
 
 Second part, counted: bytes of the window's state, of the cache, and of everything that decoding holds at its
 peak (results of tensor operations; kernels' own scratch is not seen), over window, rows and vocabulary, in

@@ -94,7 +94,7 @@ class Iteration:
     """What an observer sees after each forward pass; tensors live on the device and are not copies.
 
     Attributes:
-        index: of the forward pass, from 0.
+        index: number of the forward pass, from 0.
         rows: (R,) which images of the batch the rows are; finished ones have left.
         heads: (R,) first slot of the window.
         num_committed: (R,) slots that this pass committed.
@@ -131,8 +131,7 @@ class NearTies:
         best = (iteration.scores + iteration.gumbel).topk(2, dim=-1).values
         width = torch.arange(best.shape[1], device=best.device)
         close = (best[..., 0] - best[..., 1] <= self.tolerance) & (width < iteration.num_committed[:, None])
-        close &= (
-            iteration.tokens < iteration.scores.shape[-1]
-        )  # structural slots are forced: nothing to decide
+        # structural slots are forced: nothing to decide
+        close &= iteration.tokens < iteration.scores.shape[-1]
         for row, slot in close.nonzero().tolist():
             self.slots.append((int(iteration.rows[row]), int(iteration.heads[row]) + slot))

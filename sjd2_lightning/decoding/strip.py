@@ -21,7 +21,7 @@ class Span:
     an index. The host knows the starts, so that this choice waits for no device.
 
     Args:
-        starts: of the rows, on the host.
+        starts: first columns of the rows, on the host.
         start: (B,) the same numbers on the device.
         length: number of columns.
         columns: (N,) the numbers 0 .. N - 1 on the device; N exceeds every column read.

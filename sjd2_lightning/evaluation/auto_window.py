@@ -1,4 +1,4 @@
-"""`window=auto`: the window that commits most slots a second, from the cost of a pass and runs seen (ours).
+"""`window=auto`: the window that commits most slots a second, from the cost of a pass and runs seen.
 
 A longer window commits more slots a pass and makes a pass dearer; how much dearer is a property of the
 device, the batch and the prefix. So both are measured, here and now: passes are timed, and one batch is

@@ -30,8 +30,8 @@ def nats_per_code(
         backbone: the model, in eval mode.
         prompts: B texts.
         image_ids: (B, height, width) codes.
-        layout: of the images.
-        sampling: of the law.
+        layout: layout of the images.
+        sampling: what turns logits into the law.
 
     Raises:
         ValueError: for greedy decoding, whose law has no density to speak of.

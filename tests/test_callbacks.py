@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import lightning as L
 import numpy as np
@@ -214,16 +215,16 @@ def test_a_module_without_backbone_is_refused(tmp_path):
 
 def test_a_chosen_window_is_logged_and_kept_over_resumption(tmp_path, monkeypatch):
     monkeypatch.setattr(auto_window, "timed", lambda call, device: (call(), 1.0))
-    callback = sampling(
-        tmp_path, metrics=None, reference=None, prompts=PROMPTS[:1], auto_windows=["sjd2"], windows=(2, 8)
-    )
+    methods = {"ar": METHODS["ar"], "sjd2": replace(METHODS["sjd2"], window="auto")}
+    asked = {"prompts": PROMPTS[:1], "methods": methods, "windows": (2, 8)}
+    callback = sampling(tmp_path, metrics=None, reference=None, **asked)
     trainer = fit(tmp_path, Module(), callback)
     [line] = lines_of(tmp_path)
     window = line["windows"]["sjd2"]["window"]
     assert set(line["windows"]["sjd2"]["seconds"]) == {"2", "8"}
     assert trainer.callback_metrics["val/window_sjd2"] == line["val/window_sjd2"] == window == 8
     assert callback.methods["sjd2"].window == 8
-    again = sampling(tmp_path / "again", prompts=PROMPTS[:1], auto_windows=["sjd2"], windows=(2, 8))
+    again = sampling(tmp_path / "again", **asked)
     again.load_state_dict(callback.state_dict())
     assert again.methods == callback.methods
     monkeypatch.setattr(callbacks, "resolve_windows", None)  # it would be called to choose again

@@ -87,8 +87,8 @@ class ReplayMap:
     Args:
         backbone: the model, in eval mode.
         items: B prompts with seeds.
-        layout: of the images.
-        sampling: of the law; its guidance must be constant.
+        layout: layout of the images.
+        sampling: what turns logits into the law; its guidance must be constant.
 
     Attributes:
         truth: (B, N) slot ids of the images.
@@ -153,7 +153,7 @@ class ReplayMap:
             view: one of `VIEWS`.
             drafts: (B, N), the tokens of the images left of `first`: there one stream serves for all.
             hidden: (B, N) slots that no other slot sees; none by default.
-            first, end: of the slots; laws of the others are left at 0. All by default.
+            first, end: bounds of the slots; laws of the others are left at 0. All by default.
         """
         num_streams, most = self.masks[view].shape[:2]
         end = most + 1 if end is None else min(end, most + 1)

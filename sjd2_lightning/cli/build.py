@@ -13,12 +13,12 @@ import torch
 from sjd2_lightning.config.groups import ModelConfig, shipped
 from sjd2_lightning.config.runs import SharedConfig, TrainConfig
 from sjd2_lightning.data.datamodule import CodeDataModule
+from sjd2_lightning.data.sources.coco import coco_items
 from sjd2_lightning.data.sources.emoji import load_emoji_index
 from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts, read_prompts
 from sjd2_lightning.evaluation.quality import QualityMetrics
 from sjd2_lightning.evaluation.references import (
     ReferenceSet,
-    coco_items,
     coco_prompts,
     coco_reference,
     held_out_emoji,
@@ -91,7 +91,7 @@ def decoding_backbone(model: ModelConfig, path: Path, ckpt_path: str | None, dev
 
     Args:
         model: its group.
-        path: of its weights.
+        path: folder of its weights.
         ckpt_path: a checkpoint of fine-tuning whose weights replace them, or None.
         device: where it goes.
     """
@@ -149,15 +149,8 @@ def build_module(config: TrainConfig, backbone: Backbone) -> SJD2Module:
 
 def build_data(config: TrainConfig, backbone: Backbone) -> CodeDataModule:
     """Shards; the emoji's are made by the backbone's own tokenizer where they are missing."""
-    taken = {"data_dir", "batch_size", "val_batch_size", "num_workers", "max_bad_samples", "shuffle_buffer"}
-    taken |= {"num_train_samples", "views", "max_images", "verify_shards", "kind", "drop_last"}
     tokenizer = image_tokenizer_of(backbone) if config.data.prepare else None
-    return CodeDataModule(
-        **config.data.model_dump(include=taken),
-        seed=config.seed,
-        tokenizer=tokenizer,
-        image_size=config.model.image_size[0],
-    )
+    return CodeDataModule(config.data, tokenizer, config.model.image_size[0], config.seed)
 
 
 def image_tokenizer_of(backbone: Backbone) -> ImageTokenizer | None:

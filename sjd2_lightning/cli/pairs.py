@@ -1,6 +1,6 @@
 """Counts which codes stand side by side in shards: the table that `decoding.pairs` corrects drafts by.
 
-    python -m sjd2_lightning.cli.pairs data/emoji_demo/codes/train outputs/pairs.safetensors
+    sjd2 pairs data/emoji_demo/codes/train outputs/pairs.safetensors
 
 One pass over the training shards; nothing is trained. Of large vocabularies only the strongest directions are
 kept: rank 512 is an eighth of the numbers of a table of 8,192 codes. Source: ours.
@@ -40,7 +40,7 @@ def count_pairs(folder: Path) -> Tensor:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m sjd2_lightning.cli.pairs",
+        prog="sjd2 pairs",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -139,8 +139,8 @@ class RunSettings:
     """What of a run decides its memory.
 
     Attributes:
-        dtype: of the weights.
-        compute_dtype: of activations.
+        dtype: type of the weights.
+        compute_dtype: type of activations.
         batch_size: images a device and training step.
         num_devices: that share the work.
         strategy: Lightning's name: with "fsdp" and "deepspeed_stage_3" everything is shared out, with
@@ -169,7 +169,7 @@ class Plan:
     """Bytes are of one device.
 
     Attributes:
-        parameters: of the whole model, and by part.
+        parameters: numbers of the whole model, and by part.
         trained: how many of them train.
         grid: (height, width) in codes.
         slots: tokens of an image that are drawn or forced.
@@ -199,11 +199,11 @@ def plan_run(
     """Counts and estimates without reading a weight.
 
     Args:
-        family: of the registry.
+        family: name in the registry.
         folder: where the weights lie, or will lie.
         trunk: sub-folder of a saved backbone.
         image_size: (height, width) in pixels.
-        settings: of the run.
+        settings: what of the run decides the memory.
         size: "1b" or "7b", for a family with several sizes whose folder has no config.json yet.
     """
     adapter = family_of(family).adapter

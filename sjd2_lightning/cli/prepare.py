@@ -1,6 +1,6 @@
 """Turns captioned pictures into shards that training reads: image codes, or raw pictures.
 
-    python -m sjd2_lightning.cli.prepare folder --input photos --out data/photos \
+    sjd2 prepare folder --input photos --out data/photos \
         --model-family chameleon --model-path weights/lumina_mgpt_7b_768 --image-size 768 768
     python train.py model=lumina_mgpt data=shards data.data_dir=data/photos
 
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m sjd2_lightning.cli.prepare",
+        prog="sjd2 prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

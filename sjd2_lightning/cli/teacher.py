@@ -1,6 +1,6 @@
 """Draws a model's own images for the captions of a data set: what consistency distillation trains on.
 
-    python -m sjd2_lightning.cli.teacher data/emoji_demo/codes data/teacher/codes --weights weights/tiny
+    sjd2 teacher data/emoji_demo/codes data/teacher/codes --weights weights/tiny
     python train.py data=shards data.data_dir=data/teacher noise.trajectory=true noise.consistency=1
 
 Plain autoregression at temperature 1 without guidance, so that the images follow the law that is to be kept;
@@ -42,7 +42,7 @@ class Drawing:
         batch: images drawn at once.
         real_share: share of the samples that keep the data set's image.
         num_samples: the first so many samples of the data set; None for all.
-        samples_per_shard: of every shard but the last.
+        samples_per_shard: number of samples of every shard but the last.
     """
 
     sampling: Sampling
@@ -170,7 +170,7 @@ def _done(building: Path, made_from: str) -> list[Shard]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m sjd2_lightning.cli.teacher",
+        prog="sjd2 teacher",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -55,9 +55,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     logging.getLogger("lightning.pytorch").handlers.clear()  # Hydra's root logger prints these lines already
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")  # Lightning's own
-    warnings.filterwarnings(
-        "ignore", r"Found \d+ module\(s\) in eval mode"
-    )  # image tokenizers and what else is not trained, on purpose
+    # image tokenizers and what else is not trained, on purpose
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
     L.seed_everything(config.seed, workers=True)
     if is_first_process():
         remove_unfinished(run_dir)

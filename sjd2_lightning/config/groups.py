@@ -14,9 +14,8 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from sjd2_lightning.data.places import place
+from sjd2_lightning.data.sources.coco import CocoProtocol
 from sjd2_lightning.decoding.law import Sampling
-from sjd2_lightning.evaluation.references import CocoProtocol
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.weights import WeightsSource
 
@@ -69,46 +68,6 @@ class Group(BaseModel):
         if found := self.problems():
             raise several(found)
         return self
-
-
-class DataConfig(Group):
-    """Captioned images: shards of image codes for training, prompts and reference images for measuring."""
-
-    data_dir: str
-    kind: Literal["codes", "raw"]
-    prepare: bool
-    views: Count
-    max_images: Count | None
-    batch_size: Count
-    val_batch_size: Count
-    num_workers: Natural
-    shuffle_buffer: Natural
-    drop_last: bool
-    num_train_samples: Count | None
-    max_bad_samples: Natural
-    verify_shards: bool
-    prompt_dropout: Share
-    prompt_file: str | None
-    reference_dir: str | None
-
-    def problems(self) -> list[str]:
-        """Named files that are not there, an address that is not read or cannot be built in."""
-        found = []
-        try:
-            where = place(self.data_dir)
-            if self.prepare and not isinstance(where, Path):
-                found.append(f"prepare=True: shards are built in local folders, not in {self.data_dir}")
-        except ValueError as error:
-            found.append(f"data_dir={error}")
-        if self.prompt_file and not Path(self.prompt_file).is_file():
-            found.append(
-                f"prompt_file={self.prompt_file}: there is no such file; give a .txt or .json of prompts"
-            )
-        if self.reference_dir and not Path(self.reference_dir).is_dir():
-            found.append(
-                f"reference_dir={self.reference_dir}: there is no such folder; give a folder of images"
-            )
-        return found
 
 
 class TrainerConfig(Group):

@@ -11,7 +11,6 @@ from sjd2_lightning.config.groups import (
     AutoWindowConfig,
     CallbacksConfig,
     Count,
-    DataConfig,
     DecodingDefaults,
     Group,
     LoggerConfig,
@@ -24,6 +23,7 @@ from sjd2_lightning.config.groups import (
     several,
     sound,
 )
+from sjd2_lightning.data import DataConfig
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.training.noise import TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig
@@ -63,7 +63,7 @@ class SharedConfig(Group):
 
     seed: Natural
     run_dir: str
-    data: DataConfig
+    data: Annotated[DataConfig, AfterValidator(sound)]
     model: ModelConfig
     noise: Annotated[TrainingNoise, AfterValidator(sound)]
     metrics: MetricsConfig

@@ -25,7 +25,7 @@ from torch import nn
 from sjd2_lightning.data.index import INDEX_NAME, Shard, ShardIndex, ShardMeta
 from sjd2_lightning.data.writing import write_shard
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
-from sjd2_lightning.run.files import sha256_of_file, sha256_of_json
+from sjd2_lightning.run.files import remove_unfinished, sha256_of_file, sha256_of_json, write_whole
 
 PLAN_NAME = "plan.json"
 SKIPPED_NAME = "skipped.jsonl"
@@ -97,10 +97,7 @@ def make_shard(build: Build, number: int, device: str, tick: Tick) -> Made:
     path = build.building / f"{build.meta.split}-{number:05d}.tar"
     skipped: list[tuple[str, str]] = []
     shard = write_shard(path, _samples(build, records, device, skipped, tick), build.meta)
-    note = path.with_suffix(".json")
-    part = note.with_suffix(".part")
-    part.write_text(json.dumps(asdict(Made(shard, skipped))), encoding="utf-8")
-    part.replace(note)
+    write_whole(path.with_suffix(".json"), json.dumps(asdict(Made(shard, skipped))))
     return Made(shard, skipped)
 
 
@@ -161,10 +158,9 @@ def start_build(build: Build) -> dict[int, Made]:
     if not path.is_file() or json.loads(path.read_text()) != plan:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(plan), encoding="utf-8")
-        part.replace(path)
-    for leftover in folder.glob("*.part"):
+        write_whole(path, json.dumps(plan))
+    remove_unfinished(folder)
+    for leftover in folder.glob("*.part"):  # as 0.1.0 called them
         leftover.unlink()
     return {number: made for number in range(build.num_shards) if (made := _finished(build, number))}
 

@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from torch import nn
 
+from sjd2_lightning.data import DataConfig
 from sjd2_lightning.data.index import INDEX_NAME, ShardIndex
 from sjd2_lightning.data.loader import Batch, CodeDataset, CodeLoader, PictureBatch
 from sjd2_lightning.data.places import Place, place
@@ -34,72 +35,27 @@ class CodeDataModule(L.LightningDataModule):
     training device, by the tokenizer of the model in training.
 
     Args:
-        data_dir: Folder of the shards, or its address in an object store.
-        batch_size: Training samples a step on every rank.
-        num_workers: Reading processes on every rank; 0 reads in the training process.
-        seed: Of the training order.
-        val_batch_size: Validation samples a step on every rank; None: as `batch_size`.
-        max_bad_samples: Unusable samples an epoch of a rank may skip before the run stops.
-        shuffle_buffer: Samples among which a worker draws its next one.
-        num_train_samples: Train on the first so many samples only; None for all.
-        tokenizer: Image tokenizer or its folder, for preparing; None uses shards that are there.
-        views: Views of a training picture, for preparing.
-        max_images: Pictures of each split, for preparing; None for all.
-        image_size: Side of the pictures in pixels, for preparing.
-        verify_shards: Compare the shards with their sha256 before training and warn of differences.
-        kind: "codes", or "raw" for pictures.
-        drop_last: Full training batches only; see `CodeDataset`.
+        config: where the shards lie, and how they are read.
+        tokenizer: image tokenizer or its folder, for preparing; None uses shards that are there.
+        image_size: side of the pictures in pixels, for preparing.
+        seed: decides the order of training, with the epoch.
 
     Raises:
-        ValueError: An argument is out of range (all problems at once).
+        ValueError: values out of range (all problems at once).
     """
 
     def __init__(
         self,
-        data_dir: str | Path,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        val_batch_size: int | None = None,
-        max_bad_samples: int = 10,
-        shuffle_buffer: int = 2048,
-        num_train_samples: int | None = None,
+        config: DataConfig,
         tokenizer: ImageTokenizer | str | Path | None = None,
-        views: int = 4,
-        max_images: int | None = None,
         image_size: int = 64,
-        verify_shards: bool = True,
-        kind: str = "codes",
-        drop_last: bool = True,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        limits = {
-            "batch_size": (batch_size, 1),
-            "num_workers": (num_workers, 0),
-            "val_batch_size": (val_batch_size, 1),
-            "max_bad_samples": (max_bad_samples, 0),
-            "shuffle_buffer": (shuffle_buffer, 0),
-            "num_train_samples": (num_train_samples, 1),
-            "views": (views, 1),
-            "max_images": (max_images, 1),
-            "image_size": (image_size, 1),
-        }
-        problems = [
-            f"data.{name} is {value}, the least is {least}"
-            for name, (value, least) in limits.items()
-            if value is not None and value < least
-        ]
-        if kind not in ("codes", "raw"):
-            problems.append(f"data.kind is {kind!r}, it must be codes or raw")
-        if problems:
-            raise ValueError("; ".join(problems) + ".")
-        self.data_dir: Place = place(data_dir)
-        self.kind, self.drop_last = kind, drop_last
-        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
-        self.num_workers, self.seed, self.max_bad_samples = num_workers, seed, max_bad_samples
-        self.shuffle_buffer, self.num_train_samples = shuffle_buffer, num_train_samples
-        self.tokenizer, self.views, self.max_images = tokenizer, views, max_images
-        self.image_size, self.verify_shards = image_size, verify_shards
+        if found := config.problems():
+            raise ValueError("; ".join(f"data.{line}" for line in found))
+        self.config, self.tokenizer, self.image_size, self.seed = config, tokenizer, image_size, seed
+        self.data_dir: Place = place(config.data_dir)
 
     def prepare_data(self) -> None:
         """Build missing or stale shards, and warn of damaged ones; runs on one process of a machine."""
@@ -107,17 +63,17 @@ class CodeDataModule(L.LightningDataModule):
             self._prepare_emoji(self.tokenizer)
         for split in ("train", "val"):
             index = self.index(split)
-            for name in index.damaged_shards() if self.verify_shards else ():
+            for name in index.damaged_shards() if self.config.verify_shards else ():
                 logger.warning(
                     "%s is not as it was written; up to %d unusable samples will be skipped "
                     "(data.max_bad_samples). Delete the folder to build it again.",
                     index.folder / name,
-                    self.max_bad_samples,
+                    self.config.max_bad_samples,
                 )
 
     def _is_foreign(self) -> bool:
         """Whether shards of another source lie here."""
-        train = self.data_dir / self.kind / "train"
+        train = self.data_dir / self.config.kind / "train"
         return (train / INDEX_NAME).is_file() and _source(train) != SOURCE
 
     def _prepare_emoji(self, tokenizer: ImageTokenizer | str | Path) -> None:
@@ -131,15 +87,17 @@ class CodeDataModule(L.LightningDataModule):
                 f"data.tokenizer has a codebook of {tokenizer.num_codes}, the model's has {num_codes}; "
                 "choose the image tokenizer that belongs to the model."
             )
-        coder = tokenizer if self.kind == "codes" else None
-        prepare_emoji(self.data_dir, coder, self.views, size=self.image_size, max_images=self.max_images)
+        coder = tokenizer if self.config.kind == "codes" else None
+        prepare_emoji(
+            self.data_dir, coder, self.config.views, size=self.image_size, max_images=self.config.max_images
+        )
 
     def setup(self, stage: str) -> None:
         """Refuse data that do not fit the model the trainer holds."""
         layout = getattr(getattr(self.trainer, "lightning_module", None), "image_layout", None)
         size = None
         if layout is not None:
-            size = (layout.height, layout.width) if self.kind == "codes" else layout.pixels
+            size = (layout.height, layout.width) if self.config.kind == "codes" else layout.pixels
         for split in ("train", "val"):
             self.index(split).check_model(*self._model_facts(), size)
 
@@ -174,11 +132,11 @@ class CodeDataModule(L.LightningDataModule):
         Raises:
             ValueError: The shards are missing, or are not of that kind and split.
         """
-        index = ShardIndex.load(self.data_dir / self.kind / split)
-        if (index.meta.kind, index.meta.split) != (self.kind, split):
+        index = ShardIndex.load(self.data_dir / self.config.kind / split)
+        if (index.meta.kind, index.meta.split) != (self.config.kind, split):
             raise ValueError(
                 f"{index.folder} holds {index.meta.kind} shards of split {index.meta.split!r}, "
-                f"not {self.kind} of {split!r}; correct data.data_dir."
+                f"not {self.config.kind} of {split!r}; correct data.data_dir."
             )
         index.check_files()
         return index
@@ -186,12 +144,15 @@ class CodeDataModule(L.LightningDataModule):
     def train_dataloader(self) -> CodeLoader:
         """Shuffled full batches, another order every epoch, equally many on every rank."""
         return self._loader(
-            "train", self.batch_size, num_samples=self.num_train_samples, drop_last=self.drop_last
+            "train",
+            self.config.batch_size,
+            num_samples=self.config.num_train_samples,
+            drop_last=self.config.drop_last,
         )
 
     def val_dataloader(self) -> CodeLoader:
         """Every validation sample once over the ranks, in order."""
-        return self._loader("val", self.val_batch_size)
+        return self._loader("val", self.config.val_batch_size)
 
     def _loader(self, split: str, batch_size: int, **options: Any) -> CodeLoader:
         dataset = CodeDataset(
@@ -201,11 +162,11 @@ class CodeDataModule(L.LightningDataModule):
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
-            shuffle_buffer=self.shuffle_buffer,
-            max_bad_samples=self.max_bad_samples,
+            shuffle_buffer=self.config.shuffle_buffer,
+            max_bad_samples=self.config.max_bad_samples,
             **options,
         )
-        return CodeLoader(dataset, self.num_workers, pin_memory=torch.cuda.is_available())
+        return CodeLoader(dataset, self.config.num_workers, pin_memory=torch.cuda.is_available())
 
 
 def _source(folder: Place) -> str:

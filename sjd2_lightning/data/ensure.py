@@ -54,7 +54,7 @@ def build_folder(
     Args:
         build: What to build. The caller sees to it that no other process builds the same folder.
         num_workers: Processes that read and encode, each with one thread; 0 does it in this process.
-        device: Of the image tokenizer: cpu, or cuda for all GPUs in turn.
+        device: device of the image tokenizer: cpu, or cuda for all GPUs in turn.
         show_progress: Show a progress bar.
         max_bad_share: Share of the pictures that may be unusable before the build stops.
 
@@ -260,7 +260,7 @@ def ensure_shards(wanted: Wanted, show_progress: bool = True, **options: Any) ->
     Args:
         wanted: The shards.
         show_progress: Show a progress bar.
-        options: Of `build_folder`.
+        options: further arguments of `build_folder`.
 
     Raises:
         ValueError: The folder holds another data set or lacks shards of its index; or of `build_folder`.

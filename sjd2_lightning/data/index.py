@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sjd2_lightning.data.places import Place, RemotePath, num_bytes, place
-from sjd2_lightning.run.files import sha256_of_file
+from sjd2_lightning.run.files import sha256_of_file, write_whole
 
 FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
@@ -113,7 +113,7 @@ class ShardIndex:
         if not path.is_file():
             raise ValueError(
                 f"No shards in {folder}: {INDEX_NAME} is missing; build them with "
-                "`python -m sjd2_lightning.cli.prepare` or correct data.data_dir."
+                "`sjd2 prepare` or correct data.data_dir."
             )
         try:
             with path.open("rb") as stream:
@@ -140,17 +140,12 @@ class ShardIndex:
         """Write ``folder/index.json``, at once."""
         content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.meta)}
         content["shards"] = [dataclasses.asdict(shard) for shard in self.shards]
-        part = folder / f"{INDEX_NAME}.part"
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        part.replace(folder / INDEX_NAME)
+        write_whole(folder / INDEX_NAME, json.dumps(content, indent=1) + "\n")
 
     def check_codes(self) -> None:
         """Raise ValueError if the folder holds pictures in place of codes."""
         if self.meta.kind != "codes":
-            raise ValueError(
-                f"{self.folder} holds pictures, not codes; encode them by python -m "
-                "sjd2_lightning.cli.prepare"
-            )
+            raise ValueError(f"{self.folder} holds pictures, not codes; encode them by `sjd2 prepare`")
 
     def check_files(self) -> None:
         """Raise ValueError naming every shard of the index that is not in the folder."""

@@ -66,7 +66,7 @@ class CodeDataset(IterableDataset):  # type: ignore[type-arg]
         train: Shuffled; otherwise in order.
         drop_last: Full batches only, which leaves out less than one batch a rank, other samples in each
             epoch; otherwise every sample once over the ranks, in batches that differ by one. None: `train`.
-        seed: Of the order, with the epoch.
+        seed: decides the order, with the epoch.
         rank: This process.
         world_size: Number of processes.
         shuffle_buffer: Samples among which a worker draws its next one.

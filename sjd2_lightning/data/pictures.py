@@ -1,7 +1,4 @@
-"""Pictures of any size and origin, brought to one size.
-
-Source: ours.
-"""
+"""Pictures of any size and origin: read in one way, brought to one size, written without loss."""
 
 from __future__ import annotations
 
@@ -39,8 +36,8 @@ def read_picture(content: bytes, min_side: int = 1) -> Image.Image:
     """A picture in RGB from the bytes of its file.
 
     Args:
-        content: of a file in one of `FORMATS`.
-        min_side: smaller pictures are refused.
+        content: bytes of a file in one of `FORMATS`.
+        min_side: least side in pixels; smaller pictures are refused.
 
     Raises:
         ValueError: the picture is too large, too small, damaged, or of another format.
@@ -77,17 +74,21 @@ def png_bytes(pixels: Tensor | np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def read_image(path: Path) -> Tensor:
-    """A PNG as uint8 (h, w, 3).
+def read_image(path: Path, remedy: str = "remove it and run again") -> Tensor:
+    """A picture's file as uint8 (h, w, 3), at its own size.
+
+    Args:
+        path: the file.
+        remedy: what a reader of the error should do.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: it cannot be read.
     """
     try:
         with Image.open(path) as image:
             return torch.from_numpy(np.array(image.convert("RGB")))
     except OSError as error:
-        raise ValueError(f"image {path} cannot be read ({error}); remove it and run again") from error
+        raise ValueError(f"image {path} cannot be read ({error}); {remedy}") from error
 
 
 class LazyImages(Sequence[Tensor]):

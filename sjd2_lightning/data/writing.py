@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import webdataset as wds
 from PIL import Image
 
 from sjd2_lightning.data.index import KEY, PAYLOAD, Shard, ShardMeta, payload_checksum
-from sjd2_lightning.run.files import sha256_of_file
+from sjd2_lightning.run.files import sha256_of_file, whole_file
 
 SampleFields = Mapping[str, Any]  # key, caption, image_ids or image; the rest goes into its .json
 
@@ -37,12 +36,11 @@ def write_shard(path: Path, samples: Iterable[SampleFields], meta: ShardMeta) ->
     Raises:
         ValueError: A sample does not fit `meta`, or a key repeats.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     ranges: list[tuple[int, int]] = []
     seen: set[str] = set()
     # mtime=0: the same samples give the same bytes, so the same sha256
-    with part.open("wb") as stream:
-        with wds.TarWriter(stream, encoder=False, mtime=0) as writer:
+    with whole_file(path) as part:
+        with part.open("wb") as stream, wds.TarWriter(stream, encoder=False, mtime=0) as writer:
             for sample in samples:
                 key = sample["key"]
                 if key in seen or not KEY.fullmatch(key):
@@ -52,11 +50,7 @@ def write_shard(path: Path, samples: Iterable[SampleFields], meta: ShardMeta) ->
                     )
                 seen.add(key)
                 writer.write(_fields(sample, meta, ranges))
-        stream.flush()
-        os.fsync(stream.fileno())
-    shard = Shard(path.name, sha256_of_file(part), part.stat().st_size, len(seen), _union(ranges))
-    part.replace(path)
-    return shard
+        return Shard(path.name, sha256_of_file(part), part.stat().st_size, len(seen), _union(ranges))
 
 
 def _fields(sample: SampleFields, meta: ShardMeta, ranges: list[tuple[int, int]]) -> dict[str, Any]:

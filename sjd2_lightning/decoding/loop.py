@@ -78,10 +78,11 @@ def decode(
         window.advance(num_committed, committed)
         # 5. finished rows leave
         going = window.unfinished()
+        if not going:
+            images.take(window)
+            return images.output()
         if len(images.rows) - len(going) >= LEAVE_SHARE * len(images.rows):
             images.take(window)
-            if not going:
-                return images.output()
             context.keep_rows(torch.tensor(going, device=backbone.device), len(images.rows))
             window.keep_rows(going)
             images.rows = [images.rows[place] for place in going]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from sjd2_lightning.data.sources.emoji import EmojiImage, load_emoji_index
+from sjd2_lightning.data.sources.tars import tar_samples
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _SHOWN_KEY = "letters, digits, '.', '_' and '-', at most 120"
 _NUM_SEEDS = 2**31
-_MAX_TAR_TEXT = 1_000_000  # bytes read of one prompt
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def read_prompts(path: str | Path, seed: int = 0) -> list[PromptItem]:
         raise ValueError(f"prompt file {path}: its name must end in .txt, .json or .tar")
     try:
         entries: Any = _tar_entries(path) if path.suffix == ".tar" else _text_entries(path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, tarfile.TarError) as error:
+    except (OSError, ValueError) as error:  # undecodable text, broken JSON or tar
         raise ValueError(f"prompt file {path} cannot be read: {error}") from error
     if not isinstance(entries, list):
         raise ValueError(f"prompt file {path}: expected a JSON list, found {type(entries).__name__}")
@@ -152,23 +151,16 @@ def _text_entries(path: Path) -> Any:
 
 
 def _tar_entries(path: Path) -> list[Any]:
-    """Entries of a WebDataset file, whose samples are named up to the first dot of a file name."""
-    found: dict[str, Any] = {}
-    with tarfile.open(path) as archive:
-        for member in archive:
-            folder, _, name = member.name.rpartition("/")
-            stem, _, kind = name.partition(".")
-            content = archive.extractfile(member) if kind in ("txt", "json") else None
-            if content is None:
-                continue
-            key = re.sub(r"[^A-Za-z0-9._-]", "-", f"{folder}/{stem}".strip("./"))
-            text = content.read(_MAX_TAR_TEXT).decode("utf-8")
-            if kind == "json":
-                entry = json.loads(text)
-                found[key] = {"key": key, **entry} if isinstance(entry, dict) else entry
-            else:
-                found.setdefault(key, {"key": key, "prompt": text})
-    return list(found.values())
+    """Entries of a WebDataset file: the object in a sample's .json, else the text of its .txt."""
+    entries: list[Any] = []
+    for sample, fields in tar_samples(path, "r").items():
+        key = re.sub(r"[^A-Za-z0-9._-]", "-", sample.strip("./"))
+        if "json" in fields:
+            entry = json.loads(fields["json"].decode("utf-8"))
+            entries.append({"key": key, **entry} if isinstance(entry, dict) else entry)
+        elif "txt" in fields:
+            entries.append({"key": key, "prompt": fields["txt"].decode("utf-8")})
+    return entries
 
 
 def _entry(entry: Any, place: int, seed: int, path: Path) -> PromptItem:

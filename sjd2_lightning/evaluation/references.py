@@ -6,12 +6,10 @@ Altered copies of real images show the scale of a distance.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from sjd2_lightning.data.pictures import LazyImages
+from sjd2_lightning.data.pictures import LazyImages, read_image
+from sjd2_lightning.data.sources.coco import CocoItem, CocoProtocol
 from sjd2_lightning.data.sources.emoji import load_emoji_index, render
 from sjd2_lightning.evaluation.prompts import PromptItem, seed_of
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer, to_uint8
@@ -159,11 +158,7 @@ def patch_shuffled(images: Tensor, grid: int = 4, seed: int = 0) -> Tensor:
 
 def _read_cropped(path: Path, size: tuple[int, int]) -> Tensor:
     height, width = size
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"reference image {path} cannot be read: {error}; remove or replace it") from error
+    image = Image.fromarray(read_image(path, "remove or replace it").numpy())
     scale = max(height / image.height, width / image.width)
     image = image.resize(
         (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
@@ -171,74 +166,6 @@ def _read_cropped(path: Path, size: tuple[int, int]) -> Tensor:
     )
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))
-
-
-@dataclass(frozen=True)
-class CocoProtocol:
-    """Captions and images of COCO, as its archives unpack.
-
-    Attributes:
-        name: name of the protocol; goes into every report.
-        annotations: a captions_*.json.
-        images: the folder of the JPEGs that it names.
-        num_images: captions to draw, each of another image.
-    """
-
-    name: str
-    annotations: Path
-    images: Path
-    num_images: int
-
-    def problems(self) -> list[str]:
-        """What is wrong with the values, a line each, starting with the key."""
-        remedy = (
-            "unpack COCO's archives of images and annotations beside each other and give the places with "
-            "metrics.protocol.annotations and metrics.protocol.images"
-        )
-        found = []
-        if not self.name:
-            found.append("name: is empty; give the protocol a name for the report")
-        if self.num_images < 1:
-            found.append(f"num_images={self.num_images}: must be at least 1")
-        if not self.annotations.is_file():
-            found.append(f"annotations={self.annotations}: there is no such file; {remedy}")
-        if not self.images.is_dir():
-            found.append(f"images={self.images}: there is no such folder; {remedy}")
-        return found
-
-
-@dataclass(frozen=True)
-class CocoItem:
-    """One image with the caption that stands for it."""
-
-    image_id: int
-    file_name: str
-    caption: str
-
-    @property
-    def key(self) -> str:
-        return f"coco-{self.image_id:012d}"
-
-
-def coco_items(protocol: CocoProtocol) -> list[CocoItem]:
-    """The images of a protocol with one caption each, in the order of their ids.
-
-    The caption of an image is the one with the lowest annotation id. Where the file holds more images than
-    the protocol wants, those whose id has the smallest sha256 are taken: a fixed draw that no seed changes.
-
-    Raises:
-        ValueError: the file is missing, is no COCO captions file, or holds too few images with captions.
-    """
-    images, captions = _read(protocol.annotations)
-    chosen = sorted(images.keys() & captions.keys())
-    if len(chosen) < protocol.num_images:
-        raise ValueError(
-            f"{protocol.annotations} has captions of {len(chosen)} images and {protocol.name} needs "
-            f"{protocol.num_images}; use the whole file, or set metrics.protocol.num_images and another name"
-        )
-    if len(chosen) > protocol.num_images:
-        chosen = sorted(sorted(chosen, key=_draw)[: protocol.num_images])
-    return [CocoItem(image_id, images[image_id], captions[image_id]) for image_id in chosen]
 
 
 def coco_prompts(items: Sequence[CocoItem], seed: int = 0) -> list[PromptItem]:
@@ -263,39 +190,6 @@ def coco_reference(protocol: CocoProtocol, items: Sequence[CocoItem]) -> Referen
         protocol.name,
         tuple(item.key for item in items),
         tuple(item.caption for item in items),
-        LazyImages(_read_rgb, paths),
+        LazyImages(partial(read_image, remedy="unpack it again"), paths),
         protocol.num_images,
     )
-
-
-def _read(path: Path) -> tuple[dict[int, str], dict[int, str]]:
-    """File names and captions by image id."""
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        images = {int(entry["id"]): str(entry["file_name"]) for entry in content["images"]}
-        captions: dict[int, tuple[int, str]] = {}
-        for entry in content["annotations"]:
-            found = (int(entry["id"]), " ".join(str(entry["caption"]).split()))
-            image_id = int(entry["image_id"])
-            captions[image_id] = min(found, captions.get(image_id, found))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} cannot be read as COCO captions ({type(error).__name__}: {error}); "
-            "give captions_val2017.json or its like, from COCO's archive of annotations"
-        ) from error
-    unsafe = [name for name in images.values() if Path(name).name != name]
-    if unsafe:
-        raise ValueError(f"{path} names the file {unsafe[0]!r}; names of COCO hold no folders")
-    return images, {image_id: text for image_id, (_, text) in captions.items() if text}
-
-
-def _draw(image_id: int) -> str:
-    return hashlib.sha256(f"coco:{image_id}".encode()).hexdigest()
-
-
-def _read_rgb(path: Path) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB")))
-    except OSError as error:
-        raise ValueError(f"reference image {path} cannot be read: {error}; unpack it again") from error

@@ -22,7 +22,7 @@ class ImageLayout:
     """The slots of one image size.
 
     Attributes:
-        height, width: of the image, in codes.
+        height, width: size of the image in codes.
         forced: for each of the N slots -1 where a code is drawn, else the slot id that stands there.
         pixels: (height, width) of the image in pixels.
     """
@@ -97,7 +97,7 @@ class Backbone(nn.Module, ABC):
         """Token ids in front of the first slot on the unconditional side of guidance.
 
         Args:
-            prompt_ids: of the conditional side; some models keep its length.
+            prompt_ids: token ids of the conditional side; some models keep its length.
         """
 
     @abstractmethod

@@ -122,7 +122,7 @@ def load_chameleon(
     if not (folder / "backbone.json").is_file():
         raise ValueError(
             f"no backbone in {folder}: backbone.json is missing; a released Lumina-mGPT is brought into this "
-            f"layout by `python -m sjd2_lightning.models.convert`, or {options.remedy}"
+            f"layout by `sjd2 convert`, or {options.remedy}"
         )
     # nothing here reads the encoder inside Chameleon, which released trunks lack
     model, text, fields = load_parts(

@@ -1,6 +1,6 @@
 """Brings a released Lumina-mGPT and Meta's image tokenizer into one folder that `load_chameleon` reads.
 
-    python -m sjd2_lightning.models.convert --trunk Lumina-mGPT-7B-768 --vqgan vqgan.ckpt \\
+    sjd2 convert --trunk Lumina-mGPT-7B-768 --vqgan vqgan.ckpt \\
         --out weights/lumina_mgpt_7b_768
 
 Shard by shard, so that no more than one shard lies in memory. `manifest.json` says what each file was made
@@ -31,7 +31,7 @@ from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 from sjd2_lightning.models.chameleon import LUMINA_MGPT
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer
 from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK
-from sjd2_lightning.run.files import sha256_of_file
+from sjd2_lightning.run.files import sha256_of_file, whole_file, write_whole
 
 _IN_RESNET = {"nin_shortcut": "conv_shortcut"}
 _IN_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -242,14 +242,10 @@ class Writer:
         noted = self.files.get(name)
         if noted and noted["source"] == source and path.is_file() and path.stat().st_size == noted["bytes"]:
             return False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        make(part)
-        part.replace(path)
+        with whole_file(path) as part:
+            make(part)
         self.files[name] = {"source": source, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-        part = self.out / f".{MANIFEST}.part"
-        part.write_text(json.dumps({"files": self.files}, indent=2, sort_keys=True) + "\n")
-        part.replace(self.out / MANIFEST)
+        write_whole(self.out / MANIFEST, json.dumps({"files": self.files}, indent=2, sort_keys=True) + "\n")
         return True
 
 
@@ -348,7 +344,7 @@ def _write(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `python -m sjd2_lightning.models.convert`."""
+    """Entry point of `sjd2 convert`."""
     parser = argparse.ArgumentParser(
         prog="sjd2 convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

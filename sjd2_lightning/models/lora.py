@@ -23,9 +23,9 @@ class LoraSettings:
     """Sizes of the adapter.
 
     Attributes:
-        rank: of each update.
+        rank: rank of each update.
         alpha: updates are scaled by alpha / rank.
-        dropout: of the adapter's input while it is trained.
+        dropout: share of the adapter's input that is dropped while it is trained.
         targets: names of the linear layers in every layer of the trunk that get an update.
     """
 
@@ -41,8 +41,8 @@ def add_lora(model: nn.Module, trunk_path: str, settings: LoraSettings) -> None:
     Everything else is frozen.
 
     Args:
-        model: of transformers.
-        trunk_path: of its trunk.
+        model: model of transformers.
+        trunk_path: name of its trunk inside it.
         settings: sizes.
 
     Raises:

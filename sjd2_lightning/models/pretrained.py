@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sjd2_lightning.masks import additive
-from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache
+from sjd2_lightning.models.backbone import Backbone, KVCache
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.models.lora import (
     LoraSettings,
@@ -56,7 +56,7 @@ class PretrainedBackbone(Backbone):
 
     Args:
         model: the whole model; its trunk lies at `TRUNK_PATH`.
-        text_tokenizer: of prompts.
+        text_tokenizer: tokenizer of prompts.
         image_tokenizer: both ways.
         tokens: control tokens and templates.
     """
@@ -109,7 +109,7 @@ class PretrainedBackbone(Backbone):
         """Trains a low-rank adapter of the trunk instead of the model's weights.
 
         Args:
-            settings: of a new adapter.
+            settings: sizes of a new adapter.
             folder: a saved adapter to go on from; it has its own settings.
 
         Raises:
@@ -219,12 +219,3 @@ class VocabularyBackbone(PretrainedBackbone):
         if self._columns_in_order:
             return logits
         return logits.index_select(-1, self.slot_token_ids[: self.num_codes] - self._first_code)
-
-    def image_token_ids(self, image_ids: Tensor, layout: ImageLayout) -> list[int]:
-        """Token ids of one image, codes (1, H, W), as the published sequence has them.
-
-        The newline of the last row and the closing tokens stand behind the last code and cannot change the
-        image, so training and decoding neither feed nor count them.
-        """
-        slots = layout.slot_ids(image_ids)[0].to(self.slot_token_ids.device)
-        return [*self.slot_token_ids[slots].tolist(), int(self.slot_token_ids[-1]), *self._closing]

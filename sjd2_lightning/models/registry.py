@@ -52,7 +52,7 @@ def load_backbone(
         family: a key of `FAMILIES`.
         path: the backbone folder, or where its weights are published.
         trunk: its sub-folder with the trunk's weights, or any other path to them.
-        dtype: of the trunk.
+        dtype: type of the trunk's numbers.
         device: to load straight onto; None is the main memory.
         unconditional: another context of guidance than the family's.
 
@@ -70,6 +70,6 @@ def build_shrunken(family: str, seed: int = 0) -> PretrainedBackbone:
 
     Args:
         family: a key of `FAMILIES`.
-        seed: of the weights.
+        seed: seed of the weights.
     """
     return family_of(family).shrunken(seed)

@@ -242,7 +242,7 @@ def build_tiny(
         captions: the text tokenizer is trained on them.
         image_tokenizer: folder of the trained image tokenizer.
         text_vocab_size: size of the whole vocabulary, codes and control tokens included.
-        hidden_size, intermediate_size, num_layers, num_heads: of the trunk.
+        hidden_size, intermediate_size, num_layers, num_heads: sizes of the trunk.
     """
     images = load_image_tokenizer(image_tokenizer)
     text = train_text_tokenizer(captions, images.num_codes, text_vocab_size)

@@ -17,7 +17,7 @@ class LoadOptions:
     """How weights are read.
 
     Attributes:
-        dtype: of the trunk; image tokenizers stay in single precision.
+        dtype: type of the trunk's numbers; image tokenizers stay in single precision.
         device: to load straight onto; None is the main memory.
         unconditional: replaces the family's context of guidance; None keeps it.
         remedy: what an error about missing files tells the reader to do.
@@ -47,7 +47,7 @@ def load_parts(
     """Model, text tokenizer and control-token fields of a saved backbone or a plain Hugging Face folder.
 
     Args:
-        model_class: of transformers.
+        model_class: class of transformers.
         folder: with `backbone.json`, or in Hugging Face layout.
         trunk: sub-folder of a saved backbone, or any other path to the trunk's weights.
         family: that the folder must be of.

@@ -84,7 +84,7 @@ class TrainingWatch(Callback):
     not enter) and `train/skipped_samples` (of this rank, this epoch).
 
     Args:
-        factor: of the running mean; None does not look at the loss.
+        factor: multiple of the running mean; None does not look at the loss.
     """
 
     def __init__(self, factor: float | None = 3.0) -> None:

@@ -38,7 +38,7 @@ class SJD2Module(L.LightningModule):
         optimizer: the optimizer and its schedule.
         image_size: (height, width) of the images in pixels.
         prompt_dropout: share of training prompts replaced by the unconditional context, for guidance.
-        seed: of levels, noise and prompt dropout; they depend on (seed, global step, rank) alone.
+        seed: decides levels, noise and prompt dropout, together with global step and rank.
         save_trained_only: checkpoints hold the weights that are trained, as for a low-rank adapter.
 
     Raises:

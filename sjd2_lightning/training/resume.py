@@ -172,8 +172,8 @@ class SaveOnTermination(Callback):
     the others. Place it behind weight averaging, whose update belongs to the step.
 
     Args:
-        path: of the checkpoint; None saves nothing.
-        max_seconds: of training in this process.
+        path: path of the checkpoint; None saves nothing.
+        max_seconds: seconds of training in this process.
         requeue: command that puts the job back into its queue; () where there is none.
     """
 

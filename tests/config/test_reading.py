@@ -1,79 +1,20 @@
 """Every shipped configuration composes and is valid; every wrong one is refused with all its problems."""
 
 from copy import deepcopy
-from dataclasses import asdict, is_dataclass
-from functools import cache
-from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from sjd2_lightning.config.groups import Group
-from sjd2_lightning.config.reading import ConfigError, conf_dir, evaluate_config, save_config, train_config
-from sjd2_lightning.config.runs import EvaluateConfig, SharedConfig, TrainConfig
-from sjd2_lightning.noise import NoiseProcess
-
-CONF = conf_dir()
-EXPERIMENTS = sorted(
-    str(path.relative_to(CONF / "experiment").with_suffix(""))
-    for path in (CONF / "experiment").rglob("*.yaml")
-    if path.stem != "shared"
-)
-OPTIONS = sorted(
-    f"{path.parent.name}={path.stem}"
-    for path in CONF.glob("*/*.yaml")
-    if path.stem not in ("shared", "base") and path.parent.name not in ("experiment", "method")
-)
-# What configurations name but this checkout need not hold.
-NAMED_FILES = (
-    "weights/tiny/backbone.json",
-    "weights/tiny/pairs.safetensors",
-    "weights/tiny/tokenizer/config.json",
-    "weights/tiny/clip/open_clip_config.json",
-    *(f"weights/lumina_mgpt_7b_{size}/backbone.json" for size in (512, 768, 1024)),
-    *(f"weights/{name}/config.json" for name in ("emu3_gen", "janus_pro_1b", "janus_pro_7b")),
-    "outputs/demo/model/backbone.json",
-    "outputs/smoke/model/backbone.json",
-    "outputs/study/small_base/model/backbone.json",
-    *(f"data/coco/annotations/captions_val{year}.json" for year in (2014, 2017)),
-    *(f"data/coco/val{year}/a.jpg" for year in (2014, 2017)),
-)
+from sjd2_lightning.config.reading import ConfigError, save_config, train_config
+from tests.tools.configurations import CONF, EXPERIMENTS, OPTIONS, composed, problems, put_named_files, typed
 
 
 @pytest.fixture(autouse=True)
 def named_files(tmp_path, monkeypatch):
-    """A working folder in which everything that a shipped configuration names is there."""
-    monkeypatch.chdir(tmp_path)
-    for name in NAMED_FILES:
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text("{}")
-
-
-@cache
-def composed(root: str, *choices: str) -> DictConfig:
-    """A root under choices of groups, as Hydra composes it: half a second, so once each."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(root, list(choices))
-
-
-def typed(root: str, *overrides: str) -> SharedConfig:
-    """The typed configuration of a root under overrides, those of groups first."""
-    choices = [override for override in overrides if (CONF / override.partition("=")[0]).is_dir()]
-    values = [override.lstrip("+") for override in overrides if override not in choices]
-    cfg = deepcopy(composed(root, *choices))
-    OmegaConf.set_struct(cfg, False)
-    cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(values))
-    return (train_config if root == "train" else evaluate_config)(cfg)
-
-
-def problems(root: str, *overrides: str) -> list[str]:
-    """The lines of the error that a configuration is refused with."""
-    with pytest.raises(ConfigError) as caught:
-        typed(root, *overrides)
-    return caught.value.problems
+    """What a shipped configuration names is there."""
+    put_named_files(tmp_path, monkeypatch)
 
 
 def test_addresses_of_data():
@@ -118,91 +59,6 @@ def test_option_list_is_not_empty():
     alone = {name for name in EXPERIMENTS if "/" not in name}
     assert alone == {"demo", "tiny_base", "tiny_tokenizer", "tiny_clip", "smoke"}
     assert {"study/plain", "study/recipe", "study/tied"} <= set(EXPERIMENTS) - alone
-
-
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "base")
-
-
-def plain(value):
-    """A typed value as JSON holds it: groups and dataclasses as objects, tuples as lists."""
-    if is_dataclass(value):
-        return plain(asdict(value))
-    if isinstance(value, Group):
-        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
-    if isinstance(value, dict):
-        return {name: plain(entry) for name, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def printed(root: str, *overrides: str) -> dict:
-    """What `--cfg job --resolve` prints, without the keys of the other script."""
-    tree = OmegaConf.to_container(composed(root, *overrides), resolve=True)
-    fields = (TrainConfig if root == "train" else EvaluateConfig).model_fields
-    return {name: value for name, value in tree.items() if name in fields}
-
-
-@pytest.mark.parametrize("experiment", [None, *EXPERIMENTS])
-@pytest.mark.parametrize("root", ["train", "evaluate"])
-def test_what_hydra_prints_is_what_runs(root, experiment):
-    overrides = [] if experiment is None else [f"experiment={experiment}"]
-    read = train_config if root == "train" else evaluate_config
-    if root == "evaluate" and experiment is not None:
-        text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
-        if "evaluate.py" not in text:
-            pytest.skip("an experiment of training alone")
-    assert plain(read(composed(root, *overrides))) == printed(root, *overrides)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_what_is_asked_of_a_method_is_what_runs(method):
-    asked = [
-        f"compare=[{','.join(dict.fromkeys(['ar', method]))}]",
-        "noise=trajectory",
-        "decoding.window=16",
-        f"methods.{method}.confidence=0.5",
-        "decoding.sampling.top_k=7",
-    ]
-    config = evaluate_config(composed("evaluate", *asked))
-    assert plain(config) == printed("evaluate", *asked)
-    found = config.methods[method]
-    assert (found.window, found.confidence) == (1 if method == "ar" else 16, 0.5)
-    assert found.noise == config.noise.process == NoiseProcess(source="mean", state="draft")
-    assert found.sampling.top_k == 7
-
-
-@pytest.mark.parametrize("override", ["methods.sjd2_exact.level_rule=stable", "methods.sjd.tree.width=2"])
-def test_every_method_takes_every_field(override):
-    key, _, value = override.partition("=")
-    node = plain(evaluate_config(composed("evaluate", override)))
-    for part in key.split("."):
-        node = node[part]
-    assert str(node) == value
-
-
-@pytest.mark.parametrize(
-    "group", sorted({path.parent.name for path in CONF.glob("*/*.yaml")} - {"experiment"})
-)
-def test_keys_of_a_group_stand_in_its_base_file_or_in_none(group):
-    """A base file builds on no other; a key that a file alone has could not be set for the others."""
-    files = {path.stem: yaml.safe_load(path.read_text()) or {} for path in (CONF / group).glob("*.yaml")}
-    roots = {name for name, keys in files.items() if "defaults" not in keys}
-    known = set().union(*(files[name] for name in roots))
-    for name, keys in files.items():
-        assert set(keys) - {"defaults"} <= known, f"conf/{group}/{name}.yaml"
-
-
-def test_a_method_that_is_not_compared_need_not_suit_the_training():
-    tied = typed("evaluate", "noise.process.source=tied", "compare=[ar,sjd2]")
-    assert tied.methods["sjd2_exact"].noise.source == "tied"
-    [line] = problems("evaluate", "noise.process.source=tied", "compare=[ar,sjd2,sjd2_exact]")
-    assert line == "noise.process.source=tied: needs acceptance=replay; use gaussian"
-
-
-def test_methods_that_are_compared_share_law_and_compiler():
-    [line] = problems("evaluate", "methods.sjd2.sampling.top_k=3")
-    assert line.startswith("methods.sjd2.sampling: differs from ar's")
-    [line] = problems("evaluate", "methods.sjd2.compile=true")
-    assert line.endswith("set decoding.compile")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from sjd2_lightning.data import build as building
-from sjd2_lightning.data import workers as parallel
+from sjd2_lightning.data import ensure as parallel
 from sjd2_lightning.data.ensure import Coder, Wanted, ensure_shards
 from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.reading import read_all

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from sjd2_lightning.data import ensure
+from sjd2_lightning.data import DataConfig, ensure
 from sjd2_lightning.data.datamodule import Batch, CodeDataModule
 from sjd2_lightning.data.index import ShardIndex
 from tests.tools.shards import GreyTokenizer, WriteCodes
@@ -63,7 +63,9 @@ def trainer(folder: Path, **options: Any) -> L.Trainer:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_trains_two_epochs_of_another_order(data_dir: Path, num_workers: int) -> None:
     model = Recorder()
-    data = CodeDataModule(data_dir, batch_size=4, num_workers=num_workers, val_batch_size=3, shuffle_buffer=6)
+    data = CodeDataModule(
+        DataConfig(str(data_dir), batch_size=4, num_workers=num_workers, val_batch_size=3, shuffle_buffer=6)
+    )
     trainer(data_dir, num_sanity_val_steps=0).fit(model, data)
     first, second = ([key for keys in half for key in keys] for half in (model.seen[:12], model.seen[12:]))
     assert sorted(first) == sorted(second) == sorted(f"k{i}" for i in range(48))
@@ -77,7 +79,7 @@ def test_resume_sees_what_an_unbroken_run_sees(
     data_dir: Path, tmp_path: Path, stop_at: int, limit: float
 ) -> None:
     def data() -> CodeDataModule:
-        return CodeDataModule(data_dir, batch_size=4, shuffle_buffer=6, verify_shards=False)
+        return CodeDataModule(DataConfig(str(data_dir), batch_size=4, shuffle_buffer=6, verify_shards=False))
 
     options = {"limit_train_batches": limit, "max_epochs": 4, "limit_val_batches": 0}
     unbroken = Recorder()
@@ -96,7 +98,9 @@ def test_resume_sees_what_an_unbroken_run_sees(
 
 def test_missing_shards_are_built_by_training_itself(tmp_path: Path) -> None:
     tokenizer = GreyTokenizer()
-    data = CodeDataModule(tmp_path / "emoji", batch_size=2, tokenizer=tokenizer, views=2, max_images=4)
+    data = CodeDataModule(
+        DataConfig(str(tmp_path / "emoji"), batch_size=2, views=2, max_images=4), tokenizer=tokenizer
+    )
     model = Recorder(tokenizer.num_codes, tokenizer.identity)
     trainer(tmp_path, max_epochs=1).fit(model, data)
     assert len(model.seen) == 4
@@ -116,13 +120,13 @@ def test_codes_of_another_model_are_refused_before_training(
     data_dir: Path, model: Recorder, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        trainer(data_dir).fit(model, CodeDataModule(data_dir, batch_size=4))
+        trainer(data_dir).fit(model, CodeDataModule(DataConfig(str(data_dir), batch_size=4)))
     assert model.seen == []
 
 
 def test_a_wrong_tokenizer_is_refused_before_it_builds_anything(tmp_path: Path) -> None:
     tokenizer = GreyTokenizer()
-    data = CodeDataModule(tmp_path / "emoji", tokenizer=tokenizer)
+    data = CodeDataModule(DataConfig(str(tmp_path / "emoji")), tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"data\.tokenizer has a codebook of 16, the model's has 512"):
         trainer(tmp_path).fit(Recorder(), data)
     assert not (tmp_path / "emoji").exists()
@@ -132,28 +136,28 @@ def test_a_missing_shard_stops_before_training(data_dir: Path) -> None:
     (data_dir / "codes" / "train" / "train-00002.tar").unlink()
     model = Recorder()
     with pytest.raises(ValueError, match=r"lacks 1 of the 6 shards.*train-00002.tar"):
-        trainer(data_dir).fit(model, CodeDataModule(data_dir, batch_size=4))
+        trainer(data_dir).fit(model, CodeDataModule(DataConfig(str(data_dir), batch_size=4)))
     assert model.seen == []
 
 
 def test_missing_data_say_how_to_make_them(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"python -m sjd2_lightning.cli.prepare"):
-        CodeDataModule(tmp_path).prepare_data()
+    with pytest.raises(ValueError, match="`sjd2 prepare`"):
+        CodeDataModule(DataConfig(str(tmp_path))).prepare_data()
 
 
 def test_damage_is_announced_before_training(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = data_dir / "codes" / "train" / "train-00001.tar"
     path.write_bytes(path.read_bytes()[:-3000])
-    CodeDataModule(data_dir).prepare_data()
+    CodeDataModule(DataConfig(str(data_dir))).prepare_data()
     assert "train-00001.tar is not as it was written" in caplog.text
     caplog.clear()
-    CodeDataModule(data_dir, verify_shards=False).prepare_data()
+    CodeDataModule(DataConfig(str(data_dir), verify_shards=False)).prepare_data()
     assert caplog.text == ""
 
 
 def test_shards_of_another_source_are_used_as_they_are(data_dir: Path) -> None:
     tokenizer = GreyTokenizer()
-    CodeDataModule(data_dir, tokenizer=tokenizer).prepare_data()
+    CodeDataModule(DataConfig(str(data_dir)), tokenizer=tokenizer).prepare_data()
     assert tokenizer.num_encoded == 0
     assert ShardIndex.load(data_dir / "codes" / "train").meta.source == "made up"
 
@@ -162,16 +166,18 @@ def test_swapped_folders_are_refused(data_dir: Path) -> None:
     (data_dir / "codes" / "val").rename(data_dir / "codes" / "was_val")
     (data_dir / "codes" / "train").rename(data_dir / "codes" / "val")
     with pytest.raises(ValueError, match="split 'train', not codes of 'val'"):
-        CodeDataModule(data_dir).index("val")
+        CodeDataModule(DataConfig(str(data_dir))).index("val")
 
 
 def test_all_bad_arguments_are_named_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.batch_size is 0.*data\.num_workers is -1.*data\.views is 0"):
-        CodeDataModule(tmp_path, batch_size=0, num_workers=-1, views=0)
+    with pytest.raises(ValueError, match=r"data\.views=0: .*data\.batch_size=0: .*data\.num_workers=-1: "):
+        CodeDataModule(DataConfig(str(tmp_path), batch_size=0, num_workers=-1, views=0))
 
 
 def test_fresh_shards_need_no_writable_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = CodeDataModule(tmp_path / "emoji", tokenizer=GreyTokenizer(), views=1, max_images=2)
+    data = CodeDataModule(
+        DataConfig(str(tmp_path / "emoji"), views=1, max_images=2), tokenizer=GreyTokenizer()
+    )
     data.prepare_data()
     monkeypatch.setattr(ensure, "_locked", lambda folder: pytest.fail("tried to write"))
     data.prepare_data()

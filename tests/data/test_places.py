@@ -7,6 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from sjd2_lightning.data import DataConfig
 from sjd2_lightning.data.datamodule import CodeDataModule
 from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.loader import CodeDataset, CodeLoader
@@ -47,7 +48,7 @@ def test_a_store_reads_like_a_folder(bucket: str, tmp_path: Path) -> None:
 
 
 def test_the_data_module_takes_an_address(bucket: str) -> None:
-    data = CodeDataModule(bucket, batch_size=5)
+    data = CodeDataModule(DataConfig(str(bucket), batch_size=5))
     data.prepare_data()
     assert len(list(data.train_dataloader())) == 4
 
@@ -96,7 +97,7 @@ def test_other_addresses_are_refused(address: str) -> None:
     with pytest.raises(ValueError, match=r"commands are not run|only local folders and s3://"):
         place(address)
     with pytest.raises(ValueError, match=r"commands are not run|only local folders and s3://"):
-        CodeDataModule(address)
+        CodeDataModule(DataConfig(str(address)))
 
 
 def test_local_addresses_are_paths(tmp_path: Path) -> None:

@@ -10,11 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from sjd2_lightning.data.sources.coco import CocoProtocol, coco_items
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
 from sjd2_lightning.evaluation.references import (
-    CocoProtocol,
     blurred,
-    coco_items,
     coco_prompts,
     coco_reference,
     held_out_emoji,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sjd2_lightning.decoding import Sampling, decode
 from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.models.registry import FAMILIES, build_shrunken
-from tests.tools.conformance import AR, CHECKS, PROMPTS, Case
+from tests.tools.conformance import AR, CHECKS, PROMPTS, Case, image_token_ids
 from tests.tools.tiny_backbones import tiny_chameleon
 
 
@@ -189,7 +189,7 @@ def test_emu3_sequence_is_what_transformers_decodes():
     """The published sequence with its newlines and three closing tokens, taken apart by transformers."""
     case = case_of("emu3")
     codes = case.codes(case.small, batch=1)
-    ids = case.backbone.image_token_ids(codes, case.small)
+    ids = image_token_ids(case.backbone, codes, case.small)
     assert ids[-3:] == [151847, 151853, 151850]
     assert len(ids) == 2 * (3 + 1) + 3
     image = case.backbone.model.decode_image_tokens(image_tokens=torch.tensor([ids]), height=2, width=3)

@@ -34,7 +34,7 @@ HOOKS = {
 } | set(dir(pickle._Unpickler))
 # What nothing in the package calls, and why it is there all the same.
 UNCALLED = {
-    "config.base: Group._no_problems": "pydantic calls validators",
+    "config.groups: Group._no_problems": "pydantic calls validators",
     "data.loader: CodeLoader.sampler": "Lightning asks a loader for its sampler",
     "data.loader: CodeLoader.set_epoch": "Lightning tells a sampler the epoch",
     "training.recipes.clip: OnePerConcept.set_epoch": "Lightning tells a sampler the epoch",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sjd2_lightning.data import DataConfig
 from sjd2_lightning.data.datamodule import Batch, CodeDataModule, PictureBatch
 from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.loader import CodeDataset, CodeLoader
@@ -43,7 +44,7 @@ def test_raw_shards_train_like_codes(emoji_dir: Path, tmp_path: Path) -> None:
     models = {}
     for kind in ("codes", "raw"):
         models[kind] = Watcher()
-        data = CodeDataModule(emoji_dir, batch_size=4, kind=kind)
+        data = CodeDataModule(DataConfig(str(emoji_dir), batch_size=4, kind=kind))
         trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0).fit(models[kind], data)
     assert models["raw"].seen == models["codes"].seen
     assert models["raw"].codes == models["codes"].codes
@@ -63,12 +64,12 @@ def test_images_of_another_size_are_refused(emoji_dir: Path, tmp_path: Path, kin
     model = Watcher(pixels=(32, 64))
     model.image_layout.height = 8
     with pytest.raises(ValueError, match=r"holds images of .*prepare them again with --image-size"):
-        trainer(tmp_path).fit(model, CodeDataModule(emoji_dir, batch_size=4, kind=kind))
+        trainer(tmp_path).fit(model, CodeDataModule(DataConfig(str(emoji_dir), batch_size=4, kind=kind)))
     assert model.seen == []
 
 
 def test_half_precision_tokenizers_are_refused(emoji_dir: Path) -> None:
-    data = CodeDataModule(emoji_dir, batch_size=4, kind="raw")
+    data = CodeDataModule(DataConfig(str(emoji_dir), batch_size=4, kind="raw"))
     tokenizer = SimpleNamespace(vq=torch.nn.Linear(1, 1).bfloat16(), encode=None)
     backbone = SimpleNamespace(image_tokenizer=tokenizer)
     data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(backbone=backbone))  # type: ignore[assignment]
@@ -78,5 +79,5 @@ def test_half_precision_tokenizers_are_refused(emoji_dir: Path) -> None:
 
 
 def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.kind is 'jpg', it must be codes or raw"):
-        CodeDataModule(tmp_path, kind="jpg")
+    with pytest.raises(ValueError, match=r"data\.kind='jpg': must be one of codes, raw"):
+        CodeDataModule(DataConfig(str(tmp_path), kind="jpg"))  # type: ignore[arg-type]

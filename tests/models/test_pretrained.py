@@ -9,6 +9,7 @@ import torch
 from sjd2_lightning.models.emu3 import Emu3Tokens, load_emu3
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.weights import LoadOptions, WeightsSource
+from tests.tools.conformance import image_token_ids
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_lumina_mgpt(backbones):
     start = [8197, 8804 + 16, 8804 + 24]
     assert backbone.prompt_ids("a cat", layout) == [0, *letters(backbone, text), 8710, *start]
     assert backbone.unconditional_ids(layout) == start
-    image = backbone.image_token_ids(torch.zeros(1, 32, 48, dtype=torch.long), layout)
+    image = image_token_ids(backbone, torch.zeros(1, 32, 48, dtype=torch.long), layout)
     assert image == [*([4] * 48 + [8803]) * 32, 8196, 8710]
 
 
@@ -58,7 +59,7 @@ def test_emu3(backbones):
     negative = letters(backbone, Emu3Tokens().negative)
     assert backbone.unconditional_ids(layout) == [151849, *negative, *size]
     assert negative[:6] == letters(backbone, "lowres")
-    image = backbone.image_token_ids(torch.full((1, 90, 80), 32767), layout)
+    image = image_token_ids(backbone, torch.full((1, 90, 80), 32767), layout)
     assert image == [*([184621] * 80 + [151846]) * 90, 151847, 151853, 151850]
     assert len(image) == 90 * 81 + 3
 

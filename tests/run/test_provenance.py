@@ -8,10 +8,13 @@ from torch import nn
 
 from sjd2_lightning.run import provenance as module
 from sjd2_lightning.run.provenance import REDACTED, collect_provenance, git_state, redact, weights_hash
+from tests.tools.small_evaluation import PROMPTS, small_backbone
 from tests.tools.source import REPO
 
 
-def test_provenance_names_code_machine_weights_and_seeds(provenance):
+def test_provenance_names_code_machine_weights_and_seeds():
+    seeds = {item.key: item.seed for item in PROMPTS}
+    provenance = collect_provenance(small_backbone(), {"window": 6, "api_key": "abc"}, seeds)
     assert provenance["seeds"]["p0"] == 100
     assert provenance["config"] == {"window": 6, "api_key": REDACTED}
     assert provenance["versions"]["torch"] == torch.__version__.partition("+")[0]

@@ -355,3 +355,13 @@ CHECKS = [
     check_modes,
     check_folder,
 ]
+
+
+def image_token_ids(backbone: Any, image_ids: Tensor, layout: ImageLayout) -> list[int]:
+    """Token ids of one image, codes (1, H, W), as the published sequence has them.
+
+    The newline of the last row and the closing tokens stand behind the last code and cannot change the
+    image, so training and decoding neither feed nor count them.
+    """
+    slots = layout.slot_ids(image_ids)[0].to(backbone.slot_token_ids.device)
+    return [*backbone.slot_token_ids[slots].tolist(), int(backbone.slot_token_ids[-1]), *backbone._closing]

@@ -143,7 +143,7 @@ def tiny_chameleon(
 
     Args:
         num_codes: K.
-        scale: of the head: larger is more peaked.
+        scale: scale of the head: larger is more peaked.
         code_order: code i has token id 4 + code_order[i]; in order by default.
     """
     torch.manual_seed(seed)

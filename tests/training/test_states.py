@@ -84,7 +84,7 @@ def test_states_are_those_of_decoding(backbone, sample, option):
     race = torch.empty(log_probs.shape).exponential_(generator=rng())
     vectors = posterior_gumbel(log_probs, sample.image_ids.flatten(1), race)
     assert torch.equal((log_probs + vectors).argmax(-1), sample.image_ids.flatten(1))
-    config = DecodingConfig("sjd2", 9, 3, **OPTIONS[option])
+    config = DecodingConfig("sjd2", 9, 3, noise=NoiseProcess(**OPTIONS[option]))
     slot_ids, is_code = sample.layout.slot_ids(sample.image_ids), sample.layout.code_slots
     moved = 0
     for row, prompt in enumerate(RAGGED_PROMPTS):

@@ -1,37 +1,127 @@
-"""data.sources.coco."""
+"""COCO's captions: the one reader of its annotation files, pictures as records, protocols of metrics."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sjd2_lightning.data.sources.record import Record, _file_record, key_of
+from sjd2_lightning.data.sources.record import Record, file_record, key_of
+
+
+def read_coco(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
+    """File names, and captions in the order of their own ids, by the id of the image.
+
+    Raises:
+        ValueError: the file cannot be read, or names files in other folders.
+    """
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        names = {int(entry["id"]): str(entry["file_name"]) for entry in content["images"]}
+        captions: dict[int, list[str]] = {image_id: [] for image_id in names}
+        for entry in sorted(content["annotations"], key=lambda entry: int(entry["id"])):
+            if text := " ".join(str(entry["caption"]).split()):
+                captions[int(entry["image_id"])].append(text)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as COCO captions ({type(error).__name__}: {error}); "
+            "give captions_val2017.json or its like, from COCO's archive of annotations"
+        ) from error
+    unsafe = [name for name in names.values() if Path(name).name != name]
+    if unsafe:
+        raise ValueError(f"{path} names the file {unsafe[0]!r}; names of COCO hold no folders")
+    return names, captions
 
 
 def coco_records(root: Path, annotations: Path, captions_per_image: int | None = 1) -> list[Record]:
     """Pictures of COCO with their captions.
 
     Args:
-        root: folder of the pictures, e.g. ``train2017``.
-        annotations: e.g. ``annotations/captions_train2017.json``.
-        captions_per_image: the first so many captions of a picture, a sample each; None for all.
+        root: folder of the pictures, such as ``train2017``.
+        annotations: file of the captions, such as ``annotations/captions_train2017.json``.
+        captions_per_image: number of captions of a picture, the first ones, a sample each; None for all.
 
     Raises:
         ValueError: the annotations cannot be read.
     """
-    try:
-        content = json.loads(annotations.read_text(encoding="utf-8"))
-        names = {image["id"]: str(image["file_name"]) for image in content["images"]}
-        captions: dict[int, list[str]] = {number: [] for number in names}
-        for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
-            captions[entry["image_id"]].append(" ".join(str(entry["caption"]).split()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{annotations} are no COCO captions ({error!r}); give --annotations captions_*.json."
-        ) from error
+    names, captions = read_coco(annotations)
     records = []
     for number in sorted(names):
-        for place, caption in enumerate(list(filter(None, captions[number]))[:captions_per_image]):
+        for place, caption in enumerate(captions[number][:captions_per_image]):
             key = key_of(names[number]) + (f"_c{place}" if place else "")
-            records.append(_file_record(root, names[number], key, caption))
+            records.append(file_record(root, names[number], key, caption))
     return records
+
+
+@dataclass(frozen=True)
+class CocoProtocol:
+    """Captions and images of COCO, as its archives unpack.
+
+    Attributes:
+        name: name of the protocol; goes into every report.
+        annotations: file of captions, captions_*.json.
+        images: folder of the JPEGs that it names.
+        num_images: number of captions to draw, each of another image.
+    """
+
+    name: str
+    annotations: Path
+    images: Path
+    num_images: int
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a line each, starting with the key."""
+        remedy = (
+            "unpack COCO's archives of images and annotations beside each other and give the places with "
+            "metrics.protocol.annotations and metrics.protocol.images"
+        )
+        found = []
+        if not self.name:
+            found.append("name: is empty; give the protocol a name for the report")
+        if self.num_images < 1:
+            found.append(f"num_images={self.num_images}: must be at least 1")
+        if not self.annotations.is_file():
+            found.append(f"annotations={self.annotations}: there is no such file; {remedy}")
+        if not self.images.is_dir():
+            found.append(f"images={self.images}: there is no such folder; {remedy}")
+        return found
+
+
+@dataclass(frozen=True)
+class CocoItem:
+    """One image with the caption that stands for it."""
+
+    image_id: int
+    file_name: str
+    caption: str
+
+    @property
+    def key(self) -> str:
+        return f"coco-{self.image_id:012d}"
+
+
+def coco_items(protocol: CocoProtocol) -> list[CocoItem]:
+    """The images of a protocol with one caption each, in the order of their ids.
+
+    The caption of an image is the one with the lowest annotation id. Where the file holds more images than
+    the protocol wants, those whose id has the smallest sha256 are taken: a fixed draw that no seed changes.
+
+    Raises:
+        ValueError: the file is missing, is no COCO captions file, or holds too few images with captions.
+    """
+    names, captions = read_coco(protocol.annotations)
+    chosen = sorted(image_id for image_id in names if captions[image_id])
+    if len(chosen) < protocol.num_images:
+        raise ValueError(
+            f"{protocol.annotations} has captions of {len(chosen)} images and {protocol.name} needs "
+            f"{protocol.num_images}; use the whole file, or set metrics.protocol.num_images and another name"
+        )
+    if len(chosen) > protocol.num_images:
+        chosen = sorted(sorted(chosen, key=_draw)[: protocol.num_images])
+    return [CocoItem(image_id, names[image_id], captions[image_id][0]) for image_id in chosen]
+
+
+def _draw(image_id: int) -> str:
+    return hashlib.sha256(f"coco:{image_id}".encode()).hexdigest()

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from sjd2_lightning.data.ensure import Coder, Wanted, ensure_shards
 from sjd2_lightning.data.index import ShardIndex
+from sjd2_lightning.data.pictures import on_white
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 
 ATTRIBUTION = "Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"
@@ -119,16 +120,9 @@ def load_emoji_index() -> tuple[EmojiImage, ...]:
     )
 
 
-def _on_white(path: Path) -> Image.Image:
-    picture = Image.open(path).convert("RGBA")
-    canvas = Image.new("RGBA", picture.size, "white")
-    canvas.alpha_composite(picture)
-    return canvas.convert("RGB")
-
-
 def render(path: Path, size: int = 64) -> np.ndarray:
     """The canonical view: alpha on white, resized to (size, size, 3) uint8."""
-    return np.asarray(_on_white(path).resize((size, size), Image.Resampling.LANCZOS))
+    return np.asarray(on_white(Image.open(path)).resize((size, size), Image.Resampling.LANCZOS))
 
 
 def jitter(path: Path, rng: np.random.Generator, size: int = 64) -> np.ndarray:
@@ -136,7 +130,7 @@ def jitter(path: Path, rng: np.random.Generator, size: int = 64) -> np.ndarray:
     side = int(rng.integers(round(0.92 * size), size + 1))
     left, top = (int(v) for v in rng.integers(0, size - side + 1, 2))
     canvas = Image.new("RGB", (size, size), "white")
-    canvas.paste(_on_white(path).resize((side, side), Image.Resampling.LANCZOS), (left, top))
+    canvas.paste(on_white(Image.open(path)).resize((side, side), Image.Resampling.LANCZOS), (left, top))
     return np.asarray(canvas)
 
 
@@ -154,7 +148,7 @@ class EmojiPictures(Dataset[Picture]):
     Args:
         split: "train" or "val".
         size: side in pixels.
-        seed: of the jitter; views depend on (seed, epoch, index) alone. `None` gives canonical views.
+        seed: decides the jitter; views depend on (seed, epoch, index) alone. `None` gives canonical views.
     """
 
     def __init__(self, split: str, size: int = 64, seed: int | None = None) -> None:

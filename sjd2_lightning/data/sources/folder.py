@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sjd2_lightning.data.sources.record import SUFFIXES, Record, _file_record, caption_in, key_of
+from sjd2_lightning.data.sources.record import SUFFIXES, Record, caption_in, file_record, key_of
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 
@@ -35,7 +35,7 @@ def folder_records(root: Path) -> list[Record]:
         keys[key] += 1
         if caption:  # a.jpg and a.png are two pictures
             unique = key if keys[key] == 1 else key_of(f"{name}_{keys[key]} ")
-            records.append(_file_record(root, name, unique, caption))
+            records.append(file_record(root, name, unique, caption))
     if not records:
         raise ValueError(
             f"{root} has no pictures with captions: put <name>.txt beside <name>.jpg, or a metadata.jsonl "

@@ -91,7 +91,7 @@ def caption_in(fields: Mapping[str, Any], names: Sequence[str] = CAPTION_FIELDS)
     return next((text.strip() for text in found if isinstance(text, str) and text.strip()), None)
 
 
-def _file_record(root: Path, name: str, key: str, caption: str) -> Record:
+def file_record(root: Path, name: str, key: str, caption: str) -> Record:
     path = inside(root, name)
     try:
         stat = path.stat()
@@ -138,10 +138,10 @@ def chosen_records(
     order or another seed move none.
 
     Args:
-        records: of the source.
+        records: records of the source.
         split: train or val.
         val_share: share of the pictures that is held out; 0 or 1 puts all into train or val.
-        seed: of the order.
+        seed: decides the order.
         max_images: keep only so many pictures; None for all.
         block: what is read at once stays together, where reading single pictures costs too much; None mixes
             all.

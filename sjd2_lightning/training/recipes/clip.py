@@ -156,8 +156,8 @@ class EmojiPairs(L.LightningDataModule):
     Args:
         batch_size: pictures that are each other's negatives.
         size: side of the pictures.
-        seed: of order, choice and jitter.
-        num_workers: of the training loader.
+        seed: decides order, choice and jitter.
+        num_workers: number of processes of the training loader.
     """
 
     def __init__(self, batch_size: int = 256, size: int = 64, seed: int = 0, num_workers: int = 0) -> None:

@@ -137,7 +137,7 @@ def test_img2dataset_tars(tmp_path: Path) -> None:
 def test_compressed_tars_are_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
         add(tar, "a.jpg", picture(1))
-    with pytest.raises(ValueError, match="cannot be read as an uncompressed tar"):
+    with pytest.raises(ValueError, match="cannot be read as a tar .* give an uncompressed one"):
         tar_records(tmp_path)
 
 
@@ -166,7 +166,7 @@ def test_coco(tmp_path: Path) -> None:
         ("000000000010_c1", "b", 10),
         ("000000000020", "c", 20),
     ]
-    with pytest.raises(ValueError, match="no COCO captions"):
+    with pytest.raises(ValueError, match="cannot be read as COCO captions"):
         coco_records(root, root / "000000000010.jpg")
 
 

@@ -1,0 +1,104 @@
+"""What Hydra prints is what runs, for every experiment and method; every method takes every field."""
+
+from dataclasses import asdict, is_dataclass
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from sjd2_lightning.config.groups import Group
+from sjd2_lightning.config.reading import evaluate_config, train_config
+from sjd2_lightning.config.runs import EvaluateConfig, TrainConfig
+from sjd2_lightning.noise import NoiseProcess
+from tests.tools.configurations import CONF, EXPERIMENTS, composed, problems, put_named_files, typed
+
+
+@pytest.fixture(autouse=True)
+def named_files(tmp_path, monkeypatch):
+    """What a shipped configuration names is there."""
+    put_named_files(tmp_path, monkeypatch)
+
+
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "base")
+
+
+def plain(value):
+    """A typed value as JSON holds it: groups and dataclasses as objects, tuples as lists."""
+    if is_dataclass(value):
+        return plain(asdict(value))
+    if isinstance(value, Group):
+        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def printed(root: str, *overrides: str) -> dict:
+    """What `--cfg job --resolve` prints, without the keys of the other script."""
+    tree = OmegaConf.to_container(composed(root, *overrides), resolve=True)
+    fields = (TrainConfig if root == "train" else EvaluateConfig).model_fields
+    return {name: value for name, value in tree.items() if name in fields}
+
+
+@pytest.mark.parametrize("experiment", [None, *EXPERIMENTS])
+@pytest.mark.parametrize("root", ["train", "evaluate"])
+def test_what_hydra_prints_is_what_runs(root, experiment):
+    overrides = [] if experiment is None else [f"experiment={experiment}"]
+    read = train_config if root == "train" else evaluate_config
+    if root == "evaluate" and experiment is not None:
+        text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+        if "evaluate.py" not in text:
+            pytest.skip("an experiment of training alone")
+    assert plain(read(composed(root, *overrides))) == printed(root, *overrides)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_asked_of_a_method_is_what_runs(method):
+    asked = [
+        f"compare=[{','.join(dict.fromkeys(['ar', method]))}]",
+        "noise=trajectory",
+        "decoding.window=16",
+        f"methods.{method}.confidence=0.5",
+        "decoding.sampling.top_k=7",
+    ]
+    config = evaluate_config(composed("evaluate", *asked))
+    assert plain(config) == printed("evaluate", *asked)
+    found = config.methods[method]
+    assert (found.window, found.confidence) == (1 if method == "ar" else 16, 0.5)
+    assert found.noise == config.noise.process == NoiseProcess(source="mean", state="draft")
+    assert found.sampling.top_k == 7
+
+
+@pytest.mark.parametrize("override", ["methods.sjd2_exact.level_rule=stable", "methods.sjd.tree.width=2"])
+def test_every_method_takes_every_field(override):
+    key, _, value = override.partition("=")
+    node = plain(evaluate_config(composed("evaluate", override)))
+    for part in key.split("."):
+        node = node[part]
+    assert str(node) == value
+
+
+@pytest.mark.parametrize(
+    "group", sorted({path.parent.name for path in CONF.glob("*/*.yaml")} - {"experiment"})
+)
+def test_keys_of_a_group_stand_in_its_base_file_or_in_none(group):
+    """A base file builds on no other; a key that a file alone has could not be set for the others."""
+    files = {path.stem: yaml.safe_load(path.read_text()) or {} for path in (CONF / group).glob("*.yaml")}
+    roots = {name for name, keys in files.items() if "defaults" not in keys}
+    known = set().union(*(files[name] for name in roots))
+    for name, keys in files.items():
+        assert set(keys) - {"defaults"} <= known, f"conf/{group}/{name}.yaml"
+
+
+def test_a_method_that_is_not_compared_need_not_suit_the_training():
+    tied = typed("evaluate", "noise.process.source=tied", "compare=[ar,sjd2]")
+    assert tied.methods["sjd2_exact"].noise.source == "tied"
+    [line] = problems("evaluate", "noise.process.source=tied", "compare=[ar,sjd2,sjd2_exact]")
+    assert line == "noise.process.source=tied: needs acceptance=replay; use gaussian"
+
+
+def test_methods_that_are_compared_share_law_and_compiler():
+    [line] = problems("evaluate", "methods.sjd2.sampling.top_k=3")
+    assert line.startswith("methods.sjd2.sampling: differs from ar's")
+    [line] = problems("evaluate", "methods.sjd2.compile=true")
+    assert line.endswith("set decoding.compile")

@@ -152,7 +152,7 @@ def measure_batch(
     groups = [prompts[start : start + batch] for start in range(0, len(prompts) - batch + 1, batch)]
     layout = backbone.layout(options.pixels, options.pixels)
     methods, choices = resolve_windows(
-        backbone, methods, auto.methods, groups[0], layout, windows=auto.windows, repeats=auto.repeats
+        backbone, methods, groups[0], layout, windows=auto.windows, repeats=auto.repeats
     )
     cells = {name: Cell(config) for name, config in methods.items()}
     compiled = cells[BASELINE].config.compile

@@ -2,9 +2,10 @@
 
     .venv/bin/python benchmarks/scaling.py --json outputs/scaling.json
 
-First part, measured here: seconds of one pass of the shipped trunk, and of the loop's own work beside it,
-over window, prefix, batch, vocabulary and levels, one varied at a time, with the exponent of a power law.
-Settings are interleaved and the least of the repeats is taken, since other load only ever adds time.
+First part, measured here: seconds of one pass of the shipped trunk, law included, and of the loop's own work
+beside it, over window, prefix, batch, vocabulary and levels, one varied at a time, with the exponent of a
+power law. Settings are interleaved and the least of the repeats is taken, since other load only ever adds
+time.
 
 Second part, counted: bytes of the window's state, of the cache, and of everything that decoding holds at its
 peak (results of tensor operations; kernels' own scratch is not seen), over window, rows and vocabulary, in
@@ -35,7 +36,7 @@ from benchmarks.memory import LiveBytes
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.method import Method
 from sjd2_lightning.decoding.rules import Scores, judged
-from sjd2_lightning.masks import window_mask
+from sjd2_lightning.evaluation.auto_window import one_pass
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone, rows_with_newlines
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
@@ -63,20 +64,11 @@ PAPER_AR = 88.6 / 2357  # seconds a pass, Lumina-mGPT 768, SJD2 table 3
 PAPER = {"SJD": (32, 0, 2.23, 2.05), "SJD2": (96, 25, 4.02, 2.63)}
 
 
-def one_pass(backbone: Backbone, window: int, prefix: int, rows: int, levels: int) -> Callable[[], Any]:
-    """A pass of `window` tokens over a cache with `prefix` tokens and `levels` timestep tokens in front."""
-    cache = backbone.new_cache(rows, levels + prefix + window)
-    embeddings = torch.randn(rows, window, backbone.hidden_size)
-    columns = (levels + prefix + torch.arange(window)).expand(rows, -1)
-    visible = (torch.arange(cache.max_len) >= levels).view(1, 1, 1, -1).expand(1, rows, -1, -1)
-    noise = torch.randint(1, levels + 1, (rows, window)) if levels else None
-
-    def call() -> Any:
-        mask = window_mask(columns, noise, visible)
-        cache.place(columns, cache.max_len, levels + prefix)
-        return backbone.image_logits(backbone(embeddings, columns - levels, mask, cache))
-
-    return call
+def a_pass(backbone: Backbone, window: int, prefix: int, rows: int, levels: int) -> Callable[[], Any]:
+    """A pass over `window` slots behind a prompt and about `prefix` slots; see `auto_window.one_pass`."""
+    layout = backbone.layout(128, 128)
+    config = DecodingConfig("sjd2", window, levels)
+    return one_pass(backbone, config, ["a red cat"] * rows, layout, window, prefix)
 
 
 def own_work(window: int, vocabulary: int, levels: int, rows: int) -> Callable[[], Any]:
@@ -196,7 +188,7 @@ def main() -> None:
     options = parser.parse_args()
     backbone = load_backbone("chameleon", options.weights, "trunk").eval()
     passes = {
-        (name, size): one_pass(backbone, **{**BASE, name: size})
+        (name, size): a_pass(backbone, **{**BASE, name: size})
         for name, sizes in PASSES.items()
         for size in sizes
     }

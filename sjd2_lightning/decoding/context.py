@@ -108,12 +108,9 @@ class Context:
 
     def _token_ids(self, prompts: Sequence[str], layouts: Sequence[ImageLayout]) -> list[list[int]]:
         """Token ids in front of the first slot: of the prompts, then of their empty twins."""
-        pairs = list(zip(prompts, layouts, strict=True))
-        rows = [self.backbone.prompt_ids(prompt, layout) for prompt, layout in pairs]
+        rows = [self.backbone.prompt_ids(*one) for one in zip(prompts, layouts, strict=True)]
         if self.copies == 2:
-            empty = [
-                self.backbone.unconditional_ids(pair[1], ids) for pair, ids in zip(pairs, rows, strict=True)
-            ]
+            empty = [self.backbone.unconditional_ids(*one) for one in zip(layouts, rows, strict=True)]
             if not all(empty):
                 raise ValueError(
                     f"sampling.guidance_scale is {self.sampling.guidance_scale}, but the backbone has no "

@@ -27,7 +27,7 @@ from sjd2_lightning.decoding.variants.first_drafts import FromAbove, OwnMaximum,
 from sjd2_lightning.decoding.variants.grouped import Grouped
 from sjd2_lightning.decoding.variants.pairs import Sweeper
 from sjd2_lightning.decoding.variants.paper import Paper, Pure, keep
-from sjd2_lightning.decoding.variants.tree import Tree, TreePass
+from sjd2_lightning.decoding.variants.tree import ReplayTreePass, Tree, TreePass
 from sjd2_lightning.decoding.window import OnEntry, Window
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import ImageLayout
@@ -42,6 +42,7 @@ RULES: dict[str, Callable[[DecodingConfig, EmbeddingSpace], Rule]] = {
     "pure": lambda config, space: Pure(max(1, config.size // max(1, config.num_levels))),
     "grouped": lambda config, space: Grouped(REFINERS[config.refiner], space, config.groups),
 }
+TREE_PASSES: dict[str, type[TreePass]] = {"replay": ReplayTreePass, "exact": TreePass}
 
 # (slots, verdict, scores, which slots this pass commits (B, W)) -> the next drafts (B, W)
 Redraft = Callable[[Slots, Verdict, Scores, Tensor], Tensor]
@@ -65,7 +66,9 @@ class Method:
         self.levels = NoiseLevels(config, table, self.space, self._start())
         rule = RULES[config.acceptance](config, self.space)
         tree = Tree.of(config, table, num_codes)
-        self.one_pass = Pass(config, rule) if tree is None else TreePass(config, rule, tree)
+        self.one_pass = (
+            Pass(config, rule) if tree is None else TREE_PASSES[config.acceptance](config, rule, tree)
+        )
         sweeps = config.pairs.table is not None and config.size > 1
         self.redraft: Redraft = Sweeper(config.pairs, table, num_codes) if sweeps else verified
         noisy = frozenset({"noisy"} if config.num_levels else ())

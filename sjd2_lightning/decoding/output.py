@@ -85,8 +85,8 @@ class DecodeOutput:
     @property
     def image_ids_by_row(self) -> tuple[Tensor, ...]:
         """(H, W) codes of each image, whatever its size."""
-        pairs = zip(self.layouts, self.slot_ids, strict=True)
-        return tuple(layout.image_ids(row[None, : layout.num_slots])[0] for layout, row in pairs)
+        rows = zip(self.layouts, self.slot_ids, strict=True)
+        return tuple(layout.image_ids(row[None, : layout.num_slots])[0] for layout, row in rows)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Slots(NamedTuple):
         tokens: (B, W) drafts, as slot ids.
         is_code: (B, W) True = a code is drawn here; False = structural, the draft is the token.
         levels: (B, W) noise level; 0 = fed as the clean embedding of its draft.
-        noisy: (B, W, D) normalised noisy embedding; its value matters where the level is above 0.
+        noisy: (B, W, D) normalised noisy embedding; its value matters where the level is not 0.
         draft_probs: (B, W, K) the law that the draft was drawn from.
         gumbel: (B, W, K) the slot's own Gumbel noise.
         uniforms: (B, W, 3) fresh numbers of this iteration: to accept, for the residual, for another draw.

@@ -1,4 +1,4 @@
-"""`window=auto`: the window that commits most slots a second, from the cost of a pass and runs seen (ours).
+"""`window=auto`: the window that commits most slots a second, from the cost of a pass and runs seen.
 
 A longer window commits more slots a pass and makes a pass dearer; how much dearer is a property of the
 device, the batch and the prefix. So both are measured, here and now: passes are timed, and one batch is
@@ -7,7 +7,6 @@ window overstates that one by up to a half, since its drafts have had fewer pass
 
     >>> choice = choose_window(backbone, config, prompts, seeds, layout)
     >>> output = decode(backbone, prompts, seeds, replace(config, window=choice.window), layout)
-    >>> choice = choice.after(choice.window, output.stats)  # with the acceptance seen since
 
 Decoding itself looks at no clock and keeps the window that it was given.
 """
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from sjd2_lightning.decoding.config import DecodingConfig
@@ -50,8 +50,8 @@ class WindowChoice:
 
     Attributes:
         seconds: seconds of a pass, by window.
-        slots: that passes committed in all rows, by window.
-        passes: that committed them.
+        slots: slots that passes committed in all rows, by window.
+        passes: number of these passes, by window.
     """
 
     seconds: Mapping[int, float]
@@ -71,19 +71,13 @@ class WindowChoice:
 
     @property
     def slots_per_second(self) -> dict[int, float]:
-        """Of each row, by window."""
+        """Slots committed a second in each row, by window."""
         return {window: committed / self.seconds[window] for window, committed in self.committed.items()}
 
     @property
     def window(self) -> int:
         """The window of most slots a second; of equals the shortest."""
         return max(self.slots_per_second.items(), key=lambda entry: entry[1])[0]
-
-    def after(self, window: int, stats: DecodeStats) -> WindowChoice:
-        """With the acceptance of another decoding at one of the windows."""
-        runs = runs_of(stats)
-        slots = {**self.slots, window: self.slots[window] + sum(runs)}
-        return WindowChoice(self.seconds, slots, {**self.passes, window: self.passes[window] + len(runs)})
 
     def summary(self) -> dict[str, Any]:
         """The choice and its curve as a JSON object."""
@@ -124,8 +118,16 @@ def pass_seconds(
     The pass is the engine's own, with these prompts, their empty twins, cache and timestep tokens. Rows of a
     batch stand apart, as they do while decoding. Windows take turns, so that drift of the machine hits all.
     What the loop does beside the pass hardly grows with the window (docs/LOG.md) and is left out.
+
+    Args:
+        backbone: the model, in eval mode.
+        config: the method; its own window plays no part.
+        prompts: texts, one a row.
+        layout: layout of the images.
+        windows: windows whose passes are timed.
+        repeats: number of timed passes of each.
     """
-    calls = {window: _pass(backbone, config, prompts, layout, window) for window in windows}
+    calls = {window: one_pass(backbone, config, prompts, layout, window) for window in windows}
     for call in calls.values():
         call()  # not timed: allocator, kernel choice and, if asked for, the compiler settle here
     taken = [
@@ -134,21 +136,37 @@ def pass_seconds(
     return {window: float(np.median([turn[window] for turn in taken])) for window in windows}
 
 
-def _pass(
-    backbone: Backbone, config: DecodingConfig, prompts: Sequence[str], layout: ImageLayout, window: int
-) -> Callable[[], object]:
-    """One pass of a window in the middle of the image; it may be called again and again."""
+def one_pass(
+    backbone: Backbone,
+    config: DecodingConfig,
+    prompts: Sequence[str],
+    layout: ImageLayout,
+    window: int,
+    slot: int | None = None,
+) -> Callable[[], Tensor]:
+    """One pass of a window, to be called again and again; it returns the scores of the window.
+
+    Args:
+        backbone: the model, in eval mode.
+        config: the method; its own window plays no part.
+        prompts: texts, one a row.
+        layout: layout of the images.
+        window: number of slots W.
+        slot: first slot of the window in the first row, one further in each next row; by default, the middle
+            of the image.
+    """
     config = replace(config, window=window)
     method = Method(config, [layout], backbone.slot_table(), backbone.num_codes)
     side = method.levels.timestep_tokens()
     context = Context(backbone, prompts, [layout] * len(prompts), side, window, 1, config)
-    starts = [(layout.num_slots // 2 + row) % layout.num_slots - 1 for row in range(len(prompts))]
+    slot = layout.num_slots // 2 if slot is None else slot
+    starts = [(slot + row) % layout.num_slots - 1 for row in range(len(prompts))]
     columns = torch.arange(layout.num_slots + window, device=backbone.device)
     span = Span(starts, torch.tensor(starts, device=backbone.device), window, columns)
     fed = F.embedding(span.index % backbone.num_codes, method.table)
     levels = torch.full((len(prompts), window - 1), config.num_levels, device=backbone.device)
 
-    def call() -> object:
+    def call() -> Tensor:
         logits = context.logits(span, fed.clone(), levels if config.num_levels else None, window)
         return log_law(logits, config.sampling)
 
@@ -169,9 +187,9 @@ def choose_window(
     Args:
         backbone: the model, in eval mode.
         config: the method; its own window plays no part.
-        prompts, seeds, layout: as of `decode`.
-        windows: to choose from; those longer than the image are left out.
-        repeats: timed passes of each.
+        prompts, seeds, layout: arguments of `decode`.
+        windows: windows to choose from; those longer than the image are left out.
+        repeats: number of timed passes of each.
     """
     fitting = [window for window in windows if window <= layout.num_slots] or [min(windows)]
     seconds = pass_seconds(backbone, config, prompts, layout, fitting, repeats)

@@ -1,8 +1,7 @@
 """Floating-point operations of decoding: counted on two forward passes, summed over the passes of a record.
 
-Source: ours, on torch's own counter. A pass of L tokens that attend to S columns takes L (a + b S)
-operations: two passes that differ in S give a and b, and a record says at which prefix each of its passes
-was.
+A pass of L tokens that attend to S columns takes L (a + b S) operations: two passes that differ in S, counted
+by torch, give a and b, and a record says at which prefix each of its passes was.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def decoding_flops(
 
     Args:
         backbone: model, in eval mode.
-        methods: by name.
+        methods: methods by name.
         records: records of each method.
         layout: layout of the images.
     """
@@ -85,13 +84,13 @@ def _per_token(backbone: Backbone, window: int, num_slots: int, copies: int) -> 
 def _of_record(
     record: ImageRecord, config: DecodingConfig, first_slot: int, fixed: float, per_column: float
 ) -> float:
-    total, head, refed = 0.0, 0, 1
+    total, head, again = 0.0, 0, 1
     for accepted in record.accepted:
-        tokens = config.size - 1 + refed
+        tokens = config.size - 1 + again
         # compiled, every pass attends to the whole cache
         last = record.num_generated if config.compile else head - 1
         columns = first_slot + last + config.size
         total += tokens * (fixed + per_column * columns)
         head += accepted
-        refed = max(1, accepted) if config.acceptance == "paper" else 1
+        again = max(1, accepted) if config.acceptance == "paper" else 1
     return total

@@ -178,7 +178,7 @@ def settling_curve(found: Mapping[str, Settling], places: Mapping[str, int], leg
 def cost_chart(
     passes: Sequence[PassCost], methods: Sequence[MethodCost], places: Mapping[str, int], legend: bool = True
 ) -> Figure:
-    """Milliseconds of a pass over the window: trunk and head alone (line), and of each method (points).
+    """Milliseconds of a pass over the window: a pass alone (line), and of each method (points).
 
     Args:
         passes: result of `measure_pass_costs`; may be empty.
@@ -190,7 +190,7 @@ def cost_chart(
     if passes:
         windows, seconds = zip(*((cost.window, 1000 * cost.seconds) for cost in passes), strict=True)
         axis.plot(
-            windows, seconds, color=QUIET, marker="o", markersize=3, linewidth=1.2, label="trunk and head"
+            windows, seconds, color=QUIET, marker="o", markersize=3, linewidth=1.2, label="a pass alone"
         )
     for cost in methods:
         colour = method_colour(places[cost.method])

@@ -266,12 +266,8 @@ def observe(
         cost_windows: windows at which a pass is timed; none leaves it out.
     """
     methods = {name: method.config for name, method in result.methods.items()}
-    guided = any(config.sampling.guidance_scale != 1 for config in methods.values())
-    rows = (2 if guided else 1) * max(
-        record.batch_size for m in result.methods.values() for record in m.records
-    )
     with evaluation_mode(backbone):
         traced = trace(backbone, methods, result.prompts[:num_trajectories], layout)
         replays = [replay(backbone, trajectory, num_frames) for trajectory in traced]
-        costs = measure_pass_costs(backbone, layout, cost_windows, rows)
+        costs = measure_pass_costs(backbone, result, layout, cost_windows)
     return Observations(tuple(traced), tuple(replays), costs)

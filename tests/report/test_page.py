@@ -103,7 +103,7 @@ def test_large_images_are_embedded_smaller(tmp_path):
 def test_costs(result, backbone, seen):
     assert [(cost.window, cost.rows) for cost in seen.pass_costs] == [(1, 2), (4, 2)]
     assert all(cost.seconds > 0 for cost in seen.pass_costs)
-    assert measure_pass_costs(backbone, backbone.layout(SIDE, SIDE), (), 1) == ()
+    assert measure_pass_costs(backbone, result, backbone.layout(SIDE, SIDE), ()) == ()
     costs = {cost.method: cost for cost in method_costs(result)}
     assert costs["ar"].relative == 1
     assert costs["sjd2"].tokens == pytest.approx(result.methods["sjd2"].measured["step_compression"].value)

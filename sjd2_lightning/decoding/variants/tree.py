@@ -64,9 +64,9 @@ class Tree:
         branch = branch.repeat_interleave(self.length)
         self.firsts = branch * self.length
         self.roots = branch // max(1, self.width - 1) - (size - 1)
+        candidates = torch.arange(self.depth, device=table.device)
         steps = torch.arange(self.length, device=table.device)
-        # (depth, length) slots behind each slot that has siblings
-        self.behind = torch.arange(self.depth, device=table.device)[:, None] + 1 + steps
+        self.behind = candidates[:, None] + 1 + steps  # (depth, length) slots
 
     @classmethod
     def of(cls, config: DecodingConfig, table: Tensor, num_codes: int) -> Tree | None:
@@ -86,13 +86,14 @@ class Tree:
         slots = window.span.index[:, : self.depth]
         return stream(slot_keys(window.seeds[:, None], slots), purpose, window.iteration)
 
-    def grow(self, slots: Slots, window: Window) -> tuple[Tensor, Branches]:
-        """Tokens (B, depth, width - 1, length) of the coming pass's branches, and how they are fed."""
+    def grow(self, slots: Slots, noise: Tensor) -> tuple[Tensor, Branches]:
+        """Tokens (B, depth, width - 1, length) of the coming pass's branches, and how they are fed.
+
+        Args:
+            slots: the window.
+            noise: (B, depth, K) Gumbel noise that ranks the candidates of a slot.
+        """
         assert slots.draft_probs is not None
-        if slots.gumbel is None:
-            noise = gumbel(self.keys(window, Purpose.SIBLINGS), self.num_codes)
-        else:
-            noise = slots.gumbel[:, : self.depth]
         # the k best perturbed scores are k draws without replacement; the draft is the first of all draws
         scores = slots.draft_probs[:, : self.depth].log() + noise
         drafts = slots.tokens[:, : self.depth, None].clamp_max(self.num_codes - 1)
@@ -103,7 +104,7 @@ class Tree:
 
 
 class TreePass(Pass):
-    """A pass over the window and branches beside it.
+    """A pass over the window and branches beside it; siblings are draws of their own (exact).
 
     Args:
         config: the method's values.
@@ -124,7 +125,7 @@ class TreePass(Pass):
     def __call__(self, context: Context, window: Window, slots: Slots, again: int) -> Judged:
         """One forward pass, see `Pass`; what branches add to the run is written into verdict and scores."""
         span, fed = window.fed(slots, again)
-        tokens, branches = self.tree.grow(slots, window)
+        tokens, branches = self.tree.grow(slots, self.noise(window, slots))
         logits = context.logits(span, fed, self.levels(slots), window.size, branches)
         log, behind = log_law(logits, self.config.sampling).tensor_split([window.size], dim=1)
         this = self.judge(slots, Scores(log))
@@ -145,7 +146,7 @@ class TreePass(Pass):
         rows = torch.arange(len(this.run), device=this.run.device)
         at = this.run.clamp_max(self.tree.depth - 1)
         rejected = (this.run < self.tree.depth) & ~verdict.accept_mask[rows, at]
-        tokens, which = self._choose(window, slots, this, branches[rows, at, :, 0], at)
+        tokens, which = self.choose(window, slots, this, branches[rows, at, :, 0], at)
         verdict.tokens[rows, at] = tokens.where(rejected, verdict.tokens[rows, at])
 
         places = self.tree.behind[at]  # (B, length) slots that the branch has a law for
@@ -159,22 +160,43 @@ class TreePass(Pass):
         scores.log[place] = laws.where(theirs[..., None], scores.log[place])  # for observers
         return this.run + gained
 
-    def _choose(
+    def noise(self, window: Window, slots: Slots) -> Tensor:
+        """(B, depth, K) Gumbel noise that ranks the candidates of a slot: fresh in every pass."""
+        return gumbel(self.tree.keys(window, Purpose.SIBLINGS), self.tree.num_codes)
+
+    def choose(
         self, window: Window, slots: Slots, this: Judged, siblings: Tensor, at: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Token (B,) of slot `at` (B,) if its draft is rejected, and which sibling it is; -1 = none."""
         assert slots.draft_probs is not None
+        assert slots.uniforms is not None
         rows = torch.arange(len(at), device=at.device)
-        draft_probs = slots.draft_probs[rows, at]
-        if slots.uniforms is None:  # replay: the token is known
-            tokens = this.verdict.tokens[rows, at]
-            same = (siblings == tokens[:, None]) & (draft_probs.gather(1, siblings) > 0)
-            return tokens, torch.where(same.any(1), same.long().argmax(1), -1)
         accept_u = uniform(self.tree.keys(window, Purpose.SIBLING_VERDICT)[rows, at], self.tree.width - 1)
         drafts = slots.tokens[rows, at].clamp_max(self.tree.num_codes - 1)
         candidates = torch.cat([drafts[:, None], siblings], dim=1)
         law = this.scores.log[rows, at].softmax(-1)
-        return first_sibling(candidates, draft_probs, law, accept_u, slots.uniforms[rows, at, 1])
+        residual_u = slots.uniforms[rows, at, 1]
+        return first_sibling(candidates, slots.draft_probs[rows, at], law, accept_u, residual_u)
+
+
+class ReplayTreePass(TreePass):
+    """The same where the token is known (replay): siblings are the next best under the slot's own noise."""
+
+    def noise(self, window: Window, slots: Slots) -> Tensor:
+        """(B, depth, K) the Gumbel vectors of the slots."""
+        assert slots.gumbel is not None
+        return slots.gumbel[:, : self.tree.depth]
+
+    def choose(
+        self, window: Window, slots: Slots, this: Judged, siblings: Tensor, at: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The verdict's token (B,), and which sibling (B,) it is; -1 = none."""
+        assert slots.draft_probs is not None
+        rows = torch.arange(len(at), device=at.device)
+        tokens = this.verdict.tokens[rows, at]
+        possible = slots.draft_probs[rows, at].gather(1, siblings) > 0
+        same = (siblings == tokens[:, None]) & possible
+        return tokens, torch.where(same.any(1), same.long().argmax(1), -1)
 
 
 def first_sibling(

@@ -3,7 +3,7 @@
     sjd2 pairs data/emoji_demo/codes/train outputs/pairs.safetensors
 
 One pass over the training shards; nothing is trained. Of large vocabularies only the strongest directions are
-kept: rank 512 is an eighth of the numbers of a table of 8,192 codes. Source: ours.
+kept: rank 512 is an eighth of the numbers of a table of 8,192 codes.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 def prepare_source(options: argparse.Namespace, coder: Coder | None) -> dict[str, ShardIndex]:
     """Shards of what a source lists, by "<kind>/<split>"."""
     if options.input is None:
-        raise ValueError(f"the source `{options.source}` needs --input.")
+        raise ValueError(f"the source `{options.source}` needs --input")
     records, read = list_records(options)
     root = str(options.input if options.input.is_dir() else options.input.parent)
     block = block_of if options.source == "hf" else None
@@ -118,7 +118,7 @@ def prepare_source(options: argparse.Namespace, coder: Coder | None) -> dict[str
     if empty := [split for split, found in chosen.items() if not found]:
         raise ValueError(
             f"{len(records)} pictures leave none for {empty[0]}: change --val-share {options.val_share}, or "
-            "prepare two sources with --split train and --split val."
+            "prepare two sources with --split train and --split val"
         )
     indexes = {}
     for split, found in chosen.items():
@@ -160,7 +160,7 @@ def list_records(options: argparse.Namespace) -> tuple[list[Record], Reader]:
         return tar_records(options.input), read_stretch
     if options.source == "coco":
         if options.annotations is None:
-            raise ValueError("the source `coco` needs --annotations captions_*.json.")
+            raise ValueError("the source `coco` needs --annotations captions_*.json")
         limit = options.captions_per_image or None
         return coco_records(options.input, options.annotations, limit), read_stretch
     if options.source == "hf":
@@ -181,7 +181,7 @@ def load_coder(options: argparse.Namespace) -> Coder | None:
     elif options.model_family is None:
         return None
     elif options.model_path is None:
-        raise ValueError("--model-family needs --model-path, the folder of the model.")
+        raise ValueError("--model-family needs --model-path, the folder of the model")
     elif str(options.model_path) == "random_tiny":
         tokenizer = build_shrunken(options.model_family).image_tokenizer
         name = f"{options.model_family}, random weights"
@@ -198,7 +198,7 @@ def load_coder(options: argparse.Namespace) -> Coder | None:
 def _size(options: argparse.Namespace) -> tuple[int, int]:
     sides = options.image_size or [64]
     if len(sides) > 2 or min(sides) < 1:
-        raise ValueError(f"--image-size {' '.join(map(str, sides))}: give height and width, or one side.")
+        raise ValueError(f"--image-size {' '.join(map(str, sides))}: give height and width, or one side")
     return sides[0], sides[-1]
 
 

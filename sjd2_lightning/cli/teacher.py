@@ -6,7 +6,7 @@
 Plain autoregression at temperature 1 without guidance, so that the images follow the law that is to be kept;
 other values sharpen it. With `--real-share 0.5` half of the captions keep the data set's own image: mixed
 labels, after CEED-VLA (Song et al. 2025). Validation shards are the data set's own. Finished shards are kept
-when the command is stopped, and the same command goes on behind them. Source: ours.
+when the command is stopped, and the same command goes on behind them.
 """
 
 from __future__ import annotations

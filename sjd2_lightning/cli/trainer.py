@@ -1,24 +1,14 @@
-"""How a run is spread over devices."""
+"""Lightning's trainer from the configuration: strategy, plugins, callbacks and loggers."""
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from sjd2_lightning.config.runs import TrainConfig
-from sjd2_lightning.run.processes import is_first_process
-
-if TYPE_CHECKING:
-    import lightning as L
 import importlib.util
-
-if TYPE_CHECKING:
-    import lightning as L
-    from lightning.pytorch.strategies import Strategy
+import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import lightning as L
@@ -35,8 +25,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from sjd2_lightning.callbacks import SamplingCallback
 from sjd2_lightning.cli.build import build_metrics, build_prompts, build_reference
 from sjd2_lightning.config.groups import WandbConfig
+from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.report import wandb_log
 from sjd2_lightning.run.files import write_whole
+from sjd2_lightning.run.processes import is_first_process
 from sjd2_lightning.run.provenance import redact
 from sjd2_lightning.training.guards import NonFiniteGuard, TrainingWatch
 from sjd2_lightning.training.module import SJD2Module
@@ -48,13 +40,16 @@ from sjd2_lightning.training.resume import (
     seconds_of,
 )
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+log = logging.getLogger(__name__)
+
 
 def build_trainer(
     config: TrainConfig, module: L.LightningModule, loggers: list[Any], callbacks: list[Any]
 ) -> L.Trainer:
     """The trainer of a configuration."""
-    import lightning as L
-
     return L.Trainer(
         **config.trainer.model_dump(exclude={"max_time"}) | {"strategy": build_strategy(config, module)},
         plugins=build_plugins(),
@@ -99,9 +94,6 @@ def build_plugins() -> list[Any]:
     # ours saves at the end of a step and under our names, see `SaveOnTermination`
     environment = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     return [VerifiedCheckpointIO(), *environment]
-
-
-log = logging.getLogger(__name__)
 
 
 def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: bool) -> list[Callback]:

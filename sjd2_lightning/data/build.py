@@ -2,7 +2,7 @@
 
 Shard k is made of records k * n to (k + 1) * n - 1 by one process alone, so that its bytes depend neither on
 the other shards nor on the number of processes. Finished shards wait in ``.<name>-building`` beside the
-folder, each with a note of what it holds; the folder itself appears complete or not at all. Source: ours.
+folder, each with a note of what it holds; the folder itself appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Build:
     """What a folder is built from.
 
     Args:
-        folder: Where the shards go; what lies there is replaced once the new ones are complete.
-        meta: What the samples share.
-        pictures: The source.
-        tokenizer: Makes image ids of pictures; None for kind "raw".
-        samples_per_shard: Records of every shard but the last.
-        encode_batch: Pictures that are encoded at once.
+        folder: where the shards go; what lies there is replaced once the new ones are complete.
+        meta: what the samples share.
+        pictures: the source.
+        tokenizer: makes image ids of pictures; None for kind "raw".
+        samples_per_shard: records of every shard but the last.
+        encode_batch: pictures that are encoded at once.
     """
 
     folder: Path
@@ -137,15 +137,15 @@ def start_build(build: Build) -> dict[int, Made]:
     """Prepare the waiting folder; returns the shards that an earlier, killed build of the same finished.
 
     Raises:
-        ValueError: There is nothing to build, or a key repeats.
+        ValueError: there is nothing to build, or a key repeats.
     """
     records, folder = build.pictures.records, build.building
     if not records:
-        raise ValueError(f"No samples to write to {build.folder}; check the selection of the data set.")
+        raise ValueError(f"No samples to write to {build.folder}; check the selection of the data set")
     keys = [build.pictures.facts(record)["key"] for record in records]
     key, uses = Counter(keys).most_common(1)[0]
     if uses > 1:
-        raise ValueError(f"Sample key {key!r} repeats; make keys plain and unique.")
+        raise ValueError(f"Sample key {key!r} repeats; make keys plain and unique")
     plan = {
         "inputs_hash": build.meta.inputs_hash,
         "keys": sha256_of_json(keys),
@@ -188,19 +188,19 @@ def finish_build(build: Build, made: dict[int, Made]) -> None:
     """Write the index beside the finished shards; they are complete from then on.
 
     Raises:
-        ValueError: Not a single sample can be used.
+        ValueError: not a single sample can be used.
     """
     shards = tuple(made[number].shard for number in sorted(made) if made[number].shard.num_samples)
     skipped = [entry for number in sorted(made) for entry in made[number].skipped]
     if not shards:
-        raise ValueError(f"No sample for {build.folder} can be used, e.g. {skipped[0][0]}: {skipped[0][1]}.")
+        raise ValueError(f"No sample for {build.folder} can be used, e.g. {skipped[0][0]}: {skipped[0][1]}")
     if skipped:
         lines = [json.dumps({"key": key, "reason": reason}) for key, reason in skipped]
         (build.building / SKIPPED_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
     ShardIndex(build.folder, replace(build.meta, num_skipped=len(skipped)), shards).save(build.building)
 
 
-def publish(build: Build) -> ShardIndex:
+def put_in_place(build: Build) -> ShardIndex:
     """Put the complete folder in its place, without the notes."""
     index = ShardIndex.load(build.building)
     kept = {INDEX_NAME, SKIPPED_NAME, *(shard.name for shard in index.shards)}

@@ -1,7 +1,4 @@
-"""The Lightning data module over shards of image codes, or of pictures that are encoded while training.
-
-Source: ours.
-"""
+"""The Lightning data module over shards of image codes, or of pictures that are encoded while training."""
 
 from __future__ import annotations
 
@@ -78,14 +75,14 @@ class CodeDataModule(L.LightningDataModule):
 
     def _prepare_emoji(self, tokenizer: ImageTokenizer | str | Path) -> None:
         if not isinstance(self.data_dir, Path):
-            raise ValueError(f"data.data_dir={self.data_dir}: shards are built in local folders only.")
+            raise ValueError(f"data.data_dir={self.data_dir}: shards are built in local folders only")
         if isinstance(tokenizer, (str, Path)):
             tokenizer = load_image_tokenizer(tokenizer)
         num_codes, _ = self._model_facts()
         if num_codes not in (None, tokenizer.num_codes):
             raise ValueError(
                 f"data.tokenizer has a codebook of {tokenizer.num_codes}, the model's has {num_codes}; "
-                "choose the image tokenizer that belongs to the model."
+                "choose the image tokenizer that belongs to the model"
             )
         coder = tokenizer if self.config.kind == "codes" else None
         prepare_emoji(
@@ -107,12 +104,12 @@ class CodeDataModule(L.LightningDataModule):
             return batch
         tokenizer = self._model_tokenizer()
         if tokenizer is None:
-            raise ValueError("data.kind=raw: the model has no image tokenizer; use data=shards.")
+            raise ValueError("data.kind=raw: the model has no image tokenizer; use data=shards")
         module = tokenizer if isinstance(tokenizer, nn.Module) else getattr(tokenizer, "vq", None)
         if isinstance(module, nn.Module) and next(module.parameters()).dtype != torch.float32:
             raise ValueError(
                 "data.kind=raw: in half precision the image tokenizer would give other codes; use "
-                "trainer.precision=bf16-mixed, or data=shards."
+                "trainer.precision=bf16-mixed, or data=shards"
             )
         pixels = batch.images.permute(0, 3, 1, 2).float() / 255
         return Batch(batch.keys, batch.captions, tokenizer.encode(pixels))
@@ -130,13 +127,13 @@ class CodeDataModule(L.LightningDataModule):
         """The checked index of a split's shards.
 
         Raises:
-            ValueError: The shards are missing, or are not of that kind and split.
+            ValueError: the shards are missing, or are not of that kind and split.
         """
         index = ShardIndex.load(self.data_dir / self.config.kind / split)
         if (index.meta.kind, index.meta.split) != (self.config.kind, split):
             raise ValueError(
                 f"{index.folder} holds {index.meta.kind} shards of split {index.meta.split!r}, "
-                f"not {self.config.kind} of {split!r}; correct data.data_dir."
+                f"not {self.config.kind} of {split!r}; correct data.data_dir"
             )
         index.check_files()
         return index

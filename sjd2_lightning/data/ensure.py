@@ -29,7 +29,7 @@ from sjd2_lightning.data.build import (
     finish_build,
     make_shard,
     move_tokenizer,
-    publish,
+    put_in_place,
     start_build,
 )
 from sjd2_lightning.data.index import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardMeta
@@ -52,20 +52,20 @@ def build_folder(
     """Build a folder of shards, or finish a build that was killed (ours).
 
     Args:
-        build: What to build. The caller sees to it that no other process builds the same folder.
-        num_workers: Processes that read and encode, each with one thread; 0 does it in this process.
+        build: what to build. The caller sees to it that no other process builds the same folder.
+        num_workers: processes that read and encode, each with one thread; 0 does it in this process.
         device: device of the image tokenizer: cpu, or cuda for all GPUs in turn.
-        show_progress: Show a progress bar.
-        max_bad_share: Share of the pictures that may be unusable before the build stops.
+        show_progress: show a progress bar.
+        max_bad_share: share of the pictures that may be unusable before the build stops.
 
     Returns:
         The index of the folder.
 
     Raises:
-        ValueError: Nothing to build, too many unusable pictures, or a sample that does not fit.
+        ValueError: nothing to build, too many unusable pictures, or a sample that does not fit.
     """
     if complete_build(build):
-        return publish(build)
+        return put_in_place(build)
     made = start_build(build)
     todo = [number for number in range(build.num_shards) if number not in made]
     allowed = max_bad_share * len(build.pictures.records)
@@ -85,7 +85,7 @@ def build_folder(
                 key, reason = one.skipped[-1]
                 raise ValueError(
                     f"{num_skipped} pictures cannot be used and {int(allowed)} are allowed, e.g. {key}: "
-                    f"{reason}; repair the source or raise --max-bad-share, finished shards are kept."
+                    f"{reason}; repair the source or raise --max-bad-share, finished shards are kept"
                 )
 
         for one in made.values():
@@ -99,7 +99,7 @@ def build_folder(
             made[number] = one
             check(one)
     finish_build(build, made)
-    return publish(build)
+    return put_in_place(build)
 
 
 def _num_records(build: Build, number: int) -> int:
@@ -133,7 +133,7 @@ def _in_workers(
         except BrokenProcessPool as error:
             raise ValueError(
                 "A worker was killed, most often for memory: use fewer --workers or a smaller "
-                "--encode-batch; finished shards are kept."
+                "--encode-batch; finished shards are kept"
             ) from error
         finally:
             stop.set()
@@ -183,10 +183,10 @@ class Coder:
     """What makes codes of pictures.
 
     Args:
-        tokenizer: The image tokenizer.
-        name: Where it was read from, for people.
+        tokenizer: the image tokenizer.
+        name: where it was read from, for people.
         device: cpu, or cuda.
-        batch: Pictures that are encoded at once; None: as many as suits their size.
+        batch: pictures that are encoded at once; None: as many as suits their size.
     """
 
     tokenizer: ImageTokenizer
@@ -200,16 +200,16 @@ class Wanted:
     """A folder of shards that should be there.
 
     Args:
-        out_dir: The shards are in ``<out_dir>/<codes or raw>/<split>``.
+        out_dir: the shards are in ``<out_dir>/<codes or raw>/<split>``.
         split: train or val.
-        source: Name of the data set.
-        attribution: Licence line of the pictures.
-        transform: How pictures are brought to size.
-        size: Height and width in pixels.
-        inputs: Plain values that say what the shards are made from, apart from the tokenizer.
-        pictures: Gives the pictures; asked only if the shards must be built.
-        coder: Makes codes; None wants raw shards.
-        samples_per_shard: Records of every shard but the last.
+        source: name of the data set.
+        attribution: licence line of the pictures.
+        transform: how pictures are brought to size.
+        size: height and width in pixels.
+        inputs: plain values that say what the shards are made from, apart from the tokenizer.
+        pictures: gives the pictures; asked only if the shards must be built.
+        coder: makes codes; None wants raw shards.
+        samples_per_shard: records of every shard but the last.
     """
 
     out_dir: Path
@@ -234,7 +234,7 @@ class Wanted:
         step = tokenizer.downsample if tokenizer else 1
         height, width = self.size
         if height % step or width % step:
-            raise ValueError(f"image size {height}x{width}: must be multiples of {step} for this tokenizer.")
+            raise ValueError(f"image size {height}x{width}: must be multiples of {step} for this tokenizer")
         identity = tokenizer.identity if tokenizer else None
         inputs = [self.inputs, self.split, self.source, self.transform, list(self.size)]
         inputs += [self.samples_per_shard, identity, CODE_VERSION, FORMAT_VERSION]
@@ -258,12 +258,12 @@ def ensure_shards(wanted: Wanted, show_progress: bool = True, **options: Any) ->
     """The index of the wanted shards, built if they are missing or stale.
 
     Args:
-        wanted: The shards.
-        show_progress: Show a progress bar.
+        wanted: the shards.
+        show_progress: show a progress bar.
         options: further arguments of `build_folder`.
 
     Raises:
-        ValueError: The folder holds another data set or lacks shards of its index; or of `build_folder`.
+        ValueError: the folder holds another data set or lacks shards of its index; or of `build_folder`.
     """
     meta, folder = wanted.meta(), wanted.out_dir / wanted.kind / wanted.split
     index = _fresh_index(folder, meta)  # before the lock: fresh shards may be on a read-only disk
@@ -295,7 +295,7 @@ def _fresh_index(folder: Path, meta: ShardMeta) -> ShardIndex | None:
     if not (folder / INDEX_NAME).is_file():
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(
-                f"{folder} holds files but no {INDEX_NAME}; choose another folder or empty this one."
+                f"{folder} holds files but no {INDEX_NAME}; choose another folder or empty this one"
             )
         return None
     try:
@@ -306,7 +306,7 @@ def _fresh_index(folder: Path, meta: ShardMeta) -> ShardIndex | None:
         raise
     if index.meta.source != meta.source:
         raise ValueError(
-            f"{folder} holds shards of {index.meta.source!r}, not of {meta.source!r}; choose another folder."
+            f"{folder} holds shards of {index.meta.source!r}, not of {meta.source!r}; choose another folder"
         )
     if index.meta.inputs_hash != meta.inputs_hash:
         return None

@@ -3,7 +3,6 @@
 A shard is a tar file of samples; sample ``k`` is the group of files ``k.image_ids.npy`` (H, W) int32 or
 ``k.png``, ``k.txt`` (caption) and ``k.json`` (size, tokenizer, checksum, ...). ``index.json`` names every
 shard with its sha256, count and range of codes, so that loss and damage are seen before and while training.
-Source: ours.
 """
 
 from __future__ import annotations
@@ -59,17 +58,17 @@ class ShardMeta:
     Args:
         kind: "codes" (image ids) or "raw" (PNG).
         split: "train" or "val".
-        source: Name of the data set, e.g. "emoji".
-        height: Rows of an image: codes for "codes", pixels for "raw".
-        width: Columns, likewise.
-        attribution: Licence line of the pictures.
-        inputs_hash: Hash of everything the shards were made from; another hash means they are stale.
-        num_codes: Size of the codebook ("codes" only).
-        tokenizer_hash: Identity of the image tokenizer ("codes" only).
-        tokenizer: Where that tokenizer was read from, for people.
-        transform: How pictures were brought to size.
-        pixel_size: Height and width of the pictures in pixels.
-        num_skipped: Pictures of the source that could not be used.
+        source: name of the data set, e.g. "emoji".
+        height: rows of an image: codes for "codes", pixels for "raw".
+        width: columns, likewise.
+        attribution: licence line of the pictures.
+        inputs_hash: hash of everything the shards were made from; another hash means they are stale.
+        num_codes: size of the codebook ("codes" only).
+        tokenizer_hash: identity of the image tokenizer ("codes" only).
+        tokenizer: where that tokenizer was read from, for people.
+        transform: how pictures were brought to size.
+        pixel_size: height and width of the pictures in pixels.
+        num_skipped: pictures of the source that could not be used.
     """
 
     kind: str
@@ -105,7 +104,7 @@ class ShardIndex:
         """Read and check ``folder/index.json``.
 
         Raises:
-            ValueError: The index is missing, unreadable, of another format, or names something that is
+            ValueError: the index is missing, unreadable, of another format, or names something that is
                 not a plain file of the folder (a path or a ``pipe:`` address).
         """
         folder = place(folder)
@@ -113,7 +112,7 @@ class ShardIndex:
         if not path.is_file():
             raise ValueError(
                 f"No shards in {folder}: {INDEX_NAME} is missing; build them with "
-                "`sjd2 prepare` or correct data.data_dir."
+                "`sjd2 prepare` or correct data.data_dir"
             )
         try:
             with path.open("rb") as stream:
@@ -127,12 +126,12 @@ class ShardIndex:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is no index of format {FORMAT_VERSION} ({error!r}); "
-                "delete the folder and build it again."
+                "delete the folder and build it again"
             ) from error
         for shard in shards:
             if Path(shard.name).name != shard.name or ":" in shard.name or not shard.name.endswith(".tar"):
                 raise ValueError(
-                    f"{path} names the shard {shard.name!r}, which is not a .tar file of this folder."
+                    f"{path} names the shard {shard.name!r}, which is not a .tar file of this folder"
                 )
         return cls(folder, meta, shards)
 
@@ -153,7 +152,7 @@ class ShardIndex:
         if missing:
             raise ValueError(
                 f"{self.folder} lacks {len(missing)} of the {len(self.shards)} shards its index names: "
-                f"{', '.join(missing[:5])}; restore them, or delete the folder so that it is built again."
+                f"{', '.join(missing[:5])}; restore them, or delete the folder so that it is built again"
             )
 
     def damaged_shards(self) -> list[str]:
@@ -172,9 +171,9 @@ class ShardIndex:
         """Raise ValueError if the shards do not fit the model: another tokenizer, or another size.
 
         Args:
-            num_codes: Codebook size of the model; None skips this check.
-            tokenizer_hash: Identity of the model's image tokenizer; None skips this check.
-            size: Height and width of its images, in codes for "codes", in pixels for "raw"; None skips it.
+            num_codes: codebook size of the model; None skips this check.
+            tokenizer_hash: identity of the model's image tokenizer; None skips this check.
+            size: height and width of its images, in codes for "codes", in pixels for "raw"; None skips it.
         """
         remedy = "choose the data made for this model, or prepare them again with its tokenizer."
         if self.meta.kind == "codes" and num_codes is not None and self.meta.num_codes != num_codes:
@@ -195,7 +194,7 @@ class ShardIndex:
             unit = "codes" if self.meta.kind == "codes" else "pixels"
             raise ValueError(
                 f"{self.folder} holds images of {self.meta.height}x{self.meta.width} {unit}, the model draws "
-                f"{size[0]}x{size[1]}; prepare them again with --image-size, or change model.image_size."
+                f"{size[0]}x{size[1]}; prepare them again with --image-size, or change model.image_size"
             )
 
 

@@ -1,7 +1,4 @@
-"""Batches of image codes for one rank: equal epochs, reproducible order, exact continuation.
-
-Source: ours.
-"""
+"""Batches of image codes for one rank: equal epochs, reproducible order, exact continuation."""
 
 from __future__ import annotations
 
@@ -61,20 +58,20 @@ class CodeDataset(IterableDataset):  # type: ignore[type-arg]
     """The part of a folder of shards that one rank sees in one epoch, in batches.
 
     Args:
-        index: The shards.
-        batch_size: Samples of a batch on this rank.
-        train: Shuffled; otherwise in order.
-        drop_last: Full batches only, which leaves out less than one batch a rank, other samples in each
+        index: the shards.
+        batch_size: samples of a batch on this rank.
+        train: shuffled; otherwise in order.
+        drop_last: full batches only, which leaves out less than one batch a rank, other samples in each
             epoch; otherwise every sample once over the ranks, in batches that differ by one. None: `train`.
         seed: decides the order, with the epoch.
-        rank: This process.
-        world_size: Number of processes.
-        shuffle_buffer: Samples among which a worker draws its next one.
-        max_bad_samples: Unusable samples after which a worker gives up.
-        num_samples: Use only the first so many samples of the index; None for all.
+        rank: this process.
+        world_size: number of processes.
+        shuffle_buffer: samples among which a worker draws its next one.
+        max_bad_samples: unusable samples after which a worker gives up.
+        num_samples: use only the first so many samples of the index; None for all.
 
     Raises:
-        ValueError: There are too few samples for the batch size and number of ranks.
+        ValueError: there are too few samples for the batch size and number of ranks.
     """
 
     def __init__(
@@ -239,7 +236,7 @@ class CodeLoader:
             raise BadDataError(
                 f"{self.num_skipped} samples of {self.data.index.folder} are unusable in epoch "
                 f"{self._epoch}, {self.data.max_bad_samples} are allowed (data.max_bad_samples){example}; "
-                "restore the shards, or delete the folder so that it is built again."
+                "restore the shards, or delete the folder so that it is built again"
             )
 
 

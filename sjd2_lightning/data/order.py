@@ -2,7 +2,7 @@
 
 An epoch is a line of positions 0..num_samples-1. Ranks take equal stretches of it, workers take stretches of
 their rank's, and a stretch becomes segments of shards. So any number of shards serves any number of ranks
-and workers, without loss or repetition. Source: ours.
+and workers, without loss or repetition.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def full_batches(num_samples: int, batch_size: int, rank: int, world_size: int) 
     """Full batches of one rank, equally many on every rank; the rest of the line is left out this epoch.
 
     Raises:
-        ValueError: There is not one full batch for every rank.
+        ValueError: there is not one full batch for every rank.
     """
     num_batches = num_samples // (batch_size * world_size)
     if num_batches == 0:
         raise ValueError(
             f"{num_samples} training samples do not fill one batch of {batch_size} on each of "
-            f"{world_size} ranks; lower data.batch_size or use more samples."
+            f"{world_size} ranks; lower data.batch_size or use more samples"
         )
     first = rank * num_batches * batch_size
     return [(first + i * batch_size, first + (i + 1) * batch_size) for i in range(num_batches)]
@@ -50,7 +50,7 @@ def even_batches(num_samples: int, batch_size: int, rank: int, world_size: int) 
     if num_samples // world_size < num_batches:
         raise ValueError(
             f"{num_samples} samples do not split into {num_batches} non-empty batches on each of "
-            f"{world_size} ranks; raise the batch size or use fewer ranks."
+            f"{world_size} ranks; raise the batch size or use fewer ranks"
         )
     cuts = [start + i * (stop - start) // num_batches for i in range(num_batches + 1)]
     return list(itertools.pairwise(cuts))
@@ -81,10 +81,10 @@ def segments(
     """Turn stretches of positions into segments of shards.
 
     Args:
-        stretches: Positions, in order.
-        shard_order: Shard numbers in this epoch's order.
-        counts: Samples used of each shard (by shard number).
-        offset: Position 0 of the line is this sample of the ordered shards (the line wraps round).
+        stretches: positions, in order.
+        shard_order: shard numbers in this epoch's order.
+        counts: samples used of each shard (by shard number).
+        offset: position 0 of the line is this sample of the ordered shards (the line wraps round).
 
     Returns:
         Segments in reading order, neighbours merged.

@@ -1,6 +1,6 @@
 """Where shards lie: a local folder, or a folder of an object store read through fsspec.
 
-Only an allow-list of stores is opened; nothing here runs a command. Source: ours.
+Only an allow-list of stores is opened; nothing here runs a command.
 """
 
 from __future__ import annotations
@@ -114,13 +114,13 @@ def place(location: str | Path | RemotePath) -> Place:
     protocol, mark, rest = text.partition("://")
     if isinstance(location, Path) or not mark:
         if text.startswith("pipe:"):
-            raise ValueError(f"{text}: commands are not run; give a folder or an address such as s3://...")
+            raise ValueError(f"{text}: commands are not run; give a folder or an address such as s3://..")
         return Path(location)
     if protocol == "file":
         return Path(rest)
     if protocol not in STORES or "::" in text:
         raise ValueError(
-            f"{text}: only local folders and {', '.join(f'{name}://' for name in STORES)} are read."
+            f"{text}: only local folders and {', '.join(f'{name}://' for name in STORES)} are read"
         )
     return RemotePath(text)
 

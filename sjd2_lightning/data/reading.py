@@ -1,7 +1,7 @@
 """Reading shards: checked samples out of tar files that may be damaged.
 
 WebDataset's stages, in our own composition: only local files are opened, only an allow-list of formats is
-decoded, every sample is checked, and what cannot be used is skipped, recorded and bounded. Source: ours.
+decoded, every sample is checked, and what cannot be used is skipped, recorded and bounded.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ def make_pipeline(
     """The samples of some segments of an index, checked, optionally shuffled through a buffer.
 
     Args:
-        index: The folder to read.
-        segments: What to read, in order.
-        log: Where skipped samples are recorded.
-        shuffle_buffer: Samples among which the next one is drawn; 0 keeps the order.
-        rng: Source of the shuffle; required with a buffer.
+        index: the folder to read.
+        segments: what to read, in order.
+        log: where skipped samples are recorded.
+        shuffle_buffer: samples among which the next one is drawn; 0 keeps the order.
+        rng: source of the shuffle; required with a buffer.
 
     Returns:
         An iterable of `Sample` (kind "codes") or `RawSample` (kind "raw").
@@ -117,8 +117,8 @@ def read_all(folder: str | Place, max_bad_samples: int = 0) -> Iterator[Any]:
     """Every sample of a folder of shards in its order; for building statistics and for looking at data.
 
     Raises:
-        BadDataError: More than `max_bad_samples` samples are unusable.
-        ValueError: The index or a shard is missing.
+        BadDataError: more than `max_bad_samples` samples are unusable.
+        ValueError: the index or a shard is missing.
     """
     index, log = ShardIndex.load(folder), SkipLog()
     index.check_files()
@@ -128,7 +128,7 @@ def read_all(folder: str | Place, max_bad_samples: int = 0) -> Iterator[Any]:
     if log.num_samples > max_bad_samples:
         raise BadDataError(
             f"{log.num_samples} samples of {folder} are unusable, {max_bad_samples} are allowed, "
-            f"e.g. {skipped[0]}; restore the shards, or delete the folder so that it is built again."
+            f"e.g. {skipped[0]}; restore the shards, or delete the folder so that it is built again"
         )
 
 

@@ -1,7 +1,4 @@
-"""Writing one shard: checked samples in, the same bytes for the same samples out.
-
-Source: ours.
-"""
+"""Writing one shard: checked samples in, the same bytes for the same samples out."""
 
 from __future__ import annotations
 
@@ -25,10 +22,10 @@ def write_shard(path: Path, samples: Iterable[SampleFields], meta: ShardMeta) ->
     """Write samples to a tar file that appears complete or not at all.
 
     Args:
-        path: The file; what lies there is replaced.
-        samples: Mappings with `key` (letters, digits, - and _), `caption`, and `image_ids` (H, W) integers
+        path: the file; what lies there is replaced.
+        samples: mappings with `key` (letters, digits, - and _), `caption`, and `image_ids` (H, W) integers
             or, for kind "raw", `image` (H, W, 3) uint8; what else they hold is kept in the sample's .json.
-        meta: What the samples of the folder share.
+        meta: what the samples of the folder share.
 
     Returns:
         The entry of the index.
@@ -46,7 +43,7 @@ def write_shard(path: Path, samples: Iterable[SampleFields], meta: ShardMeta) ->
                 if key in seen or not KEY.fullmatch(key):
                     raise ValueError(
                         f"Sample key {key!r} repeats, or is not of 1 to 80 letters, digits, '-' and '_'; "
-                        "make keys plain and unique."
+                        "make keys plain and unique"
                     )
                 seen.add(key)
                 writer.write(_fields(sample, meta, ranges))
@@ -86,7 +83,7 @@ def _encode_image(sample: SampleFields, meta: ShardMeta) -> bytes:
     if image.shape != (meta.height, meta.width, 3) or image.dtype != np.uint8:
         raise ValueError(
             f"Sample {sample['key']} is an image {image.shape} {image.dtype}; expected "
-            f"{(meta.height, meta.width, 3)} uint8."
+            f"{(meta.height, meta.width, 3)} uint8"
         )
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")

@@ -1,6 +1,6 @@
-"""Released models made small: true token ids, layouts, key names and templates; random weights (ours).
+"""Models with random weights: releases made small, with their true ids and layouts, and tiny trunks to train.
 
-They are for trying the whole path of a family without its weights (`model.init=random_tiny`) and for tests.
+Small releases are for trying the whole path of a family without its weights (`model.init=random_tiny`) and for tests.
 What they draw is noise. Only sizes that the ids do not depend on are shrunk, so the number of codes is the
 true one.
 """

@@ -1,4 +1,4 @@
-"""Reading a saved backbone, or a plain Hugging Face folder, into the parts of an adapter."""
+"""Where a model's weights lie, and how a saved backbone or a plain Hugging Face folder is read."""
 
 from __future__ import annotations
 

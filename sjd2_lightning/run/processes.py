@@ -1,4 +1,4 @@
-"""Which processes belong to one run, and what it tells those that Lightning starts for it (ours)."""
+"""Ranks, Slurm job and run id of this process, and what it hands down to those that Lightning starts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent, and checked when they are read.
 
-Source: ours, around Lightning's `CheckpointIO`.
+Around Lightning's `CheckpointIO`, which leaves half-written files behind and does not notice a flipped bit.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """FSDP2: weights, gradients and optimizer states spread over the ranks, and checkpoints in as many parts.
 
-Source: ours, around Lightning's `ModelParallelStrategy` and torch's distributed checkpoints.
+Around Lightning's `ModelParallelStrategy` and torch's distributed checkpoints.
 """
 
 from __future__ import annotations

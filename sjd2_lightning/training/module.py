@@ -16,7 +16,7 @@ from sjd2_lightning.training.noise import TrainingNoise as TrainingNoise
 from sjd2_lightning.training.noise import draw_levels, random_timesteps
 from sjd2_lightning.training.objective import OwnLaw, TokenLoss, next_clean_token_loss
 from sjd2_lightning.training.optimizer import OptimizerConfig, build_optimizer, warmup_cosine
-from sjd2_lightning.training.states import Sample, logits_of, noisy_codes
+from sjd2_lightning.training.states import TeacherForced, logits_of, noisy_codes
 
 
 class CodeBatch(Protocol):
@@ -99,7 +99,7 @@ class SJD2Module(L.LightningModule):
         self, batch: CodeBatch, prompts: Sequence[Sequence[int]], noise: NoisyCodes | None
     ) -> TokenLoss:
         """Next-clean-token loss of a batch in nats a code; a law of clean input shares in the target."""
-        sample = Sample(prompts, batch.image_ids, self.image_layout)
+        sample = TeacherForced(prompts, batch.image_ids, self.image_layout)
         own_law = None
         if noise is not None and noise.clean_law is not None:
             share = self.noise.consistency * noise.reaches().to(noise.clean_law)
@@ -113,17 +113,16 @@ class SJD2Module(L.LightningModule):
         prompts = self._prompts(batch.captions, rng)
         noise = None
         if self.noise.enabled:
+            # 1. how noisy each code is: a number of levels for the batch, and segments of rising level
             fewest, most = self.noise.num_levels
             num_levels = int(torch.randint(fewest, most + 1, (), generator=rng))
-            batch_size, num_codes = len(batch.image_ids), batch.image_ids[0].numel()
-            levels = draw_levels(batch_size, num_codes, num_levels, self.noise.ramp, rng)
-            sample = Sample(prompts, batch.image_ids, self.image_layout)
-            grid = (
-                random_timesteps(num_levels, rng)
-                if self.noise.random_grid
-                else self.noise.process.grid(num_levels)
-            )
-            noise = noisy_codes(self.backbone, sample, levels, grid, self.noise, rng)
+            levels = draw_levels(*batch.image_ids.flatten(1).shape, num_levels, self.noise.ramp, rng)
+            random_grid = self.noise.random_grid
+            grid = random_timesteps(num_levels, rng) if random_grid else self.noise.process.grid(num_levels)
+            # 2. what noisy codes hold: x_t, or what decoding's own passes would have made of them
+            images = TeacherForced(prompts, batch.image_ids, self.image_layout)
+            noise = noisy_codes(self.backbone, images, levels, grid, self.noise, rng)
+        # 3. one pass, and 4. cross-entropy against the clean codes
         loss = self.losses(batch, prompts, noise).total
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.image_ids))
         return loss
@@ -140,7 +139,7 @@ class SJD2Module(L.LightningModule):
         self.log("val/loss_clean", clean, prog_bar=True, sync_dist=True, batch_size=size)
         ramp = replace(self.noise.ramp, clean_share=0.0)
         levels = draw_levels(size, batch.image_ids[0].numel(), self.noise.val_levels, ramp, rng)
-        sample = Sample(prompts, batch.image_ids, self.image_layout)
+        sample = TeacherForced(prompts, batch.image_ids, self.image_layout)
         grid = self.noise.process.grid(self.noise.val_levels)
         # against the true codes alone: comparable whatever the targets of training
         alone = replace(self.noise, consistency=0.0)

@@ -1,6 +1,7 @@
-"""What lets a run that was stopped go on as if it had not been: random states, signals, limits, leftovers.
+"""Exact resumption: random states in checkpoints, saving on SIGTERM, time limits, which checkpoints are kept.
 
-Source: ours, around Lightning's callbacks.
+Lightning's own callbacks end a run but do not continue it to the last bit: they keep no random states, save
+inside accumulated steps, and queue a job again before it was saved.
 """
 
 from __future__ import annotations

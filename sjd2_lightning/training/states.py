@@ -1,6 +1,6 @@
 """What noisy codes of a training batch hold: the paper's x_t, tied noise, or what decoding would have made.
 
-Source: ours, but for the Gaussian case. Everything is computed without gradients before the training pass.
+Everything is computed without gradients before the training pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sjd2_lightning.training.batch import NoisyCodes, code_logits, trunk_input
 from sjd2_lightning.training.noise import TrainingNoise
 
 
-class Sample(NamedTuple):
+class TeacherForced(NamedTuple):
     """Images under teacher forcing: B prompts as token ids, clean codes (B, height, width), their layout."""
 
     prompts: Sequence[Sequence[int]]
@@ -30,7 +30,7 @@ class Sample(NamedTuple):
 
 def noisy_codes(
     backbone: Backbone,
-    sample: Sample,
+    sample: TeacherForced,
     levels: Tensor,
     grid: Tensor,
     noise: TrainingNoise,
@@ -79,7 +79,7 @@ def _above(rows: Tensor, image_ids: Tensor) -> Tensor:
 
 
 def _start(
-    backbone: Backbone, sample: Sample, source: str, gumbel: Tensor | None, rng: torch.Generator
+    backbone: Backbone, sample: TeacherForced, source: str, gumbel: Tensor | None, rng: torch.Generator
 ) -> Tensor:
     """What codes hold at the top level (B, n, D); `gumbel` (B, n, K) decides them, for tied noise."""
     shape = (*sample.image_ids.flatten(1).shape, backbone.hidden_size)
@@ -92,7 +92,7 @@ def _start(
 
 
 def walk(
-    backbone: Backbone, sample: Sample, start: NoisyCodes, gumbel: Tensor, process: NoiseProcess
+    backbone: Backbone, sample: TeacherForced, start: NoisyCodes, gumbel: Tensor, process: NoiseProcess
 ) -> Tensor:
     """States (B, n, D) float32 in which decoding would find the noisy codes, normalised.
 
@@ -123,7 +123,7 @@ def walk(
     return states
 
 
-def logits_of(backbone: Backbone, sample: Sample, noise: NoisyCodes | None) -> Tensor:
+def logits_of(backbone: Backbone, sample: TeacherForced, noise: NoisyCodes | None) -> Tensor:
     """Logits (B, n, K) float32 of every code; `None` is clean input."""
     fed = trunk_input(backbone, sample.prompts, sample.image_ids, sample.layout, noise)
     return code_logits(backbone, fed, sample.layout).float()

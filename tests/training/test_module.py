@@ -14,7 +14,7 @@ from sjd2_lightning.noise import NoiseProcess
 from sjd2_lightning.training.module import SJD2Module, TrainingNoise
 from sjd2_lightning.training.noise import RampLaw
 from sjd2_lightning.training.optimizer import OptimizerConfig
-from sjd2_lightning.training.states import Sample, logits_of
+from sjd2_lightning.training.states import logits_of
 from tests.tools.tiny_backbones import tiny_chameleon
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # no trainer here
@@ -228,7 +228,9 @@ def test_the_own_law_is_a_target_behind_noise_alone(monkeypatch):
 def told_logits(module: SJD2Module, noise) -> torch.Tensor:
     """What a module says of a batch with this noise."""
     prompts = module._prompts(CAPTIONS, None)
-    return logits_of(module.backbone, Sample(prompts, batch_of().image_ids, module.image_layout), noise)
+    return logits_of(
+        module.backbone, TeacherForced(prompts, batch_of().image_ids, module.image_layout), noise
+    )
 
 
 def test_choices_that_do_not_go_together_are_refused():

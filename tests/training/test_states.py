@@ -9,7 +9,7 @@ from sjd2_lightning.decoding import DecodingConfig
 from sjd2_lightning.noise import NoiseProcess, timesteps
 from sjd2_lightning.training.batch import NoisyCodes
 from sjd2_lightning.training.noise import RampLaw, TrainingNoise
-from sjd2_lightning.training.states import Sample, logits_of, noisy_codes, posterior_gumbel, walk
+from sjd2_lightning.training.states import logits_of, noisy_codes, posterior_gumbel, walk
 from tests.tools.slow_loop import Slot, SlowDecoder
 from tests.tools.tiny_backbones import NOISY_LEVELS, RAGGED_PROMPTS, tiny_chameleon
 
@@ -44,7 +44,7 @@ def sample(backbone):
     layout = backbone.layout(6, 4)
     prompts = [backbone.prompt_ids(prompt, layout) for prompt in RAGGED_PROMPTS]
     image_ids = torch.randint(7, (4, 3, 2), generator=torch.Generator().manual_seed(0))
-    return Sample(prompts, image_ids, layout)
+    return TeacherForced(prompts, image_ids, layout)
 
 
 def rng(seed: int = 0) -> torch.Generator:

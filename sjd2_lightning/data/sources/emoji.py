@@ -182,9 +182,9 @@ class EmojiViews:
 
     Args:
         split: train or val.
-        views: Variants of a picture: the canonical one and views - 1 jittered ones.
-        size: Side of the pictures in pixels.
-        max_images: Keep only so many pictures; None for all.
+        views: variants of a picture: the canonical one and views - 1 jittered ones.
+        size: side of the pictures in pixels.
+        max_images: keep only so many pictures; None for all.
     """
 
     split: str
@@ -239,15 +239,15 @@ def prepare_emoji(
     """Make sure that the shards of the emoji data are there and fresh (ours).
 
     Args:
-        out_dir: Folder that gets ``raw`` and, with a tokenizer, ``codes``.
-        tokenizer: Turns pictures into codes; None prepares raw shards only.
-        views: Views of a training picture in the code shards; raw and validation shards have the
+        out_dir: folder that gets ``raw`` and, with a tokenizer, ``codes``.
+        tokenizer: turns pictures into codes; None prepares raw shards only.
+        views: views of a training picture in the code shards; raw and validation shards have the
             canonical view only.
-        size: Side of the pictures in pixels.
-        samples_per_shard: Samples in every shard but the last of its folder.
-        max_images: Keep only so many pictures of each split; None for all.
-        show_progress: Show a progress bar for every folder that is built.
-        num_workers: Processes that read and encode; 0 does it in this process.
+        size: side of the pictures in pixels.
+        samples_per_shard: samples in every shard but the last of its folder.
+        max_images: keep only so many pictures of each split; None for all.
+        show_progress: show a progress bar for every folder that is built.
+        num_workers: processes that read and encode; 0 does it in this process.
 
     Returns:
         The indexes by name: "raw/train", "raw/val", and with a tokenizer "codes/train", "codes/val".
@@ -256,7 +256,7 @@ def prepare_emoji(
         ValueError: `views` is below 1, or a folder holds another data set or lacks shards of its index.
     """
     if views < 1:
-        raise ValueError(f"data.views counts the canonical view, so it must be at least 1; got {views}.")
+        raise ValueError(f"data.views counts the canonical view, so it must be at least 1; got {views}")
     coder = Coder(tokenizer) if isinstance(tokenizer, ImageTokenizer) else tokenizer
     recipes: list[tuple[Coder | None, str, int]] = [(None, "train", 1), (None, "val", 1)]
     if coder is not None:

@@ -1,4 +1,4 @@
-"""data.sources.folder."""
+"""Pictures in a folder, with captions beside them or in a metadata file (Hugging Face's `imagefolder`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder_records(root: Path) -> list[Record]:
             outside the folder.
     """
     if not root.is_dir():
-        raise ValueError(f"{root} is no folder; give --input a folder of pictures.")
+        raise ValueError(f"{root} is no folder; give --input a folder of pictures")
     metadata = [root / name for name in METADATA if (root / name).is_file()]
     captions = _metadata_captions(metadata[0]) if metadata else _captions_beside(root)
     keys = Counter[str]()
@@ -39,7 +39,7 @@ def folder_records(root: Path) -> list[Record]:
     if not records:
         raise ValueError(
             f"{root} has no pictures with captions: put <name>.txt beside <name>.jpg, or a metadata.jsonl "
-            "with file_name and caption into the folder."
+            "with file_name and caption into the folder"
         )
     return records
 
@@ -57,7 +57,7 @@ def _metadata_captions(path: Path) -> Iterator[tuple[str, str]]:
         rows: Any = csv.DictReader(stream) if path.suffix == ".csv" else _json_lines(stream, path)
         for row in rows:
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                raise ValueError(f"{path}: a row has no file_name; it names the picture within the folder.")
+                raise ValueError(f"{path}: a row has no file_name; it names the picture within the folder")
             yield row["file_name"], caption_in(row) or ""
 
 
@@ -67,4 +67,4 @@ def _json_lines(stream: Any, path: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}: line {number} is no JSON ({error}); correct it.") from error
+                raise ValueError(f"{path}: line {number} is no JSON ({error}); correct it") from error

@@ -1,6 +1,6 @@
 """Captioned pictures of a Hugging Face dataset on disk: parquet files, or what `save_to_disk` wrote.
 
-Source: ours. Needs the optional package pyarrow (``pip install sjd2-lightning[parquet]``).
+Needs the optional package pyarrow (``pip install sjd2-lightning[parquet]``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def table_records(root: Path, image_field: str | None, caption_field: str | None
     paths = sorted(path for pattern in ("*.parquet", "*.arrow") for path in root.rglob(pattern))
     if not paths:
         raise ValueError(
-            f"{root} has no .parquet or .arrow files; for an imagefolder use the source `folder` instead."
+            f"{root} has no .parquet or .arrow files; for an imagefolder use the source `folder` instead"
         )
     records: list[Record] = []
     for path in paths:
@@ -74,7 +74,7 @@ def _pyarrow() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(
-            "Reading parquet and arrow files needs pyarrow: pip install 'sjd2-lightning[parquet]'."
+            "Reading parquet and arrow files needs pyarrow: pip install 'sjd2-lightning[parquet]'"
         ) from error
     return pyarrow
 
@@ -87,13 +87,13 @@ def _columns(path: str, changed: int) -> tuple[str, ...]:
             return tuple(pyarrow.parquet.read_schema(path).names)
         return tuple(_arrow_table(path, changed).schema.names)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}).") from error
+        raise ValueError(f"{path} cannot be read ({error})") from error
 
 
 def _column(path: Path, columns: Sequence[str], asked: str | None, known: Sequence[str], option: str) -> str:
     found = [name for name in ((asked,) if asked else known) if name in columns]
     if not found:
-        raise ValueError(f"{path} has the columns {', '.join(columns)}; say with {option} which it is.")
+        raise ValueError(f"{path} has the columns {', '.join(columns)}; say with {option} which it is")
     return str(found[0])
 
 

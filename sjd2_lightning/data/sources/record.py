@@ -1,7 +1,7 @@
 """Captioned pictures as people have them: folders, img2dataset tars, COCO. Parquet has a file of its own.
 
 A source lists its records once; the bytes of a picture are a stretch of a file, so that any order and any
-number of processes can read them. Source: ours.
+number of processes can read them.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class FilePictures:
     """Records of a source at one size: a `building.PictureSet`.
 
     Args:
-        root: Folder that the records' files are named from.
-        records: In the order of the shards; records of one picture are neighbours.
-        size: Height and width in pixels.
-        min_side: Smaller pictures are unusable.
-        read: Bytes of a record's picture.
+        root: folder that the records' files are named from.
+        records: in the order of the shards; records of one picture are neighbours.
+        size: height and width in pixels.
+        min_side: smaller pictures are unusable.
+        read: bytes of a record's picture.
     """
 
     root: str
@@ -104,7 +104,7 @@ def inside(root: Path, name: str) -> Path:
     """A file of a folder by a name that others wrote; raises ValueError if it leads out of the folder."""
     path = root / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{name!r} leads out of {root}; only files inside it are read.")
+        raise ValueError(f"{name!r} leads out of {root}; only files inside it are read")
     return path
 
 

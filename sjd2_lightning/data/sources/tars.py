@@ -50,7 +50,7 @@ def tar_records(root: Path) -> list[Record]:
     """
     paths = sorted(root.glob("*.tar")) if root.is_dir() else [root]
     if not paths or not paths[0].is_file():
-        raise ValueError(f"{root} has no .tar files; give --input a folder of them, or one.")
+        raise ValueError(f"{root} has no .tar files; give --input a folder of them, or one")
     folder = root if root.is_dir() else root.parent
     records = []
     for path in paths:
@@ -61,7 +61,7 @@ def tar_records(root: Path) -> list[Record]:
                 start, num_bytes = fields["picture"]
                 records.append(Record(key_of(f"{name}/{stem}"), caption, name, start, num_bytes, changed))
     if not records:
-        raise ValueError(f"{root}: no tar holds a picture with a caption (.jpg with .txt or .json).")
+        raise ValueError(f"{root}: no tar holds a picture with a caption (.jpg with .txt or .json)")
     return records
 
 

@@ -17,7 +17,7 @@ COMMANDS = {
     "evaluate": ("cli.evaluate", "compare decoding methods: sjd2 evaluate compare=[ar,sjd2] num_prompts=16"),
     "prepare": ("cli.prepare", "make shards of captioned pictures: sjd2 prepare folder --input photos"),
     "convert": ("models.convert", "bring released Lumina-mGPT weights into this layout"),
-    "pairs": ("cli.pairs", "count which codes stand side by side, for decoding.pairs"),
+    "pairs": ("cli.pairs", "count which codes stand side by side, for methods.sjd2.pairs.table"),
     "teacher": ("cli.teacher", "let a model draw the images of a data set, for distillation"),
     "publish": ("report.wandb_report", "publish a finished evaluation as a W&B Report"),
 }

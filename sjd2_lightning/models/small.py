@@ -1,8 +1,8 @@
 """Models with random weights: releases made small, with their true ids and layouts, and tiny trunks to train.
 
-Small releases are for trying the whole path of a family without its weights (`model.init=random_tiny`) and for tests.
-What they draw is noise. Only sizes that the ids do not depend on are shrunk, so the number of codes is the
-true one.
+Small releases are for trying the whole path of a family without its weights (`model.init=random_tiny`) and
+for tests. What they draw is noise. Only sizes that the ids do not depend on are shrunk, so the number of
+codes is the true one.
 """
 
 from __future__ import annotations

@@ -116,7 +116,8 @@ class SJD2Module(L.LightningModule):
             # 1. how noisy each code is: a number of levels for the batch, and segments of rising level
             fewest, most = self.noise.num_levels
             num_levels = int(torch.randint(fewest, most + 1, (), generator=rng))
-            levels = draw_levels(*batch.image_ids.flatten(1).shape, num_levels, self.noise.ramp, rng)
+            batch_size, num_codes = batch.image_ids.flatten(1).shape
+            levels = draw_levels(batch_size, num_codes, num_levels, self.noise.ramp, rng)
             random_grid = self.noise.random_grid
             grid = random_timesteps(num_levels, rng) if random_grid else self.noise.process.grid(num_levels)
             # 2. what noisy codes hold: x_t, or what decoding's own passes would have made of them

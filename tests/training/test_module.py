@@ -14,7 +14,7 @@ from sjd2_lightning.noise import NoiseProcess
 from sjd2_lightning.training.module import SJD2Module, TrainingNoise
 from sjd2_lightning.training.noise import RampLaw
 from sjd2_lightning.training.optimizer import OptimizerConfig
-from sjd2_lightning.training.states import logits_of
+from sjd2_lightning.training.states import TeacherForced, logits_of
 from tests.tools.tiny_backbones import tiny_chameleon
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # no trainer here

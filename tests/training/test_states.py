@@ -9,7 +9,7 @@ from sjd2_lightning.decoding import DecodingConfig
 from sjd2_lightning.noise import NoiseProcess, timesteps
 from sjd2_lightning.training.batch import NoisyCodes
 from sjd2_lightning.training.noise import RampLaw, TrainingNoise
-from sjd2_lightning.training.states import logits_of, noisy_codes, posterior_gumbel, walk
+from sjd2_lightning.training.states import TeacherForced, logits_of, noisy_codes, posterior_gumbel, walk
 from tests.tools.slow_loop import Slot, SlowDecoder
 from tests.tools.tiny_backbones import NOISY_LEVELS, RAGGED_PROMPTS, tiny_chameleon
 

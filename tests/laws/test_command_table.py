@@ -1,4 +1,4 @@
-"""One table of commands: each answers, misspelt ones are named, further ranks and old addresses find theirs."""
+"""One table of commands: each answers, misspelt ones are named, ranks and old addresses find theirs."""
 
 import json
 import runpy

@@ -114,7 +114,7 @@ def place(location: str | Path | RemotePath) -> Place:
     protocol, mark, rest = text.partition("://")
     if isinstance(location, Path) or not mark:
         if text.startswith("pipe:"):
-            raise ValueError(f"{text}: commands are not run; give a folder or an address such as s3://..")
+            raise ValueError(f"{text}: commands are not run; give a folder or an address such as s3://...")
         return Path(location)
     if protocol == "file":
         return Path(rest)

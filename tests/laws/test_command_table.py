@@ -44,7 +44,7 @@ def test_help_waits_for_no_framework():
 
 def test_a_misspelt_command_is_named(capsys):
     with pytest.raises(SystemExit) as end:
-        table.main(["trian"])
+        table.main(["trainn"])
     assert end.value.code == 2
     assert "did you mean `sjd2 train`?" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:

@@ -1,0 +1,345 @@
+"""Whether an image shows what its prompt asks for: objects, their number, place and size, and the ground.
+
+In the manner of GenEval (Ghosh et al. 2023), for scenes of known pictures on plain or graded grounds, where no
+detector is needed: what stands out from the ground is cut out and compared with every known picture.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor
+
+from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
+
+Colour = tuple[int, int, int]
+Floats = NDArray[np.float32]
+
+NAMES = "names"  # the category that the overall score leaves out
+_SIDE = 16  # of the grid on which cut-outs are compared
+_LEAST_SCORE = 0.62  # below it, a cut-out shows no known picture
+_LARGE, _SMALL = 0.46, 0.38  # share of the image's side from which on, and up to which, an object is so
+_STANDS_OUT = 22  # least difference from the ground, in the channel that differs most, of 255
+_ASPECT = 0.3  # deviation of the logarithm of height / width that lowers a score to 0.6 of itself
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a prompt asks for.
+
+    Args:
+        category: what the prompt is about; results are reported by it.
+        objects: how many of each name, and nothing else.
+        relation: first name, "left of", "right of", "above" or "below", second name.
+        sizes: "large" or "small" by name.
+        ground: name of its colour.
+    """
+
+    category: str
+    objects: Mapping[str, int]
+    relation: tuple[str, str, str] | None = None
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    ground: str | None = None
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Asked:
+        """From plain values, as JSON holds them."""
+        first_second = plain.get("relation")
+        return cls(
+            plain["category"],
+            dict(plain["objects"]),
+            tuple(first_second) if first_second else None,
+            dict(plain.get("sizes") or {}),
+            plain.get("ground"),
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object in an image.
+
+    Args:
+        name: of the known picture that fits best; None if none fits well.
+        score: how well, 0 to 1.
+        box: left, top, right, bottom in pixels.
+    """
+
+    name: str | None
+    score: float
+    box: tuple[int, int, int, int]
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Column and row."""
+        left, top, right, bottom = self.box
+        return (left + right) / 2, (top + bottom) / 2
+
+    @property
+    def side(self) -> int:
+        """The longer side in pixels."""
+        left, top, right, bottom = self.box
+        return max(right - left, bottom - top)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is right about one image.
+
+    Args:
+        asked: what was asked for.
+        found: the objects, from left to right.
+        ground: the name of the ground's colour.
+        wrong: what is wrong, in words; empty if the image shows what was asked for.
+    """
+
+    asked: Asked
+    found: tuple[Found, ...]
+    ground: str
+    wrong: tuple[str, ...]
+
+    @property
+    def right(self) -> bool:
+        """Whether the image shows everything that was asked for, and no other object."""
+        return not self.wrong
+
+
+class Judge:
+    """Compares images with what was asked for.
+
+    Args:
+        pictures: RGBA pictures by name, (h, w, 4) uint8, cut to what is opaque.
+        grounds: lightest and darkest shade of the grounds' colours by name.
+        size: side of the images in pixels.
+
+    Raises:
+        ValueError: a picture is not of that form.
+    """
+
+    def __init__(
+        self,
+        pictures: Mapping[str, NDArray[np.uint8]],
+        grounds: Mapping[str, tuple[Colour, Colour]],
+        size: int = 128,
+    ) -> None:
+        for name, picture in pictures.items():
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 4 or not picture.size:
+                raise ValueError(f"picture {name!r} has shape {picture.shape}, it must be uint8 (h, w, 4)")
+        self.names = tuple(pictures)
+        self.size = size
+        self._grounds = dict(grounds)
+        self._aspects = np.array([np.log(p.shape[0] / p.shape[1]) for p in pictures.values()])
+        # colours times opacity, and opacity
+        views = np.stack([_shrunk_picture(picture) for picture in pictures.values()])
+        self._colours, self._opacity = views[..., :3], views[..., 3:]
+
+    def __call__(self, images: Tensor | NDArray[np.uint8], asked: Sequence[Asked]) -> list[Verdict]:
+        """Judge uint8 images (N, size, size, 3) by what was asked for, row by row.
+
+        Raises:
+            ValueError: there is no image, one has another size or type, the numbers differ, or a name or a colour
+                is not known.
+        """
+        pixels = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+        self._check(pixels, asked)
+        return [self._verdict(image, wanted) for image, wanted in zip(pixels, asked, strict=True)]
+
+    def _check(self, pixels: NDArray[Any], asked: Sequence[Asked]) -> None:
+        if pixels.size == 0:
+            raise ValueError("there is no image to judge: the batch or the image is empty")
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != (self.size, self.size, 3):
+            raise ValueError(
+                f"images have dtype {pixels.dtype} and shape {pixels.shape}; this judge needs uint8 "
+                f"(N, {self.size}, {self.size}, 3)"
+            )
+        if len(pixels) != len(asked):
+            raise ValueError(f"{len(pixels)} images against {len(asked)} prompts; pair them by key")
+        known = set(self.names)
+        for number, wanted in enumerate(asked):
+            mentioned = {*wanted.objects, *wanted.sizes, *(wanted.relation or ())[::2]}
+            if unknown := sorted(mentioned - known):
+                raise ValueError(f"prompt {number} asks for {unknown[0]!r}, of which there is no picture")
+            if wanted.ground is not None and wanted.ground not in self._grounds:
+                raise ValueError(f"prompt {number} asks for a ground of unknown colour {wanted.ground!r}")
+
+    def see(self, image: NDArray[np.uint8]) -> tuple[tuple[Found, ...], str]:
+        """The objects in an image (size, size, 3), from left to right, and the colour of its ground."""
+        # 1. the ground, from the rim
+        ground, noise = fitted_ground(image)
+        # 2. what stands out from it, as pieces
+        boxes = pieces(image, ground, noise)
+        # 3. which known picture each piece is
+        found = [self._named(image, ground, box) for box in boxes]
+        return tuple(sorted(found, key=lambda item: item.box)), self._ground_name(ground)
+
+    def _named(self, image: NDArray[np.uint8], ground: Floats, box: tuple[int, int, int, int]) -> Found:
+        left, top, right, bottom = box
+        behind = ground[top:bottom, left:right].mean((0, 1))
+        picture = Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BOX, box)
+        piece = np.asarray(picture, np.float32) - behind  # (S, S, 3)
+        known = self._colours - self._opacity * behind  # (N, S, S, 3): the pictures on this ground, less it
+        same = np.einsum("nijk,ijk->n", known, piece)
+        sizes = np.sqrt(np.einsum("nijk,nijk->n", known, known) * (piece**2).sum()) + 1e-6
+        stretch = (np.log((bottom - top) / (right - left)) - self._aspects) / _ASPECT
+        scores = same / sizes * np.exp(-(stretch**2) / 2)
+        best = int(scores.argmax())
+        score = float(scores[best])
+        return Found(self.names[best] if score >= _LEAST_SCORE else None, score, box)
+
+    def _ground_name(self, ground: Floats) -> str:
+        colour = ground.mean((0, 1))
+        gaps = {name: _gap(colour, *map(np.array, ends)) for name, ends in self._grounds.items()}
+        return min(gaps, key=lambda name: gaps[name])
+
+    def _verdict(self, image: NDArray[np.uint8], asked: Asked) -> Verdict:
+        found, ground = self.see(image)
+        wrong = [*_wrong_objects(found, asked), *_wrong_sizes(found, asked, self.size)]
+        wrong += _wrong_relation(found, asked)
+        if asked.ground not in (None, ground):
+            wrong.append(f"the ground is {ground}, not {asked.ground}")
+        return Verdict(asked, found, ground, tuple(wrong))
+
+
+def fitted_ground(image: NDArray[np.uint8]) -> tuple[Floats, float]:
+    """The ground (h, w, 3) that goes on from the rim of an image, a plane a channel, and how far the rim is off.
+
+    Rim pixels that are far off the plane, say of an object that touches the edge, are left out of the second
+    and third fit.
+    """
+    height, width = image.shape[:2]
+    rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
+    plane = np.stack([np.ones_like(rows), rows / height, columns / width], -1)
+    rim = np.ones((height, width), bool)
+    rim[3:-3, 3:-3] = False
+    inputs, colours = plane[rim], image[rim].astype(np.float32)
+    kept = np.ones(len(inputs), bool)
+    for _ in range(3):
+        factors = np.linalg.lstsq(inputs[kept], colours[kept], rcond=None)[0]
+        off = np.abs(colours - inputs @ factors).max(-1)
+        kept = off <= max(8.0, 2.5 * float(np.median(off)))
+    return (plane @ factors).astype(np.float32), float(np.median(off))
+
+
+def pieces(image: NDArray[np.uint8], ground: Floats, noise: float) -> list[tuple[int, int, int, int]]:
+    """Boxes (left, top, right, bottom) of what stands out from the ground; specks are left out.
+
+    Pieces that are up to a thirtieth of the side apart count as one: eyes of a face, rays of a sun.
+    """
+    side = max(image.shape[:2])
+    smooth = ndimage.uniform_filter(image.astype(np.float32) - ground, (3, 3, 0))
+    stands_out = np.abs(smooth).max(-1) > max(_STANDS_OUT, 2.0 * noise)
+    reach = max(1, round(side / 60))
+    joined = ndimage.binary_dilation(stands_out, np.ones((2 * reach + 1, 2 * reach + 1), bool))
+    labels, number = ndimage.label(joined, np.ones((3, 3), bool))
+    labels[~stands_out] = 0
+    boxes = []
+    for label, where in enumerate(ndimage.find_objects(labels, number), 1):
+        if where is None:
+            continue
+        rows, columns = where
+        area = int((labels[where] == label).sum())
+        longer = max(rows.stop - rows.start, columns.stop - columns.start)
+        if longer >= side / 12 and area >= (side / 24) ** 2:
+            boxes.append((columns.start, rows.start, columns.stop, rows.stop))
+    return boxes
+
+
+def summary(verdicts: Sequence[Verdict], num_resamples: int = 2000, seed: int = 0) -> dict[str, MetricResult]:
+    """Share of right images by category, and overall over all categories but names, with intervals.
+
+    Raises:
+        ValueError: there is no verdict.
+    """
+    if not verdicts:
+        raise ValueError("there is no verdict to sum up")
+    return {
+        name: mean_result(f"judge_{name}", rights, _PROTOCOL, num_resamples, seed)
+        for name, rights in _by_category(verdicts).items()
+    }
+
+
+def difference(
+    first: Sequence[Verdict], second: Sequence[Verdict], num_resamples: int = 2000, seed: int = 0
+) -> dict[str, MetricResult]:
+    """Summary of first less that of second over the same prompts, with paired intervals.
+
+    Raises:
+        ValueError: the verdicts are not of the same prompts.
+    """
+    if [verdict.asked for verdict in first] != [verdict.asked for verdict in second]:
+        raise ValueError("verdicts are not of the same prompts in the same order; pair them by key")
+    others = _by_category(second)
+    return {
+        name: paired_difference(f"judge_{name}", rights, others[name], _PROTOCOL, num_resamples, seed)
+        for name, rights in _by_category(first).items()
+    }
+
+
+_PROTOCOL = f"pieces that stand out from the ground, matched with known pictures at {_SIDE} px"
+
+
+def _by_category(verdicts: Sequence[Verdict]) -> dict[str, list[float]]:
+    groups: dict[str, list[float]] = {}
+    for verdict in verdicts:
+        groups.setdefault(verdict.asked.category, []).append(float(verdict.right))
+    overall = [float(verdict.right) for verdict in verdicts if verdict.asked.category != NAMES]
+    return {**groups, "overall": overall} if overall else groups
+
+
+def _wrong_objects(found: Sequence[Found], asked: Asked) -> list[str]:
+    seen = Counter(item.name for item in found)
+    wrong = [
+        f"{seen[name]} of {name!r}, not {count}"
+        for name, count in asked.objects.items()
+        if seen[name] != count
+    ]
+    others = sorted(str(name or "something unknown") for name in seen if name not in asked.objects)
+    return wrong + ([f"shows also {', '.join(others)}"] if others else [])
+
+
+def _wrong_sizes(found: Sequence[Found], asked: Asked, side: int) -> list[str]:
+    wrong = []
+    for name, size in asked.sizes.items():
+        shares = [item.side / side for item in found if item.name == name]
+        if not all(share >= _LARGE if size == "large" else share <= _SMALL for share in shares):
+            wrong.append(f"{name!r} is not {size}: {max(shares):.2f} of the image")
+    return wrong
+
+
+def _wrong_relation(found: Sequence[Found], asked: Asked) -> list[str]:
+    if asked.relation is None:
+        return []
+    first, relation, second = asked.relation
+    ones, others = ([item for item in found if item.name == name] for name in (first, second))
+    if len(ones) != 1 or len(others) != 1:
+        return [f"cannot tell whether {first!r} is {relation} {second!r}"]
+    across, down = (a - b for a, b in zip(ones[0].centre, others[0].centre, strict=True))
+    holds = {
+        "left of": -across >= abs(down),
+        "right of": across >= abs(down),
+        "above": -down >= abs(across),
+        "below": down >= abs(across),
+    }
+    return [] if holds[relation] else [f"{first!r} is not {relation} {second!r}"]
+
+
+def _shrunk_picture(picture: NDArray[np.uint8]) -> Floats:
+    """Colours times opacity, and opacity 0 to 1, on the grid of comparison: (S, S, 4)."""
+    whole = picture.astype(np.float32)
+    opacity = whole[..., 3:] / 255
+    planes = np.concatenate([whole[..., :3] * opacity, opacity], -1)
+    shrunk = [Image.fromarray(planes[..., i]).resize((_SIDE, _SIDE), Image.Resampling.BOX) for i in range(4)]
+    return np.stack([np.asarray(plane) for plane in shrunk], -1)
+
+
+def _gap(colour: Floats, light: NDArray[Any], dark: NDArray[Any]) -> float:
+    """Distance of a colour from the line between two shades."""
+    line = (dark - light).astype(np.float64)
+    along = float(np.clip((colour - light) @ line / (line @ line), 0, 1))
+    return float(np.linalg.norm(colour - light - along * line))

@@ -158,6 +158,7 @@ def build_data(config: TrainConfig, backbone: Backbone) -> CodeDataModule:
     """Shards; the emoji's are made by the backbone's own tokenizer where they are missing."""
     taken = {"data_dir", "batch_size", "val_batch_size", "num_workers", "max_bad_samples", "shuffle_buffer"}
     taken |= {"num_train_samples", "views", "max_images", "verify_shards", "kind", "drop_last"}
+    taken |= {"source", "num_scenes"}
     tokenizer = image_tokenizer_of(backbone) if config.data.prepare else None
     return CodeDataModule(
         **config.data.model_dump(include=taken),

@@ -34,6 +34,8 @@ class DataConfig(Group):
     data_dir: str
     kind: Literal["codes", "raw"]
     prepare: bool
+    source: Literal["emoji", "scenes"]
+    num_scenes: Count
     views: Count
     max_images: Count | None
     batch_size: Count

@@ -17,7 +17,10 @@ from torch import nn
 from sjd2_lightning.data.index import INDEX_NAME, ShardIndex
 from sjd2_lightning.data.loader import Batch, CodeDataset, CodeLoader, PictureBatch
 from sjd2_lightning.data.places import Place, place
-from sjd2_lightning.data.sources.emoji_shards import SOURCE, prepare_emoji
+from sjd2_lightning.data.sources.emoji_shards import SOURCE as EMOJI
+from sjd2_lightning.data.sources.emoji_shards import prepare_emoji
+from sjd2_lightning.data.sources.scene_shards import SOURCE as SCENES
+from sjd2_lightning.data.sources.scene_shards import prepare_scenes
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 
 __all__ = ["Batch", "CodeDataModule", "PictureBatch"]
@@ -28,7 +31,7 @@ logger = logging.getLogger(__name__)
 class CodeDataModule(L.LightningDataModule):
     """Batches of captioned image codes from ``<data_dir>/{codes,raw}/{train,val}``.
 
-    With a tokenizer, `prepare_data` builds the emoji shards when they are missing or stale; shards of
+    With a tokenizer, `prepare_data` builds an embedded set's shards when they are missing or stale; shards of
     another source are used as they are. Before anything long starts, missing shards, and codes of another
     tokenizer, codebook or image size than the model's are refused. Pictures of raw shards become codes on the
     training device, by the tokenizer of the model in training.
@@ -49,6 +52,8 @@ class CodeDataModule(L.LightningDataModule):
         verify_shards: Compare the shards with their sha256 before training and warn of differences.
         kind: "codes", or "raw" for pictures.
         drop_last: Full training batches only; see `CodeDataset`.
+        source: Embedded set that is prepared: emoji or scenes.
+        num_scenes: Training scenes, for preparing scenes.
 
     Raises:
         ValueError: An argument is out of range (all problems at once).
@@ -71,6 +76,8 @@ class CodeDataModule(L.LightningDataModule):
         verify_shards: bool = True,
         kind: str = "codes",
         drop_last: bool = True,
+        source: str = EMOJI,
+        num_scenes: int = 20_000,
     ) -> None:
         super().__init__()
         limits = {
@@ -83,6 +90,7 @@ class CodeDataModule(L.LightningDataModule):
             "views": (views, 1),
             "max_images": (max_images, 1),
             "image_size": (image_size, 1),
+            "num_scenes": (num_scenes, 1),
         }
         problems = [
             f"data.{name} is {value}, the least is {least}"
@@ -91,6 +99,8 @@ class CodeDataModule(L.LightningDataModule):
         ]
         if kind not in ("codes", "raw"):
             problems.append(f"data.kind is {kind!r}, it must be codes or raw")
+        if source not in (EMOJI, SCENES):
+            problems.append(f"data.source is {source!r}, it must be {EMOJI} or {SCENES}")
         if problems:
             raise ValueError("; ".join(problems) + ".")
         self.data_dir: Place = place(data_dir)
@@ -100,11 +110,12 @@ class CodeDataModule(L.LightningDataModule):
         self.shuffle_buffer, self.num_train_samples = shuffle_buffer, num_train_samples
         self.tokenizer, self.views, self.max_images = tokenizer, views, max_images
         self.image_size, self.verify_shards = image_size, verify_shards
+        self.source, self.num_scenes = source, num_scenes
 
     def prepare_data(self) -> None:
         """Build missing or stale shards, and warn of damaged ones; runs on one process of a machine."""
         if self.tokenizer is not None and not self._is_foreign():
-            self._prepare_emoji(self.tokenizer)
+            self._prepare(self.tokenizer)
         for split in ("train", "val"):
             index = self.index(split)
             for name in index.damaged_shards() if self.verify_shards else ():
@@ -118,9 +129,9 @@ class CodeDataModule(L.LightningDataModule):
     def _is_foreign(self) -> bool:
         """Whether shards of another source lie here."""
         train = self.data_dir / self.kind / "train"
-        return (train / INDEX_NAME).is_file() and _source(train) != SOURCE
+        return (train / INDEX_NAME).is_file() and _source(train) not in (EMOJI, SCENES)
 
-    def _prepare_emoji(self, tokenizer: ImageTokenizer | str | Path) -> None:
+    def _prepare(self, tokenizer: ImageTokenizer | str | Path) -> None:
         if not isinstance(self.data_dir, Path):
             raise ValueError(f"data.data_dir={self.data_dir}: shards are built in local folders only.")
         if isinstance(tokenizer, (str, Path)):
@@ -132,7 +143,10 @@ class CodeDataModule(L.LightningDataModule):
                 "choose the image tokenizer that belongs to the model."
             )
         coder = tokenizer if self.kind == "codes" else None
-        prepare_emoji(self.data_dir, coder, self.views, size=self.image_size, max_images=self.max_images)
+        if self.source == SCENES:
+            prepare_scenes(self.data_dir, coder, self.num_scenes, size=self.image_size)
+        else:
+            prepare_emoji(self.data_dir, coder, self.views, size=self.image_size, max_images=self.max_images)
 
     def setup(self, stage: str) -> None:
         """Refuse data that do not fit the model the trainer holds."""

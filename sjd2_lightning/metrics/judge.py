@@ -1,7 +1,7 @@
 """Whether an image shows what its prompt asks for: objects, their number, place and size, and the ground.
 
-In the manner of GenEval (Ghosh et al. 2023), for scenes of known pictures on plain or graded grounds, where no
-detector is needed: what stands out from the ground is cut out and compared with every known picture.
+In the manner of GenEval (Ghosh et al. 2023), for scenes of known pictures on plain or graded grounds, where
+no detector is needed: what stands out from the ground is cut out and compared with every known picture.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor
 
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
+from sjd2_lightning.metrics.segmentation import Box, Floats, box_of, distance, fitted_ground, pieces
 
 Colour = tuple[int, int, int]
-Floats = NDArray[np.float32]
 
 NAMES = "names"  # the category that the overall score leaves out
 _SIDE = 16  # of the grid on which cut-outs are compared
 _LEAST_SCORE = 0.62  # below it, a cut-out shows no known picture
 _LARGE, _SMALL = 0.46, 0.38  # share of the image's side from which on, and up to which, an object is so
-_STANDS_OUT = 22  # least difference from the ground, in the channel that differs most, of 255
+_LEVELS = (22.0, 44.0, 66.0)  # differences from the ground, of 255, from which on pixels belong to a piece
+_SURE = 0.9  # score from which on nobody looks for parts
 _ASPECT = 0.3  # deviation of the logarithm of height / width that lowers a score to 0.6 of itself
 
 
@@ -73,7 +73,7 @@ class Found:
 
     name: str | None
     score: float
-    box: tuple[int, int, int, int]
+    box: Box
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -143,8 +143,8 @@ class Judge:
         """Judge uint8 images (N, size, size, 3) by what was asked for, row by row.
 
         Raises:
-            ValueError: there is no image, one has another size or type, the numbers differ, or a name or a colour
-                is not known.
+            ValueError: there is no image, one has another size or type, the numbers differ, or a name or a
+                colour is not known.
         """
         pixels = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
         self._check(pixels, asked)
@@ -173,12 +173,32 @@ class Judge:
         # 1. the ground, from the rim
         ground, noise = fitted_ground(image)
         # 2. what stands out from it, as pieces
-        boxes = pieces(image, ground, noise)
-        # 3. which known picture each piece is
-        found = [self._named(image, ground, box) for box in boxes]
+        # 3. which known picture each piece, or each part of it that stands out further, is
+        away = distance(image, ground)
+        levels = [max(level, 2.0 * noise) for level in _LEVELS]
+        found = [
+            item
+            for piece in pieces(away, levels[0])
+            for item in self._explained(image, ground, piece, levels[1:])
+        ]
         return tuple(sorted(found, key=lambda item: item.box)), self._ground_name(ground)
 
-    def _named(self, image: NDArray[np.uint8], ground: Floats, box: tuple[int, int, int, int]) -> Found:
+    def _explained(
+        self, image: NDArray[np.uint8], ground: Floats, away: Floats, levels: Sequence[float]
+    ) -> list[Found]:
+        """The objects of a piece: itself, or its parts at the next level if all of them fit better."""
+        whole = self.match(image, ground, box_of(away))
+        if not levels or whole.score > _SURE:
+            return [whole]
+        parts = [
+            item
+            for piece in pieces(away, levels[0])
+            for item in self._explained(image, ground, piece, levels[1:])
+        ]
+        return parts if parts and min(part.score for part in parts) > whole.score else [whole]
+
+    def match(self, image: NDArray[np.uint8], ground: Floats, box: Box) -> Found:
+        """The known picture that fits best into a box of an image on a ground."""
         left, top, right, bottom = box
         behind = ground[top:bottom, left:right].mean((0, 1))
         picture = Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BOX, box)
@@ -204,50 +224,6 @@ class Judge:
         if asked.ground not in (None, ground):
             wrong.append(f"the ground is {ground}, not {asked.ground}")
         return Verdict(asked, found, ground, tuple(wrong))
-
-
-def fitted_ground(image: NDArray[np.uint8]) -> tuple[Floats, float]:
-    """The ground (h, w, 3) that goes on from the rim of an image, a plane a channel, and how far the rim is off.
-
-    Rim pixels that are far off the plane, say of an object that touches the edge, are left out of the second
-    and third fit.
-    """
-    height, width = image.shape[:2]
-    rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
-    plane = np.stack([np.ones_like(rows), rows / height, columns / width], -1)
-    rim = np.ones((height, width), bool)
-    rim[3:-3, 3:-3] = False
-    inputs, colours = plane[rim], image[rim].astype(np.float32)
-    kept = np.ones(len(inputs), bool)
-    for _ in range(3):
-        factors = np.linalg.lstsq(inputs[kept], colours[kept], rcond=None)[0]
-        off = np.abs(colours - inputs @ factors).max(-1)
-        kept = off <= max(8.0, 2.5 * float(np.median(off)))
-    return (plane @ factors).astype(np.float32), float(np.median(off))
-
-
-def pieces(image: NDArray[np.uint8], ground: Floats, noise: float) -> list[tuple[int, int, int, int]]:
-    """Boxes (left, top, right, bottom) of what stands out from the ground; specks are left out.
-
-    Pieces that are up to a thirtieth of the side apart count as one: eyes of a face, rays of a sun.
-    """
-    side = max(image.shape[:2])
-    smooth = ndimage.uniform_filter(image.astype(np.float32) - ground, (3, 3, 0))
-    stands_out = np.abs(smooth).max(-1) > max(_STANDS_OUT, 2.0 * noise)
-    reach = max(1, round(side / 60))
-    joined = ndimage.binary_dilation(stands_out, np.ones((2 * reach + 1, 2 * reach + 1), bool))
-    labels, number = ndimage.label(joined, np.ones((3, 3), bool))
-    labels[~stands_out] = 0
-    boxes = []
-    for label, where in enumerate(ndimage.find_objects(labels, number), 1):
-        if where is None:
-            continue
-        rows, columns = where
-        area = int((labels[where] == label).sum())
-        longer = max(rows.stop - rows.start, columns.stop - columns.start)
-        if longer >= side / 12 and area >= (side / 24) ** 2:
-            boxes.append((columns.start, rows.start, columns.stop, rows.stop))
-    return boxes
 
 
 def summary(verdicts: Sequence[Verdict], num_resamples: int = 2000, seed: int = 0) -> dict[str, MetricResult]:

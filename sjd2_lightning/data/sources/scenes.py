@@ -1,9 +1,9 @@
 """Scenes of one to four Twemoji pictures: composition, and the split that holds out combinations.
 
-A training scene is a function of (seed, index) alone, a held-out one of (category, seed, index). Training shows every object, but never a held-out
-combination, whether the caption speaks of it or not: two objects in one scene, a number of one object, an
-object on a ground, two objects in a relation, a large or small object. A held-out scene of a category has the
-combination that its category is about held out.
+A training scene is a function of (seed, index) alone, a held-out one of (category, seed, index). Training
+shows every object, but never a held-out combination, whether the caption speaks of it or not: two objects in
+one scene, a number of one object, an object on a ground, two objects in a relation, a large or small object.
+A held-out scene has the combination that its category is about held out; "single" and "names" have none.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ from sjd2_lightning.data.sources.scene_pixels import (
 )
 
 # how often training shows a category, in percent
-CATEGORY_SHARES = {"single": 20, "two": 16, "three": 8, "counting": 18, "position": 18, "ground": 12, "size": 8}
+CATEGORY_SHARES = {
+    "single": 20,
+    "two": 16,
+    "three": 8,
+    "counting": 18,
+    "position": 18,
+    "ground": 12,
+    "size": 8,
+}
 PROMPT_CATEGORIES = ("single", "two", "counting", "position", "ground", "size", "names")
 HELD_OUT_CATEGORIES = (*CATEGORY_SHARES, "names")
 HELD_OUT_SHARE = 10  # percent of all combinations
@@ -94,8 +102,8 @@ def combinations_of(objects: Sequence[Placed], ground: Ground) -> Iterator[Combi
         yield "ground", noun, ground.name
         if count > 1:
             yield "count", str(count), noun
-    for one, other in combinations(sorted(counts), 2):
-        yield "pair", one, other
+    for pair in combinations(sorted(counts), 2):
+        yield "pair", *pair
     for item in objects:
         if item.side <= SMALL:
             yield "size", "small", item.noun

@@ -16,16 +16,16 @@ from sjd2_lightning.data.sources.emoji import load_emoji_index
 # name of the picture [= noun [/ plural]], where the noun is another word or its plural is not regular
 _ANIMALS = """
 mouse / mice, cow, tiger, leopard, rabbit, black cat, cat, dragon, crocodile, whale, snail, snake, horse,
-goat, ewe = sheep / sheep, monkey, rooster, dog, pig, boar, elephant, octopus, spiral shell = shell, bug =
-caterpillar, ant, honeybee = bee, lady beetle = ladybug, fish / fish, tropical fish / tropical fish,
+goat, ewe = sheep / sheep, monkey, rooster, dog, pig, boar, elephant, octopus, spiral shell = shell,
+bug = caterpillar, ant, honeybee = bee, lady beetle = ladybug, fish / fish, tropical fish / tropical fish,
 blowfish / blowfish, turtle, hatching chick, baby chick = chick, bird, penguin, koala, poodle, camel,
 dolphin, cow face, tiger face, rabbit face, pig face, horse face, dog face, cat face, mouse face, frog,
 hamster, wolf / wolves, bear, polar bear, panda, chipmunk, lion, crab, scorpion, turkey, unicorn, eagle,
-duck, bat, shark, owl, fox, butterfly, deer / deer, gorilla, lizard, rhinoceros = rhino, shrimp, squid /
-squid, giraffe, zebra, hedgehog, sauropod = dinosaur, kangaroo, llama, peacock, hippopotamus = hippo,
-parrot, raccoon, lobster, badger, swan, mammoth, dodo, sloth, otter, orangutan, skunk, flamingo, oyster,
-beaver, bison / bison, seal, worm, beetle, spider, jellyfish / jellyfish, goose / geese, moose / moose,
-donkey
+duck, bat, shark, owl, fox, butterfly, deer / deer, gorilla, lizard, rhinoceros = rhino, shrimp,
+squid / squid, giraffe, zebra, hedgehog, sauropod = dinosaur, kangaroo, llama, peacock,
+hippopotamus = hippo, parrot, raccoon, lobster, badger, swan, mammoth, dodo, sloth, otter, orangutan, skunk,
+flamingo, oyster, beaver, bison / bison, seal, worm, beetle, spider, jellyfish / jellyfish, goose / geese,
+moose / moose, donkey
 """
 _PLANTS = """
 evergreen tree = fir tree, deciduous tree = tree, palm tree, cactus / cacti, tulip, cherry blossom, rose,
@@ -38,28 +38,28 @@ grapes = bunch of grapes, melon, watermelon = slice of watermelon, tangerine, li
 pineapple, red apple = apple, green apple, pear, peach, strawberry, hamburger, pizza = slice of pizza,
 poultry leg = chicken leg, rice ball, bread = slice of bread, soft ice cream = ice cream cone, doughnut,
 cookie, chocolate bar, lollipop, custard, honey pot, shortcake = slice of cake, wine glass, cocktail glass,
-beer mug, baby bottle, popcorn = box of popcorn, birthday cake, croissant, avocado, cucumber, potato /
-potatoes, carrot, baguette bread = baguette, egg, pancakes = stack of pancakes, dumpling, fortune cookie,
-coconut, broccoli = head of broccoli, pie, pretzel, sandwich, mango / mangoes, bagel, cheese wedge = piece
-of cheese, cupcake, salt = salt shaker, garlic = garlic bulb, onion, waffle, bell pepper, olive, teapot,
-jar, pea pod, kiwi fruit = kiwi, hot beverage = cup of coffee, canned food = tin can, takeout box, bubble
-tea, beverage box = juice box
+beer mug, baby bottle, popcorn = box of popcorn, birthday cake, croissant, avocado, cucumber,
+potato / potatoes, carrot, baguette bread = baguette, egg, pancakes = stack of pancakes, dumpling,
+fortune cookie, coconut, broccoli = head of broccoli, pie, pretzel, sandwich, mango / mangoes, bagel,
+cheese wedge = piece of cheese, cupcake, salt = salt shaker, garlic = garlic bulb, onion, waffle,
+bell pepper, olive, teapot, jar, pea pod, kiwi fruit = kiwi, hot beverage = cup of coffee,
+canned food = tin can, takeout box, bubble tea, beverage box = juice box
 """
 _CLOTHES = """
 graduation cap, top hat, crown, glasses = pair of glasses, sunglasses = pair of sunglasses, necktie = tie,
-t-shirt, running shirt, jeans = pair of jeans, dress, handbag, purse, backpack, running shoe, high-heeled
-shoe, man’s shoe = shoe, woman’s boot = boot, woman’s hat = hat, ring, billed cap = cap, scarf / scarves,
-coat, shorts = pair of shorts, goggles = pair of goggles, lab coat, hiking boot, flat shoe, military helmet
-= helmet, boxing glove, roller skate, ice skate, watch
+t-shirt, running shirt, jeans = pair of jeans, dress, handbag, purse, backpack, running shoe,
+high-heeled shoe, man’s shoe = shoe, woman’s boot = boot, woman’s hat = hat, ring, billed cap = cap,
+scarf / scarves, coat, shorts = pair of shorts, goggles = pair of goggles, lab coat, hiking boot, flat shoe,
+military helmet = helmet, boxing glove, roller skate, ice skate, watch
 """
 _HOUSEHOLD = """
-umbrella, closed umbrella, thermometer, balloon, wrapped gift = present, jack-o-lantern = pumpkin, Christmas
-tree, red paper lantern = lantern, amphora = vase, light bulb, seat, door, toilet, bathtub, bed, chair,
-mirror, window, bucket, toothbrush, plunger, broom, basket, soap = bar of soap, sponge, razor, candle, teddy
-bear, lipstick, kitchen knife / kitchen knives, spoon, key, old key, locked = padlock, bell, alarm clock,
-mantelpiece clock, hourglass not done = hourglass, shopping cart, luggage = suitcase, framed picture,
-wastebasket, safety pin, thread = spool of thread, yarn = ball of yarn, scissors = pair of scissors, ladder,
-treasure chest, coffin, headstone
+umbrella, closed umbrella, thermometer, balloon, wrapped gift = present, jack-o-lantern = pumpkin,
+Christmas tree, red paper lantern = lantern, amphora = vase, light bulb, seat, door, toilet, bathtub, bed,
+chair, mirror, window, bucket, toothbrush, plunger, broom, basket, soap = bar of soap, sponge, razor,
+candle, teddy bear, lipstick, kitchen knife / kitchen knives, spoon, key, old key, locked = padlock, bell,
+alarm clock, mantelpiece clock, hourglass not done = hourglass, shopping cart, luggage = suitcase,
+framed picture, wastebasket, safety pin, thread = spool of thread, yarn = ball of yarn,
+scissors = pair of scissors, ladder, treasure chest, coffin, headstone
 """
 _TOOLS = """
 wrench, hammer, axe, carpentry saw = saw, screwdriver, shovel, toolbox, brick, magnet, fire extinguisher,
@@ -68,31 +68,31 @@ telescope, test tube, syringe, pill, stethoscope, crutch, flashlight, battery, e
 magnifying glass tilted left = magnifying glass, straight ruler = ruler, pencil, pen, paintbrush, crayon,
 pushpin, paperclip, scroll, closed book = red book, blue book, orange book, green book, notebook, calendar,
 file folder = folder, briefcase, package = cardboard box, envelope, newspaper, postbox, mobile phone,
-telephone, fax machine, megaphone, camera, video camera, movie camera, television, radio, laptop, desktop
-computer = computer, printer, floppy disk, joystick, money bag, coin, crystal ball, artist palette =
-palette, x-ray, fuel pump, water pistol
+telephone, fax machine, megaphone, camera, video camera, movie camera, television, radio, laptop,
+desktop computer = computer, printer, floppy disk, joystick, money bag, coin, crystal ball,
+artist palette = palette, x-ray, fuel pump, water pistol
 """
 _PLAY = """
-microphone, saxophone, guitar, trumpet, violin, banjo, accordion, long drum = drum, harp, trombone, musical
-note, basketball, soccer ball, baseball, volleyball, american football = American football, rugby football =
-rugby ball, tennis = tennis ball, pool 8 ball = billiard ball, bullseye = target, game die = die / dice,
-trophy, military medal = medal, kite, parachute, boomerang, magic wand, puzzle piece, yo-yo, skateboard,
-sled, circus tent, tent, clapper board, fishing pole, headphone = pair of headphones
+microphone, saxophone, guitar, trumpet, violin, banjo, accordion, long drum = drum, harp, trombone,
+musical note, basketball, soccer ball, baseball, volleyball, american football = American football,
+rugby football = rugby ball, tennis = tennis ball, pool 8 ball = billiard ball, bullseye = target,
+game die = die / dice, trophy, military medal = medal, kite, parachute, boomerang, magic wand, puzzle piece,
+yo-yo, skateboard, sled, circus tent, tent, clapper board, fishing pole, headphone = pair of headphones
 """
 _TRAVEL = """
 bus, ambulance, fire engine, police car, taxi, automobile = car, delivery truck = truck, tractor, bicycle,
 motorcycle, racing car, kick scooter, motor scooter, pickup truck, tram car, locomotive, rocket, helicopter,
-airplane, small airplane, flying saucer, sailboat, ferry, canoe, satellite, vertical traffic light = traffic
-light, ring buoy, wheel, oil drum, house, castle, factory, hospital, church, hut, fountain, Tokyo tower =
-tower, mountain, volcano / volcanoes, moai = stone head
+airplane, small airplane = propeller plane, flying saucer, sailboat, ferry, canoe, satellite,
+vertical traffic light = traffic light, ring buoy, wheel, oil drum, house, castle, factory, hospital,
+church, hut, fountain, Tokyo tower = tower, mountain, volcano / volcanoes, moai = stone head
 """
 _BODY_SKY = """
-bone, tooth / teeth, brain, ear, eye, nose, mouth, lungs = pair of lungs, robot, ghost, alien, alien
-monster, skull, clown face, goblin, snowman without snow = snowman / snowmen, astronaut, firefighter, police
-officer, ninja, farmer, baby, zombie, snowflake, star, glowing star, crescent moon, full moon, sun, sun with
-face, cloud, rainbow, fire = flame, droplet, high voltage = lightning bolt, comet, ringed planet = planet,
-globe showing Americas = globe, gem stone = diamond, red heart, blue heart, green heart, yellow heart,
-purple heart, orange heart, broken heart, feather, wood = log, rock
+bone, tooth / teeth, brain, ear, eye, nose, mouth, lungs = pair of lungs, robot, ghost, alien,
+alien monster, skull, clown face, goblin, snowman without snow = snowman / snowmen, astronaut, firefighter,
+police officer, ninja, farmer, baby, zombie, snowflake, star, glowing star, crescent moon, full moon, sun,
+sun with face, cloud, rainbow, fire = flame, droplet, high voltage = lightning bolt, comet,
+ringed planet = planet, globe showing Americas = globe, gem stone = diamond, red heart, blue heart,
+green heart, yellow heart, purple heart, orange heart, broken heart, feather, wood = log, rock
 """
 
 

@@ -2,11 +2,12 @@
 
     .venv/bin/python benchmarks/judge.py --json outputs/judge.json
 
-Held-out scenes are judged by their own captions, by those of other scenes, and by their own with one thing changed
-(another object, number, relation, size or ground); then the images are blurred, made noisy, compressed, and drawn
-again from a codebook of patches and by the shipped image tokenizer, which never saw scenes. Last, both ways to name
-a cut-out are compared on the same cut-outs: matching with the known pictures, and nearest features of
-EfficientNet-Lite0. Images of an odd seed, which no threshold was chosen on.
+Held-out scenes are judged by their own captions, by those of other scenes, and by their own with one thing
+changed (another object, number, relation, size or ground). Then the images are made unrecognisable (one colour,
+shuffled blocks, objects that are blobs of their mean colour), blurred, made noisy, compressed, and drawn
+again from a codebook of patches and by the shipped image tokenizer, which never saw scenes. Last, two ways to
+name a cut-out are compared on the same cut-outs: matching with the known pictures, and nearest features of
+EfficientNet-Lite0.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 from scipy import ndimage
 from torch.nn import functional as F
 
-from sjd2_lightning.data.sources.scene_pixels import GROUND_COLOURS, UNITS, cut_outs
+from sjd2_lightning.data.sources.scene_pixels import GROUND_COLOURS, UNITS, cut_outs, ground_pixels
 from sjd2_lightning.data.sources.scenes import Scene, held_out_scenes, training_scene
 from sjd2_lightning.metrics.features import EffNetLite0
 from sjd2_lightning.metrics.judge import Asked, Judge, Verdict, summary
@@ -73,6 +74,30 @@ def stranger_of(scenes: list[Scene], number: int) -> int:
     )
 
 
+def shuffled(images: Images, side: int) -> Images:
+    """Blocks of `side` pixels in random order."""
+    rng, across = np.random.default_rng(0), UNITS // side
+    blocks = images.reshape(-1, across, side, across, side, 3).swapaxes(2, 3)
+    blocks = blocks.reshape(len(images), across * across, side, side, 3)
+    mixed = np.stack([each[rng.permutation(len(each))] for each in blocks])
+    return mixed.reshape(-1, across, across, side, side, 3).swapaxes(2, 3).reshape(images.shape)
+
+
+def blobs(images: Images, scenes: list[Scene]) -> Images:
+    """Each object as an ellipse of its mean colour."""
+    found = []
+    for image, scene in zip(images, scenes, strict=True):
+        canvas, empty = Image.fromarray(image), Image.fromarray(ground_pixels(scene.ground, UNITS))
+        for item in scene.objects:
+            box = (item.left, item.top, item.left + item.width, item.top + item.height)
+            mean = np.asarray(cut_outs()[item.noun], np.float32)
+            colour = (mean[..., :3] * mean[..., 3:]).sum((0, 1)) / mean[..., 3].sum()
+            canvas.paste(empty.crop(box), box)
+            ImageDraw.Draw(canvas).ellipse(box, fill=tuple(int(v) for v in colour))
+        found.append(np.asarray(canvas))
+    return np.stack(found)
+
+
 def blurred(images: Images, sigma: float) -> Images:
     """Gaussian blur."""
     return ndimage.gaussian_filter(images.astype(np.float32), (0, sigma, sigma, 0)).round().astype(np.uint8)
@@ -104,7 +129,7 @@ def by_tokenizer(images: Images, folder: str) -> Images:
 
 
 def by_codebook(images: Images, num_scenes: int) -> Images:
-    """Each patch by the nearest of a codebook of patches of training scenes (k-means): the least a tokenizer does."""
+    """Each patch by the nearest of a codebook of training scenes' patches (k-means)."""
     training = np.stack([training_scene(0, index).image() for index in range(num_scenes)])
     patches = torch.unique(_patches(training), dim=0)
     order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))
@@ -134,8 +159,14 @@ def psnr(images: Images, altered: Images) -> float:
     return float((10 * np.log10(255**2 / np.maximum(squares, 1e-5))).clip(max=99).mean())
 
 
-def alterations(images: Images, tokenizer: str | None, num_scenes: int) -> Iterator[tuple[str, Images]]:
+def alterations(
+    images: Images, scenes: list[Scene], tokenizer: str | None, num_scenes: int
+) -> Iterator[tuple[str, Images]]:
     """Names and altered images."""
+    yield "one colour", np.broadcast_to(images.mean((1, 2), keepdims=True).astype(np.uint8), images.shape)
+    for side in (32, 16, 8):
+        yield f"blocks of {side} px shuffled", shuffled(images, side)
+    yield "blobs of the objects' colours", blobs(images, scenes)
     for sigma in (0.5, 1, 1.5, 2, 3, 4):
         yield f"blur, sigma {sigma:g} px", blurred(images, sigma)
     for deviation in (5, 10, 20, 30, 40):
@@ -222,7 +253,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = {"real": row_of(real), "captions of other scenes": row_of(judge(images, foreign))}
     rows["captions with one thing changed"] = row_of(judge(images, near))
     quality = {}
-    for name, altered in alterations(images, options.tokenizer, options.codebook_scenes):
+    for name, altered in alterations(images, scenes, options.tokenizer, options.codebook_scenes):
         verdicts = judge(altered, asked)
         rows[name], quality[name] = row_of(verdicts), psnr(images, altered)
         if options.mistakes and name.endswith("patches"):

@@ -13,21 +13,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
+from sjd2_lightning.metrics.matching import SIDE, KnownPictures
 from sjd2_lightning.metrics.segmentation import Box, Floats, box_of, distance, fitted_ground, pieces
 
 Colour = tuple[int, int, int]
 
 NAMES = "names"  # the category that the overall score leaves out
-_SIDE = 16  # of the grid on which cut-outs are compared
-_LEAST_SCORE = 0.62  # below it, a cut-out shows no known picture
 _LARGE, _SMALL = 0.46, 0.38  # share of the image's side from which on, and up to which, an object is so
 _LEVELS = (22.0, 44.0, 66.0)  # differences from the ground, of 255, from which on pixels belong to a piece
 _SURE = 0.9  # score from which on nobody looks for parts
-_ASPECT = 0.3  # deviation of the logarithm of height / width that lowers a score to 0.6 of itself
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ class Judge:
         size: side of the images in pixels.
 
     Raises:
-        ValueError: a picture is not of that form.
+        ValueError: a picture is not of that form, or is one colour from edge to edge.
     """
 
     def __init__(
@@ -128,16 +125,9 @@ class Judge:
         grounds: Mapping[str, tuple[Colour, Colour]],
         size: int = 128,
     ) -> None:
-        for name, picture in pictures.items():
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 4 or not picture.size:
-                raise ValueError(f"picture {name!r} has shape {picture.shape}, it must be uint8 (h, w, 4)")
-        self.names = tuple(pictures)
+        self.known = KnownPictures(pictures)
         self.size = size
         self._grounds = dict(grounds)
-        self._aspects = np.array([np.log(p.shape[0] / p.shape[1]) for p in pictures.values()])
-        # colours times opacity, and opacity
-        views = np.stack([_shrunk_picture(picture) for picture in pictures.values()])
-        self._colours, self._opacity = views[..., :3], views[..., 3:]
 
     def __call__(self, images: Tensor | NDArray[np.uint8], asked: Sequence[Asked]) -> list[Verdict]:
         """Judge uint8 images (N, size, size, 3) by what was asked for, row by row.
@@ -160,7 +150,7 @@ class Judge:
             )
         if len(pixels) != len(asked):
             raise ValueError(f"{len(pixels)} images against {len(asked)} prompts; pair them by key")
-        known = set(self.names)
+        known = set(self.known.names)
         for number, wanted in enumerate(asked):
             mentioned = {*wanted.objects, *wanted.sizes, *(wanted.relation or ())[::2]}
             if unknown := sorted(mentioned - known):
@@ -198,19 +188,8 @@ class Judge:
         return parts if parts and min(part.score for part in parts) > whole.score else [whole]
 
     def match(self, image: NDArray[np.uint8], ground: Floats, box: Box) -> Found:
-        """The known picture that fits best into a box of an image on a ground."""
-        left, top, right, bottom = box
-        behind = ground[top:bottom, left:right].mean((0, 1))
-        picture = Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BOX, box)
-        piece = np.asarray(picture, np.float32) - behind  # (S, S, 3)
-        known = self._colours - self._opacity * behind  # (N, S, S, 3): the pictures on this ground, less it
-        same = np.einsum("nijk,ijk->n", known, piece)
-        sizes = np.sqrt(np.einsum("nijk,nijk->n", known, known) * (piece**2).sum()) + 1e-6
-        stretch = (np.log((bottom - top) / (right - left)) - self._aspects) / _ASPECT
-        scores = same / sizes * np.exp(-(stretch**2) / 2)
-        best = int(scores.argmax())
-        score = float(scores[best])
-        return Found(self.names[best] if score >= _LEAST_SCORE else None, score, box)
+        """What is in a box of an image on a ground."""
+        return Found(*self.known.match(image, ground, box), box)
 
     def _ground_name(self, ground: Floats) -> str:
         colour = ground.mean((0, 1))
@@ -257,7 +236,7 @@ def difference(
     }
 
 
-_PROTOCOL = f"pieces that stand out from the ground, matched with known pictures at {_SIDE} px"
+_PROTOCOL = f"pieces that stand out from the ground, matched with known pictures at {SIDE} px"
 
 
 def _by_category(verdicts: Sequence[Verdict]) -> dict[str, list[float]]:
@@ -303,15 +282,6 @@ def _wrong_relation(found: Sequence[Found], asked: Asked) -> list[str]:
         "below": down >= abs(across),
     }
     return [] if holds[relation] else [f"{first!r} is not {relation} {second!r}"]
-
-
-def _shrunk_picture(picture: NDArray[np.uint8]) -> Floats:
-    """Colours times opacity, and opacity 0 to 1, on the grid of comparison: (S, S, 4)."""
-    whole = picture.astype(np.float32)
-    opacity = whole[..., 3:] / 255
-    planes = np.concatenate([whole[..., :3] * opacity, opacity], -1)
-    shrunk = [Image.fromarray(planes[..., i]).resize((_SIDE, _SIDE), Image.Resampling.BOX) for i in range(4)]
-    return np.stack([np.asarray(plane) for plane in shrunk], -1)
 
 
 def _gap(colour: Floats, light: NDArray[Any], dark: NDArray[Any]) -> float:

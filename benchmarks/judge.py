@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/judge.py --json outputs/judge.json
 
 Held-out scenes are judged by their own captions, by those of other scenes, and by their own with one thing
-changed (another object, number, relation, size or ground). Then the images are made unrecognisable (one colour,
+changed (another object, number, relation, size or ground). Then images are made unrecognisable (one colour,
 shuffled blocks, objects that are blobs of their mean colour), blurred, made noisy, compressed, and drawn
 again from a codebook of patches and by the shipped image tokenizer, which never saw scenes. Last, two ways to
 name a cut-out are compared on the same cut-outs: matching with the known pictures, and nearest features of

@@ -64,8 +64,8 @@ class KnownPictures:
 class _Look:
     """One way to look at known pictures: as a whole, or at their detail.
 
-    A picture on a ground of colour g, less the ground, is colours - opacity * g, and both ways to look are linear.
-    So the sums that a correlation needs are taken once, and each ground costs a product of matrices.
+    A picture on a ground of colour g, less the ground, is colours - opacity * g, and both ways to look are
+    linear. So the sums that a correlation needs are taken once, and each ground costs a product of matrices.
 
     Args:
         grids: colours times opacity, and opacity, (N, cells, 4).

@@ -188,7 +188,7 @@ class Judge:
         return parts if parts and min(part.score for part in parts) > whole.score else [whole]
 
     def _trimmed(self, image: NDArray[np.uint8], ground: Floats, found: Found) -> Found:
-        """The object without a fringe: sides of its box move inwards, twice at most, while the score rises."""
+        """The object without a fringe: sides of its box move inwards while the score rises, twice at most."""
         step = round(self.size / 32)
         for side, sign in ((0, 1), (1, 1), (2, -1), (3, -1)):
             for _ in range(2):

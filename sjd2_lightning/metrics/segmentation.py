@@ -35,7 +35,7 @@ def fitted_ground(image: NDArray[np.uint8]) -> tuple[Floats, float]:
 def distance(image: NDArray[np.uint8], ground: Floats) -> Floats:
     """How far each pixel (h, w) is from the ground, in the channel that differs most.
 
-    The lesser of a pixel's own and of its neighbourhood's: specks of noise fade, and edges stay where they are.
+    The lesser of a pixel's own and of its neighbourhood's: specks of noise fade, edges stay where they are.
     """
     off = image.astype(np.float32) - ground
     around = ndimage.uniform_filter(off, (3, 3, 0))

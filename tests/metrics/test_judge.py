@@ -95,7 +95,7 @@ def test_what_it_sees(judge: Judge) -> None:
     assert [item.name for item in found] == ["disc", "square"]
     assert ground == "yellow"
     assert np.abs(np.array([item.box for item in found]) - [[10, 40, 40, 70], [80, 44, 114, 78]]).max() <= 2
-    assert min(item.score for item in found) > 0.95
+    assert min(item.score for item in found) > 0.9
 
 
 def test_a_smear_is_nothing_known(judge: Judge) -> None:

@@ -49,8 +49,8 @@ SMALL, LARGE = 40, 68  # the longest side that is small, the shortest that is la
 LEAST_SIDE = 28
 _MARGIN, _GAP = 4, 8  # to the edge of the scene, and between objects
 _SIDES = {1: (40, 112), 2: (36, 60), 3: (32, 54), 4: (30, 48)}  # of objects, by how many share a scene
-_KEYS = {"two": "pair", "three": "pair", "counting": "count", "position": "relation", "ground": "ground"}
-_KEYS |= {"size": "size"}
+# kind of combination that a held-out scene of a category shows
+_ABOUT = {"two": "pair", "three": "pair", "counting": "count", "position": "relation", "ground": "ground"}
 _MOST_ATTEMPTS = 20_000
 
 Combination = tuple[str, ...]
@@ -188,7 +188,8 @@ def _attempt(split: str, category: str, key: str, draws: Draws) -> Scene | None:
     if not ground or not objects:
         return None
     shown = [entry for entry in combinations_of(objects, ground) if held_out(entry)]
-    if shown if split == "train" else _misses(category, sizes, shown):
+    keeps_to_split = not shown if split == "train" else _is_new(category, sizes, shown)
+    if not keeps_to_split:
         return None
     between = None
     if category == "position":
@@ -200,12 +201,12 @@ def _attempt(split: str, category: str, key: str, draws: Draws) -> Scene | None:
     return Scene(key, category, objects, ground, asked, caption(asked, draws))
 
 
-def _misses(category: str, sizes: tuple[tuple[str, str], ...], shown: Sequence[Combination]) -> bool:
-    """Whether a held-out scene lacks the held-out combination that its category is about."""
-    kind = _KEYS.get(category)
+def _is_new(category: str, sizes: tuple[tuple[str, str], ...], shown: Sequence[Combination]) -> bool:
+    """Whether a scene has the held-out combination that its category is about; some categories need none."""
     if category == "size":
-        return not any(("size", size, noun) in shown for noun, size in sizes)
-    return kind is not None and not any(entry[0] == kind for entry in shown)
+        return any(("size", size, noun) in shown for noun, size in sizes)
+    kind = _ABOUT.get(category)
+    return kind is None or any(entry[0] == kind for entry in shown)
 
 
 @lru_cache(maxsize=2)

@@ -23,7 +23,9 @@ Colour = tuple[int, int, int]
 
 NAMES = "names"  # the category that the overall score leaves out
 _LARGE, _SMALL = 0.46, 0.38  # share of the image's side from which on, and up to which, an object is so
-_LEVELS = (22.0, 44.0, 66.0)  # differences from the ground, of 255, from which on pixels belong to a piece
+# ever finer ways to cut out pieces: the difference from the ground, of 255, from which on pixels belong to one,
+# and the share of the side over which parts are joined
+_CUTS = ((22.0, 1 / 32), (22.0, 1 / 64), (44.0, 1 / 64), (66.0, 1 / 64))
 _SURE = 0.9  # score from which on nobody looks for parts
 
 
@@ -165,25 +167,25 @@ class Judge:
         # 2. what stands out from it, as pieces
         # 3. which known picture each piece, or each part of it that stands out further, is
         away = distance(image, ground)
-        levels = [max(level, 2.0 * noise) for level in _LEVELS]
+        cuts = [(max(level, 2.0 * noise), max(1, round(self.size * share))) for level, share in _CUTS]
         found = [
             item
-            for piece in pieces(away, levels[0])
-            for item in self._explained(image, ground, piece, levels[1:])
+            for piece in pieces(away, *cuts[0])
+            for item in self._explained(image, ground, piece, cuts[1:])
         ]
         return tuple(sorted(found, key=lambda item: item.box)), self._ground_name(ground)
 
     def _explained(
-        self, image: NDArray[np.uint8], ground: Floats, away: Floats, levels: Sequence[float]
+        self, image: NDArray[np.uint8], ground: Floats, away: Floats, cuts: Sequence[tuple[float, int]]
     ) -> list[Found]:
-        """The objects of a piece: itself, or its parts at the next level if all of them fit better."""
+        """The objects of a piece: itself, or its parts at the next cut if all of them fit better."""
         whole = self._trimmed(image, ground, self.match(image, ground, box_of(away)))
-        if not levels or whole.score > _SURE:
+        if not cuts or whole.score > _SURE:
             return [whole]
         parts = [
             item
-            for piece in pieces(away, levels[0])
-            for item in self._explained(image, ground, piece, levels[1:])
+            for piece in pieces(away, *cuts[0])
+            for item in self._explained(image, ground, piece, cuts[1:])
         ]
         return parts if parts and min(part.score for part in parts) > whole.score else [whole]
 

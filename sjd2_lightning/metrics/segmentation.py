@@ -42,19 +42,19 @@ def distance(image: NDArray[np.uint8], ground: Floats) -> Floats:
     return np.minimum(np.abs(off).max(-1), np.abs(around).max(-1))
 
 
-def pieces(away: Floats, level: float) -> list[Floats]:
+def pieces(away: Floats, level: float, reach: int) -> list[Floats]:
     """What stands out from the ground: for each piece its distances from the ground, 0 elsewhere.
 
-    Pieces that are up to a thirtieth of the side apart count as one: eyes of a face, rays of a sun. Specks
-    of less than an eighth of the side, and what nowhere stands out clearly, are left out.
+    What is up to twice `reach` pixels apart counts as one: eyes of a face, rays of a sun. Specks of less than an
+    eighth of the side, and what nowhere stands out clearly, are left out.
 
     Args:
         away: distance from the ground, (h, w).
         level: from which on a pixel belongs to a piece.
+        reach: in pixels.
     """
     side = max(away.shape)
     stands_out = away > level
-    reach = max(1, round(side / 64))
     joined = ndimage.binary_dilation(stands_out, np.ones((2 * reach + 1, 2 * reach + 1), bool))
     labels, number = ndimage.label(joined, np.ones((3, 3), bool))
     found = []

@@ -147,7 +147,7 @@ def test_pieces_are_apart_and_specks_and_faint_ones_are_left_out() -> None:
     away[80:110, 20:50] = 90
     away[80:110, 60:90] = 30  # faint
     away[5:10, 100:105] = 255  # a speck
-    boxes = [box_of(piece) for piece in pieces(away, 22)]
+    boxes = [box_of(piece) for piece in pieces(away, 22, 2)]
     assert boxes == [(10, 10, 60, 40), (20, 80, 50, 110)]
 
 

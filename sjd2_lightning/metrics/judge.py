@@ -23,8 +23,8 @@ Colour = tuple[int, int, int]
 
 NAMES = "names"  # the category that the overall score leaves out
 _LARGE, _SMALL = 0.46, 0.38  # share of the image's side from which on, and up to which, an object is so
-# ever finer ways to cut out pieces: the difference from the ground, of 255, from which on pixels belong to one,
-# and the share of the side over which parts are joined
+# ever finer ways to cut out pieces: the difference from the ground, of 255, from which on pixels belong to a
+# piece, and the share of the side by which its parts grow before they are joined
 _CUTS = ((22.0, 1 / 32), (22.0, 1 / 64), (44.0, 1 / 64), (66.0, 1 / 64))
 _SURE = 0.9  # score from which on nobody looks for parts
 

@@ -45,13 +45,13 @@ def distance(image: NDArray[np.uint8], ground: Floats) -> Floats:
 def pieces(away: Floats, level: float, reach: int) -> list[Floats]:
     """What stands out from the ground: for each piece its distances from the ground, 0 elsewhere.
 
-    What is up to twice `reach` pixels apart counts as one: eyes of a face, rays of a sun. Specks of less than an
-    eighth of the side, and what nowhere stands out clearly, are left out.
+    What is up to twice `reach` pixels apart counts as one: eyes of a face, rays of a sun. Specks of less than
+    an eighth of the side, and what nowhere stands out clearly, are left out.
 
     Args:
         away: distance from the ground, (h, w).
         level: from which on a pixel belongs to a piece.
-        reach: in pixels.
+        reach: pixels by which parts grow before those that touch are joined.
     """
     side = max(away.shape)
     stands_out = away > level

@@ -21,7 +21,9 @@ class DataConfig:
     Attributes:
         data_dir: folder of the shards, or its address in an object store.
         kind: "codes", or "raw" for pictures that the model's own tokenizer encodes while training.
-        prepare: whether missing or stale shards of the embedded emoji are built before training.
+        prepare: whether missing or stale shards of an embedded set are built before training.
+        source: the embedded set that preparing builds.
+        num_scenes: number of training scenes, for preparing; emoji do without.
         views: number of views of a training picture, for preparing.
         max_images: number of pictures of each split, for preparing; None for all.
         batch_size: training samples a step on every rank.
@@ -40,6 +42,8 @@ class DataConfig:
     data_dir: str
     kind: Literal["codes", "raw"] = "codes"
     prepare: bool = False
+    source: Literal["emoji", "scenes"] = "emoji"
+    num_scenes: int = 20_000
     views: int = 4
     max_images: int | None = None
     batch_size: int = 32
@@ -56,7 +60,7 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
-        counts = ("views", "max_images", "batch_size", "val_batch_size", "num_train_samples")
+        counts = ("num_scenes", "views", "max_images", "batch_size", "val_batch_size", "num_train_samples")
         least = dict.fromkeys(counts, 1)
         least |= dict.fromkeys(("num_workers", "shuffle_buffer", "max_bad_samples"), 0)
         found = unknown_choices(self) + [

@@ -15,7 +15,10 @@ from sjd2_lightning.data import DataConfig
 from sjd2_lightning.data.index import INDEX_NAME, ShardIndex
 from sjd2_lightning.data.loader import Batch, CodeDataset, CodeLoader, PictureBatch
 from sjd2_lightning.data.places import Place, place
-from sjd2_lightning.data.sources.emoji import SOURCE, prepare_emoji
+from sjd2_lightning.data.sources.emoji import SOURCE as EMOJI
+from sjd2_lightning.data.sources.emoji import prepare_emoji
+from sjd2_lightning.data.sources.scene_shards import SOURCE as SCENES
+from sjd2_lightning.data.sources.scene_shards import prepare_scenes
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 
 __all__ = ["Batch", "CodeDataModule", "PictureBatch"]
@@ -26,7 +29,7 @@ logger = logging.getLogger(__name__)
 class CodeDataModule(L.LightningDataModule):
     """Batches of captioned image codes from ``<data_dir>/{codes,raw}/{train,val}``.
 
-    With a tokenizer, `prepare_data` builds the emoji shards when they are missing or stale; shards of
+    With a tokenizer, `prepare_data` builds an embedded set's shards when they are missing or stale; shards of
     another source are used as they are. Before anything long starts, missing shards, and codes of another
     tokenizer, codebook or image size than the model's are refused. Pictures of raw shards become codes on the
     training device, by the tokenizer of the model in training.
@@ -57,7 +60,7 @@ class CodeDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Build missing or stale shards, and warn of damaged ones; runs on one process of a machine."""
         if self.tokenizer is not None and not self._is_foreign():
-            self._prepare_emoji(self.tokenizer)
+            self._prepare(self.tokenizer)
         for split in ("train", "val"):
             index = self.index(split)
             for name in index.damaged_shards() if self.config.verify_shards else ():
@@ -71,9 +74,9 @@ class CodeDataModule(L.LightningDataModule):
     def _is_foreign(self) -> bool:
         """Whether shards of another source lie here."""
         train = self.data_dir / self.config.kind / "train"
-        return (train / INDEX_NAME).is_file() and _source(train) != SOURCE
+        return (train / INDEX_NAME).is_file() and _source(train) not in (EMOJI, SCENES)
 
-    def _prepare_emoji(self, tokenizer: ImageTokenizer | str | Path) -> None:
+    def _prepare(self, tokenizer: ImageTokenizer | str | Path) -> None:
         if not isinstance(self.data_dir, Path):
             raise ValueError(f"data.data_dir={self.data_dir}: shards are built in local folders only")
         if isinstance(tokenizer, (str, Path)):
@@ -85,9 +88,16 @@ class CodeDataModule(L.LightningDataModule):
                 "choose the image tokenizer that belongs to the model"
             )
         coder = tokenizer if self.config.kind == "codes" else None
-        prepare_emoji(
-            self.data_dir, coder, self.config.views, size=self.image_size, max_images=self.config.max_images
-        )
+        if self.config.source == SCENES:
+            prepare_scenes(self.data_dir, coder, self.config.num_scenes, size=self.image_size)
+        else:
+            prepare_emoji(
+                self.data_dir,
+                coder,
+                self.config.views,
+                size=self.image_size,
+                max_images=self.config.max_images,
+            )
 
     def setup(self, stage: str) -> None:
         """Refuse data that do not fit the model the trainer holds."""

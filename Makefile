@@ -58,7 +58,7 @@ test-slow: $(STAMP)  ## run the tests that decode or train for minutes
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
 
 test-browser: $(STAMP)  ## open a report's page in headless Chromium; screenshots in outputs/browser
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/laws/test_browser.py $(PYTEST_ARGS)
 
 # Needs Chromium, and a report: make demo writes this one.
 screenshot: $(STAMP)  ## take the README's picture of a page, docs/images/report.png

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from sjd2_lightning.cli.launch import launch
-from sjd2_lightning.cli.plan import show_plan
 from sjd2_lightning.config.reading import save_config, train_config
 from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.run.processes import is_first_process
 
 if TYPE_CHECKING:
     import lightning as L
-from sjd2_lightning.cli.trainer import build_trainer
 
 
 def main() -> None:
@@ -40,6 +38,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         ValueError: weights, data or the checkpoint to go on from cannot be used.
     """
     if cfg.print_plan:
+        from sjd2_lightning.cli.plan import show_plan
+
         return show_plan(cfg)
     config = train_config(cfg)
     run_dir = Path(config.run_dir)
@@ -50,10 +50,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     import lightning as L
 
     from sjd2_lightning.cli.build import build_task, export_model
-    from sjd2_lightning.cli.trainer import build_callbacks, build_loggers, finish_loggers
+    from sjd2_lightning.cli.trainer import build_callbacks, build_loggers, build_trainer, finish_loggers
     from sjd2_lightning.run.files import remove_unfinished
 
-    logging.getLogger("lightning.pytorch").handlers.clear()  # Hydra's root logger prints these lines already
+    logging.getLogger("lightning").handlers.clear()  # Hydra's root logger prints these lines already
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")  # Lightning's own
     # image tokenizers and what else is not trained, on purpose
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")

@@ -6,10 +6,12 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,16 @@ def load_parts(
         model_class: class of transformers.
         folder: with `backbone.json`, or in Hugging Face layout.
         trunk: sub-folder of a saved backbone, or any other path to the trunk's weights.
-        family: that the folder must be of.
+        family: family that the folder must be of.
         optional: prefixes of keys that a checkpoint may lack, since nothing here reads those weights.
 
     Raises:
         ValueError: if a part is missing, of another family, or does not fit the model; the message names it.
     """
+    from transformers import (
+        PreTrainedTokenizerFast,  # seconds, which the typed configuration need not wait for
+    )
+
     fields = read_backbone_file(folder, family)
     trunk_folder, text_folder = folder, folder
     if fields:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 
 import pytest
 
@@ -154,13 +155,25 @@ def test_scripts_are_thin():
         )
 
 
-def test_decoder_loads_without_frameworks():
+def loaded(names: Iterable[str], packages: Iterable[str]) -> str:
+    """Which of the packages the import of our modules loads."""
     code = (
-        f"import sys, {', '.join(f'{PACKAGE}.{name}' for name in TORCH_ONLY)}\n"
-        f"print([name for name in {HEAVY} if name in sys.modules])"
+        f"import sys, {', '.join(f'{PACKAGE}.{name}' for name in names)}\n"
+        f"print([name for name in {list(packages)} if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout.strip()) == (0, "[]"), ran.stderr
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+def test_decoder_loads_without_frameworks():
+    assert loaded(TORCH_ONLY, HEAVY) == "[]"
+
+
+def test_a_configuration_is_printed_and_refused_without_frameworks():
+    """`--cfg job` and an error take two seconds, and Lightning, loaded after Hydra, logs through it."""
+    packages = ("lightning", "transformers", "diffusers", "wandb", "webdataset", "scipy")
+    assert loaded(("cli.train", "cli.evaluate"), packages) == "[]"
 
 
 def test_reader_of_imports_sees_every_form():

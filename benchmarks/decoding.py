@@ -155,7 +155,7 @@ def measure_batch(
         backbone, methods, groups[0], layout, windows=auto.windows, repeats=auto.repeats
     )
     cells = {name: Cell(config) for name, config in methods.items()}
-    compiled = cells[BASELINE].config.compile
+    compiled = cells[BASELINE].config.engine == "compiled"
     warm = {name: Cell(config) for name, config in methods.items()}
     # a compiler is given every shape before anything is timed
     measure_group(backbone, warm, groups[0], options.pixels if compiled else 32, False)
@@ -268,7 +268,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     backbone = load_backbone("chameleon", options.weights, options.trunk).eval().to(options.device)
     runs: dict[str, Any] = {}
     for mode in options.modes:
-        chosen = {name: replace(config, compile=mode == "compiled") for name, config in methods.items()}
+        chosen = {name: replace(config, engine=mode) for name, config in methods.items()}
         for batch in options.batches:
             found = measure_batch(backbone, chosen, auto, batch, options)
             runs[f"{mode}, batch {batch}"] = found

@@ -1,4 +1,4 @@
-"""The attention mask that training and decoding share.
+"""What a query may attend to: one rule for training and decoding, as integers or as a dense mask.
 
 Columns of a sequence: `num_side` timestep tokens first, then prompts aligned at their right ends (padding
 on the left), then the slots of the image. So slot i has the same column in every row.
@@ -6,9 +6,51 @@ on the left), then the slots of the image. So slot i has the same column in ever
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, arange
+
+
+class Seen(NamedTuple):
+    """What each of L queries in B rows sees: some columns of its row, some beside itself, a timestep token.
+
+    Column s is seen if `first <= s < before`, or `own <= s <= column`, or `s == side`.
+
+    Attributes:
+        first: (B,) column of each row's first prompt token.
+        before: (B, L) first column of what lies in front of each query that it does not see.
+        own: (B, L) first column of what a query sees up to itself; None = itself lies before `before`.
+        column: (B, L) column of each query.
+        side: (B, L) column of each query's timestep token, below 0 for none; None = no query has one.
+    """
+
+    first: Tensor
+    before: Tensor
+    own: Tensor | None
+    column: Tensor
+    side: Tensor | None
+
+    def dense(self, num_columns: int) -> Bool[Tensor, "B 1 L S"]:
+        """(B, 1, L, S) bool, True = seen; S = `num_columns`."""
+        keys = arange(num_columns, device=self.column.device)
+        seen = (keys < self.before[..., None]) & (keys >= self.first[:, None, None])
+        if self.own is not None:
+            seen |= (keys >= self.own[..., None]) & (keys <= self.column[..., None])
+        if self.side is not None:
+            seen |= keys == self.side[..., None]
+        return seen[:, None]
+
+
+def prompt_seen(columns: Int[Tensor, "B L"], first: Int[Tensor, " B"]) -> Seen:
+    """What prompts, padding and timestep tokens see.
+
+    Args:
+        columns: (B, L) column of each query.
+        first: (B,) column of each row's first prompt token.
+    """
+    return Seen(first, columns, columns, columns, None)
 
 
 def attention_mask(
@@ -20,7 +62,8 @@ def attention_mask(
     """Which columns each query sees: itself, what came before it in its row, and its level's timestep token.
 
     Source: paper, section on timestep injection; placement of the side tokens ours. A clean token sees no
-    timestep token, so a tuned model without noise is an ordinary autoregressive one.
+    timestep token, so a tuned model without noise is an ordinary autoregressive one. Padding and timestep
+    tokens see only themselves, so no row is fully masked.
 
     Args:
         query_columns: (B, L) column of each query.
@@ -31,36 +74,8 @@ def attention_mask(
     Returns:
         (B, 1, L, S) bool, True = visible.
     """
-    keys = arange(num_columns, device=query_columns.device)
-    query = query_columns[:, :, None]
-    own = keys == query  # padding and timestep tokens see only themselves, so no row is fully masked
-    past = (keys <= query) & (keys >= first_column[:, None, None])
-    timestep = keys == levels[:, :, None] - 1  # no column for level 0
-    return (own | past | timestep)[:, None]
-
-
-def window_mask(
-    query_columns: Int[Tensor, "B L"],
-    levels: Int[Tensor, "B n"] | None,
-    visible: Bool[Tensor, "copies B 1 S"],
-) -> Bool[Tensor, "rows 1 L S"]:
-    """`attention_mask` of the window of decoding: nothing that stays the same is computed again.
-
-    Args:
-        query_columns: (B, L) column of each query; none is padding or a timestep token.
-        levels: (B, n) noise level of the last n queries; None = all are clean.
-        visible: (copies, B, 1, S) which columns hold a prompt or a slot of each row; with guidance the rows
-            are the prompts, then their empty twins, and all twins share columns and levels.
-
-    Returns:
-        (copies * B, 1, L, S) bool.
-    """
-    copies, batch, _, num_columns = visible.shape
-    keys = arange(num_columns, device=query_columns.device)
-    mask = (keys <= query_columns[:, :, None]) & visible
-    if levels is not None:
-        mask[:, :, mask.shape[2] - levels.shape[1] :] |= keys == levels[:, :, None] - 1
-    return mask.view(copies * batch, 1, -1, num_columns)
+    seen = prompt_seen(query_columns, first_column)._replace(side=levels - 1)
+    return seen.dense(num_columns)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

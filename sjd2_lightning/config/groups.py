@@ -180,7 +180,9 @@ class DecodingDefaults(Group):
     window: Count | Literal["auto"]
     num_levels: Natural | None
     draft_init: Literal["random", "gumbel", "repeat_left", "repeat_above"] | None
-    compile: bool
+    engine: Literal["auto", "eager", "compiled", "graphs"]
+    invariant: bool
+    window_shape: Natural
     sampling: Annotated[Sampling, AfterValidator(sound)]
 
 

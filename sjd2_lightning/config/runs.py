@@ -97,7 +97,7 @@ class SharedConfig(Group):
             f"methods.{name}.{key}: differs from {BASELINE}'s, so speed and images cannot be compared; set "
             f"decoding.{key}"
             for name, method in compared.items()
-            for key in ("sampling", "compile")
+            for key in ("sampling", "engine", "invariant")
             if baseline is not None and getattr(method, key) != getattr(baseline, key)
         ]
 

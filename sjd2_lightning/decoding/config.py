@@ -117,7 +117,13 @@ class DecodingConfig:
         tree: siblings of the drafts at the head, "exact" and "replay" only.
         groups: codes that are alike, "grouped" only.
         pairs: correction of drafts by their left neighbours, "replay" only.
-        compile: whether the trunk runs through `torch.compile`, on shapes that stay the same.
+        engine: how passes are run, see `engine`: "eager", "compiled" (the trunk's layers), "graphs" (compiled
+            and captured, CUDA only) or "auto", which is graphs on CUDA and eager elsewhere.
+        invariant: whether a token's numbers depend on its prefix alone, bit for bit in any precision, and
+            not on window, batch or method, see `models.invariant`.
+        window_shape: number of slots that every pass of a method is shaped for, with one length of the cache
+            and no row leaving; those beyond `window` are fed and never committed together. Methods of one
+            shape agree bit for bit. 0 is the window itself, in whatever shapes are fastest.
         sampling: temperature, top-k, top-p, guidance.
     """
 
@@ -135,12 +141,19 @@ class DecodingConfig:
     tree: TreeShape = field(default_factory=TreeShape)
     groups: Grouping = field(default_factory=Grouping)
     pairs: PairSweeps = field(default_factory=PairSweeps)
-    compile: bool = False
+    engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
+    invariant: bool = False
+    window_shape: int = 0
     sampling: Sampling = field(default_factory=Sampling)
 
     @property
     def size(self) -> int:
-        """W, the window as a number; raises ValueError while it is "auto"."""
+        """W, the slots that a pass looks at; raises ValueError while the window is "auto"."""
+        return max(self.num_drafted, self.window_shape)
+
+    @property
+    def num_drafted(self) -> int:
+        """The window as a number, the most slots that a pass commits; raises ValueError while it is "auto"."""
         if self.window == "auto":
             raise ValueError("window=auto: choose a window first, see evaluation.auto_window.resolve_windows")
         return self.window
@@ -157,6 +170,10 @@ class DecodingConfig:
         found += unknown_choices(self)
         if self.window != "auto" and self.window < 1:
             found.append(f"window={self.window}: must be >= 1 (1 is plain autoregression)")
+        if self.window != "auto" and 0 != self.window_shape < self.window:
+            found.append(
+                f"window_shape={self.window_shape}: must be at least the window, {self.window}, or 0 (none)"
+            )
         if self.num_levels < 0:
             found.append(f"num_levels={self.num_levels}: must be >= 0 (0 is plain Jacobi)")
         if not 0 < self.confidence <= 1:

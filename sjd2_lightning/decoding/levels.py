@@ -14,8 +14,8 @@ from sjd2_lightning.decoding.randomness import Purpose, normal, stream
 from sjd2_lightning.decoding.rules import Scores, Slots
 from sjd2_lightning.embedding import EmbeddingSpace
 
-# (slot keys (B, n), kept fields of the slots by name) -> what they start from, (B, n, D) normalised
-Start = Callable[[Tensor, dict[str, Tensor]], Tensor]
+# slot keys (B, n) -> what the slots start from, (B, n, D) normalised
+Start = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Gaussian:
 
     dim: int
 
-    def __call__(self, keys: Tensor, kept: dict[str, Tensor]) -> Tensor:
+    def __call__(self, keys: Tensor) -> Tensor:
         return normal(stream(keys, Purpose.NOISE), self.dim)
 
 
@@ -42,7 +42,7 @@ class TableMean:
 
     dim: int
 
-    def __call__(self, keys: Tensor, kept: dict[str, Tensor]) -> Tensor:
+    def __call__(self, keys: Tensor) -> Tensor:
         return torch.zeros(*keys.shape, self.dim, device=keys.device)
 
 

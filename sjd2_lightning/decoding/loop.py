@@ -8,24 +8,129 @@ embedding of the very token that it is committed as.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from sjd2_lightning.decoding.batch import Batch, DoesNotFitError, sizes
 from sjd2_lightning.decoding.config import DecodingConfig
-from sjd2_lightning.decoding.context import Context
-from sjd2_lightning.decoding.method import Method
-from sjd2_lightning.decoding.output import DecodeOutput, DecodeStats, Iteration
+from sjd2_lightning.decoding.context import Shape, prompt_token_ids
+from sjd2_lightning.decoding.engine import Engine
+from sjd2_lightning.decoding.output import DecodeOutput, Iteration
 from sjd2_lightning.decoding.passes import Judged
 from sjd2_lightning.decoding.rules import Slots
 from sjd2_lightning.decoding.window import Window
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.models.trunk import Trunk, trunk_of
 
 Observer = Callable[[Iteration], None]
-LEAVE_SHARE = 0.25  # finished rows leave the batch once they are this share of it: leaving copies the cache
 
 
-@torch.inference_mode()
+def iterate(batch: Batch, shape: Shape, observer: Observer | None = None) -> None:
+    """One iteration: tensors of fixed shapes on the device, changed in place; the host learns nothing.
+
+    Args:
+        batch: the batch, whose state it moves on.
+        shape: shape of the pass.
+        observer: called with what the pass showed.
+    """
+    state, method = batch.state, batch.method
+    window = Window(method.source, state)
+    slots = window.slots()
+    # 1. one forward pass over the window, and a verdict on every slot, as if all slots to its left stood
+    this = method.one_pass(batch.context, window, slots, shape)
+    # 2. the longest run that stands is committed, and the slot behind it, judged on its true prefix too
+    committed = (this.run + 1).minimum(state.end - state.head)
+    if observer is not None:
+        observer(_seen(batch, slots, committed, this))
+    # 3. every other slot gets a better draft and is one level cleaner
+    settled = method.source.span(0, window.size) <= this.run[:, None]
+    drafts = method.redraft(slots, this.verdict, this.scores, settled)
+    window.renew(slots, drafts, this.scores)
+    # 4. the windows move on
+    window.advance(committed, this.cached, this.verdict, this.scores)
+    for event in method.on_entry:
+        event.entered(window, committed)
+
+
+def start_iteration(batch: Batch, observer: Observer | None = None) -> None:
+    """Starts one iteration of a batch, as its engine says; the host learns later how far the rows are."""
+    batch.run(partial(iterate, batch, observer=observer), batch.shape())
+    batch.progress.started(batch.state.head, batch.state.uncached)
+
+
+class Decoder:
+    """Draws images with one backbone; what is dear to make lives as long as it does.
+
+    Compiled layers serve all batches. A batch whose iterations were captured lends its buffers and graphs to
+    the next one of the same method and sizes, as long as the weights are the same.
+
+    Args:
+        backbone: the model, in eval mode.
+        num_kept: number of captured batches that are kept.
+    """
+
+    def __init__(self, backbone: Backbone, num_kept: int = 4) -> None:
+        self.backbone, self.num_kept = backbone, num_kept
+        self.trunks: dict[bool, Trunk] = {}
+        self.kept: dict[object, Batch] = {}
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        config: DecodingConfig,
+        layout: ImageLayout | Sequence[ImageLayout],
+        observer: Observer | None = None,
+    ) -> DecodeOutput:
+        """Draws one image a prompt; see `decode`."""
+        layouts = _checked(prompts, seeds, config, layout)
+        engine = Engine.of(config, self.backbone.device)
+        if observer is not None:  # it looks at every pass: none is captured, and the host waits for each
+            engine = engine._replace(captured=False, lag=0)
+        batch = self.begin(prompts, seeds, config, layouts, engine)
+        while batch.drop_finished():
+            start_iteration(batch, observer)
+        return batch.output()
+
+    def begin(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        config: DecodingConfig,
+        layouts: Sequence[ImageLayout],
+        engine: Engine,
+    ) -> Batch:
+        """A batch in front of its first slot; arguments of `decode`, with one layout a prompt."""
+        ids = prompt_token_ids(self.backbone, prompts, layouts, config.sampling.guidance_scale)
+        if engine.compiled not in self.trunks:
+            self.trunks[engine.compiled] = trunk_of(self.backbone, engine.compiled)
+        trunk = self.trunks[engine.compiled]
+        if not engine.captured:
+            return Batch(self.backbone, trunk, config, engine, ids, seeds, layouts)
+        kind = (config, sizes(engine, ids, layouts), _version(self.backbone))
+        kept = self.kept.pop(kind, None)
+        if kept is None and len(self.kept) >= self.num_kept:
+            del self.kept[next(iter(self.kept))]
+        try:
+            batch = Batch(self.backbone, trunk, config, engine, ids, seeds, layouts, kept)
+        except DoesNotFitError:
+            if not self.kept:
+                raise
+            self.release()
+            batch = Batch(self.backbone, trunk, config, engine, ids, seeds, layouts)
+        self.kept[kind] = batch
+        return batch
+
+    def release(self) -> None:
+        """Gives back the memory of captured batches; what was compiled stays."""
+        self.kept.clear()
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def decode(
     backbone: Backbone,
     prompts: Sequence[str],
@@ -37,6 +142,7 @@ def decode(
     """Draws one image a prompt (paper, section on decoding; replay mode ours).
 
     Rows advance independently, and a prompt's tokens depend on its seed and size alone, not on its batch.
+    The backbone keeps the `Decoder` that draws, so that the next call finds what this one compiled.
 
     Args:
         backbone: the model, in eval mode.
@@ -47,45 +153,22 @@ def decode(
         observer: called after each forward pass.
 
     Raises:
-        ValueError: before the first forward, for bad values, an empty prompt or lists of unequal length.
+        ValueError: before the first forward, for bad values, an empty prompt, lists of unequal length, an
+            engine that the device cannot run, or a batch that does not fit its memory.
     """
-    layouts = _checked(prompts, seeds, config, layout)
-    shared = [layout] if isinstance(layout, ImageLayout) else layouts
-    method = Method(config, shared, backbone.slot_table(), backbone.num_codes)
-    one_pass = method.one_pass
-    columns, most_again = one_pass.num_columns, one_pass.most_again
-    context = Context(
-        backbone, prompts, layouts, method.levels.timestep_tokens(), columns, most_again, config
-    )
-    window = method.window(torch.tensor(list(seeds), device=backbone.device))
-    images = _Images(layouts, backbone.device)
-    again = one_pass.least_again
-    while True:
-        slots = window.slots()
-        # 1. one forward pass over the window, and a verdict on every slot, as if all slots to its left stood
-        this = one_pass(context, window, slots, again)
-        # 2. the longest run that stands is committed, and the slot behind it, judged on its true prefix too
-        committed = (this.run + 1).minimum(window.room)
-        if observer is not None:
-            observer(_seen(images, window, slots, committed, this))
-        # 3. every other slot gets a better draft and is one level cleaner
-        settled = window.columns[: window.size] <= this.run[:, None]
-        drafts = method.redraft(slots, this.verdict, this.scores, settled)
-        window.renew(slots, drafts, this.verdict, this.scores)
-        # 4. the windows move on; the host learns by how much, which is its only wait for the device
-        num_committed, again = one_pass.to_host(committed, this.cached)
-        images.note(num_committed)
-        window.advance(num_committed, committed)
-        # 5. finished rows leave
-        going = window.unfinished()
-        if not going:
-            images.take(window)
-            return images.output()
-        if len(images.rows) - len(going) >= LEAVE_SHARE * len(images.rows):
-            images.take(window)
-            context.keep_rows(torch.tensor(going, device=backbone.device), len(images.rows))
-            window.keep_rows(going)
-            images.rows = [images.rows[place] for place in going]
+    return decoder_of(backbone)(prompts, seeds, config, layout, observer)
+
+
+def decoder_of(backbone: Backbone) -> Decoder:
+    """The decoder that a backbone keeps."""
+    if backbone.decoder is None:
+        backbone.decoder = Decoder(backbone)
+    return backbone.decoder
+
+
+def _version(backbone: Backbone) -> tuple[tuple[int, int], ...]:
+    """Where the weights lie and how often they were written to: captured graphs and tables are made of them."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in backbone.parameters())
 
 
 def _checked(
@@ -104,34 +187,16 @@ def _checked(
     return layouts
 
 
-class _Images:
-    """The images of a batch while they are drawn."""
-
-    def __init__(self, layouts: Sequence[ImageLayout], device: torch.device) -> None:
-        self.layouts = layouts
-        self.rows = list(range(len(layouts)))  # which image each row of the batch is; finished ones leave
-        num_slots = max(layout.num_slots for layout in layouts)
-        self.slot_ids = torch.empty(len(layouts), num_slots, dtype=torch.long, device=device)
-        self.log: list[list[int]] = []
-
-    def note(self, num_committed: Sequence[int]) -> None:
-        """Notes what a pass committed."""
-        self.log.append([0] * len(self.layouts))
-        for row, num in zip(self.rows, num_committed, strict=True):
-            self.log[-1][row] = num
-
-    def take(self, window: Window) -> None:
-        """Takes what the window's rows hold so far."""
-        self.slot_ids[self.rows] = window.tokens[:, : self.slot_ids.shape[1]]
-
-    def output(self) -> DecodeOutput:
-        """What `decode` returns."""
-        return DecodeOutput.of(self.slot_ids, self.layouts, DecodeStats(torch.tensor(self.log)))
-
-
-def _seen(images: _Images, window: Window, slots: Slots, committed: Tensor, this: Judged) -> Iteration:
-    """What an observer sees; it may keep all of it, so views of buffers are copied."""
-    gumbel = None if slots.gumbel is None else slots.gumbel.clone()
-    rows = torch.tensor(images.rows, device=committed.device)
-    levels, tokens, log = slots.levels.clone(), this.verdict.tokens, this.scores.log
-    return Iteration(len(images.log), rows, window.head, committed, tokens, levels, log, gumbel)
+def _seen(batch: Batch, slots: Slots, committed: Tensor, this: Judged) -> Iteration:
+    """What an observer sees; it may keep all of it, so what the next pass writes into is copied."""
+    state = batch.state
+    return Iteration(
+        batch.num_passes,
+        state.image.clone(),
+        state.head.clone(),
+        committed,
+        this.verdict.tokens,
+        slots.levels,
+        this.scores.log,
+        slots.gumbel,
+    )

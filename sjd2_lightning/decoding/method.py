@@ -22,13 +22,14 @@ from sjd2_lightning.decoding.rules import (
     resample,
     reuse,
 )
-from sjd2_lightning.decoding.strip import SlotSource
+from sjd2_lightning.decoding.start import SlotSource
+from sjd2_lightning.decoding.state import State
 from sjd2_lightning.decoding.variants.first_drafts import FromAbove, OwnMaximum, Repeated, Tied
 from sjd2_lightning.decoding.variants.grouped import Grouped
 from sjd2_lightning.decoding.variants.pairs import Sweeper
 from sjd2_lightning.decoding.variants.paper import Paper, Pure, keep
 from sjd2_lightning.decoding.variants.tree import ReplayTreePass, Tree, TreePass
-from sjd2_lightning.decoding.window import OnEntry, Window
+from sjd2_lightning.decoding.window import OnEntry
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.noise import TIED
@@ -49,19 +50,16 @@ Redraft = Callable[[Slots, Verdict, Scores, Tensor], Tensor]
 
 
 class Method:
-    """What one batch is decoded with.
+    """What batches are decoded with.
 
     Args:
         config: the method's values.
-        layouts: layouts of the images, one for all rows or one a row.
         table: (K + structural, D) embeddings by slot id.
         num_codes: K.
     """
 
-    def __init__(
-        self, config: DecodingConfig, layouts: Sequence[ImageLayout], table: Tensor, num_codes: int
-    ) -> None:
-        self.config, self.layouts, self.table = config, layouts, table
+    def __init__(self, config: DecodingConfig, table: Tensor, num_codes: int) -> None:
+        self.config, self.table = config, table
         self.space = EmbeddingSpace(table[:num_codes])
         self.levels = NoiseLevels(config, table, self.space, self._start())
         rule = RULES[config.acceptance](config, self.space)
@@ -72,11 +70,15 @@ class Method:
         sweeps = config.pairs.table is not None and config.size > 1
         self.redraft: Redraft = Sweeper(config.pairs, table, num_codes) if sweeps else verified
         noisy = frozenset({"noisy"} if config.num_levels else ())
-        self.source = SlotSource(config, layouts, self.levels, rule.keeps | self.one_pass.keeps | noisy)
+        self.source = SlotSource(config, self.levels, rule.keeps | self.one_pass.keeps | noisy)
+        self.on_entry = self._on_entry()
 
-    def window(self, seeds: Tensor) -> Window:
-        """The window of a batch whose rows have seeds (B,), in front of its first slot."""
-        return Window(self.source, self._on_entry(), seeds)
+    def begin(self, seeds: Tensor, layouts: Sequence[ImageLayout], num_columns: int) -> State:
+        """The state of a batch in front of its first slot; arguments of `SlotSource.begin`."""
+        state = self.source.begin(seeds, layouts, num_columns)
+        for event in self.on_entry:
+            state = event.start(self.source, layouts, state)
+        return state
 
     def _start(self) -> Start:
         source = self.config.noise.source
@@ -89,9 +91,9 @@ class Method:
         if self.config.draft_init == "gumbel":
             found.append(OwnMaximum())
         if self.config.draft_init in REPEATED:
-            found.append(Repeated(self.layouts, self.config.draft_init))
+            found.append(Repeated(self.config.draft_init))
         if self.config.noise.source == "above" and self.config.num_levels:
-            found.append(FromAbove(self.layouts, self.levels.normalised))
+            found.append(FromAbove(self.levels.normalised))
         return tuple(found)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sjd2_lightning.decoding.config import DecodingConfig
-from sjd2_lightning.decoding.context import Context
+from sjd2_lightning.decoding.context import Context, Shape
 from sjd2_lightning.decoding.law import log_law
 from sjd2_lightning.decoding.rules import Rule, Scores, Slots, Verdict, judged, num_leading
 from sjd2_lightning.decoding.window import Window
@@ -46,18 +46,18 @@ class Pass:
         self.least_again, self.most_again = 1, config.size if rule.accepts_noisy else 1
         self.num_columns = config.size  # that a pass needs right of the committed slots
 
-    def __call__(self, context: Context, window: Window, slots: Slots, again: int) -> Judged:
+    def __call__(self, context: Context, window: Window, slots: Slots, shape: Shape) -> Judged:
         """One forward pass.
 
         Args:
             context: cache and prompts.
             window: the window, whose committed slots are fed again as far as needed.
             slots: its slots.
-            again: number of committed slots that are fed again.
+            shape: shape of the pass.
         """
-        span, fed = window.fed(slots, again)
-        log = log_law(context.logits(span, fed, self.levels(slots), window.size), self.config.sampling)
-        return self.judge(slots, Scores(log))
+        index, fed = window.fed(slots, shape.again)
+        logits = context.logits(index, fed, self.levels(slots), window.size, shape)
+        return self.judge(slots, Scores(log_law(logits, self.config.sampling)))
 
     def levels(self, slots: Slots) -> Tensor | None:
         """(B, W - 1) levels of the slots that are fed; None = all are clean, which costs no mask."""
@@ -71,13 +71,8 @@ class Pass:
         """
         verdict = judged(self.rule, slots, scores)
         stands = verdict.accept_mask[:, :-1]  # the last slot was not fed
-        cached = num_leading(stands & (slots.levels[:, :-1] == 0))
-        return Judged(scores, verdict, num_leading(stands) if self.rule.accepts_noisy else cached, cached)
-
-    def to_host(self, committed: Tensor, cached: Tensor) -> tuple[list[int], int]:
-        """Slots that each row commits, and how many the next pass feeds again: the wait for the device."""
-        if self.least_again == self.most_again:
-            return committed.tolist(), self.least_again
-        num_committed, num_cached = torch.stack([committed, cached]).tolist()
-        uncached = [num - old for num, old in zip(num_committed, num_cached, strict=True)]
-        return num_committed, max(self.least_again, *uncached)
+        # a pass that is shaped for more slots than the method drafts commits no more of them
+        most = self.config.num_drafted - 1
+        cached = num_leading(stands & (slots.levels[:, :-1] == 0)).clamp_max(most)
+        run = num_leading(stands).clamp_max(most) if self.rule.accepts_noisy else cached
+        return Judged(scores, verdict, run, cached)

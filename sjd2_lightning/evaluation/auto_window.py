@@ -17,21 +17,17 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from sjd2_lightning.decoding.config import DecodingConfig
-from sjd2_lightning.decoding.context import Context
-from sjd2_lightning.decoding.law import log_law
-from sjd2_lightning.decoding.loop import decode
-from sjd2_lightning.decoding.method import Method
+from sjd2_lightning.decoding.engine import Engine
+from sjd2_lightning.decoding.loop import decode, decoder_of, iterate
 from sjd2_lightning.decoding.output import DecodeStats
-from sjd2_lightning.decoding.strip import Span
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
@@ -113,11 +109,10 @@ def pass_seconds(
     windows: Sequence[int] = WINDOWS,
     repeats: int = 5,
 ) -> dict[int, float]:
-    """Median seconds of a pass in the middle of an image, by window: trunk, head, guidance and law.
+    """Median seconds of an iteration in the middle of an image, by window.
 
-    The pass is the engine's own, with these prompts, their empty twins, cache and timestep tokens. Rows of a
-    batch stand apart, as they do while decoding. Windows take turns, so that drift of the machine hits all.
-    What the loop does beside the pass hardly grows with the window (docs/LOG.md) and is left out.
+    The iteration is the engine's own, with these prompts, their empty twins, cache and timestep tokens. Rows
+    of a batch stand apart, as they do while decoding. Windows take turns, so that drift of the machine hits all.
 
     Args:
         backbone: the model, in eval mode.
@@ -129,7 +124,8 @@ def pass_seconds(
     """
     calls = {window: one_pass(backbone, config, prompts, layout, window) for window in windows}
     for call in calls.values():
-        call()  # not timed: allocator, kernel choice and, if asked for, the compiler settle here
+        call()  # not timed: allocator, kernel choice and compiler settle here,
+        call()  # and a graph is captured
     taken = [
         {window: timed(call, backbone.device)[1] for window, call in calls.items()} for _ in range(repeats)
     ]
@@ -143,8 +139,8 @@ def one_pass(
     layout: ImageLayout,
     window: int,
     slot: int | None = None,
-) -> Callable[[], Tensor]:
-    """One pass of a window, to be called again and again; it returns the scores of the window.
+) -> Callable[[], None]:
+    """One iteration of a window, to be called again and again: it starts from the same slots each time.
 
     Args:
         backbone: the model, in eval mode.
@@ -156,21 +152,20 @@ def one_pass(
             of the image.
     """
     config = replace(config, window=window)
-    method = Method(config, [layout], backbone.slot_table(), backbone.num_codes)
-    side = method.levels.timestep_tokens()
-    context = Context(backbone, prompts, [layout] * len(prompts), side, window, 1, config)
+    engine = Engine.of(config, backbone.device)
+    layouts = [layout] * len(prompts)
+    batch = decoder_of(backbone).begin(prompts, range(len(prompts)), config, layouts, engine)
     slot = layout.num_slots // 2 if slot is None else slot
-    starts = [(slot + row) % layout.num_slots - 1 for row in range(len(prompts))]
-    columns = torch.arange(layout.num_slots + window, device=backbone.device)
-    span = Span(starts, torch.tensor(starts, device=backbone.device), window, columns)
-    fed = F.embedding(span.index % backbone.num_codes, method.table)
-    levels = torch.full((len(prompts), window - 1), config.num_levels, device=backbone.device)
+    heads = torch.tensor([(slot + row) % layout.num_slots for row in range(len(prompts))])
+    batch.progress.heads = heads.tolist()
+    shape, heads = batch.shape(), heads.to(backbone.device)
 
-    def call() -> Tensor:
-        logits = context.logits(span, fed.clone(), levels if config.num_levels else None, window)
-        return log_law(logits, config.sampling)
+    def call() -> None:
+        batch.state.head.copy_(heads)
+        batch.state.iteration.zero_()
+        batch.run(partial(iterate, batch), shape)
 
-    return call
+    return torch.inference_mode()(call)
 
 
 def choose_window(

@@ -25,6 +25,7 @@ def decoding_flops(
 ) -> dict[str, dict[str, float]]:
     """By method and key of an image, the operations of all passes of trunk and head; prefill excluded.
 
+    Columns that a compiled or captured pass reads beyond what it needs are not counted.
     In `paper` mode accepted tokens that were fed noisy are fed again: they are counted as if all were, so the
     number is an upper bound there.
 
@@ -66,7 +67,7 @@ def pass_flops(backbone: Backbone, num_tokens: int, num_columns: int, copies: in
     columns = torch.arange(num_columns - num_tokens, num_columns, device=device).expand(copies, -1)
     mask = torch.ones(copies, 1, num_tokens, num_columns, dtype=torch.bool, device=device)
     cache = backbone.new_cache(copies, num_columns)
-    cache.place(columns, num_columns, num_columns - num_tokens)
+    cache.place(columns, num_columns)
     # The counter knows matrix products, and only some of the fused attention kernels.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         backbone.image_logits(backbone(embeddings, columns, mask, cache))
@@ -87,9 +88,7 @@ def _of_record(
     total, head, again = 0.0, 0, 1
     for accepted in record.accepted:
         tokens = config.size - 1 + again
-        # compiled, every pass attends to the whole cache
-        last = record.num_generated if config.compile else head - 1
-        columns = first_slot + last + config.size
+        columns = first_slot + head - 1 + config.size
         total += tokens * (fixed + per_column * columns)
         head += accepted
         again = max(1, accepted) if config.acceptance == "paper" else 1

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,10 @@ class Backbone(nn.Module, ABC):
 
     num_codes: int
     hidden_size: int
+    decoder: Any = None  # what decoding keeps of this model; see `decoding.loop.decoder_of`
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "decoder": None}  # of this model alone: copies make their own
 
     @abstractmethod
     def layout(self, height: int, width: int) -> ImageLayout:
@@ -152,6 +157,10 @@ class KVCache:
     Nothing is ever erased: an entry that is no longer valid is hidden by the attention mask until a later
     forward writes over it, so forgetting costs nothing (ours).
 
+    Attributes:
+        keys, values: (batch, num_heads, max_len, head_dim) of each layer; in memory a token's heads lie side
+            by side, so that writing a token is one copy.
+
     Args:
         num_layers, batch, num_heads, max_len, head_dim: sizes of the buffers.
     """
@@ -167,30 +176,30 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (batch, num_heads, max_len, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.max_len = max_len
-        self._index = torch.zeros(batch, 1, 0, 1, dtype=torch.long, device=device)
-        self._start: int | None = None
-        self._num_visible = max_len
+        def buffers() -> list[Tensor]:
+            shape = (batch, max_len, num_heads, head_dim)
+            made = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
+            return [buffer.transpose(1, 2) for buffer in made]
 
-    def place(self, positions: Tensor, num_visible: int | None = None, start: int | None = None) -> None:
+        self._all = buffers(), buffers()
+        self.all_rows()
+        self.max_len = self.num_visible = max_len
+        self.index: tuple[Tensor, Tensor] | None = None  # of rows and of columns, where a forward writes
+
+    def place(self, positions: Tensor, num_visible: int | None = None) -> None:
         """Says where the next forward writes.
 
         Args:
             positions: (B, L) buffer positions of the tokens of the next forward.
             num_visible: the forward attends to the first so many positions; all of them by default.
-            start: where the positions of every row are start, start + 1, ...: writing is then a plain copy.
 
         Raises:
             ValueError: if `num_visible` is longer than the cache.
         """
         if num_visible is not None and num_visible > self.max_len:
             raise ValueError(f"cache too short: {num_visible} positions needed, {self.max_len} allocated")
-        self._index = positions[:, None, :, None]
-        self._start = start
-        self._num_visible = num_visible or self.max_len
+        self.index = torch.arange(len(positions), device=positions.device)[:, None], positions
+        self.num_visible = num_visible or self.max_len
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
@@ -199,24 +208,50 @@ class KVCache:
 
         transformers gives its own caches more, since 5.24 by keyword; none of it is needed here.
         """
-        all_keys, all_values = self.keys[layer_idx], self.values[layer_idx]
-        if self._start is not None:
-            all_keys.narrow(2, self._start, keys.shape[2]).copy_(keys)
-            all_values.narrow(2, self._start, keys.shape[2]).copy_(values)
-        else:
-            index = self._index.expand(keys.shape)
-            all_keys.scatter_(2, index, keys)
-            all_values.scatter_(2, index, values)
-        return all_keys[:, :, : self._num_visible], all_values[:, :, : self._num_visible]
+        return self.layer(layer_idx).update(keys, values)
+
+    def layer(self, number: int) -> LayerCache:
+        """Keys and values of one layer, with where the next forward writes."""
+        assert self.index is not None, "`place` comes first"
+        return LayerCache(self.keys[number], self.values[number], *self.index, self.num_visible)
+
+    def all_rows(self) -> KVCache:
+        """The cache with all rows that it was made with, for another batch."""
+        self.keys, self.values = map(list, self._all)
+        return self
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Keeps only the given rows, (R,) int64: finished images leave the batch."""
-        self.keys = [k.index_select(0, rows) for k in self.keys]
-        self.values = [v.index_select(0, rows) for v in self.values]
+        """Keeps the given rows, (R,) int64, at the front of the same memory: finished images leave the batch."""
+        for buffers in (self.keys, self.values):
+            for number, buffer in enumerate(buffers):
+                buffer[: len(rows)] = buffer[rows]
+                buffers[number] = buffer[: len(rows)]
 
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, and where they are written; what a layer of transformers takes as cache.
+
+    Attributes:
+        keys, values: (B, H, max_len, D) buffers.
+        rows: (B, 1) and columns: (B, L), where the next entries are written.
+        num_visible: number of columns that are returned.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    columns: Tensor
+    num_visible: int
+
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Writes the new entries, each (B, H, L, D), and returns all visible ones, (B, H, S, D)."""
+        self.keys[self.rows, :, self.columns] = keys.transpose(1, 2)
+        self.values[self.rows, :, self.columns] = values.transpose(1, 2)
+        return self.keys[:, :, : self.num_visible], self.values[:, :, : self.num_visible]
 
 
 @contextmanager

@@ -60,9 +60,7 @@ def measure_pass_costs(
     config = max(configs, key=lambda config: config.sampling.guidance_scale != 1)
     batch = max(record.batch_size for method in result.methods.values() for record in method.records)
     prompts = [item.prompt for item in result.prompts[:batch]]
-    # not compiled: for each window the compiler would take longer than all that is timed
-    plain = replace(config, num_levels=0, compile=False)
-    seconds = pass_seconds(backbone, plain, prompts, layout, windows)
+    seconds = pass_seconds(backbone, replace(config, num_levels=0), prompts, layout, windows)
     rows = len(prompts) * (1 if config.sampling.guidance_scale == 1 else 2)
     return tuple(PassCost(window, rows, taken) for window, taken in seconds.items())
 

@@ -249,8 +249,8 @@ def test_decoding_values_hold_for_every_method_that_drafts():
 
 def test_all_methods_are_compiled_or_none():
     """A speed-up over a baseline that runs otherwise would be of the compiler."""
-    config = typed("evaluate", "decoding.compile=true")
-    assert all(method.compile for method in config.methods.values())
+    config = typed("evaluate", "decoding.engine=compiled")
+    assert all(method.engine == "compiled" for method in config.methods.values())
 
 
 def test_values_of_one_method():

@@ -38,7 +38,7 @@ def test_shapes_stay_the_same():
             return forward
 
         with patch.object(torch, "compile", watched):
-            static = decode(backbone, prompts, range(3), replace(config, compile=True), layout)
+            static = decode(backbone, prompts, range(3), replace(config, engine="compiled"), layout)
         assert torch.equal(static.slot_ids, eager.slot_ids)
         assert torch.equal(static.stats.committed, eager.stats.committed)
         assert len({shape[1:] for shape in shapes}) == 1, "length of the pass and of the mask"
@@ -52,7 +52,7 @@ def test_compiled_lookup_gives_the_same_tokens(name):
     layout = backbone.layout(4, 4)
     prompts = ["p1", "p0 p2"]
     eager = decode(backbone, prompts, range(2), METHODS[name], layout)
-    compiled = decode(backbone, prompts, range(2), replace(METHODS[name], compile=True), layout)
+    compiled = decode(backbone, prompts, range(2), replace(METHODS[name], engine="compiled"), layout)
     assert torch.equal(compiled.slot_ids, eager.slot_ids)
 
 
@@ -62,5 +62,5 @@ def test_compiled_trunk_gives_the_same_tokens(name):
     backbone = tiny_chameleon(num_codes=12, hidden_size=16, seed=5, scale=0.5)
     layout = backbone.layout(8, 8)
     eager = decode(backbone, RAGGED_PROMPTS, range(4), METHODS[name], layout)
-    compiled = decode(backbone, RAGGED_PROMPTS, range(4), replace(METHODS[name], compile=True), layout)
+    compiled = decode(backbone, RAGGED_PROMPTS, range(4), replace(METHODS[name], engine="compiled"), layout)
     assert torch.equal(compiled.slot_ids, eager.slot_ids)

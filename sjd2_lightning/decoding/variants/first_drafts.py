@@ -9,11 +9,15 @@ to the slot's token, or the embedding of the code one row up.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sjd2_lightning.decoding.randomness import Purpose, gumbel, stream
+from sjd2_lightning.decoding.start import SlotSource
+from sjd2_lightning.decoding.state import State
 from sjd2_lightning.decoding.window import OnEntry, Window
 from sjd2_lightning.models.backbone import ImageLayout, by_row
 from sjd2_lightning.noise import tied_noise, tied_rows
@@ -22,45 +26,39 @@ from sjd2_lightning.noise import tied_noise, tied_rows
 class OwnMaximum(OnEntry):
     """The first draft is the maximum of the slot's own Gumbel vector."""
 
-    def made(self, window: Window, slots: Tensor, kept: dict[str, Tensor]) -> None:
-        """Called when the fields `kept` of slots (B, n) were made."""
-        best = kept["gumbel"].argmax(-1)
-        best = best.where(window.is_code.gather(1, slots), window.tokens.gather(1, slots))
-        window.tokens.scatter_(1, slots, best)
+    def start(self, source: SlotSource, layouts: Sequence[ImageLayout], state: State) -> State:
+        def best(slots: Tensor) -> Tensor:
+            return source.gumbel(state.seeds, slots).argmax(-1)
+
+        slots = torch.arange(state.tokens.shape[1], device=state.tokens.device)
+        drafts = source.in_parts(slots, len(state.seeds) * source.num_codes, best)
+        return replace(state, tokens=drafts.where(state.is_code, state.tokens))
 
 
 class Repeated(OnEntry):
     """The first draft is the token of a neighbour.
 
     Args:
-        layouts: layouts of the images, one for all or one a row.
         kind: "repeat_left" or "repeat_above".
     """
 
-    def __init__(self, layouts: Sequence[ImageLayout], kind: str) -> None:
-        self.layouts, self.kind = layouts, kind
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
 
-    def start(self, window: Window) -> None:
-        """Finds each slot's neighbour."""
-        num = len(window.columns)
-        found = by_row(self.layouts, lambda layout: neighbours(layout, self.kind, num))
-        self.neighbour = found.to(window.columns.device).expand(len(window.seeds), -1)
+    def start(self, source: SlotSource, layouts: Sequence[ImageLayout], state: State) -> State:
+        return replace(state, neighbour=_neighbours(layouts, self.kind, state))
 
-    def entered(self, window: Window, committed: Tensor, most: int) -> None:
-        """Called when the window has moved on by `committed` (B,) slots, at most `most`."""
-        slots, ends = window.entered(committed, most)
-        tokens, found = repeated(window.tokens, slots, ends, self.neighbour, self.kind)
-        found &= (slots >= ends) & window.is_code.gather(1, slots)
-        window.tokens.scatter_(1, slots, tokens.where(found, window.tokens.gather(1, slots)))
-        if "draft_probs" in window.strip.fields:
-            num_codes = window.strip.fields["draft_probs"].shape[-1]
-            window.strip.put(
-                "draft_probs", slots, F.one_hot(tokens.clamp_max(num_codes - 1), num_codes), found
-            )
-
-    def keep_rows(self, index: Tensor) -> None:
-        """Keeps some rows."""
-        self.neighbour = self.neighbour[index]
+    def entered(self, window: Window, committed: Tensor) -> None:
+        """Called when the window has moved on by `committed` (B,) slots."""
+        state = window.state
+        tokens, found = repeated(window, committed, state.neighbour, self.kind)
+        found &= state.is_code.gather(1, window.index)
+        drafts = tokens.where(found, state.tokens.gather(1, window.index))
+        state.tokens.scatter_(1, window.index, drafts)
+        if state.draft_probs is not None:
+            num_codes = state.draft_probs.shape[-1]
+            certain = F.one_hot(tokens.clamp_max(num_codes - 1), num_codes).to(state.draft_probs)
+            state.draft_probs.copy_(certain.where(found[..., None], state.draft_probs))
 
 
 class Tied:
@@ -72,38 +70,38 @@ class Tied:
     """
 
     def __init__(self, rows: Tensor, white: bool) -> None:
-        self.rows = tied_rows(rows, white)
+        self.num_codes, self.rows = len(rows), tied_rows(rows, white)
 
-    def __call__(self, keys: Tensor, kept: dict[str, Tensor]) -> Tensor:
-        return tied_noise(kept["gumbel"], self.rows)
+    def __call__(self, keys: Tensor) -> Tensor:
+        return tied_noise(gumbel(stream(keys, Purpose.GUMBEL), self.num_codes), self.rows)
 
 
 class FromAbove(OnEntry):
     """Slots that enter the window hold the embedding of what now stands one row up.
 
     Args:
-        layouts: layouts of the images, one for all or one a row.
         rows: (K + structural, D) normalised embeddings by slot id.
     """
 
-    def __init__(self, layouts: Sequence[ImageLayout], rows: Tensor) -> None:
-        self.layouts, self.rows = layouts, rows
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
 
-    def start(self, window: Window) -> None:
-        """Finds the slot one row up of each slot."""
-        num = len(window.columns)
-        found = by_row(self.layouts, lambda layout: neighbours(layout, "repeat_above", num))
-        self.above = found.to(window.columns.device).expand(len(window.seeds), -1)
+    def start(self, source: SlotSource, layouts: Sequence[ImageLayout], state: State) -> State:
+        return replace(state, above=_neighbours(layouts, "repeat_above", state))
 
-    def entered(self, window: Window, committed: Tensor, most: int) -> None:
-        """Called when the window has moved on by `committed` (B,) slots, at most `most`."""
-        slots, ends = window.entered(committed, most)
-        tokens, found = repeated(window.tokens, slots, ends, self.above, "repeat_above")
-        window.strip.put("noisy", slots, F.embedding(tokens, self.rows), found & (slots >= ends))
+    def entered(self, window: Window, committed: Tensor) -> None:
+        """Called when the window has moved on by `committed` (B,) slots."""
+        assert window.state.noisy is not None
+        tokens, found = repeated(window, committed, window.state.above, "repeat_above")
+        held = window.state.noisy[window.rows, window.index]
+        noisy = F.embedding(tokens, self.rows).where(found[..., None], held)
+        window.state.noisy[window.rows, window.index] = noisy
 
-    def keep_rows(self, index: Tensor) -> None:
-        """Keeps some rows."""
-        self.above = self.above[index]
+
+def _neighbours(layouts: Sequence[ImageLayout], kind: str, state: State) -> Tensor:
+    """(B, N) the slot that each slot repeats; -1 where there is none."""
+    num = state.tokens.shape[1]
+    return by_row(layouts, lambda layout: neighbours(layout, kind, num)).to(state.tokens.device)
 
 
 def neighbours(layout: ImageLayout, kind: str, num_columns: int) -> Tensor:
@@ -129,16 +127,19 @@ def neighbours(layout: ImageLayout, kind: str, num_columns: int) -> Tensor:
 
 
 def repeated(
-    tokens: Tensor, slots: Tensor, ends: Tensor, neighbour: Tensor, kind: str
+    window: Window, committed: Tensor, neighbour: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (B, n) that slots repeat, and where there is one to repeat, (B, n) bool.
+    """Tokens (B, W) that the window's slots repeat, and which slots are new and have one to repeat, (B, W) bool.
 
     Args:
-        tokens: (B, N) tokens by slot.
-        slots: (B, n) numbers of the slots in the image.
-        ends: (B, 1) first slot without a draft: a slot further right repeats the last draft.
+        window: the window, moved on.
+        committed: (B,) slots by which it has moved.
         neighbour: (B, N) neighbours by slot, from `neighbours`.
         kind: kind of the neighbours.
     """
+    assert neighbour is not None
+    slots = window.index
+    ends = slots[:, -1:] + 1 - committed[:, None]  # the first new slot: those further right repeat the last draft
     source = neighbour.gather(1, slots.minimum(ends) if kind == "repeat_left" else slots)
-    return tokens.gather(1, source.clamp_min(0)), (source >= 0) & (source < ends)
+    found = (source >= 0) & (source < ends) & (slots >= ends)
+    return window.state.tokens.gather(1, source.clamp_min(0)), found

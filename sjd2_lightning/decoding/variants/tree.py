@@ -36,10 +36,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sjd2_lightning.decoding.config import DecodingConfig
-from sjd2_lightning.decoding.context import Branches, Context
+from sjd2_lightning.decoding.context import Branches, Context, Shape
 from sjd2_lightning.decoding.law import draw, log_law, residual
 from sjd2_lightning.decoding.passes import Judged, Pass
-from sjd2_lightning.decoding.randomness import Purpose, gumbel, slot_keys, stream, uniform
+from sjd2_lightning.decoding.randomness import Purpose, gumbel, uniform
 from sjd2_lightning.decoding.rules import Rule, Scores, Slots, judged, num_leading
 from sjd2_lightning.decoding.window import Window
 
@@ -66,6 +66,7 @@ class Tree:
         self.roots = branch // max(1, self.width - 1) - (size - 1)
         candidates = torch.arange(self.depth, device=table.device)
         steps = torch.arange(self.length, device=table.device)
+        self.columns = torch.arange(len(self.roots), device=table.device)
         self.behind = candidates[:, None] + 1 + steps  # (depth, length) slots
 
     @classmethod
@@ -81,11 +82,6 @@ class Tree:
         """E, tokens that a forward is fed beside the window."""
         return len(self.roots)
 
-    def keys(self, window: Window, purpose: Purpose) -> Tensor:
-        """(B, depth) keys of this iteration's random numbers for the slots that have siblings."""
-        slots = window.span.index[:, : self.depth]
-        return stream(slot_keys(window.seeds[:, None], slots), purpose, window.iteration)
-
     def grow(self, slots: Slots, noise: Tensor) -> tuple[Tensor, Branches]:
         """Tokens (B, depth, width - 1, length) of the coming pass's branches, and how they are fed.
 
@@ -100,7 +96,9 @@ class Tree:
         siblings = scores.scatter(-1, drafts, -torch.inf).topk(self.width - 1).indices[..., None]
         copies = slots.tokens[:, self.behind[:, :-1]][:, :, None].expand(-1, -1, self.width - 1, -1)
         tokens = torch.cat([siblings, copies], dim=-1)
-        return tokens, Branches(F.embedding(tokens.flatten(1), self.table), self.roots, self.firsts)
+        return tokens, Branches(
+            F.embedding(tokens.flatten(1), self.table), self.roots, self.firsts, self.columns
+        )
 
 
 class TreePass(Pass):
@@ -118,15 +116,13 @@ class TreePass(Pass):
         super().__init__(config, rule)
         self.tree = tree
         self.most_again = 1 + tree.length
-        if config.compile:  # shapes stay the same
-            self.least_again = self.most_again
         self.num_columns = config.size + tree.num_columns
 
-    def __call__(self, context: Context, window: Window, slots: Slots, again: int) -> Judged:
+    def __call__(self, context: Context, window: Window, slots: Slots, shape: Shape) -> Judged:
         """One forward pass, see `Pass`; what branches add to the run is written into verdict and scores."""
-        span, fed = window.fed(slots, again)
+        index, fed = window.fed(slots, shape.again)
         tokens, branches = self.tree.grow(slots, self.noise(window, slots))
-        logits = context.logits(span, fed, self.levels(slots), window.size, branches)
+        logits = context.logits(index, fed, self.levels(slots), window.size, shape, branches)
         log, behind = log_law(logits, self.config.sampling).tensor_split([window.size], dim=1)
         this = self.judge(slots, Scores(log))
         return this._replace(run=self.follow(window, slots, this, tokens, behind))
@@ -162,7 +158,7 @@ class TreePass(Pass):
 
     def noise(self, window: Window, slots: Slots) -> Tensor:
         """(B, depth, K) Gumbel noise that ranks the candidates of a slot: fresh in every pass."""
-        return gumbel(self.tree.keys(window, Purpose.SIBLINGS), self.tree.num_codes)
+        return gumbel(window.keys(Purpose.SIBLINGS, self.tree.depth), self.tree.num_codes)
 
     def choose(
         self, window: Window, slots: Slots, this: Judged, siblings: Tensor, at: Tensor
@@ -171,7 +167,7 @@ class TreePass(Pass):
         assert slots.draft_probs is not None
         assert slots.uniforms is not None
         rows = torch.arange(len(at), device=at.device)
-        accept_u = uniform(self.tree.keys(window, Purpose.SIBLING_VERDICT)[rows, at], self.tree.width - 1)
+        accept_u = uniform(window.keys(Purpose.SIBLING_VERDICT, self.tree.depth)[rows, at], self.tree.width - 1)
         drafts = slots.tokens[rows, at].clamp_max(self.tree.num_codes - 1)
         candidates = torch.cat([drafts[:, None], siblings], dim=1)
         law = this.scores.log[rows, at].softmax(-1)

@@ -13,44 +13,51 @@ from jaxtyping import Bool, Int
 from torch import Tensor, arange
 
 
-class Seen(NamedTuple):
-    """What each of L queries in B rows sees: some columns of its row, some beside itself, a timestep token.
+class Visible(NamedTuple):
+    """What each query sees, in integers: kernels read these where a dense mask would be large.
 
-    Column s is seen if `first <= s < before`, or `own <= s <= column`, or `s == side`.
+    Key column s is seen where first <= s < before, or own_from <= s <= column, or s == side.
 
     Attributes:
-        first: (B,) column of each row's first prompt token.
-        before: (B, L) first column of what lies in front of each query that it does not see.
-        own: (B, L) first column of what a query sees up to itself; None = itself lies before `before`.
+        first: (B,) first column of each row's context, its first prompt token.
+        before: (B, L) column that each query's context ends in front of.
+        own_from: (B, L) first column of what each query sees up to itself, beside its context; None = its
+            context holds itself.
         column: (B, L) column of each query.
         side: (B, L) column of each query's timestep token, below 0 for none; None = no query has one.
     """
 
-    first: Tensor
-    before: Tensor
-    own: Tensor | None
-    column: Tensor
-    side: Tensor | None
+    first: Int[Tensor, " B"]
+    before: Int[Tensor, "B L"]
+    own_from: Int[Tensor, "B L"] | None
+    column: Int[Tensor, "B L"]
+    side: Int[Tensor, "B L"] | None
 
-    def dense(self, num_columns: int) -> Bool[Tensor, "B 1 L S"]:
-        """(B, 1, L, S) bool, True = seen; S = `num_columns`."""
-        keys = arange(num_columns, device=self.column.device)
-        seen = (keys < self.before[..., None]) & (keys >= self.first[:, None, None])
-        if self.own is not None:
-            seen |= (keys >= self.own[..., None]) & (keys <= self.column[..., None])
+    @classmethod
+    def of_prompt(cls, columns: Int[Tensor, "B L"], first: Int[Tensor, " B"]) -> Visible:
+        """Of clean tokens, padding and timestep tokens in `columns`; the last two see only themselves."""
+        return cls(first, columns, columns, columns, None)
+
+    def sees(self, keys: Int[Tensor, "rows S"]) -> Bool[Tensor, "B L S"]:
+        """(B, L, S) bool: which of the key columns, (B, S) or the same for all rows (1, S), are seen."""
+        keys = keys[:, None]
+        seen = (keys >= self.first[:, None, None]) & (keys < self.before[..., None])
+        if self.own_from is not None:
+            seen |= (keys >= self.own_from[..., None]) & (keys <= self.column[..., None])
         if self.side is not None:
             seen |= keys == self.side[..., None]
-        return seen[:, None]
+        return seen
 
+    def dense(self, num_columns: int) -> Bool[Tensor, "B 1 L S"]:
+        """(B, 1, L, S) bool, True = seen, for keys in S = `num_columns` columns."""
+        return self.sees(arange(num_columns, device=self.first.device)[None])[:, None]
 
-def prompt_seen(columns: Int[Tensor, "B L"], first: Int[Tensor, " B"]) -> Seen:
-    """What prompts, padding and timestep tokens see.
-
-    Args:
-        columns: (B, L) column of each query.
-        first: (B,) column of each row's first prompt token.
-    """
-    return Seen(first, columns, columns, columns, None)
+    def filled(self) -> Visible:
+        """The same without a None, contiguous: what kernels read."""
+        own_from = self.column if self.own_from is None else self.own_from
+        side = torch.full_like(self.column, -1) if self.side is None else self.side
+        fields = (self.first, self.before, own_from, self.column, side)
+        return Visible(*(field.contiguous() for field in fields))
 
 
 def attention_mask(
@@ -74,8 +81,8 @@ def attention_mask(
     Returns:
         (B, 1, L, S) bool, True = visible.
     """
-    seen = prompt_seen(query_columns, first_column)._replace(side=levels - 1)
-    return seen.dense(num_columns)
+    visible = Visible.of_prompt(query_columns, first_column)._replace(side=levels - 1)
+    return visible.dense(num_columns)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

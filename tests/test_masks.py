@@ -2,7 +2,7 @@
 
 import torch
 
-from sjd2_lightning.masks import additive, attention_mask, window_mask
+from sjd2_lightning.masks import Visible, additive, attention_mask
 
 
 def sees(query: int, key: int, level: int, first: int, num_side: int) -> bool:
@@ -40,22 +40,32 @@ def test_no_query_is_blind():
     assert mask.any(-1).all()
 
 
-def test_window_mask_is_the_mask_of_the_window():
-    """For prompts and their twins, which share columns and levels; only the last queries may be noisy."""
-    rng = torch.Generator().manual_seed(0)
-    num_side, num_columns = 3, 20
-    first = num_side + torch.tensor([0, 2, 4, 1, 5, 4])  # three prompts, then their twins
-    columns = torch.tensor([9, 11, 13])[:, None] + torch.arange(6)
-    levels = torch.cat([torch.zeros(3, 2, dtype=torch.long), torch.randint(4, (3, 4), generator=rng)], dim=1)
-    visible = (torch.arange(num_columns) >= first[:, None]).view(2, 3, 1, -1)
-    for given in (levels, torch.zeros_like(levels)):
-        wanted = attention_mask(columns.repeat(2, 1), given.repeat(2, 1), first, num_columns)
-        assert torch.equal(window_mask(columns, given[:, 2:], visible), wanted)
-    assert torch.equal(window_mask(columns, None, visible), wanted)
-
-
 def test_additive_mask_hides_the_same_columns():
     mask = torch.tensor([[True, False], [False, True]])
     for dtype in (torch.float32, torch.bfloat16):
         assert additive(mask, dtype).dtype == dtype
         assert additive(mask, dtype).tolist() == [[0, -torch.inf], [-torch.inf, 0]]
+
+
+def test_visible_is_its_enumeration():
+    rng = torch.Generator().manual_seed(0)
+    first = torch.tensor([2, 4])
+    before, own_from, column = (torch.randint(12, (2, 9), generator=rng) for _ in range(3))
+    side = torch.randint(-1, 2, (2, 9), generator=rng)
+    dense = Visible(first, before, own_from, column, side).dense(12)
+    assert dense.shape == (2, 1, 9, 12)
+    for row in range(2):
+        for place in range(9):
+            low, high, own, end, alone = (
+                int(bound)
+                for bound in (first[row], *(b[row, place] for b in (before, own_from, column, side)))
+            )
+            wanted = [low <= key < high or own <= key <= end or key == alone for key in range(12)]
+            assert dense[row, 0, place].tolist() == wanted
+
+
+def test_what_is_left_out_is_filled_in():
+    first, column = torch.tensor([2, 4]), torch.randint(5, 12, (2, 9), generator=torch.Generator().manual_seed(0))
+    visible = Visible(first, column + 1, None, column, None)
+    assert torch.equal(visible.filled().dense(12), visible.dense(12))
+    assert all(field.is_contiguous() for field in visible.filled())

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.law import guided
 from sjd2_lightning.decoding.state import Prompts
-from sjd2_lightning.masks import Seen, prompt_seen
+from sjd2_lightning.masks import Visible
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, by_row, right_aligned
 from sjd2_lightning.models.trunk import Trunk
 
@@ -106,7 +106,7 @@ class Context:
         columns = torch.arange(self.first_slot, device=first.device).expand(len(first), -1)
         self.cache.place(columns, self.first_slot)
         positions = (columns - first[:, None]).clamp_min(0)
-        self.backbone(embeddings, positions, prompt_seen(columns, first).dense(self.first_slot), self.cache)
+        self.backbone(embeddings, positions, Visible.of_prompt(columns, first).dense(self.first_slot), self.cache)
 
     def logits(
         self,
@@ -141,10 +141,10 @@ class Context:
             fed = torch.cat([fed, branches.embeddings], dim=1)
             side = None if side is None else F.pad(side, (0, len(branches.roots)), value=-1)
         first = self.prompts.first.T.flatten()  # (C * R,)
-        seen = Seen(first, *(None if each is None else self._twice(each) for each in (before, own, columns, side)))
-        self.cache.place(seen.column, shape.columns)
+        visible = Visible(first, *(None if each is None else self._twice(each) for each in (before, own, columns, side)))
+        self.cache.place(visible.column, shape.columns)
         fed = self._with_prompt(slots[:, : shape.again], self._twice(fed))
-        hidden = self.trunk(fed, self._twice(places) - first[:, None], seen, self.cache)
+        hidden = self.trunk(fed, self._twice(places) - first[:, None], visible, self.cache)
         scale: float | Tensor = self.sampling.guidance_scale
         if self.copies > 1 and self.sampling.guidance_schedule != "constant":
             scale = self.prompts.scales.gather(1, places[:, -num_laws:] - self.first_slot + 1)

@@ -18,11 +18,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from sjd2_lightning.masks import Seen, additive
+from sjd2_lightning.masks import Visible, additive
 from sjd2_lightning.models.backbone import Backbone, KVCache, LayerCache
 
 # (embeddings (B, L, D), positions (B, L), what each query sees, cache) -> hidden states (B, L, D)
-Trunk = Callable[[Tensor, Tensor, Seen, KVCache], Tensor]
+Trunk = Callable[[Tensor, Tensor, Visible, KVCache], Tensor]
 
 PACKED = "sjd2_packed"  # name of `packed_attention` in transformers
 _ARTEFACTS = 64  # versions of a layer that may be compiled: by rows and window where they are 1, and by dtype
@@ -40,8 +40,8 @@ def trunk_of(backbone: Backbone, compiled: bool) -> Trunk:
         return LayeredTrunk(trunk)
     forward = torch.compile(backbone, dynamic=True) if compiled else backbone
 
-    def run(embeddings: Tensor, positions: Tensor, seen: Seen, cache: KVCache) -> Tensor:
-        return forward(embeddings, positions, seen.dense(cache.num_visible), cache)
+    def run(embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:
+        return forward(embeddings, positions, visible.dense(cache.num_visible), cache)
 
     return run
 
@@ -64,10 +64,10 @@ class LayeredTrunk:
         self.layer = torch.compile(self._layer, dynamic=True, fullgraph=True)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _ARTEFACTS)
 
-    def __call__(self, embeddings: Tensor, positions: Tensor, seen: Seen, cache: KVCache) -> Tensor:
+    def __call__(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:
         """Hidden states (B, L, D) of embeddings (B, L, D) at positions (B, L)."""
         rotations = self.trunk.rotary_emb(embeddings, positions)
-        mask = additive(seen.dense(cache.num_visible), embeddings.dtype).repeat(1, 1, self.groups, 1)
+        mask = additive(visible.dense(cache.num_visible), embeddings.dtype).repeat(1, 1, self.groups, 1)
         hidden = embeddings
         for number, layer in enumerate(self.trunk.layers):
             hidden = self.layer(weights_of(layer), hidden, mask, rotations, cache.layer(number))

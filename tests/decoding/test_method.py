@@ -12,13 +12,21 @@ from sjd2_lightning.decoding.passes import Pass
 from sjd2_lightning.decoding.rules import Rule, Scores, Slots, Verdict
 from sjd2_lightning.decoding.variants.first_drafts import FromAbove, OwnMaximum, Repeated, Tied
 from sjd2_lightning.decoding.variants.tree import ReplayTreePass, TreePass
+from sjd2_lightning.decoding.window import Window
 from sjd2_lightning.models.backbone import rows_with_newlines
 from sjd2_lightning.noise import NoiseProcess
 
 
 def method_of(*args, **kwargs):
     table = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    return Method(DecodingConfig(*args, **kwargs), [rows_with_newlines(3, 3, 5, (3, 3))], table, 5)
+    return Method(DecodingConfig(*args, **kwargs), table, 5)
+
+
+def slots_of(method):
+    """The window of two rows in front of their first slot."""
+    layout = rows_with_newlines(3, 3, 5, (3, 3))
+    state = method.begin(torch.tensor([3, 4]), [layout] * 2, layout.num_slots + method.config.size)
+    return Window(method.source, state).slots()
 
 
 @pytest.mark.parametrize(
@@ -36,7 +44,7 @@ def test_rules_say_what_they_keep(acceptance):
     assert isinstance(rule, Rule)
     assert method.source.keeps == rule.keeps | {"noisy"}
     assert rule.accepts_noisy == (acceptance == "paper")
-    slots = method.window(torch.tensor([3, 4])).slots()
+    slots = slots_of(method)
     held = {name for name, field in slots._asdict().items() if field is not None}
     assert held == {"tokens", "is_code", "levels"} | method.source.keeps
 
@@ -62,11 +70,11 @@ def test_what_slots_start_from():
 
     assert [start(source) for source in ("gaussian", "tied", "tied_white")] == [Gaussian, Tied, Tied]
     assert start("mean") is start("above") is TableMean
-    above = method_of("sjd2", 4, 2, noise=NoiseProcess(source="above")).window(torch.tensor([1]))
+    above = method_of("sjd2", 4, 2, noise=NoiseProcess(source="above"))
     assert [type(event) for event in above.on_entry] == [FromAbove]
     for kind, wanted in (("random", []), ("gumbel", [OwnMaximum]), ("repeat_left", [Repeated])):
-        window = method_of("sjd", 4, draft_init=kind).window(torch.tensor([1]))
-        assert [type(event) for event in window.on_entry] == wanted
+        method = method_of("sjd", 4, draft_init=kind)
+        assert [type(event) for event in method.on_entry] == wanted
 
 
 def test_settled_slots_hold_the_verdict_and_others_their_next_draft():

@@ -1,10 +1,10 @@
-"""What decoding holds: one field as wide as the vocabulary, and a few more at its peak, at any size."""
+"""What decoding holds: one field as wide as the vocabulary at most, and a few more at its peak, at any size."""
 
 import pytest
 import torch
 
 from benchmarks.memory import LiveBytes
-from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
+from sjd2_lightning.decoding import DecodingConfig, Sampling, decode, start
 from sjd2_lightning.decoding.method import Method
 from tests.tools.tiny_backbones import tiny_chameleon
 
@@ -21,16 +21,19 @@ def bytes_of(backbone, acceptance: str, rows: int, window: int) -> tuple[int, in
     """Bytes of the state, and of all that decoding makes at its peak, cache and trunk included."""
     config = DecodingConfig("sjd2", window, 1, acceptance, sampling=GUIDED)
     layout = backbone.layout(4, 4)
-    method = Method(config, [layout], backbone.slot_table(), NUM_CODES)
+    method = Method(config, backbone.slot_table(), NUM_CODES)
+    state = method.begin(torch.arange(rows), [layout] * rows, layout.num_slots + window)
     with LiveBytes() as live:
         decode(backbone, ["red cat"] * rows, range(rows), config, layout)
-    return method.window(torch.arange(rows)).num_bytes, live.peak
+    return state.num_bytes, live.peak
 
 
 @pytest.mark.parametrize("acceptance", ["replay", "exact"])
-def test_state_and_peak_grow_as_batch_times_window_times_vocabulary(backbone, acceptance):
+def test_state_and_peak_grow_as_batch_times_window_times_vocabulary(backbone, acceptance, monkeypatch):
+    monkeypatch.setattr(start, "MOST_KEPT", 0)  # as for large vocabularies: numbers are drawn in each pass
+    held = 1 if acceptance == "exact" else 0  # laws that drafts were drawn from
     for rows, window in [(1, 32), (4, 32), (4, 64)]:
         law = 4 * rows * window * NUM_CODES  # one number for each row, slot and code
         state, peak = bytes_of(backbone, acceptance, rows, window)
-        assert law <= state < 1.35 * law, "one field of the window and 8 slots in single precision"
+        assert held * law <= state < (held + 0.05) * law, "one field of the window in single precision"
         assert state < peak < 14 * law, "9.6 without the type checks of tests, which hold arguments longer"

@@ -1,0 +1,190 @@
+"""Engines: fixed shapes, layers that share what is compiled, a host that looks late, buffers that are lent on."""
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
+from sjd2_lightning.decoding.batch import Batch
+from sjd2_lightning.decoding.config import TreeShape
+from sjd2_lightning.decoding.engine import Engine, Graphs
+from sjd2_lightning.decoding.loop import Decoder, decoder_of
+from sjd2_lightning.models import trunk
+from tests.tools.tiny_backbones import RAGGED_PROMPTS, strong_table, tiny_chameleon
+
+SAMPLING = Sampling(guidance_scale=2.0, top_k=5)
+METHODS = {
+    "ar": DecodingConfig("ar", window=1, sampling=SAMPLING),
+    "sjd2 replay": DecodingConfig("sjd2", window=6, num_levels=2, sampling=SAMPLING),
+    "mc_sjd": DecodingConfig("mc_sjd", window=6, acceptance="exact", sampling=SAMPLING),
+    "paper": DecodingConfig(
+        "sjd2", window=6, num_levels=2, acceptance="paper", refiner="keep", sampling=SAMPLING
+    ),
+    "left": DecodingConfig(
+        "sjd", window=6, acceptance="exact", draft_init="repeat_left", sampling=SAMPLING
+    ),
+    "sjd_pac": DecodingConfig(
+        "sjd_pac", window=6, acceptance="exact", tree=TreeShape(4, 2, 2), sampling=SAMPLING
+    ),
+}
+PROMPTS = ["p1", "p0 p2", "p0 p0 p3"]
+
+
+def assert_same(output, wanted):
+    assert torch.equal(output.slot_ids, wanted.slot_ids)
+    assert torch.equal(output.stats.committed, wanted.stats.committed)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return strong_table(7, num_prompts=5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_shapes_come_from_few_numbers(table, name):
+    """Without the compiler: what it would be given, and that the tokens do not depend on it."""
+    layout, shapes = table.layout(5, 4), set()
+    eager = decode(table, PROMPTS, range(3), METHODS[name], layout)
+
+    def watched(embeddings, positions, mask, cache):
+        shapes.add((len(embeddings), embeddings.shape[1], mask.shape[-1]))
+        return table(embeddings, positions, mask, cache)
+
+    with patch.object(torch, "compile", lambda *_, **__: watched):
+        static = Decoder(table)(PROMPTS, range(3), replace(METHODS[name], engine="compiled"), layout)
+    assert_same(static, eager)
+    # one length of the pass and one of the cache: images of 256 columns share theirs
+    assert len({shape[1:] for shape in shapes}) == 1
+
+
+@pytest.mark.parametrize("lag", [1, 2, 5])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_host_that_looks_late_changes_nothing(table, name, lag):
+    """Passes that are started behind the end of an image commit nothing."""
+    layout = table.layout(4, 4)
+    wanted = decode(table, PROMPTS, range(3), METHODS[name], layout)
+    with patch.object(Engine, "of", lambda config, device: Engine(False, False, lag, 64)):
+        assert_same(decode(table, PROMPTS, range(3), METHODS[name], layout), wanted)
+
+
+class OneByOne:
+    """Stands for captured graphs where there is no GPU: counts what would be captured, and runs it."""
+
+    def __init__(self):
+        self.keys = []
+
+    def run(self, num_rows, shape, iteration):
+        self.keys.append((num_rows, shape))
+        iteration(shape)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_kept_batch_lends_its_buffers(table, name):
+    """The second batch finds the buffers of the first, in place, and draws what a fresh one would."""
+    layout, decoder = table.layout(4, 4), Decoder(table, num_kept=1)
+    with (
+        patch.object(Engine, "of", lambda config, device: Engine(False, True, 2, 64)),
+        patch("sjd2_lightning.decoding.batch.Graphs", OneByOne),
+    ):
+        decoder(PROMPTS, [5, 6, 7], METHODS[name], layout)
+        [first] = decoder.kept.values()
+        state, keys = first.buffers[0], first.context.cache.all_rows().keys[0]
+        output = decoder(PROMPTS[::-1], range(3), METHODS[name], layout)
+        [second] = decoder.kept.values()
+        assert second is not first
+        assert second.graphs is first.graphs, "graphs go on"
+        assert second.buffers[0].tokens.data_ptr() == state.tokens.data_ptr()
+        assert second.context.cache.all_rows().keys[0].data_ptr() == keys.data_ptr()
+        assert len(set(second.graphs.keys)) <= 4, "by rows: 3, 2 and 1, and by no more"
+        table.table.data.mul_(1.0)
+        table.table.add_(0.0)  # an optimizer step
+        decoder(PROMPTS, range(3), METHODS[name], layout)
+        [third] = decoder.kept.values()
+        assert third.graphs is not second.graphs, "of other weights nothing is kept"
+    assert_same(output, decode(table, PROMPTS[::-1], range(3), METHODS[name], layout))
+
+
+def test_rows_leave_at_sizes_that_have_graphs():
+    engine = Engine(True, True, 2, 256)
+    assert [engine.rows(num) for num in (1, 2, 3, 4, 5, 6, 7, 9, 13, 16)] == [1, 2, 3, 4, 6, 6, 8, 12, 16, 16]
+    assert [engine._replace(captured=False).rows(num) for num in (1, 5, 7)] == [1, 5, 7]
+
+
+def test_an_engine_that_the_device_cannot_run_is_named(table):
+    with pytest.raises(ValueError, match=r"decoding.engine=graphs: .* the model is on cpu; use auto"):
+        decode(table, ["p1"], [0], replace(METHODS["ar"], engine="graphs"), table.layout(2, 2))
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_its_size(table):
+    with (
+        patch("sjd2_lightning.decoding.batch._free_bytes", lambda device: 10_000),
+        patch.object(type(table), "forward", side_effect=AssertionError("a forward pass")),
+        pytest.raises(ValueError, match=r"needs [\d.]+ GiB on cpu, and 0.0 GiB are free: take fewer prompts"),
+    ):
+        decode(table, PROMPTS, range(3), METHODS["sjd2 replay"], table.layout(4, 4))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_of_one_shape_have_one_shape(table, name):
+    """`window_shape`: every pass the same, and the tokens those of the method."""
+    layout, shapes = table.layout(5, 4), set()
+    config = replace(METHODS[name], window_shape=8)
+    wanted = decode(table, PROMPTS, range(3), METHODS[name], layout)
+    real = type(table).forward
+
+    def watched(self, embeddings, positions, mask, cache):
+        shapes.add((tuple(embeddings.shape), mask.shape[-1]))
+        return real(self, embeddings, positions, mask, cache)
+
+    with patch.object(type(table), "forward", watched):
+        output = decode(table, PROMPTS, range(3), config, layout)
+    if METHODS[name].acceptance in ("replay", "match"):
+        assert torch.equal(output.slot_ids, wanted.slot_ids)
+    assert (output.stats.committed <= METHODS[name].window).all()
+    assert len(shapes) == 2, "the prompt, and every pass"
+
+
+def test_copies_of_a_backbone_make_their_own_decoder(table):
+    import copy
+
+    assert decoder_of(table) is decoder_of(table)
+    assert copy.deepcopy(table).decoder is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled_layers_give_the_same_tokens(name):
+    backbone = tiny_chameleon(num_codes=12, num_layers=3, hidden_size=16, seed=5, scale=0.5)
+    layout = backbone.layout(8, 8)
+    eager = decode(backbone, RAGGED_PROMPTS, range(4), METHODS[name], layout)
+    counters.clear()
+    compiled = decode(backbone, RAGGED_PROMPTS, range(4), replace(METHODS[name], engine="compiled"), layout)
+    assert torch.equal(compiled.slot_ids, eager.slot_ids)
+    assert counters["stats"]["unique_graphs"] <= 3, "layers share what is compiled"
+
+
+@pytest.mark.parametrize("family", ["chameleon", "emu3", "janus"])
+def test_layers_called_one_by_one_are_the_trunk(family):
+    """Without the compiler: the shared function, the packed attention and the cache, in every family."""
+    from sjd2_lightning.models.registry import build_shrunken
+
+    backbone = build_shrunken(family)
+    layout = backbone.layout(*{"chameleon": (32, 64), "emu3": (16, 16), "janus": (64, 64)}[family])
+    for name in ("ar", "sjd2 replay"):
+        wanted = decode(backbone, ["a cat", "a red dog"], range(2), METHODS[name], layout)
+        with patch.object(torch, "compile", lambda function, **_: function):
+            layered = replace(METHODS[name], engine="compiled")
+            output = Decoder(backbone)(["a cat", "a red dog"], range(2), layered, layout)
+        assert torch.equal(output.slot_ids, wanted.slot_ids)
+
+
+def test_packed_heads_attend_as_repeated_keys_do():
+    query, key, value = torch.randn(2, 8, 5, 4), torch.randn(2, 2, 9, 4), torch.randn(2, 2, 9, 4)
+    mask = torch.zeros(2, 1, 5, 9).masked_fill(torch.rand(2, 1, 5, 9) < 0.3, -1e9)
+    found, _ = trunk.packed_attention(torch.nn.Identity(), query, key, value, mask.repeat(1, 1, 4, 1), 0.3)
+    repeated = (each.repeat_interleave(4, dim=1) for each in (key, value))
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
+    assert torch.allclose(found.transpose(1, 2), wanted, atol=1e-5)

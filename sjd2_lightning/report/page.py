@@ -208,7 +208,7 @@ def _summary(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("code", f"{commit[:12]}{' with local changes' if git.get('dirty') else ''}"),
         (
             "weights",
-            f"{provenance.get('weights', '')} sha256 {str(provenance.get('weights_sha256'))[:16]}".strip(),
+            f"{provenance.get('weights', '')} {str(provenance.get('weights_hash'))[:21]}".strip(),
         ),
         ("hardware", f"{hardware.get('gpu') or hardware.get('cpu')}, {hardware.get('num_threads')} threads"),
         ("software", f"Python {versions.get('python')}, torch {versions.get('torch')}"),

@@ -195,7 +195,7 @@ def _markdown(result: EvaluationResult, provenance: Mapping[str, Any], seen: Obs
     lines += [
         "",
         f"Prompts: {len(result.prompts)}. Real images: {result.reference_name or 'none'}. "
-        f"Weights sha256 {str(provenance.get('weights_sha256'))[:16]}. Commit {git.get('commit')}"
+        f"Weights {str(provenance.get('weights_hash'))[:21]}. Commit {git.get('commit')}"
         f"{' with local changes' if git.get('dirty') else ''}. "
         f"{hardware.get('gpu') or hardware.get('cpu')}, {hardware.get('num_threads')} threads.",
     ]

@@ -114,6 +114,9 @@ def _kept_backbone(
     if ckpt_path is not None:
         with stage("loading the checkpoint"):
             load_trained(backbone, ckpt_path)
+    if model.quantize is not None:
+        with stage("quantising the weights"):  # before they are moved: the whole ones may not fit the device
+            backbone.quantize(model.quantize, device)
     with stage(f"moving the weights to {device}"):
         return backbone.to(device)
 

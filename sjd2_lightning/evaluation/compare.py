@@ -195,7 +195,10 @@ def run_identity(
     batch_size: int,
 ) -> dict[str, Any]:
     """Everything that decides the images of a folder, as a JSON object; see `store.method_fields`."""
-    return {
+    quantized = getattr(backbone, "quantized", None)
+    # named only where it is used: folders that were written without it go on
+    named = {} if quantized is None else {"quantize": quantized}
+    return named | {
         "code": __version__,
         "weights": weights_hash(backbone),
         "device": backbone.device.type,

@@ -69,6 +69,7 @@ def collect_provenance(
         "git": git_state(),
         "versions": package_versions(),
         "hardware": hardware(backbone),
+        "quantized": getattr(backbone, "quantized", None),
         "weights_hash": weights or weights_hash(backbone),
         "seeds": dict(seeds or {}),
         "config": redact(dict(config or {})),

@@ -29,6 +29,7 @@ from sjd2_lightning.metrics.features import load_feature_extractor
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.models.lora import has_adapter
+from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.small import build_tiny
 from sjd2_lightning.run.stages import stage
@@ -59,7 +60,7 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
     return build_module(config, backbone), build_data(config, backbone)
 
 
-def build_backbone(model: ModelConfig, path: Path | None = None) -> Backbone:
+def build_backbone(model: ModelConfig, path: Path | None = None) -> PretrainedBackbone:
     """The backbone of a configuration: loaded, or with random weights; with a low-rank adapter if asked for.
 
     Args:

@@ -126,8 +126,8 @@ class TrainConfig(SharedConfig):
             )
         if self.model.quantize and not self.print_plan:
             found.append(
-                f"model.quantize={self.model.quantize}: rounded weights cannot be trained or exported; set it "
-                "to null here, and use it in evaluate.py"
+                f"model.quantize={self.model.quantize}: rounded weights cannot be trained or exported; set "
+                "it to null here, and use it in evaluate.py"
             )
         if self.model.peft and self.callbacks.ema_decay:
             found.append("callbacks.ema_decay: averages all weights; with model.peft set it to null")

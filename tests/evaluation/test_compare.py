@@ -19,8 +19,6 @@ from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.evaluation.quality import QualityMeter
 from sjd2_lightning.evaluation.results import measure_methods, speedup
 from sjd2_lightning.evaluation.store import RecordStore
-from sjd2_lightning.run.files import sha256_of_json
-from sjd2_lightning.run.provenance import weights_sha256
 from tests.tools.small_evaluation import (
     METHODS,
     PROMPTS,
@@ -167,23 +165,6 @@ def test_a_folder_of_another_configuration_is_refused(result, folder, change, na
     with pytest.raises(ValueError, match=rf"another configuration \({name} differ"):
         evaluate(folder, **change)
     assert (folder / "records.jsonl").read_bytes() == before
-
-
-def test_a_folder_of_the_first_version_goes_on_with_its_own_weights_only(tmp_path):
-    """0.1.0 named weights by sha256: its folder takes the same weights, and no others."""
-    some = {"methods": {"sjd": METHODS["sjd"]}, "prompts": PROMPTS[:2]}
-    first = evaluate(tmp_path, **some)
-    identity = {**first.store.identity, "weights": weights_sha256(small_backbone())}
-    run = json.dumps({"hash": sha256_of_json(identity), "identity": identity})
-    (tmp_path / "run.json").write_text(run)
-    records = (tmp_path / "records.jsonl").read_bytes()
-    again = evaluate(tmp_path, **some)
-    assert (tmp_path / "records.jsonl").read_bytes() == records
-    assert again.store.hash == sha256_of_json(identity)
-    with pytest.raises(ValueError, match=r"another configuration \(weights differ"):
-        evaluate(tmp_path, backbone=small_backbone(seed=1), **some)
-    with pytest.raises(ValueError, match=r"another configuration"):
-        evaluate(tmp_path, **{**some, "batch_size": 1})
 
 
 def test_replace_decodes_anew(tmp_path):

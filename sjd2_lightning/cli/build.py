@@ -29,8 +29,10 @@ from sjd2_lightning.metrics.features import load_feature_extractor
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.models.lora import has_adapter
+from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.small import build_tiny
+from sjd2_lightning.run.stages import stage
 from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
 from sjd2_lightning.training.module import SJD2Module
 from sjd2_lightning.training.recipes.clip import ClipModule, EmojiPairs
@@ -58,7 +60,7 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
     return build_module(config, backbone), build_data(config, backbone)
 
 
-def build_backbone(model: ModelConfig, path: Path | None = None) -> Backbone:
+def build_backbone(model: ModelConfig, path: Path | None = None) -> PretrainedBackbone:
     """The backbone of a configuration: loaded, or with random weights; with a low-rank adapter if asked for.
 
     Args:
@@ -76,9 +78,10 @@ def build_backbone(model: ModelConfig, path: Path | None = None) -> Backbone:
     else:
         source = replace(model.source, path=path or model.source.path)
         dtype = getattr(torch, model.dtype)
-        backbone = load_backbone(
-            model.family, source, model.trunk, dtype, model.load_onto, model.unconditional
-        )
+        with stage("loading the weights"):
+            backbone = load_backbone(
+                model.family, source, model.trunk, dtype, model.load_onto, model.unconditional
+            )
     if model.peft is not None or model.adapter is not None:
         backbone.add_lora(model.lora, model.adapter)
     if model.activation_checkpointing:
@@ -110,8 +113,13 @@ def _kept_backbone(
 ) -> Backbone:
     backbone = build_backbone(model, path)
     if ckpt_path is not None:
-        load_trained(backbone, ckpt_path)
-    return backbone.to(device)
+        with stage("loading the checkpoint"):
+            load_trained(backbone, ckpt_path)
+    if model.quantize is not None:
+        with stage("quantising the weights"):  # before they are moved: the whole ones may not fit the device
+            backbone.quantize(model.quantize, device)
+    with stage(f"moving the weights to {device}"):
+        return backbone.to(device)
 
 
 def load_trained(backbone: Backbone, ckpt_path: str | Path) -> None:
@@ -223,4 +231,5 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
         backbone = build_backbone(config.model)
         backbone.load_state_dict(state)
     dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
-    backbone.save(config.export_dir, dtype)
+    with stage(f"writing the weights to {config.export_dir}"):
+        backbone.save(config.export_dir, dtype)

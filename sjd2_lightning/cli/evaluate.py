@@ -13,6 +13,7 @@ from sjd2_lightning.cli.launch import launch
 from sjd2_lightning.config.groups import shipped
 from sjd2_lightning.config.reading import evaluate_config, save_config
 from sjd2_lightning.config.runs import EvaluateConfig
+from sjd2_lightning.run.stages import stage
 
 if TYPE_CHECKING:
     from sjd2_lightning.decoding.config import DecodingConfig
@@ -51,13 +52,19 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     weights = weights_folder(config)
 
-    import torch
+    with stage("loading libraries"):
+        import torch
 
-    from sjd2_lightning.cli.build import build_metrics, build_reference, decoding_backbone, image_tokenizer_of
-    from sjd2_lightning.evaluation.compare import evaluate_methods
-    from sjd2_lightning.report.observe import observe
-    from sjd2_lightning.report.write import report_object, write_report
-    from sjd2_lightning.run.provenance import collect_provenance, redact
+        from sjd2_lightning.cli.build import (
+            build_metrics,
+            build_reference,
+            decoding_backbone,
+            image_tokenizer_of,
+        )
+        from sjd2_lightning.evaluation.compare import evaluate_methods
+        from sjd2_lightning.report.observe import observe
+        from sjd2_lightning.report.write import report_object, write_report
+        from sjd2_lightning.run.provenance import collect_provenance, redact
 
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
@@ -89,16 +96,18 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             "weights": str(config.ckpt_path or weights),
             "auto_window": {name: choice.summary() for name, choice in windows.items()},
         },
+        result.store.identity["weights"],
     )
     wanted = config.report.model_dump(include={"num_trajectories", "num_frames", "cost_windows"})
     observations = observe(backbone, result, layout, **wanted)
-    files = write_report(
-        result,
-        provenance,
-        observations,
-        page_prompts=config.report.num_images,
-        page_megabytes=config.report.page_megabytes,
-    )
+    with stage("writing the report"):
+        files = write_report(
+            result,
+            provenance,
+            observations,
+            page_prompts=config.report.num_images,
+            page_megabytes=config.report.page_megabytes,
+        )
     publish(config, result, provenance, files)
     export(config, result)
     show(config, result, weights, files)

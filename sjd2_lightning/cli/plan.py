@@ -94,6 +94,7 @@ def run_settings(config: TrainConfig) -> RunSettings:
         decode_batch=sampling.batch_size if sampling else 1,
         window=max(longest if method.window == "auto" else method.window for method in methods),
         guided=any(method.sampling.guidance_scale != 1 for method in methods),
+        quantized=config.model.quantize is not None,
     )
 
 
@@ -150,6 +151,7 @@ class RunSettings:
         decode_batch: prompts decoded together.
         window: slots drafted ahead.
         guided: whether guidance doubles the rows.
+        quantized: whether the trunk's layers decode with one byte a weight.
     """
 
     dtype: torch.dtype
@@ -162,6 +164,7 @@ class RunSettings:
     decode_batch: int
     window: int
     guided: bool
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,7 @@ def plan_run(
         (height, width),
         slots,
         _training(config, parameters["total"], trained, slots, _num_codes(config), settings),
-        _decoding(config, parameters["total"], slots, _num_codes(config), settings),
+        _decoding(config, parameters, slots, _num_codes(config), settings),
         missing_files(folder, weights, saved, adapter.FILES),
         assumed,
     )
@@ -310,13 +313,16 @@ def _training(
     }
 
 
-def _decoding(config: Any, total: int, slots: int, num_codes: int, settings: RunSettings) -> dict[str, int]:
+def _decoding(
+    config: Any, parameters: dict[str, int], slots: int, num_codes: int, settings: RunSettings
+) -> dict[str, int]:
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     entry = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * settings.dtype.itemsize
     rows = settings.decode_batch * (2 if settings.guided else 1)
+    rounded = parameters["layers"] if settings.quantized else 0  # their norms and scales are a thousandth
     return {
-        "weights": total * settings.dtype.itemsize,
+        "weights": (parameters["total"] - rounded) * settings.dtype.itemsize + rounded,
         "cache": rows * (slots + settings.window + _TEXT_TOKENS) * entry,
         # logits of both sides, scores, noise of the window and a copy of each
         "window": settings.decode_batch * settings.window * num_codes * 4 * 6,

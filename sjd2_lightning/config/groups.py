@@ -232,6 +232,7 @@ class ModelConfig(Group):
     get: str | None
     trunk: str
     dtype: Literal["float32", "bfloat16", "float16"]
+    quantize: Literal["int8", "fp8"] | None
     load_onto: str | None
     unconditional: str | None
     image_size: tuple[Count, Count]
@@ -255,6 +256,11 @@ class ModelConfig(Group):
             found.append(
                 f"load_onto={self.load_onto}: must be one device, such as cuda:0; a trunk on several "
                 "devices cannot keep its cache beside its layers"
+            )
+        if self.quantize is not None and (self.peft is not None or self.adapter is not None):
+            found.append(
+                f"quantize={self.quantize}: an adapter is trained on whole weights; set model.quantize=null, "
+                "or evaluate the folder that training exported, which has the adapter merged"
             )
         if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
             found.append(f"adapter={self.adapter}: there is no adapter_config.json; give an exported adapter")

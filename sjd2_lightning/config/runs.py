@@ -124,6 +124,11 @@ class TrainConfig(SharedConfig):
             found.append(
                 f"task={self.task}: needs the group of keys `{self.task}`; use experiment=tiny_{self.task}"
             )
+        if self.model.quantize and not self.print_plan:
+            found.append(
+                f"model.quantize={self.model.quantize}: rounded weights cannot be trained or exported; set "
+                "it to null here, and use it in evaluate.py"
+            )
         if self.model.peft and self.callbacks.ema_decay:
             found.append("callbacks.ema_decay: averages all weights; with model.peft set it to null")
         if self.trainer.strategy == "fsdp":

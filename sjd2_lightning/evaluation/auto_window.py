@@ -33,6 +33,7 @@ from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.run.files import sha256_of_json, write_whole
 from sjd2_lightning.run.processes import from_rank_zero
+from sjd2_lightning.run.stages import stage
 
 log = logging.getLogger(__name__)
 
@@ -234,10 +235,10 @@ def resolve_windows(
     )
     choices = _read_choices(folder, asked)
     if choices is None:
-        choices = {
-            name: choose_window(backbone, methods[name], texts, seeds, layout, windows, repeats)
-            for name in names
-        }
+        choices = {}
+        for name in names:
+            with stage(f"choosing the window of {name}"):
+                choices[name] = choose_window(backbone, methods[name], texts, seeds, layout, windows, repeats)
     choices = from_rank_zero(choices)
     for name, choice in choices.items():
         log.info("%s: %s", name, choice)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,14 @@ from torch import Tensor
 from sjd2_lightning import __version__
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.evaluation.flops import decoding_flops
-from sjd2_lightning.evaluation.jobs import OnBatch, decode_jobs, explained_by_ties, jobs_of_rank, unfinished
+from sjd2_lightning.evaluation.jobs import (
+    OnBatch,
+    decode_jobs,
+    decode_unrecorded,
+    explained_by_ties,
+    jobs_of_rank,
+    unfinished,
+)
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
 from sjd2_lightning.evaluation.references import ReferenceSet
@@ -34,13 +41,15 @@ from sjd2_lightning.evaluation.store import (
     RecordStore,
     collect_on_rank_zero,
     discard_other_run,
+    held_weights,
     method_fields,
 )
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mode
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.run.files import remove_leftovers, sha256_of_json
 from sjd2_lightning.run.processes import current_rank, wait_for_all
-from sjd2_lightning.run.provenance import weights_hash
+from sjd2_lightning.run.provenance import is_weights_hash, weights_hash, weights_sha256
+from sjd2_lightning.run.stages import stage
 
 _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 
@@ -146,6 +155,11 @@ def decode_methods(
     check_run(backbone, methods, prompts, layout, batch_size)
     rank, world_size = current_rank()
     identity = run_identity(backbone, methods, prompts, layout, batch_size)
+    held = held_weights(out_dir, identity)
+    if held and not is_weights_hash(held):
+        with stage("identifying the weights as 0.1.0 did, to go on in its folder"):
+            identity["weights"] = weights_sha256(backbone)
+    wait_for_all()  # each rank reads run.json before rank 0 may remove it
     if rank == 0:
         if replace:
             discard_other_run(out_dir, identity)
@@ -156,15 +170,21 @@ def decode_methods(
         on_start()
     jobs = unfinished(jobs_of_rank(prompts, list(methods), batch_size, rank, world_size), store)
     num_images = sum(len(job.prompts) for job in jobs)
-    with evaluation_mode(backbone), _progress(progress and rank == 0 and bool(jobs), num_images) as on_batch:
-        decode_jobs(backbone, methods, jobs, layout, store, warm_up=warm_up, on_batch=on_batch)
+    with evaluation_mode(backbone):
+        if warm_up:
+            decode_unrecorded(backbone, methods, jobs, layout)
+        with _progress(progress and rank == 0 and bool(jobs), num_images) as on_batch:
+            decode_jobs(backbone, methods, jobs, layout, store, on_batch=on_batch)
     collect_on_rank_zero(store, rank, world_size)
     if rank != 0:
         return None
     records = records_by_method(store, methods, prompts)
     with evaluation_mode(backbone):
-        ties = _ties(backbone, methods, records, layout)
-        return Decoded(store, ties, decoding_flops(backbone, methods, records, layout))
+        with stage("decoding again what differs from ar"):
+            ties = _ties(backbone, methods, records, layout)
+        with stage("counting FLOPs"):
+            flops = decoding_flops(backbone, methods, records, layout)
+    return Decoded(store, ties, flops)
 
 
 def run_identity(
@@ -175,7 +195,10 @@ def run_identity(
     batch_size: int,
 ) -> dict[str, Any]:
     """Everything that decides the images of a folder, as a JSON object; see `store.method_fields`."""
-    return {
+    quantized = getattr(backbone, "quantized", None)
+    # named only where it is used: folders that were written without it go on
+    named = {} if quantized is None else {"quantize": quantized}
+    return named | {
         "code": __version__,
         "weights": weights_hash(backbone),
         "device": backbone.device.type,
@@ -245,8 +268,12 @@ def _progress(shown: bool, num_images: int) -> Iterator[OnBatch]:
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not shown) as bar:
+    with ExitStack() as waiting, Progress(*columns, disable=not shown) as bar:
         task = bar.add_task("decoding", total=num_images, method="", rate="")
+        if shown and not bar.console.is_terminal:  # a bar in a log file says nothing before its end
+            waiting.enter_context(
+                stage("decoding", lambda: f"{bar.tasks[0].completed:.0f} of {num_images} images")
+            )
 
         def advance(method: str, num_decoded: int) -> None:
             speed = bar.tasks[0].speed

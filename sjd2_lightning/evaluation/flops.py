@@ -40,10 +40,12 @@ def decoding_flops(
         for record in rows:
             if record.prompt not in lengths:
                 lengths[record.prompt] = len(backbone.prompt_ids(record.prompt, layout))
-    found = {}
+    found, counted = {}, {}
     for name, config in methods.items():
         copies = 1 if config.sampling.guidance_scale == 1 else 2
-        fixed, per_column = _per_token(backbone, config.size, layout.num_slots, copies)
+        if (config.size, copies) not in counted:
+            counted[config.size, copies] = _per_token(backbone, config.size, layout.num_slots, copies)
+        fixed, per_column = counted[config.size, copies]
         side = config.num_levels
         found[name] = {
             record.key: _of_record(record, config, side + lengths[record.prompt], fixed, per_column)

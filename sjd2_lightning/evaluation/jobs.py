@@ -21,6 +21,7 @@ from sjd2_lightning.evaluation.store import ImageRecord, RecordStore
 from sjd2_lightning.metrics.efficiency import peak_memory, timed
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.models.image_tokenizer import to_uint8
+from sjd2_lightning.run.stages import stage
 
 OnBatch = Callable[[str, int], None]
 
@@ -55,6 +56,20 @@ def unfinished(jobs: Sequence[Job], store: RecordStore) -> list[Job]:
     return [job for job in jobs if any((job.method, item.key) not in done for item in job.prompts)]
 
 
+def decode_unrecorded(
+    backbone: Backbone, methods: Mapping[str, DecodingConfig], jobs: Sequence[Job], layout: ImageLayout
+) -> None:
+    """Warms up: decodes the first batch once by each method of the jobs, before anything is timed.
+
+    Args:
+        backbone, methods, jobs, layout: arguments of `decode_jobs`.
+    """
+    for name in dict.fromkeys(job.method for job in jobs):
+        compiling = " and compiling" if methods[name].compile else ""
+        with stage(f"warming up{compiling}: {name}"):
+            _decode(backbone, jobs[0].prompts, methods[name], layout)
+
+
 def decode_jobs(
     backbone: Backbone,
     methods: Mapping[str, DecodingConfig],
@@ -62,7 +77,6 @@ def decode_jobs(
     layout: ImageLayout,
     store: RecordStore,
     *,
-    warm_up: bool = True,
     on_batch: OnBatch = lambda method, num_images: None,
 ) -> None:
     """Decodes jobs and writes their records and images.
@@ -73,12 +87,8 @@ def decode_jobs(
         jobs: jobs to run, from `unfinished`.
         layout: image size and row ends.
         store: takes records and images.
-        warm_up: decode the first batch once by each method, unrecorded, before anything is timed.
         on_batch: called after each job with its method and number of images.
     """
-    if warm_up and jobs:
-        for name in dict.fromkeys(job.method for job in jobs):
-            _decode(backbone, jobs[0].prompts, methods[name], layout)
     process = uuid4().hex[:12]
     for job in jobs:
         # 1. decode the codes: all that is timed

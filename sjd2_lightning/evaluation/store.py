@@ -101,6 +101,16 @@ def discard_other_run(folder: str | Path, identity: Mapping[str, Any]) -> bool:
     return True
 
 
+def held_weights(folder: str | Path, identity: Mapping[str, Any]) -> str:
+    """The weights that a folder's `run.json` names; "" where it differs from an identity in anything else."""
+    try:
+        held = json.loads((Path(folder) / _RUN_FILE).read_text())["identity"]
+        others = {**held, "weights": ""} == json.loads(json.dumps({**identity, "weights": ""}))
+        return str(held["weights"]) if others else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # no folder, or one that no run can continue
+
+
 class RecordStore:
     """Records and images of one folder.
 

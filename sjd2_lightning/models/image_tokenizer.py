@@ -17,6 +17,8 @@ from diffusers import VQModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sjd2_lightning.run.stages import stage
+
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
@@ -47,9 +49,10 @@ def to_uint8(images: Tensor) -> Tensor:
 def weights_identity(module: nn.Module, prefix: bytes = b"") -> str:
     """Hash of a module's weights, the same in every precision that holds them exactly."""
     digest = hashlib.sha256(prefix)
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.float().cpu().numpy().tobytes())
+    with stage("identifying the image tokenizer"):
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

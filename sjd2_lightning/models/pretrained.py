@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from sjd2_lightning.models.lora import (
     save_adapter,
 )
 from sjd2_lightning.models.weights import ADAPTER, BACKBONE_FILE, TEXT, TRUNK
+
+_FP8_CARDS = (8, 9)  # compute capability
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class PretrainedBackbone(Backbone):
             image_tokenizer.requires_grad_(False)
         for part in self.UNTRAINED:
             model.get_submodule(part).requires_grad_(False)
+        self.quantized: str | None = None  # what `quantize` was asked for
         self.num_codes = image_tokenizer.num_codes
         self.hidden_size = model.config.get_text_config().hidden_size
         self.train(model.training)
@@ -113,8 +116,9 @@ class PretrainedBackbone(Backbone):
             folder: a saved adapter to go on from; it has its own settings.
 
         Raises:
-            ValueError: for unknown targets, or an adapter that does not fit.
+            ValueError: for unknown targets, an adapter that does not fit, or quantised weights.
         """
+        self._refuse_quantized("train an adapter of")
         mode = self.model.training
         self.requires_grad_(False)
         if folder is None:
@@ -122,6 +126,50 @@ class PretrainedBackbone(Backbone):
         else:
             load_adapter(self.model, folder)
         self.train(mode)  # new modules start in train mode
+
+    def quantize(self, kind: Literal["int8", "fp8"], device: str | torch.device) -> None:
+        """Rounds the weights of the trunk's linear layers, one scale a row, by torchao; activations stay.
+
+        At batch 1 a pass takes as long as its weights take to be read, and these become half of bfloat16's.
+        Embeddings and heads stay whole: they are read in parts (`slot_table`, `image_logits`).
+
+        Args:
+            kind: "int8", or "fp8" (e4m3).
+            device: where the backbone will decode; its weights may be elsewhere yet.
+
+        Raises:
+            ValueError: torchao is not installed; fp8 on a device without it; an adapter or quantised weights.
+        """
+        self._refuse_quantized("quantise")
+        if has_adapter(self.model):
+            raise ValueError(
+                f"model.quantize={kind}: the model has an adapter; evaluate the exported folder, where it is "
+                "merged"
+            )
+        device = torch.device(device)
+        if kind == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CARDS):
+            raise ValueError(
+                f"model.quantize=fp8: the device {device} has no fp8 (NVIDIA cards from Ada and Hopper on "
+                "have); use model.quantize=int8"
+            )
+        try:
+            from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+        except ImportError as error:
+            raise ValueError(
+                f"model.quantize={kind}: torchao is not installed; `pip install 'sjd2-lightning[quantize]'`, "
+                "or set model.quantize=null"
+            ) from error
+        config = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]
+        # torchao would change the compiler's settings for the whole process
+        quantize_(self.trunk.layers, config(set_inductor_config=False))
+        self.requires_grad_(False)
+        self.quantized = kind
+
+    def _refuse_quantized(self, what: str) -> None:
+        if self.quantized is not None:
+            raise ValueError(
+                f"model.quantize={self.quantized}: cannot {what} rounded weights; set model.quantize=null"
+            )
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         return self.trunk.get_input_embeddings()(token_ids)
@@ -161,7 +209,11 @@ class PretrainedBackbone(Backbone):
         """Writes weights and everything needed to load them again into a local folder.
 
         A low-rank adapter is merged into the weights, and lies alone in `adapter/` too.
+
+        Raises:
+            ValueError: for quantised weights.
         """
+        self._refuse_quantized("save")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if has_adapter(self.model):

@@ -26,6 +26,7 @@ from sjd2_lightning.evaluation.results import EvaluationResult
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mode
 from sjd2_lightning.models.image_tokenizer import to_uint8
 from sjd2_lightning.report.cost import PassCost, measure_pass_costs
+from sjd2_lightning.run.stages import stage
 
 OUTSIDE = -1  # guess and level of a code that a pass did not look at
 MAX_FRAME_PX = 160
@@ -267,7 +268,10 @@ def observe(
     """
     methods = {name: method.config for name, method in result.methods.items()}
     with evaluation_mode(backbone):
-        traced = trace(backbone, methods, result.prompts[:num_trajectories], layout)
-        replays = [replay(backbone, trajectory, num_frames) for trajectory in traced]
-        costs = measure_pass_costs(backbone, result, layout, cost_windows)
+        with stage("decoding again with an observer, for the report"):
+            traced = trace(backbone, methods, result.prompts[:num_trajectories], layout)
+        with stage("drawing partial images"):
+            replays = [replay(backbone, trajectory, num_frames) for trajectory in traced]
+        with stage("timing single passes"):
+            costs = measure_pass_costs(backbone, result, layout, cost_windows)
     return Observations(tuple(traced), tuple(replays), costs)

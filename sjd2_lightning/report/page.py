@@ -203,12 +203,13 @@ def _summary(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     git, hardware = provenance.get("git", {}), provenance.get("hardware", {})
     versions, seeds = provenance.get("versions", {}), provenance.get("seeds", {})
     commit = git.get("commit") or "not a git checkout"
+    rounded = f", quantised to {provenance['quantized']}" if provenance.get("quantized") else ""
     return [
         ("made", str(provenance.get("created"))),
         ("code", f"{commit[:12]}{' with local changes' if git.get('dirty') else ''}"),
         (
             "weights",
-            f"{provenance.get('weights', '')} sha256 {str(provenance.get('weights_sha256'))[:16]}".strip(),
+            f"{provenance.get('weights', '')} {str(provenance.get('weights_hash'))[:21]}{rounded}".strip(),
         ),
         ("hardware", f"{hardware.get('gpu') or hardware.get('cpu')}, {hardware.get('num_threads')} threads"),
         ("software", f"Python {versions.get('python')}, torch {versions.get('torch')}"),

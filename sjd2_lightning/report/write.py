@@ -192,10 +192,11 @@ def _markdown(result: EvaluationResult, provenance: Mapping[str, Any], seen: Obs
             ["method", "first guess was final", "passes from settled to committed"],
             [[name, f"{100 * s.first_guess:.0f} %", f"{s.mean_lead:.1f}"] for name, s in found.items()],
         )
+    rounded = f", quantised to {provenance['quantized']}" if provenance.get("quantized") else ""
     lines += [
         "",
         f"Prompts: {len(result.prompts)}. Real images: {result.reference_name or 'none'}. "
-        f"Weights sha256 {str(provenance.get('weights_sha256'))[:16]}. Commit {git.get('commit')}"
+        f"Weights {str(provenance.get('weights_hash'))[:21]}{rounded}. Commit {git.get('commit')}"
         f"{' with local changes' if git.get('dirty') else ''}. "
         f"{hardware.get('gpu') or hardware.get('cpu')}, {hardware.get('num_threads')} threads.",
     ]

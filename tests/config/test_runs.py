@@ -102,3 +102,12 @@ def test_methods_that_are_compared_share_law_and_compiler():
     assert line.startswith("methods.sjd2.sampling: differs from ar's")
     [line] = problems("evaluate", "methods.sjd2.engine=compiled")
     assert line.endswith("set decoding.engine")
+
+
+def test_rounded_weights_are_for_decoding_alone():
+    assert typed("evaluate", "model.quantize=int8").model.quantize == "int8"
+    [line] = problems("train", "model.quantize=int8")
+    assert line.startswith("model.quantize=int8: rounded weights cannot be trained or exported")
+    [line] = problems("evaluate", "model.quantize=int8", "model.peft=lora")
+    assert line.startswith("model.quantize=int8: an adapter is trained on whole weights")
+    assert typed("train", "model.quantize=int8", "print_plan=true").print_plan

@@ -1,6 +1,7 @@
 """Records on disk: what a kill leaves behind, and folders of another configuration."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from sjd2_lightning.decoding.law import Sampling
 from sjd2_lightning.evaluation.store import ImageRecord, RecordStore, discard_other_run, method_fields
 from sjd2_lightning.noise import NoiseProcess
 from sjd2_lightning.run.files import remove_leftovers, sha256_of_json, write_whole
+from sjd2_lightning.run.provenance import weights_sha256
+from tests.tools.small_evaluation import METHODS, PROMPTS, evaluate, small_backbone
 
 RECORD = ImageRecord(
     key="a",
@@ -148,3 +151,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_whole(path, np.zeros(3).tolist())  # type: ignore[arg-type]
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_of_the_first_version_goes_on_with_its_own_weights_only(tmp_path):
+    """0.1.0 named weights by sha256: its folder takes the same weights, and no others."""
+    some = {"methods": {"sjd": METHODS["sjd"]}, "prompts": PROMPTS[:2]}
+    first = evaluate(tmp_path, **some)
+    identity = {**first.store.identity, "weights": weights_sha256(small_backbone())}
+    run = json.dumps({"hash": sha256_of_json(identity), "identity": identity})
+    (tmp_path / "run.json").write_text(run)
+    records = (tmp_path / "records.jsonl").read_bytes()
+    again = evaluate(tmp_path, **some)
+    assert (tmp_path / "records.jsonl").read_bytes() == records
+    assert again.store.hash == sha256_of_json(identity)
+    with pytest.raises(ValueError, match=r"another configuration \(weights differ"):
+        evaluate(tmp_path, backbone=small_backbone(seed=1), **some)
+    with pytest.raises(ValueError, match=r"another configuration"):
+        evaluate(tmp_path, **{**some, "batch_size": 1})

@@ -37,6 +37,7 @@ HYDRA = ("cli", "config")
 EXTRAS = {  # module: extra and package it asks for
     "report.wandb_report": ("reports", "wandb-workspaces"),
     "data.sources.parquet": ("parquet", "pyarrow"),
+    "models.pretrained": ("quantize", "torchao"),
 }
 HEAVY = ["lightning", "hydra", "omegaconf", "transformers", "diffusers", "wandb", "webdataset"]
 

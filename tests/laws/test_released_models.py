@@ -111,6 +111,15 @@ def test_the_plan_of_the_shipped_model_counts_its_weights(composed, repo):
     assert plan["missing_files"] == 0
 
 
+def test_the_plan_knows_of_rounded_weights(composed):
+    settings = ("model=lumina_mgpt", "print_plan=true", "data.batch_size=1")
+    whole, rounded = (train(composed("train", *settings, *more)) for more in ((), ("model.quantize=int8",)))
+    saved = whole["decoding_gib"] - rounded["decoding_gib"]
+    layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # a byte of each weight
+    assert saved == pytest.approx(layers / 2**30, rel=0.01)
+    assert whole["training_gib"] == rounded["training_gib"]
+
+
 def test_missing_weights_are_refused_with_the_command(composed):
     for model, command in (
         ("emu3", "hf download BAAI/Emu3-Gen-hf"),

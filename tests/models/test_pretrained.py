@@ -2,14 +2,21 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
+from torch import nn
 
+from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.loop import decode
 from sjd2_lightning.models.emu3 import Emu3Tokens, load_emu3
+from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.weights import LoadOptions, WeightsSource
+from sjd2_lightning.run.provenance import weights_hash
 from tests.tools.conformance import image_token_ids
+from tests.tools.source import REPO
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +191,57 @@ def test_dropout_is_off_whatever_the_class_says(backbones, tmp_path):
     path.write_text(json.dumps(config))
     backbone = load_emu3(tmp_path, options=LoadOptions())
     assert backbone.trunk.layers[0].self_attn.attention_dropout == 0.0
+
+
+@pytest.mark.parametrize("family", ["chameleon", "emu3", "janus"])
+def test_int8_rounds_the_layers_of_the_trunk_and_nothing_else(family):
+    whole, rounded = build_shrunken(family), build_shrunken(family)
+    rounded.quantize("int8", "cpu")
+    assert torch.equal(whole.slot_table(), rounded.slot_table())
+    hidden = torch.randn(1, 3, whole.hidden_size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(whole.image_logits(hidden), rounded.image_logits(hidden))
+    linear = [part for part in rounded.trunk.layers.modules() if isinstance(part, nn.Linear)]
+    assert linear
+    assert all(hasattr(part.weight, "__tensor_flatten__") for part in linear)
+    for before, after in zip(whole.trunk.parameters(), rounded.trunk.parameters(), strict=True):
+        kept = after.dequantize() if hasattr(after, "__tensor_flatten__") else after
+        error = (before - kept).abs()
+        limit = before.abs().amax(-1, keepdim=True) / 250  # half a step of 127 on each side
+        assert bool((error <= limit).all())
+    assert weights_hash(whole) != weights_hash(rounded)
+    assert rounded.quantized == "int8"
+
+
+def test_what_rounded_weights_cannot_do(tmp_path, monkeypatch):
+    backbone = build_shrunken("chameleon")
+    with pytest.raises(ValueError, match=r"model\.quantize=fp8: .* cpu has no fp8.*int8"):
+        backbone.quantize("fp8", "cpu")
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "torchao.quantization", None)
+        with pytest.raises(ValueError, match=r"torchao is not installed.*sjd2-lightning\[quantize\]"):
+            backbone.quantize("int8", "cpu")
+    backbone.quantize("int8", "cpu")
+    for act in (
+        lambda: backbone.save(tmp_path / "export"),
+        lambda: backbone.add_lora(LoraSettings()),
+        lambda: backbone.quantize("int8", "cpu"),
+    ):
+        with pytest.raises(ValueError, match=r"model\.quantize=int8: cannot .* set model\.quantize=null"):
+            act()
+    assert not (tmp_path / "export").exists()
+    adapted = build_shrunken("chameleon")
+    adapted.add_lora(LoraSettings())
+    with pytest.raises(ValueError, match=r"model\.quantize=int8: the model has an adapter.*merged"):
+        adapted.quantize("int8", "cpu")
+
+
+def test_replay_of_rounded_weights_draws_the_images_of_their_autoregression():
+    backbone = load_backbone("chameleon", REPO / "weights/tiny")
+    backbone.quantize("int8", "cpu")
+    layout = backbone.layout(32, 32)
+    prompts, seeds = ["red heart", "dog face"], [1, 2]
+    ar, sjd2 = (
+        decode(backbone, prompts, seeds, DecodingConfig(name, window=window), layout).image_ids
+        for name, window in (("ar", 1), ("sjd2", 8))
+    )
+    assert torch.equal(ar, sjd2)

@@ -38,7 +38,7 @@ def test_the_report_holds_table_media_and_provenance(folder):
         "eval/speedup_sjd2",
         "eval/speedup_sjd2_paper",
     ]
-    assert report["provenance"]["weights_sha256"] in provenance.code
+    assert report["provenance"]["weights_hash"] in provenance.code
     assert built._to_model().spec  # everything but the upload
 
 

@@ -44,7 +44,7 @@ def test_report_has_every_number_that_is_demanded(report):
     assert report["metrics"]["fd"]["name"] == "fd_Colours"
     assert report["metrics"]["clip_score"]["name"] == "clip_score_fake"
     assert set(report["references"]) == {"real", "reconstructed", "blurred", "patch_shuffled"}
-    assert report["provenance"]["weights_sha256"]
+    assert report["provenance"]["weights_hash"]
 
 
 def test_ci_accepts_the_report(report):
@@ -90,7 +90,7 @@ def test_nearly_equal_is_not_shown_as_equal(result):
 
 def test_markdown_names_its_sources(files, provenance):
     text = files.markdown.read_text()
-    assert provenance["weights_sha256"][:16] in text
+    assert provenance["weights_hash"][:21] in text
     assert "random pictures" in text
     assert "figures/grid.png" in text
     assert files.grid == files.markdown.parent / "figures" / "grid.png"

@@ -20,7 +20,7 @@ def test_provenance_names_code_machine_weights_and_seeds():
     assert provenance["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert provenance["hardware"]["device"] == "cpu"
     assert provenance["hardware"]["num_cpus"] >= 1
-    assert len(provenance["weights_sha256"]) == 64
+    assert provenance["weights_hash"].startswith("sums-")
     json.dumps(provenance, allow_nan=False)
 
 
@@ -42,6 +42,38 @@ def test_weights_hash_sees_every_change():
         model[1].running_mean[1] += 1e-6
     after = weights_hash(model)
     assert len({before, after, weights_hash(model.to(torch.bfloat16)), weights_hash(model.double())}) == 4
+
+
+def hash_of(**tensors):
+    model = nn.Module()
+    for name, value in tensors.items():
+        model.register_buffer(name, value)
+    return weights_hash(model)
+
+
+def test_weights_hash_sees_places_signs_and_types():
+    x = torch.randn(2**19 + 5, generator=torch.Generator().manual_seed(0))
+    swapped, negated, late = x[torch.tensor([1, 0, *range(2, len(x))])], -x, x.clone()
+    late[-1] += 1
+    pair = x.clone()
+    pair[1], pair[3] = -pair[1], -pair[3]  # the top bits of two words
+    others = [swapped, negated, late, pair, x[:-1], x.roll(2**19), x.half()]
+    assert len({hash_of(a=value) for value in [x, *others]}) == 1 + len(others)
+    assert hash_of(a=x, b=x[:0]) != hash_of(b=x, a=x[:0])
+
+
+def test_weights_hash_depends_on_nothing_else():
+    x = torch.randn(300, 7000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    more = hash_of(a=x)
+    torch.set_num_threads(threads)
+    misaligned = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    strided = x.t().contiguous().t()
+    assert {more, hash_of(a=misaligned), hash_of(a=strided)} == {hash_of(a=x)}
+    # a change of this value would part all folders from what they hold
+    held = "sums-1a1bd8b120960b44b842ce1061e968dce467ca796e621842ef0f87c268144525"
+    assert hash_of(a=torch.arange(10)) == held
 
 
 def test_secrets_are_blanked(monkeypatch):

@@ -1,0 +1,44 @@
+import logging
+import time
+
+import pytest
+
+from sjd2_lightning.run import stages
+from sjd2_lightning.run.stages import stage
+
+
+@pytest.fixture
+def lines(caplog, monkeypatch):
+    monkeypatch.setattr(stages, "FIRST_WORD", 0.05)
+    caplog.set_level(logging.INFO, logger=stages.__name__)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_a_long_stage_is_heard_of_and_timed(lines, monkeypatch):
+    monkeypatch.setattr(stages, "_WORTH_A_LINE", 0.1)
+    with stage("reading", lambda: "2 of 3"):
+        time.sleep(0.3)
+    *during, end = lines()
+    assert during
+    assert all(line == "reading: 0 s so far, 2 of 3" for line in during)
+    assert end == "reading: 0.3 s"
+
+
+def test_a_short_stage_says_nothing(lines):
+    with stage("reading"):
+        pass
+    assert not lines()
+
+
+def test_only_the_first_process_speaks(lines, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with stage("reading"):
+        time.sleep(0.2)
+    assert not lines()
+
+
+def test_a_stage_that_fails_is_silent_afterwards(lines):
+    with pytest.raises(ValueError, match="broken"), stage("reading"):
+        raise ValueError("broken")
+    time.sleep(0.2)
+    assert not lines()

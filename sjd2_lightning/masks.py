@@ -6,9 +6,42 @@ on the left), then the slots of the image. So slot i has the same column in ever
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, arange
+
+
+class Visible(NamedTuple):
+    """What each query sees, in five integers a query: kernels read these where a dense mask would be large.
+
+    Key column s is seen where first <= s < before, or own_from <= s <= column, or s == side.
+
+    Attributes:
+        first: (B,) first column of each row's context, its first prompt token.
+        before: (B, L) column that each query's context ends in front of.
+        own_from: (B, L) first column of what each query sees up to itself, beside its context.
+        column: (B, L) column of each query.
+        side: (B, L) column of each query's timestep token; -1 = none.
+    """
+
+    first: Int[Tensor, " B"]
+    before: Int[Tensor, "B L"]
+    own_from: Int[Tensor, "B L"]
+    column: Int[Tensor, "B L"]
+    side: Int[Tensor, "B L"]
+
+    def sees(self, keys: Int[Tensor, "rows S"]) -> Bool[Tensor, "B L S"]:
+        """(B, L, S) bool: which of the key columns, (B, S) or the same for all rows (1, S), are seen."""
+        keys = keys[:, None]
+        before, own_from, column, side = (bound[..., None] for bound in self[1:])
+        context = (keys >= self.first[:, None, None]) & (keys < before)
+        return context | ((keys >= own_from) & (keys <= column)) | (keys == side)
+
+    def dense(self, num_columns: int) -> Bool[Tensor, "B 1 L S"]:
+        """(B, 1, L, S) bool, True = seen, for keys in S = `num_columns` columns."""
+        return self.sees(arange(num_columns, device=self.first.device)[None])[:, None]
 
 
 def attention_mask(
@@ -31,12 +64,9 @@ def attention_mask(
     Returns:
         (B, 1, L, S) bool, True = visible.
     """
-    keys = arange(num_columns, device=query_columns.device)
-    query = query_columns[:, :, None]
-    own = keys == query  # padding and timestep tokens see only themselves, so no row is fully masked
-    past = (keys <= query) & (keys >= first_column[:, None, None])
-    timestep = keys == levels[:, :, None] - 1  # no column for level 0
-    return (own | past | timestep)[:, None]
+    # padding and timestep tokens see only themselves, so no row is fully masked; no column for level 0
+    visible = Visible(first_column, query_columns + 1, query_columns, query_columns, levels - 1)
+    return visible.dense(num_columns)
 
 
 def window_mask(

@@ -2,7 +2,7 @@
 
 import torch
 
-from sjd2_lightning.masks import additive, attention_mask, window_mask
+from sjd2_lightning.masks import Visible, additive, attention_mask, window_mask
 
 
 def sees(query: int, key: int, level: int, first: int, num_side: int) -> bool:
@@ -59,3 +59,20 @@ def test_additive_mask_hides_the_same_columns():
     for dtype in (torch.float32, torch.bfloat16):
         assert additive(mask, dtype).dtype == dtype
         assert additive(mask, dtype).tolist() == [[0, -torch.inf], [-torch.inf, 0]]
+
+
+def test_visible_is_its_enumeration():
+    rng = torch.Generator().manual_seed(0)
+    first = torch.tensor([2, 4])
+    before, own_from, column = (torch.randint(12, (2, 9), generator=rng) for _ in range(3))
+    side = torch.randint(-1, 2, (2, 9), generator=rng)
+    dense = Visible(first, before, own_from, column, side).dense(12)
+    assert dense.shape == (2, 1, 9, 12)
+    for row in range(2):
+        for place in range(9):
+            low, high, own, end, alone = (
+                int(bound)
+                for bound in (first[row], *(b[row, place] for b in (before, own_from, column, side)))
+            )
+            wanted = [low <= key < high or own <= key <= end or key == alone for key in range(12)]
+            assert dense[row, 0, place].tolist() == wanted

@@ -27,8 +27,9 @@ PROGRAMS = 256
 MOST_SPLITS = 16
 ELEMENTS = 1024  # of one program that adds splits up
 
-QUERIES = 32
-BLOCK = 64
+# Queries and keys of one product of attention, by bytes of a number: float32 has no tensor cores, and fewer
+# registers to spare.
+TILE = {2: (32, 64), 4: (16, 32)}
 CHUNK = 256  # key columns of one program
 LOG2_E = 1.4426950408889634
 
@@ -319,8 +320,8 @@ def _combine(
         weight = tl.exp2(tl.load(maxima + spot) - best)
         part = tl.load(sums + spot)
         total += weight * part
-        # what was not computed was not written either
-        mixed += weight * tl.load(parts + spot * SIZE + dims, mask=(dims < SIZE) & (part > 0), other=0.0)
+        written = tl.where(part > 0, SIZE, 0)  # what was not computed was not written either
+        mixed += weight * tl.load(parts + spot * SIZE + dims, mask=dims < written, other=0.0)
     row = line // (num_heads * length)
     head = line // length % num_heads
     place = (row * length + line % length) * num_heads + head
@@ -339,11 +340,12 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Visible, sca
     parts = query.new_empty((num_chunks, batch, heads, length, size), dtype=torch.float32)
     out = query.new_empty(batch, length, heads, size)
     lines = batch * heads * length
+    queries, block = TILE[query.element_size()]
     # fmt: off
-    _attend[(triton.cdiv(length * group, QUERIES), num_chunks, batch * key_heads)](
+    _attend[(triton.cdiv(length * group, queries), num_chunks, batch * key_heads)](
         query, keys, values, *(bound.contiguous() for bound in visible), maxima, sums, parts, length,
         num_columns, heads, group, lines, scale * LOG2_E, *query.stride()[:3], *keys.stride()[:3],
-        *values.stride()[:3], SIZE=size, WIDTH=width, QUERIES=QUERIES, BLOCK=BLOCK, CHUNK=CHUNK,
+        *values.stride()[:3], SIZE=size, WIDTH=width, QUERIES=queries, BLOCK=block, CHUNK=CHUNK,
         num_warps=4, num_stages=2,
     )
     # fmt: on

@@ -214,6 +214,9 @@ class _Invariant(nn.Module):
         module: the module it stands for.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         for name, parameter in module.named_parameters(recurse=False):
@@ -243,7 +246,7 @@ class _HeadNorm(_Invariant):
     """Chameleon's norm of queries and keys: weight and bias (heads, D), rounded after each operation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, None, None, 1e-5) * self.weight + self.bias
+        return layer_norm(x, None, None, 1e-5) * self.weight + cast(Tensor, self.bias)
 
 
 class _Elementwise(nn.Module):

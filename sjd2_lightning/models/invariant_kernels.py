@@ -4,7 +4,8 @@ Tiles, splits and chunks depend on the width of a layer, never on the number of 
 these numbers are not specialized on, so all of them run the same compiled code. Nothing is tuned at run time
 and nothing waits for the device: launches can be captured in a CUDA graph and traced by torch.compile.
 
-Source: ours. Seen so far in Triton's interpreter, and compiled for compute capability 9.0 without running.
+Source: ours. Seen so far in Triton's interpreter only, whose product of tiles the tests replace; compiled for
+compute capability 9.0 (products by wgmma, attention by mma) and not yet run on a device.
 """
 
 from __future__ import annotations
@@ -200,6 +201,14 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, cent
     return out
 
 
+@triton.jit
+def _meets(start, stop, low, high, own_low, own_high, alone):
+    """Which queries see a column of start <= s < stop; bounds as those of `Visible`."""
+    context = tl.maximum(low, start) < tl.minimum(high, stop)
+    own = tl.maximum(own_low, start) <= tl.minimum(own_high, stop - 1)
+    return context | own | ((alone >= start) & (alone < stop) & (alone >= 0))
+
+
 # fmt: off
 @triton.jit(do_not_specialize=["length", "num_columns", "num_heads", "batch_heads_length"])
 def _attend(
@@ -232,31 +241,22 @@ def _attend(
 
     # chunks are counted from the row's first column, so a longer neighbour in the batch moves none
     start = low % CHUNK - CHUNK + chunk * CHUNK
-    stop = start + CHUNK
-    some = (tl.maximum(low, start) < tl.minimum(high, stop)) | (
-        tl.maximum(own_low, start) <= tl.minimum(own_high, stop - 1)
-    )
-    some = some | ((alone >= start) & (alone < stop) & (alone >= 0))
+    some = _meets(start, start + CHUNK, low, high, own_low, own_high, alone)
 
     best = tl.full((QUERIES,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((QUERIES,), dtype=tl.float32)
     mixed = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
     if tl.max((some & valid).to(tl.int32), 0) > 0:
-        asked = tl.load(
-            query
-            + row * query_batch
-            + head[:, None] * query_head
-            + place[:, None] * query_place
-            + dims[None, :],
-            mask=valid[:, None] & within[None, :],
-            other=0.0,
-        )
+        own = row * query_batch + head[:, None] * query_head + place[:, None] * query_place
+        asked = tl.load(query + own + dims[None, :], mask=valid[:, None] & within[None, :], other=0.0)
+        keys += row * key_batch + key_of * key_head
+        values += row * value_batch + key_of * value_head
         for offset in range(0, CHUNK, BLOCK):
             spot = start + offset + tl.arange(0, BLOCK)
             there = (spot >= 0) & (spot < num_columns)
-            spot_64 = spot.to(tl.int64)
+            far = spot.to(tl.int64)
             one = tl.load(
-                keys + row * key_batch + key_of * key_head + spot_64[None, :] * key_place + dims[:, None],
+                keys + far[None, :] * key_place + dims[:, None],
                 mask=there[None, :] & within[:, None],
                 other=0.0,
             )
@@ -271,11 +271,7 @@ def _attend(
             power = tl.exp2(scores - base[:, None])
             fade = tl.exp2(best - base)
             told = tl.load(
-                values
-                + row * value_batch
-                + key_of * value_head
-                + spot_64[:, None] * value_place
-                + dims[None, :],
+                values + far[:, None] * value_place + dims[None, :],
                 mask=there[:, None] & within[None, :],
                 other=0.0,
             )

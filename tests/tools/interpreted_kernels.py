@@ -89,7 +89,7 @@ def attentions(dtype: torch.dtype) -> Iterator[tuple[str, float, bool]]:
     """Strided keys, a tail of columns, timestep tokens, a branch; then alone, shorter, moved to the right."""
     shapes = [(96, 2, 2)] if dtype == torch.float32 else [(64, 4, 2), (128, 2, 1)]
     for size, heads, key_heads in shapes:
-        batch, length, columns = 2, 5, 300
+        batch, length, columns = 2, 5, 290
         query = torch.randn(batch, heads, length, size).to(dtype)
         keys, values = (torch.randn(batch, columns, key_heads, size).to(dtype).transpose(1, 2) for _ in "kv")
         column = torch.arange(270, 275).expand(batch, -1)
@@ -102,10 +102,8 @@ def attentions(dtype: torch.dtype) -> Iterator[tuple[str, float, bool]]:
         wide = (part.double() for part in (query, keys, values))
         wanted = F.scaled_dot_product_attention(*wide, visible.dense(columns), scale=scale, enable_gqa=True)
         equal = []
-        for place in (
-            1,
-            4,
-        ):  # alone, with the fewest columns; a fully masked chunk more; 40 columns to the right
+        # alone: with the fewest columns; with a fully masked chunk more; 40 columns to the right
+        for place in (4,) if dtype == torch.float32 else (1, 4):
             one = Visible(visible.first[1:], *(bound[1:, place : place + 1] for bound in visible[1:]))
             part = (query[1:, :, place : place + 1], keys[1:], values[1:])
             short = (part[0], *(held[:, :, :275] for held in part[1:]))
@@ -115,7 +113,7 @@ def attentions(dtype: torch.dtype) -> Iterator[tuple[str, float, bool]]:
                 *(torch.cat([held[:, :, :3], held[:, :, :40], held[:, :, 3:]], 2) for held in part[1:]),
             )
             later = Visible(one.first + 40, one.before + 40, one.own_from + 40, one.column + 40, one.side)
-            for given, seen in ((part, one), (short, one), (longer, one), (moved, later)):
+            for given, seen in ((short, one), (longer, one), (moved, later)):
                 found = kernels.attention(*given, seen, scale)
                 equal.append(torch.equal(found[0, :, 0], full[1, :, place]))
         yield f"attention {size}", error(full, wanted), all(equal)

@@ -66,6 +66,7 @@ class LayeredTrunk(Trunk):
         self.cache_name = "cache" if "cache" in names else "past_key_values"
         self.layer: Any = self.one_layer
         self.norm: nn.Module = trunk.norm
+        self.weights: list[dict[str, Tensor]] = []
         self.prepare()
 
     def template_of(self, layer: nn.Module) -> Any:
@@ -86,9 +87,15 @@ class LayeredTrunk(Trunk):
         rotations = self.trunk.rotary_emb(embeddings, positions)
         mask = self.mask(visible, cache, embeddings.dtype)
         hidden = embeddings
-        for number, layer in enumerate(self.trunk.layers):
-            hidden = self.layer(weights_of(layer), hidden, mask, rotations, cache.layer(number))
+        for number, weights in enumerate(self.weights):
+            hidden = self.layer(weights, hidden, mask, rotations, cache.layer(number))
         return self.norm(hidden)
+
+    def prefill(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> None:
+        self.weights = [
+            weights_of(layer) for layer in self.trunk.layers
+        ]  # as they are now, for a whole batch
+        super().prefill(embeddings, positions, visible, cache)
 
     def mask(self, visible: Visible, cache: KVCache, dtype: torch.dtype) -> Any:
         """What the template's attention takes as its mask."""
@@ -138,6 +145,7 @@ class InvariantTrunk(LayeredTrunk):
         self.norm = invariant.invariant_copy(self.trunk.norm)
 
     def prefill(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> None:
+        self.weights = [weights_of(layer) for layer in self.trunk.layers]
         self.run(embeddings, positions, visible, cache)
 
     def head(self, hidden: Tensor) -> Tensor:

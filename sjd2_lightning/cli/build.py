@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 
 from sjd2_lightning.config.groups import ModelConfig, shipped
 from sjd2_lightning.config.runs import SharedConfig, TrainConfig
+from sjd2_lightning.data import DataConfig
 from sjd2_lightning.data.datamodule import CodeDataModule
 from sjd2_lightning.data.sources.coco import coco_items
 from sjd2_lightning.data.sources.emoji import load_emoji_index
-from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts, read_prompts
+from sjd2_lightning.data.sources.scene_shards import SOURCE as SCENES
+from sjd2_lightning.data.sources.scenes import Variety, training_scene
+from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts, read_prompts, scene_prompts
 from sjd2_lightning.evaluation.quality import QualityMetrics
 from sjd2_lightning.evaluation.references import (
     ReferenceSet,
@@ -36,9 +40,10 @@ from sjd2_lightning.run.stages import stage
 from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
 from sjd2_lightning.training.module import SJD2Module
 from sjd2_lightning.training.recipes.clip import ClipModule, EmojiPairs
-from sjd2_lightning.training.recipes.tokenizer import EmojiPictureData, TokenizerModule
+from sjd2_lightning.training.recipes.tokenizer import PictureData, TokenizerModule
 
 _HELD_OUT_PROMPTS = 64
+_NUM_CAPTIONS = 5000  # of scenes, enough to hold every word often
 
 
 def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataModule]:
@@ -46,7 +51,7 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
     side, data = config.model.image_size[0], config.data
     if config.task == "tokenizer" and config.tokenizer is not None:
         tokenizer = TokenizerModule(config.tokenizer, config.optimizer.lr, recipe_dir(config))
-        return tokenizer, EmojiPictureData(data.batch_size, side, config.seed, data.num_workers)
+        return tokenizer, PictureData(data, side, config.seed)
     if config.task == "clip" and config.clip is not None:
         clip = ClipModule(
             replace(config.clip, text_dir=str(shipped(config.clip.text_dir))),
@@ -56,23 +61,35 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
             config.optimizer.weight_decay,
         )
         return clip, EmojiPairs(data.batch_size, side, config.seed, data.num_workers)
-    backbone = build_backbone(config.model)
+    backbone = build_backbone(config.model, captions=captions_of(config.data))
     return build_module(config, backbone), build_data(config, backbone)
 
 
-def build_backbone(model: ModelConfig, path: Path | None = None) -> PretrainedBackbone:
+def captions_of(data: DataConfig) -> Iterator[str]:
+    """What the text tokenizer of a new model learns: captions of the embedded set that `data` prepares."""
+    if data.source == SCENES:
+        variety = Variety(data.num_nouns, data.aligned)
+        yield from (training_scene(0, index, variety).caption for index in range(_NUM_CAPTIONS))
+    else:
+        yield from (item.caption for item in load_emoji_index())
+
+
+def build_backbone(
+    model: ModelConfig, path: Path | None = None, captions: Iterable[str] = ()
+) -> PretrainedBackbone:
     """The backbone of a configuration: loaded, or with random weights; with a low-rank adapter if asked for.
 
     Args:
         model: its group.
         path: a folder to load instead of `model.path`.
+        captions: what the text tokenizer of a new model (`model.scratch`) learns.
 
     Raises:
         ValueError: weights or adapter cannot be used; the message says how to get them.
     """
     if model.scratch is not None:
         sizes = model.scratch.model_dump() | {"image_tokenizer": shipped(model.scratch.image_tokenizer)}
-        return build_tiny([item.caption for item in load_emoji_index()], **sizes)
+        return build_tiny(captions, **sizes)
     if model.init == "random_tiny" and path in (None, shipped(model.path)):
         backbone = build_shrunken(model.family)
     else:
@@ -201,14 +218,17 @@ def build_reference(config: SharedConfig) -> ReferenceSet | None:
 
 
 def build_prompts(config: SharedConfig, num_prompts: int | None) -> list[PromptItem]:
-    """The first prompts of `metrics.protocol`, of `data.prompt_file`, or of the held-out names.
+    """The first prompts of `metrics.protocol`, of `data.prompt_file`, or of what the embedded set holds out.
 
-    None is all that the protocol or the file has, or 64 held-out names.
+    None is all that the protocol or the file has, or 64 captions that are held out.
     """
     if config.metrics.protocol is not None:
         return coco_prompts(coco_items(config.metrics.protocol), config.seed)[:num_prompts]
     if config.data.prompt_file is not None:
         return read_prompts(config.data.prompt_file, config.seed)[:num_prompts]
+    if config.data.source == SCENES:
+        variety = Variety(config.data.num_nouns, config.data.aligned)
+        return scene_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed, variety)
     return held_out_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed)
 
 
@@ -228,7 +248,7 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
     if not trainer.is_global_zero:
         return
     if state is not None:
-        backbone = build_backbone(config.model)
+        backbone = build_backbone(config.model, captions=captions_of(config.data))
         backbone.load_state_dict(state)
     dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
     with stage(f"writing the weights to {config.export_dir}"):

@@ -24,6 +24,8 @@ class DataConfig:
         prepare: whether missing or stale shards of an embedded set are built before training.
         source: the embedded set that preparing builds.
         num_scenes: number of training scenes, for preparing; emoji do without.
+        num_nouns: number of nouns of the scenes, the most everyday first; None for all.
+        aligned: whether objects of the scenes have three sizes and lie on a grid; see `scenes.Variety`.
         views: number of views of a training picture, for preparing.
         max_images: number of pictures of each split, for preparing; None for all.
         batch_size: training samples a step on every rank.
@@ -44,6 +46,8 @@ class DataConfig:
     prepare: bool = False
     source: Literal["emoji", "scenes"] = "emoji"
     num_scenes: int = 20_000
+    num_nouns: int | None = None
+    aligned: bool = False
     views: int = 4
     max_images: int | None = None
     batch_size: int = 32
@@ -63,6 +67,7 @@ class DataConfig:
         counts = ("num_scenes", "views", "max_images", "batch_size", "val_batch_size", "num_train_samples")
         least = dict.fromkeys(counts, 1)
         least |= dict.fromkeys(("num_workers", "shuffle_buffer", "max_bad_samples"), 0)
+        least["num_nouns"] = 12
         found = unknown_choices(self) + [
             f"{name}={getattr(self, name)}: must be at least {fewest}"
             for name, fewest in least.items()

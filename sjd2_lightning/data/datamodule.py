@@ -19,6 +19,7 @@ from sjd2_lightning.data.sources.emoji import SOURCE as EMOJI
 from sjd2_lightning.data.sources.emoji import prepare_emoji
 from sjd2_lightning.data.sources.scene_shards import SOURCE as SCENES
 from sjd2_lightning.data.sources.scene_shards import prepare_scenes
+from sjd2_lightning.data.sources.scenes import Variety
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 
 __all__ = ["Batch", "CodeDataModule", "PictureBatch"]
@@ -89,7 +90,10 @@ class CodeDataModule(L.LightningDataModule):
             )
         coder = tokenizer if self.config.kind == "codes" else None
         if self.config.source == SCENES:
-            prepare_scenes(self.data_dir, coder, self.config.num_scenes, size=self.image_size)
+            variety = Variety(self.config.num_nouns, self.config.aligned)
+            prepare_scenes(
+                self.data_dir, coder, self.config.num_scenes, size=self.image_size, variety=variety
+            )
         else:
             prepare_emoji(
                 self.data_dir,

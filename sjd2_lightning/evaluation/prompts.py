@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sjd2_lightning.data.sources.emoji import EmojiImage, load_emoji_index
+from sjd2_lightning.data.sources.scenes import ALL, PROMPT_CATEGORIES, Variety, held_out_scene
 from sjd2_lightning.data.sources.tars import tar_samples
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
@@ -66,6 +67,17 @@ def held_out_prompts(num_prompts: int | None = None, seed: int = 0) -> list[Prom
             f"ask for 1..{len(found)} and use samples_per_prompt for more images"
         )
     return [PromptItem(item.key, item.caption, seed_of(item.key, seed)) for item in found[:num_prompts]]
+
+
+def scene_prompts(num_prompts: int, seed: int = 0, variety: Variety = ALL) -> list[PromptItem]:
+    """Captions of held-out scenes, of all categories but the held-out names in turn."""
+    categories = [name for name in PROMPT_CATEGORIES if name != "names"]
+    found = []
+    for number in range(num_prompts):
+        category, index = categories[number % len(categories)], number // len(categories)
+        scene = held_out_scene(category, seed, index, variety)
+        found.append(PromptItem(scene.key, scene.caption, seed_of(scene.key, seed)))
+    return found
 
 
 def repeat_prompts(prompts: Sequence[PromptItem], samples_per_prompt: int) -> list[PromptItem]:

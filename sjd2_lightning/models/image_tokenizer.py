@@ -137,7 +137,11 @@ class VQImageTokenizer(nn.Module):
             ValueError: if an id lies outside the codebook.
         """
         check_image_ids(image_ids, self.num_codes)
-        return self.pixels(self.vq.quantize.embedding(image_ids).permute(0, 3, 1, 2)).clamp(0, 1)
+        return self.decoded(image_ids).clamp(0, 1)
+
+    def decoded(self, image_ids: Tensor) -> Tensor:
+        """Images (B, 3, h, w), not clamped and with a gradient, of image ids (B, H, W)."""
+        return self.pixels(self.vq.quantize.embedding(image_ids).permute(0, 3, 1, 2))
 
 
 def load_image_tokenizer(folder: str | Path) -> VQImageTokenizer:

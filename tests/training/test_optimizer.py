@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.optim import muon
 
 from sjd2_lightning.training.optimizer import OptimizerConfig, build_optimizer, warmup_cosine
 from tests.tools.tiny_backbones import tiny_chameleon
@@ -55,3 +56,17 @@ def test_learning_rate_warms_up_and_ends_at_its_share():
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[14] == pytest.approx(0.55)  # half-way down
     assert rates[24] == rates[25] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("has_units", [False, True])
+def test_muon_orthogonalises_in_fp32_where_there_are_no_bf16_units(backbone, monkeypatch, has_units):
+    name = "zeropower_via_newtonschulz"
+    monkeypatch.setattr(
+        muon, name, getattr(muon.zeropower_via_newtonschulz, "func", muon.zeropower_via_newtonschulz)
+    )
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
+    for _ in range(2):
+        build_optimizer(backbone.named_parameters(), OptimizerConfig("muon"))
+    used = getattr(muon, name)
+    assert getattr(used, "keywords", {}) == ({} if has_units else {"dtype": torch.float32})
+    assert used(torch.randn(4, 4), 5, [(3.4445, -4.775, 2.0315)]).isfinite().all()

@@ -95,6 +95,18 @@ ringed planet = planet, globe showing Americas = globe, gem stone = diamond, red
 green heart, yellow heart, purple heart, orange heart, broken heart, feather, wood = log, rock
 """
 
+# nouns of a scene set that has few: all in training, and told apart by shape or colour; the first ones first
+EVERYDAY = tuple(
+    noun.strip()
+    for noun in """
+dog, key, apple, car, house, tree, fish, bird, guitar, banana, rose, hat, frog, pig, rabbit, penguin,
+balloon, bus, rocket, crown, sun with face, candle, soccer ball, mushroom, carrot, duck, butterfly, elephant,
+snowman, lemon, strawberry, sailboat, ladybug, cactus, pumpkin, robot, boot, hammer, turtle, doughnut,
+panda, diamond, truck, owl, sunflower, trumpet, whale, cupcake, basketball, ghost, pineapple, crab, horse,
+t-shirt, chair, bee, teapot, light bulb, bicycle, tomato, fox, cow, present, kite
+""".replace("\n", " ").split(",")
+)
+
 
 @dataclass(frozen=True)
 class SceneObject:

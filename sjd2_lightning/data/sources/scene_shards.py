@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,14 @@ from sjd2_lightning.data.ensure import Coder, Wanted, ensure_shards
 from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.sources.emoji import ATTRIBUTION, source_identity
 from sjd2_lightning.data.sources.scene_pixels import UNITS
-from sjd2_lightning.data.sources.scenes import CATEGORY_SHARES, Scene, held_out_scene, training_scene
+from sjd2_lightning.data.sources.scenes import (
+    ALL,
+    CATEGORY_SHARES,
+    Scene,
+    Variety,
+    held_out_scene,
+    training_scene,
+)
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 
 SOURCE = "scenes"
@@ -32,12 +39,14 @@ class SceneSet:
         seed: seed of the scenes.
         num_scenes: how many there are; of the val split, so many of each category.
         size: side in pixels.
+        variety: how much scenes differ.
     """
 
     split: str
     seed: int
     num_scenes: int
     size: int
+    variety: Variety = ALL
 
     @property
     def records(self) -> Sequence[int]:
@@ -47,9 +56,10 @@ class SceneSet:
     def scene(self, record: int) -> Scene:
         """The scene of a number; held-out scenes take turns by category."""
         if self.split == "train":
-            return training_scene(self.seed, record)
+            return training_scene(self.seed, record, self.variety)
         categories = tuple(CATEGORY_SHARES)
-        return held_out_scene(categories[record % len(categories)], self.seed, record // len(categories))
+        category, index = categories[record % len(categories)], record // len(categories)
+        return held_out_scene(category, self.seed, index, self.variety)
 
     def picture(self, record: int) -> int:
         """Every scene is a picture of its own."""
@@ -71,6 +81,7 @@ def prepare_scenes(
     *,
     size: int = UNITS,
     seed: int = 0,
+    variety: Variety = ALL,
     held_out_per_category: int = HELD_OUT_PER_CATEGORY,
     samples_per_shard: int = 2048,
     show_progress: bool = True,
@@ -84,6 +95,7 @@ def prepare_scenes(
         num_scenes: scenes of the training split.
         size: side of the pictures in pixels.
         seed: seed of the scenes.
+        variety: how much scenes differ.
         held_out_per_category: scenes of each category of the val split.
         samples_per_shard: samples in every shard but the last of its folder.
         show_progress: show a progress bar for every folder that is built.
@@ -101,9 +113,11 @@ def prepare_scenes(
     coder = Coder(tokenizer) if isinstance(tokenizer, ImageTokenizer) else tokenizer
     indexes = {}
     for split, number in (("train", num_scenes), ("val", held_out_per_category)):
-        pictures = SceneSet(split, seed, number, size)
+        pictures = SceneSet(split, seed, number, size, variety)
         # Pillow resamples: another release may round a pixel otherwise
         inputs = [split, seed, number, size, SCENES_VERSION, source_identity(), f"pillow {PIL.__version__}"]
+        if variety != ALL:
+            inputs.append(asdict(variety))
         wanted = Wanted(
             Path(out_dir),
             split,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sjd2_lightning.data.sources.draws import Draws, hashed
-from sjd2_lightning.data.sources.nouns import load_objects
+from sjd2_lightning.data.sources.nouns import EVERYDAY, load_objects
 from sjd2_lightning.data.sources.scene_captions import SIZES, Asked, caption
 from sjd2_lightning.data.sources.scene_pixels import (
     DIRECTIONS,
@@ -52,8 +52,39 @@ _SIDES = {1: (40, 112), 2: (36, 60), 3: (32, 54), 4: (30, 48)}  # of objects, by
 # kind of combination that a held-out scene of a category shows
 _ABOUT = {"two": "pair", "three": "pair", "counting": "count", "position": "relation", "ground": "ground"}
 _MOST_ATTEMPTS = 20_000
+_LEAST_NOUNS = 12  # fewer may lack a held-out combination of some kind
+_CELL = 8  # unit of aligned places
+_ALIGNED_SIDES = {1: (48, 72), 2: (48,), 3: (32, 48), 4: (32,)}  # as _SIDES
 
 Combination = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Variety:
+    """How much scenes differ; less is learnt sooner.
+
+    Args:
+        num_nouns: number of nouns, the most everyday first (nouns.EVERYDAY); None shows every trained noun.
+        aligned: whether corners lie on multiples of 8 and longer sides are 32, 48 or 72, all in 128ths, so
+            that patches of 8 x 8 repeat from scene to scene.
+
+    Raises:
+        ValueError: that many everyday nouns are not known, or with so few a category may lack held-out
+            scenes.
+    """
+
+    num_nouns: int | None = None
+    aligned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_nouns is not None and not _LEAST_NOUNS <= self.num_nouns <= len(EVERYDAY):
+            raise ValueError(
+                f"data.num_nouns is {self.num_nouns}: it must be null (every noun) or "
+                f"from {_LEAST_NOUNS} to {len(EVERYDAY)}"
+            )
+
+
+ALL = Variety()
 
 
 @dataclass(frozen=True)
@@ -128,19 +159,20 @@ def held_out(combination: Combination) -> bool:
     return hashed("held out", *combination) % 100 < HELD_OUT_SHARE
 
 
-def training_scene(seed: int, index: int) -> Scene:
+def training_scene(seed: int, index: int, variety: Variety = ALL) -> Scene:
     """Scene `index` of the training split."""
     category = _drawn_category(Draws("category", seed, index))
-    return _first_fit("train", category, seed, index, f"scene_{index:08d}")
+    return _first_fit("train", category, seed, index, f"scene_{index:08d}", variety)
 
 
-def held_out_scene(category: str, seed: int, index: int) -> Scene:
+def held_out_scene(category: str, seed: int, index: int, variety: Variety = ALL) -> Scene:
     """Scene `index` of a category of the held-out split.
 
     Args:
         category: one of HELD_OUT_CATEGORIES; "names" shows a single object that training never shows.
         seed: seed of everything that is drawn.
         index: number of the scene in its category.
+        variety: how much scenes differ.
 
     Returns:
         The scene; the same for the same arguments on every machine.
@@ -150,21 +182,22 @@ def held_out_scene(category: str, seed: int, index: int) -> Scene:
     """
     if category not in HELD_OUT_CATEGORIES:
         raise ValueError(f"category is {category!r}, it must be one of {', '.join(HELD_OUT_CATEGORIES)}")
-    return _first_fit("val", category, seed, index, f"{category}_{index:06d}")
+    return _first_fit("val", category, seed, index, f"{category}_{index:06d}", variety)
 
 
-def held_out_scenes(per_category: int, seed: int = 0) -> list[Scene]:
+def held_out_scenes(per_category: int, seed: int = 0, variety: Variety = ALL) -> list[Scene]:
     """Scenes for measuring, equally many of each of PROMPT_CATEGORIES; their captions are the prompts."""
     return [
-        held_out_scene(category, seed, index)
+        held_out_scene(category, seed, index, variety)
         for category in PROMPT_CATEGORIES
         for index in range(per_category)
     ]
 
 
-def _first_fit(split: str, category: str, seed: int, index: int, key: str) -> Scene:
+def _first_fit(split: str, category: str, seed: int, index: int, key: str, variety: Variety) -> Scene:
     for attempt in range(_MOST_ATTEMPTS):
-        if scene := _attempt(split, category, key, Draws(split, seed, category, index, attempt)):
+        draws = Draws(split, seed, category, index, attempt)
+        if scene := _attempt(split, category, key, draws, variety):
             return scene
     raise ValueError(f"no scene {key} of seed {seed} keeps to its split; take another seed")
 
@@ -178,13 +211,13 @@ def _drawn_category(draws: Draws) -> str:
     raise AssertionError("shares add up to their sum")
 
 
-def _attempt(split: str, category: str, key: str, draws: Draws) -> Scene | None:
+def _attempt(split: str, category: str, key: str, draws: Draws, variety: Variety) -> Scene | None:
     """The scene that the draws give, if it keeps to its split and everything finds a place."""
-    nouns = _drawn_nouns(category, draws)
+    nouns = _drawn_nouns(category, draws, variety.num_nouns)
     counts = tuple(Counter(nouns).items())
     sizes = _drawn_sizes(category, counts, draws)
     ground = _drawn_ground(nouns, draws)
-    objects = ground and _placed(nouns, dict(sizes), draws)
+    objects = ground and _placed(nouns, dict(sizes), draws, variety.aligned)
     if not ground or not objects:
         return None
     shown = [entry for entry in combinations_of(objects, ground) if held_out(entry)]
@@ -209,14 +242,16 @@ def _is_new(category: str, sizes: tuple[tuple[str, str], ...], shown: Sequence[C
     return kind is None or any(entry[0] == kind for entry in shown)
 
 
-@lru_cache(maxsize=2)
-def _nouns(trained: bool) -> tuple[str, ...]:
+@lru_cache(maxsize=4)
+def _nouns(trained: bool, number: int | None) -> tuple[str, ...]:
+    if trained and number is not None:
+        return tuple(sorted(EVERYDAY[:number]))
     return tuple(item.noun for item in load_objects() if item.trained == trained)
 
 
-def _drawn_nouns(category: str, draws: Draws) -> list[str]:
+def _drawn_nouns(category: str, draws: Draws, num_nouns: int | None) -> list[str]:
     """A noun an object."""
-    nouns = _nouns(category != "names")
+    nouns = _nouns(category != "names", num_nouns)
     if category == "counting":
         count = draws.between(2, 4)
         if count < 4 and draws.below(4) == 0:
@@ -245,26 +280,26 @@ def _drawn_ground(nouns: Sequence[str], draws: Draws) -> Ground | None:
     return Ground(draws.choice(fits), first, last, (0, 0) if plain else direction)
 
 
-def _placed(nouns: Sequence[str], sizes: dict[str, str], draws: Draws) -> tuple[Placed, ...] | None:
+def _placed(
+    nouns: Sequence[str], sizes: dict[str, str], draws: Draws, aligned: bool
+) -> tuple[Placed, ...] | None:
     """Boxes that neither overlap nor leave the scene; objects of one kind are about equally large."""
-    shortest, longest = _SIDES[len(nouns)]
-    sides: dict[str, int] = {}
+    drawn_side = _aligned_side if aligned else _free_side
+    sides = {}
     for noun in nouns:
-        low, high = {
-            None: (shortest, longest),
-            "large": (LARGE + 4, longest if len(nouns) == 1 else 84),
-            "small": (LEAST_SIDE, SMALL - 4),
-        }[sizes.get(noun)]
-        sides[noun] = draws.between(low, high)
+        sides[noun] = drawn_side(len(nouns), sizes.get(noun), draws)
+    cell = _CELL if aligned else 1
     placed: list[Placed] = []
     for noun in nouns:
-        side = max(LEAST_SIDE, sides[noun] * draws.between(92, 100) // 100)
-        if sizes.get(noun) == "large":
-            side = sides[noun]
+        side = sides[noun]
+        if not aligned:
+            shrunken = max(LEAST_SIDE, side * draws.between(92, 100) // 100)
+            side = side if sizes.get(noun) == "large" else shrunken
         width, height = _box(noun, side)
+        first = -(-_MARGIN // cell)
         for _ in range(12):
-            left = draws.between(_MARGIN, UNITS - _MARGIN - width)
-            top = draws.between(_MARGIN, UNITS - _MARGIN - height)
+            left = cell * draws.between(first, (UNITS - _MARGIN - width) // cell)
+            top = cell * draws.between(first, (UNITS - _MARGIN - height) // cell)
             item = Placed(noun, left, top, width, height)
             if all(_apart(item, other) for other in placed):
                 placed.append(item)
@@ -272,6 +307,21 @@ def _placed(nouns: Sequence[str], sizes: dict[str, str], draws: Draws) -> tuple[
         else:
             return None
     return tuple(placed)
+
+
+def _free_side(number: int, size: str | None, draws: Draws) -> int:
+    """The longest side that one of so many objects gets."""
+    shortest, longest = _SIDES[number]
+    low, high = {
+        None: (shortest, longest),
+        "large": (LARGE + 4, longest if number == 1 else 84),
+        "small": (LEAST_SIDE, SMALL - 4),
+    }[size]
+    return draws.between(low, high)
+
+
+def _aligned_side(number: int, size: str | None, draws: Draws) -> int:
+    return {None: draws.choice(_ALIGNED_SIDES[number]), "large": 72, "small": 32}[size]
 
 
 def _box(noun: str, side: int) -> tuple[int, int]:

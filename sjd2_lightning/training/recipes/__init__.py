@@ -17,6 +17,8 @@ class TokenizerRecipe:
         warmup_steps: number of steps without quantisation before k-means starts the codebook.
         revive_every: number of steps after which unused codes move.
         isolate_patches: whether a code depends on its own pixels alone.
+        start: folder of a trained tokenizer whose codes are kept: only its decoder is trained, and the sizes
+            above are those of the folder. None trains a new tokenizer.
     """
 
     num_codes: int = 512
@@ -26,6 +28,7 @@ class TokenizerRecipe:
     warmup_steps: int = 200
     revive_every: int = 200
     isolate_patches: bool = True
+    start: str | None = None
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""

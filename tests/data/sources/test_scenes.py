@@ -17,7 +17,7 @@ import pytest
 
 from sjd2_lightning.data.sources.draws import Draws
 from sjd2_lightning.data.sources.emoji import load_emoji_index
-from sjd2_lightning.data.sources.nouns import load_objects, plural_of
+from sjd2_lightning.data.sources.nouns import EVERYDAY, load_objects, plural_of
 from sjd2_lightning.data.sources.scene_captions import COUNTS, RELATIONS, SIZES, Asked, article, caption
 from sjd2_lightning.data.sources.scene_pixels import (
     DIRECTIONS,
@@ -34,6 +34,7 @@ from sjd2_lightning.data.sources.scenes import (
     HELD_OUT_SHARE,
     PROMPT_CATEGORIES,
     Scene,
+    Variety,
     held_out_scene,
     held_out_scenes,
     training_scene,
@@ -321,6 +322,44 @@ def test_prompts_are_equally_many_of_each_category() -> None:
 def test_an_unknown_category_is_refused() -> None:
     with pytest.raises(ValueError, match=r"category is 'colours', it must be one of single, two"):
         held_out_scene("colours", 0, 0)
+
+
+# Less variety
+
+FEW = Variety(num_nouns=12, aligned=True)
+
+
+def test_few_nouns_are_the_first_of_the_everyday_ones() -> None:
+    trained = {item.noun for item in load_objects() if item.trained}
+    assert len(set(EVERYDAY)) == len(EVERYDAY)
+    assert trained.issuperset(EVERYDAY)
+    nouns = {item.noun for index in range(300) for item in training_scene(0, index, FEW).objects}
+    assert nouns == set(EVERYDAY[:12])
+
+
+def test_aligned_objects_repeat_patch_by_patch() -> None:
+    objects = [item for index in range(300) for item in training_scene(0, index, FEW).objects]
+    assert {item.side for item in objects} == {32, 48, 72}
+    assert not [item for item in objects if item.left % 8 or item.top % 8]
+    free = [item for index in range(50) for item in training_scene(0, index).objects]
+    assert [item for item in free if item.left % 8], "other scenes are as they were"
+
+
+def test_held_out_combinations_of_few_nouns_are_of_trained_nouns() -> None:
+    for category in CATEGORY_SHARES:
+        for index in range(10):
+            scene = held_out_scene(category, 0, index, FEW)
+            assert {item.noun for item in scene.objects} <= set(EVERYDAY[:12])
+            if category != "single":
+                assert any(is_held_out(entry) for entry in shown(scene))
+    seen = {entry for index in range(1000) for entry in shown(training_scene(0, index, FEW))}
+    assert not [entry for entry in seen if is_held_out(entry)]
+
+
+@pytest.mark.parametrize("number", [11, len(EVERYDAY) + 1])
+def test_a_number_of_nouns_that_are_not_there_is_refused(number: int) -> None:
+    with pytest.raises(ValueError, match=rf"data.num_nouns is {number}: it must be null .* from 12 to"):
+        Variety(num_nouns=number)
 
 
 # The same on every machine

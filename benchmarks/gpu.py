@@ -5,9 +5,9 @@
     .venv/bin/python benchmarks/gpu.py --json outputs/smoke.json --smoke     # two layers on a CPU, a minute
 
 Models have the shapes of Lumina-mGPT 7B, Emu3 8B and Janus-Pro 7B and random weights in bfloat16, drawn on
-the device. A part that is done is written at once. Parts that the file holds for the same card, versions and
-commit of the numbers' meaning are left as they are, unless `--parts` names them. A part that fails is
-written as an error, the others go on, and the exit code is 1.
+the device. A part that is done is written at once. Parts that the file holds for the same card and versions
+are left as they are, unless `--parts` names them. A part that fails is written as an error, the others go on,
+and the exit code is 1.
 """
 
 from __future__ import annotations

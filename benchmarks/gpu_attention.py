@@ -1,4 +1,4 @@
-"""Attention of one layer in two ways: packed SDPA under a dense mask, as the engine has it, and FlexAttention."""
+"""Attention of one layer in two ways: packed SDPA under a dense mask, as in the engine, and FlexAttention."""
 
 from __future__ import annotations
 

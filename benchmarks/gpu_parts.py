@@ -123,7 +123,7 @@ def start(bench: Bench) -> dict[str, Any]:
 
 
 def first_image(bench: Bench) -> dict[str, float]:
-    """What a process of `start` measures: seconds of the first image and of the second, and the passes taken."""
+    """What a process of `start` measures: seconds of the first image and of the second; passes of one."""
     backbone, pixels = bench.model("lumina"), 64 if bench.smoke else 256
     config, layout = config_of(bench.windows[-1], True, "auto"), backbone.layout(pixels, pixels)
 
@@ -239,7 +239,7 @@ def attention(bench: Bench) -> dict[str, Any]:
 
 
 def speedup(bench: Bench) -> dict[str, Any]:
-    """What the published compressions would be worth on this engine: over its own `ar`, and over an eager one.
+    """What the published compressions would be worth here: over this engine's `ar`, and over an eager one.
 
     Raises:
         ValueError: the passes were not measured.

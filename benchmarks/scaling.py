@@ -16,12 +16,12 @@ a roofline: the longer of bytes / bandwidth and operations / (peak x utilisation
 the paper's latency of plain autoregression as a cost of launching. What was measured on an H200 with the
 engine before this one (`MEASURED`, docs/gpu.md) shows where it was wrong:
 
-- Launches are no part of a model's cost. An eager pass is about 1,300 kernels that a host starts, and takes 27
-  to 41 ms with any window; in a CUDA graph that is gone. Speed-ups over an eager baseline are speed-ups over
-  a GPU that waits.
+- Launches are no part of a model's cost. An eager pass is about 1,300 kernels that a host starts, and takes
+  27 to 41 ms with any window; in a CUDA graph that is gone. Speed-ups over an eager baseline are speed-ups
+  over a GPU that waits.
 - A pass of one token does not reach the bandwidth: 6.9 ms where its bytes take 3.3, a share of 0.48.
-- The cost rises from the first tokens on: 32 cost 1.12 passes of one, 64 cost 1.19, where the roofline of that
-  card says 1.00; 96 cost 1.34.
+- The cost rises from the first tokens on: 32 cost 1.12 passes of one, 64 cost 1.19, where the roofline of
+  that card says 1.00; 96 cost 1.34.
 
 So a pass takes what its bytes take at the share reached, times the measured cost of its window; or what its
 operations take, where that is longer. That the A100 has the share and the curve of an H200 is assumed. The

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import scaling
 from sjd2_lightning.decoding import DecodingConfig
+from sjd2_lightning.models.registry import build_shrunken
 from tests.tools.tiny_backbones import tiny_chameleon
 
 
@@ -47,5 +48,5 @@ def test_memory_tells_the_cache_from_the_rest():
 
 @torch.inference_mode()
 def test_a_pass_of_the_sweep_runs():
-    backbone = tiny_chameleon(num_codes=16, num_layers=1, hidden_size=8)
+    backbone = build_shrunken("chameleon")
     assert scaling.a_pass(backbone, window=4, prefix=8, rows=2, levels=1)() is None

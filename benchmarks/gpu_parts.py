@@ -29,7 +29,6 @@ from benchmarks.gpu_cells import (
 from benchmarks.memory import LiveBytes
 from sjd2_lightning.cli.plan import RunSettings, plan_run
 from sjd2_lightning.decoding import DecodingConfig, decode
-from sjd2_lightning.decoding.batch import DoesNotFitError
 from sjd2_lightning.metrics.efficiency import peak_memory, timed
 from sjd2_lightning.models import invariant
 from sjd2_lightning.models.backbone import Backbone
@@ -84,8 +83,11 @@ def _passes_of(bench: Bench, name: str, speed: float | None) -> list[dict[str, A
         try:
             row["ms"] = pass_ms(backbone, config, rows, pixels)
             row["outside_trunk_and_head_ms"] = own_ms(backbone, config, rows, pixels)
-        except (DoesNotFitError, torch.cuda.OutOfMemoryError, ValueError) as error:
-            row["error"] = str(error)
+        except (
+            ValueError,
+            RuntimeError,
+        ) as error:  # of engines, memory and the compiler: the other cells go on
+            row["error"] = f"{type(error).__name__}: {error}"
             continue
         row["outside_trunk_and_head_share"] = row["outside_trunk_and_head_ms"] / row["ms"]
         if speed is not None:

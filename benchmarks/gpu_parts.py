@@ -83,10 +83,7 @@ def _passes_of(bench: Bench, name: str, speed: float | None) -> list[dict[str, A
         try:
             row["ms"] = pass_ms(backbone, config, rows, pixels)
             row["outside_trunk_and_head_ms"] = own_ms(backbone, config, rows, pixels)
-        except (
-            ValueError,
-            RuntimeError,
-        ) as error:  # of engines, memory and the compiler: the other cells go on
+        except (ValueError, RuntimeError) as error:  # engine, memory or compiler: the other cells go on
             row["error"] = f"{type(error).__name__}: {error}"
             continue
         row["outside_trunk_and_head_share"] = row["outside_trunk_and_head_ms"] / row["ms"]

@@ -7,7 +7,8 @@ number format if rounding its two best scores to that format could close the gap
 place of each, with guidance s times |s| + |s - 1|, since both logits are rounded before they are combined.
 That is the most that rounding the logits alone can do, the guided score standing for the size of both logits;
 the trunk's own arithmetic in that format comes on top. So `--trunk-dtype bfloat16` also decodes in the format
-itself and counts the images in which `sjd2` parts from `ar` (slow on most CPUs).
+itself and counts the images in which `sjd2` parts from `ar`: as they come, with passes of one shape
+(`window_shape`) and by invariant arithmetic (slow on most CPUs).
 """
 
 from __future__ import annotations
@@ -98,14 +99,23 @@ def measure(backbone: Backbone, sampling: Sampling, options: argparse.Namespace)
 
 
 @torch.inference_mode()
-def differing(backbone: Backbone, sampling: Sampling, options: argparse.Namespace) -> dict[str, Any]:
-    """Images that `sjd2` in replay mode draws otherwise than `ar`, both in the trunk's own format."""
+def differing(
+    backbone: Backbone, sampling: Sampling, options: argparse.Namespace, way: dict[str, Any]
+) -> dict[str, Any]:
+    """Images that `sjd2` in replay mode draws otherwise than `ar`, both in the trunk's own format.
+
+    Args:
+        backbone: the model.
+        sampling: the law.
+        options: of the command line.
+        way: fields of `DecodingConfig` that both share.
+    """
     layout = backbone.layout(options.pixels, options.pixels)
     first = []
     for item in held_out_prompts(options.num_prompts):
         job = backbone, [item.prompt], [item.seed]
-        ar = decode(*job, DecodingConfig("ar", window=1, sampling=sampling), layout).slot_ids[0]
-        config = DecodingConfig("sjd2", options.window, 2, sampling=sampling)
+        ar = decode(*job, DecodingConfig("ar", window=1, sampling=sampling, **way), layout).slot_ids[0]
+        config = DecodingConfig("sjd2", options.window, 2, sampling=sampling, **way)
         other = (decode(*job, config, layout).slot_ids[0] != ar).nonzero()
         first.append(int(other[0]) if len(other) else layout.num_slots)
     whole = sum(slot == layout.num_slots for slot in first)
@@ -132,8 +142,14 @@ def main() -> None:
     if options.trunk_dtype != "none":
         other = load_backbone("chameleon", options.weights, "trunk", FORMATS[options.trunk_dtype]).eval()
         for scale in options.guidance_scales:
-            key = f"{options.trunk_dtype} trunk, guidance {scale:g}"
-            found[key] = differing(other, Sampling(guidance_scale=scale), options)
+            ways = {
+                "": {},
+                "one shape, ": {"window_shape": options.window},
+                "invariant, ": {"invariant": True},
+            }
+            for name, way in ways.items():
+                key = f"{options.trunk_dtype} trunk, {name}guidance {scale:g}"
+                found[key] = differing(other, Sampling(guidance_scale=scale), options, way)
     Console().print_json(data=found)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
+from sjd2_lightning.decoding.loop import decoder_of
 from sjd2_lightning.evaluation.auto_window import WINDOWS, WindowChoice, resolve_windows, with_windows
 from sjd2_lightning.evaluation.compare import decode_methods, run_identity
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts
@@ -174,11 +175,13 @@ class SamplingCallback(Callback):
             layout,
             folder,
             batch_size=self.batch_size,
-            warm_up=not self._warm,
+            # what was captured of other weights does not hold: it is captured again, before anything is timed
+            warm_up=not self._warm or backbone.device.type == "cuda",
             replace=True,
             progress=False,
         )
         self._warm = True
+        decoder_of(backbone).release()  # training goes on with all of the memory
         if decoded is None:
             return None
         self._previous = (decoded.store.identity["weights"], decoded.store)

@@ -65,7 +65,10 @@ def test_visible_is_its_enumeration():
 
 
 def test_what_is_left_out_is_filled_in():
-    first, column = torch.tensor([2, 4]), torch.randint(5, 12, (2, 9), generator=torch.Generator().manual_seed(0))
+    first, column = (
+        torch.tensor([2, 4]),
+        torch.randint(5, 12, (2, 9), generator=torch.Generator().manual_seed(0)),
+    )
     visible = Visible(first, column + 1, None, column, None)
     assert torch.equal(visible.filled().dense(12), visible.dense(12))
     assert all(field.is_contiguous() for field in visible.filled())

@@ -106,8 +106,8 @@ class ReplayMap:
         config = DecodingConfig("sjd", sampling=sampling)
         self.truth = decode(backbone, texts, seeds, config, layout).slot_ids
         slots, keys = torch.arange(layout.num_slots), torch.tensor(seeds)
-        method = Method(config, [layout], backbone.slot_table(), backbone.num_codes)
-        self.first = method.source.first_slots(keys, slots)[0]
+        method = Method(config, backbone.slot_table(), backbone.num_codes)
+        self.first = method.begin(keys, [layout] * len(items), layout.num_slots).tokens
         self.gumbel = gumbel(stream(slot_keys(keys[:, None], slots), Purpose.GUMBEL), backbone.num_codes)
         self.is_code = torch.tensor(layout.forced) < 0
         before = self.is_code.long().cumsum(0) - self.is_code.long()

@@ -19,21 +19,23 @@ The words of this room:
     commit      write a slot for good: the run, and the slot behind it
     again       committed slots that a pass feeds again, since the cache does not hold them as they are now
     level       a slot's amount of noise: 0 is clean, `num_levels` is pure noise
-    strip       what is kept of slots and is as wide as the vocabulary or an embedding
+    engine      how passes are run: as they come, compiled, or captured as graphs
     column      where a slot, a prompt token or a timestep token lies in the cache
 
-Read `reference` first (autoregression, slow and obvious), then `loop`, `passes`, `rules`, `levels`, `window`.
+Read `reference` first (autoregression, slow and obvious), then `loop`, `passes`, `rules`, `levels`, `window`;
+`batch` and `engine` say how it is put together and run.
 """
 
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.law import Sampling
-from sjd2_lightning.decoding.loop import Observer, decode
+from sjd2_lightning.decoding.loop import Decoder, Observer, decode
 from sjd2_lightning.decoding.output import DecodeOutput, DecodeStats, Iteration, NearTies
 from sjd2_lightning.decoding.reference import decode_reference
 
 __all__ = [
     "DecodeOutput",
     "DecodeStats",
+    "Decoder",
     "DecodingConfig",
     "Iteration",
     "NearTies",

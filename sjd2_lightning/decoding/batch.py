@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from sjd2_lightning.decoding.config import DecodingConfig
@@ -16,8 +16,7 @@ from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache
 from sjd2_lightning.models.trunk import Trunk
 
 LEAVE_SHARE = 0.25  # finished rows leave the batch once they are this share of it: leaving copies the cache
-# numbers as wide as window and vocabulary that a pass holds at its peak, as tests/laws/test_state_size.py counts
-_LAWS_AT_PEAK = 12
+_LAWS_AT_PEAK = 12  # numbers of each code and slot of the window that a pass holds, see test_state_size.py
 
 
 class Batch:
@@ -58,7 +57,8 @@ class Batch:
             laws = 4 * _LAWS_AT_PEAK * len(seeds) * config.size * backbone.num_codes
             cache = _new_cache(backbone, len(token_ids), max_len, laws)
         else:
-            cache = kept.context.cache.all_rows()
+            cache = kept.cache.all_rows()
+        self.cache: KVCache = cache
         self.context = Context(backbone, trunk, token_ids, layouts, side, num_prompt, cache, config)
         self.num_slots = num_slots
         # right of the image lies the window of its last slot; a late host starts passes behind the last one
@@ -96,11 +96,11 @@ class Batch:
         most, size = self.progress.most(self.config.size), self.one_pass.num_columns
         end = self.context.first_slot + min(most, self.num_slots) + size
         if self.config.window_shape:
-            end = self.context.cache.max_len
+            end = self.cache.max_len
         else:
-            end = min(-(-end // self.engine.columns) * self.engine.columns, self.context.cache.max_len)
-        late = self.engine.lag > 0 or self.engine.compiled or self.config.window_shape > 0
-        again = self.one_pass.most_again if late else max(1, *self.progress.uncached)
+            end = min(-(-end // self.engine.columns) * self.engine.columns, self.cache.max_len)
+        static = self.engine.lag > 0 or self.engine.columns > 1 or self.config.window_shape > 0
+        again = self.one_pass.most_again if static else max(1, *self.progress.uncached)
         return Shape(end, again)
 
     def unfinished(self) -> list[int]:
@@ -161,8 +161,9 @@ def _new_cache(backbone: Backbone, rows: int, max_len: int, beside: int) -> KVCa
     free = _free_bytes(backbone.device)
     if needed > free:
         raise DoesNotFitError(
-            f"decoding {rows} rows of {max_len} columns needs {needed / 2**30:.1f} GiB on {backbone.device}, and "
-            f"{free / 2**30:.1f} GiB are free: take fewer prompts at once, a smaller image or a shorter window"
+            f"decoding {rows} rows of {max_len} columns needs {needed / 2**30:.1f} GiB on {backbone.device}, "
+            f"and {free / 2**30:.1f} GiB are free: take fewer prompts at once, a smaller image or a shorter "
+            "window"
         )
     cache = backbone.new_cache(rows, max_len)
     if cache.max_len < max_len:

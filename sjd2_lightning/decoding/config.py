@@ -153,7 +153,7 @@ class DecodingConfig:
 
     @property
     def num_drafted(self) -> int:
-        """The window as a number, the most slots that a pass commits; raises ValueError while it is "auto"."""
+        """The window as a number: the most slots that a pass commits. Raises ValueError for "auto"."""
         if self.window == "auto":
             raise ValueError("window=auto: choose a window first, see evaluation.auto_window.resolve_windows")
         return self.window

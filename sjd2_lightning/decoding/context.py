@@ -60,7 +60,7 @@ class Context:
 
     Args:
         backbone: the model.
-        trunk: what runs its trunk.
+        trunk: what runs its trunk and head.
         token_ids: ids in front of the first slot: of the prompts, then of their empty twins, if any.
         layouts: layouts of the images, one a prompt.
         timestep_tokens: (T, D) side tokens.
@@ -80,7 +80,7 @@ class Context:
         cache: KVCache,
         config: DecodingConfig,
     ) -> None:
-        self.backbone, self.trunk, self.cache, self.sampling = backbone, trunk, cache, config.sampling
+        self.trunk, self.cache, self.sampling = trunk, cache, config.sampling
         self.copies = len(token_ids) // len(layouts)
         ids, starts = right_aligned(token_ids, pad_to=num_prompt)
         self.num_side, self.num_prompt = len(timestep_tokens), ids.shape[1]
@@ -106,7 +106,7 @@ class Context:
         columns = torch.arange(self.first_slot, device=first.device).expand(len(first), -1)
         self.cache.place(columns, self.first_slot)
         positions = (columns - first[:, None]).clamp_min(0)
-        self.backbone(embeddings, positions, Visible.of_prompt(columns, first).dense(self.first_slot), self.cache)
+        self.trunk.prefill(embeddings, positions, Visible.of_prompt(columns, first), self.cache)
 
     def logits(
         self,
@@ -141,21 +141,27 @@ class Context:
             fed = torch.cat([fed, branches.embeddings], dim=1)
             side = None if side is None else F.pad(side, (0, len(branches.roots)), value=-1)
         first = self.prompts.first.T.flatten()  # (C * R,)
-        visible = Visible(first, *(None if each is None else self._twice(each) for each in (before, own, columns, side)))
+        visible = Visible(
+            first,
+            self._twice(before),
+            None if own is None else self._twice(own),
+            self._twice(columns),
+            None if side is None else self._twice(side),
+        )
         self.cache.place(visible.column, shape.columns)
         fed = self._with_prompt(slots[:, : shape.again], self._twice(fed))
-        hidden = self.trunk(fed, self._twice(places) - first[:, None], visible, self.cache)
+        hidden = self.trunk.run(fed, self._twice(places) - first[:, None], visible, self.cache)
         scale: float | Tensor = self.sampling.guidance_scale
         if self.copies > 1 and self.sampling.guidance_schedule != "constant":
             scale = self.prompts.scales.gather(1, places[:, -num_laws:] - self.first_slot + 1)
-        return guided(self.backbone.image_logits(hidden[:, -num_laws:]), scale)
+        return guided(self.trunk.head(hidden[:, -num_laws:]), scale)
 
     def _twice(self, values: Tensor) -> Tensor:
         """(C * R, ...) the values (R, ...) of a prompt for its empty twin too."""
         return values if self.copies == 1 else values.repeat(self.copies, *[1] * (values.ndim - 1))
 
     def _with_prompt(self, slots: Tensor, fed: Tensor) -> Tensor:
-        """`fed` (C * R, L, D) with the prompt's embeddings where the first slots (R, n) lie left of the image."""
+        """`fed` (C * R, L, D), with the prompt where the first slots (R, n) fed lie left of the image."""
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         place = (slots + self.num_prompt).clamp(0, self.num_prompt - 1)
         prompt = self.prompts.embeddings.transpose(0, 1)[:, rows, place].flatten(0, 1)  # (C * R, n, D)
@@ -190,7 +196,7 @@ def prompt_token_ids(
     empty = [backbone.unconditional_ids(*one) for one in zip(layouts, rows, strict=True)]
     if not all(empty):
         raise ValueError(
-            f"sampling.guidance_scale is {guidance_scale}, but the backbone has no unconditional prompt: set it "
-            "to 1, or give `unconditional_ids` at least one token"
+            f"sampling.guidance_scale is {guidance_scale}, but the backbone has no unconditional prompt: set "
+            "it to 1, or give `unconditional_ids` at least one token"
         )
     return rows + empty

@@ -1,4 +1,4 @@
-"""How the passes of a batch are run: as they come, compiled, or as captured CUDA graphs; and what the host knows."""
+"""How the passes of a batch are run, as they come or as captured CUDA graphs, and what the host knows ."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ class Engine(NamedTuple):
 
     Attributes:
         compiled: whether the layers of the trunk are compiled.
+        invariant: whether they compute as `models.invariant` does; such layers are never compiled.
         captured: whether iterations are captured as CUDA graphs.
         lag: number of passes after which the host learns how far the rows are; 0 = it waits for each.
         columns: passes read keys of a multiple of so many columns.
     """
 
     compiled: bool
+    invariant: bool
     captured: bool
     lag: int
     columns: int
@@ -45,12 +47,14 @@ class Engine(NamedTuple):
                 "eager or compiled"
             )
         captured = config.engine == "graphs" or (config.engine == "auto" and on_gpu)
-        compiled = captured or config.engine == "compiled"
-        return cls(compiled, captured, _LAG if on_gpu else 0, _COLUMNS if compiled else 1)
+        static = captured or config.engine == "compiled"
+        compiled = static and not config.invariant
+        lag = _LAG if on_gpu else 0
+        return cls(compiled, config.invariant, captured, lag, _COLUMNS if static else 1)
 
     def prompt_columns(self, num: int) -> int:
         """Number of columns of prompts of at most `num` tokens: batches of one number share their shapes."""
-        return _multiple(num, 64 if self.compiled else 1)
+        return _multiple(num, 64 if self.columns > 1 else 1)
 
     def rows(self, num: int) -> int:
         """Number of rows that a batch of `num` unfinished ones has: some finished ones may stay."""
@@ -127,9 +131,7 @@ class Graphs:
                 graph.replay()
         torch.cuda.current_stream().wait_stream(self.stream)
 
-    def _captured(
-        self, key: tuple[int, Shape], iteration: Callable[[Shape], object]
-    ) -> torch.cuda.CUDAGraph:
+    def _captured(self, key: tuple[int, Shape], iteration: Callable[[Shape], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             iteration(key[1])

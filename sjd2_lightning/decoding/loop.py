@@ -73,8 +73,9 @@ class Decoder:
 
     def __init__(self, backbone: Backbone, num_kept: int = 4) -> None:
         self.backbone, self.num_kept = backbone, num_kept
-        self.trunks: dict[bool, Trunk] = {}
+        self.trunks: dict[object, Trunk] = {}
         self.kept: dict[object, Batch] = {}
+        self.version: object = None
 
     @torch.inference_mode()
     def __call__(
@@ -105,12 +106,18 @@ class Decoder:
     ) -> Batch:
         """A batch in front of its first slot; arguments of `decode`, with one layout a prompt."""
         ids = prompt_token_ids(self.backbone, prompts, layouts, config.sampling.guidance_scale)
-        if engine.compiled not in self.trunks:
-            self.trunks[engine.compiled] = trunk_of(self.backbone, engine.compiled)
-        trunk = self.trunks[engine.compiled]
+        names = tuple(name for name, _ in self.backbone.named_parameters())  # an adapter adds some
+        way = (engine.compiled, engine.invariant, names)
+        if way not in self.trunks:
+            self.trunks[way] = trunk_of(self.backbone, engine.compiled, engine.invariant)
+        trunk = self.trunks[way]
         if not engine.captured:
             return Batch(self.backbone, trunk, config, engine, ids, seeds, layouts)
-        kind = (config, sizes(engine, ids, layouts), _version(self.backbone))
+        version = _version(self.backbone)
+        if version != self.version:  # tables and graphs of other weights
+            self.release()
+            self.version = version
+        kind = (config, sizes(engine, ids, layouts))
         kept = self.kept.pop(kind, None)
         if kept is None and len(self.kept) >= self.num_kept:
             del self.kept[next(iter(self.kept))]
@@ -167,7 +174,7 @@ def decoder_of(backbone: Backbone) -> Decoder:
 
 
 def _version(backbone: Backbone) -> tuple[tuple[int, int], ...]:
-    """Where the weights lie and how often they were written to: captured graphs and tables are made of them."""
+    """Where the weights lie and how often they were written to: graphs and tables are made of them."""
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in backbone.parameters())
 
 

@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from torch import Tensor
 
-
 _Kind = TypeVar("_Kind", bound="Rows")
 
 

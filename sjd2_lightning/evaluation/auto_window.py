@@ -113,7 +113,7 @@ def pass_seconds(
     """Median seconds of an iteration in the middle of an image, by window.
 
     The iteration is the engine's own, with these prompts, their empty twins, cache and timestep tokens. Rows
-    of a batch stand apart, as they do while decoding. Windows take turns, so that drift of the machine hits all.
+    of a batch stand apart, as they do while decoding. Windows take turns, so that drift hits all.
 
     Args:
         backbone: the model, in eval mode.

@@ -14,6 +14,7 @@ from uuid import uuid4
 import torch
 
 from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.engine import Engine
 from sjd2_lightning.decoding.loop import Observer, decode
 from sjd2_lightning.decoding.output import DecodeOutput, NearTies
 from sjd2_lightning.evaluation.prompts import PromptItem
@@ -65,7 +66,8 @@ def decode_unrecorded(
         backbone, methods, jobs, layout: arguments of `decode_jobs`.
     """
     for name in dict.fromkeys(job.method for job in jobs):
-        compiling = " and compiling" if methods[name].compile else ""
+        engine = Engine.of(methods[name], backbone.device)
+        compiling = " and compiling" if engine.compiled else ""
         with stage(f"warming up{compiling}: {name}"):
             _decode(backbone, jobs[0].prompts, methods[name], layout)
 

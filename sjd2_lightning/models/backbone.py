@@ -221,7 +221,7 @@ class KVCache:
         return self
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Keeps the given rows, (R,) int64, at the front of the same memory: finished images leave the batch."""
+        """Keeps the given rows, (R,) int64, at the front of the same memory: finished images leave."""
         for buffers in (self.keys, self.values):
             for number, buffer in enumerate(buffers):
                 buffer[: len(rows)] = buffer[rows]

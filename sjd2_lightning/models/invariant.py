@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.models.chameleon.modeling_chameleon import ChameleonLayerNorm, ChameleonRMSNorm
 from transformers.models.emu3.modeling_emu3 import Emu3RMSNorm
@@ -77,6 +78,23 @@ def linear(
     else:
         out = _in_pieces(lambda piece: F.linear(piece, weight, bias), flat, TILE)
     return out.view(*x.shape[:-1], -1)
+
+
+class _ByRow(TorchFunctionMode):
+    """Inside, `F.linear` is `linear`."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (linear if function is F.linear else function)(*args, **(kwargs or {}))
+
+
+def rowwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a head, made of linear maps and operations on single numbers, gives of hidden states (..., K)."""
+    if x.is_cuda:
+        with _ByRow():
+            return function(x)
+    return _in_pieces(function, x.reshape(-1, x.shape[-1]), TILE).view(*x.shape[:-1], -1)
 
 
 def rms_norm(

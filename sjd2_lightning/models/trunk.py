@@ -1,4 +1,4 @@
-"""How a trunk is run while decoding: as the model's own forward, or layer by layer through one shared function.
+"""How a trunk is run while decoding: as the model's own forward, or layer by layer through a shared function.
 
 Layers of one trunk differ by their weights alone, but each holds its own number, which the compiler would
 guard on: it would compile every layer. So one copy of a layer without weights is called with the weights of
@@ -9,81 +9,172 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
 from sjd2_lightning.masks import Visible, additive
 from sjd2_lightning.models.backbone import Backbone, KVCache, LayerCache
 
-# (embeddings (B, L, D), positions (B, L), what each query sees, cache) -> hidden states (B, L, D)
-Trunk = Callable[[Tensor, Tensor, Visible, KVCache], Tensor]
-
 PACKED = "sjd2_packed"  # name of `packed_attention` in transformers
-_ARTEFACTS = 64  # versions of a layer that may be compiled: by rows and window where they are 1, and by dtype
+_ARTEFACTS = 64  # versions of a layer that may be compiled: by sizes that are 1, dtype and device
 
 
-def trunk_of(backbone: Backbone, compiled: bool) -> Trunk:
-    """What runs the trunk of a backbone.
+class Trunk:
+    """The backbone's own forward, with a dense mask, and its head.
 
     Args:
-        backbone: the model; one without `layers` is compiled as a whole.
+        backbone: the model.
         compiled: whether through `torch.compile`.
     """
-    trunk = getattr(backbone, "trunk", None)
-    if compiled and hasattr(trunk, "layers"):
-        return LayeredTrunk(trunk)
-    forward = torch.compile(backbone, dynamic=True) if compiled else backbone
 
-    def run(embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:
-        return forward(embeddings, positions, visible.dense(cache.num_visible), cache)
+    def __init__(self, backbone: Backbone, compiled: bool) -> None:
+        self.backbone = backbone
+        self.forward = torch.compile(backbone, dynamic=True) if compiled else backbone
 
-    return run
+    def run(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:
+        """Hidden states (B, L, D) of embeddings (B, L, D) at positions (B, L)."""
+        return self.forward(embeddings, positions, visible.dense(cache.num_visible), cache)
+
+    def prefill(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> None:
+        """The same for prompts, whose lengths differ from batch to batch: never compiled."""
+        self.backbone(embeddings, positions, visible.dense(cache.num_visible), cache)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., K) of hidden states (..., D)."""
+        return self.backbone.image_logits(hidden)
 
 
-class LayeredTrunk:
+class LayeredTrunk(Trunk):
     """A trunk of transformers, called layer by layer through one compiled function.
 
     Args:
-        trunk: the module, with `layers`, `norm` and `rotary_emb`.
+        backbone: the model; its `trunk` has `layers`, `norm` and `rotary_emb`.
     """
 
-    def __init__(self, trunk: Any) -> None:
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone, compiled=False)
+        trunk: Any = backbone.trunk
         self.trunk = trunk
-        self.template = copy.deepcopy(trunk.layers[0]).to("meta")
-        self.template.self_attn.config._attn_implementation = PACKED
+        self.template = self.template_of(trunk.layers[0])
         self.groups = self.template.self_attn.num_key_value_groups
         # transformers renames the argument: 5.24 says `cache`
         names = inspect.signature(self.template.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"
-        self.layer = torch.compile(self._layer, dynamic=True, fullgraph=True)
+        self.layer: Any = self.one_layer
+        self.norm: nn.Module = trunk.norm
+        self.weights: list[dict[str, Tensor]] = []
+        self.prepare()
+
+    def template_of(self, layer: nn.Module) -> Any:
+        """A layer without weights, whose attention is ours."""
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(PACKED, packed_attention)
+        template: Any = copy.deepcopy(layer).to("meta")
+        template.self_attn.config._attn_implementation = PACKED
+        return template
+
+    def prepare(self) -> None:
+        """Compiles what all layers share; sizes stay open, so that windows, rows and lengths share it too."""
+        self.layer = torch.compile(self.one_layer, dynamic=True, fullgraph=True)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _ARTEFACTS)
 
-    def __call__(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:
-        """Hidden states (B, L, D) of embeddings (B, L, D) at positions (B, L)."""
+    def run(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:
         rotations = self.trunk.rotary_emb(embeddings, positions)
-        mask = additive(visible.dense(cache.num_visible), embeddings.dtype).repeat(1, 1, self.groups, 1)
+        mask = self.mask(visible, cache, embeddings.dtype)
         hidden = embeddings
-        for number, layer in enumerate(self.trunk.layers):
-            hidden = self.layer(weights_of(layer), hidden, mask, rotations, cache.layer(number))
-        return self.trunk.norm(hidden)
+        for number, weights in enumerate(self.weights):
+            hidden = self.layer(weights, hidden, mask, rotations, cache.layer(number))
+        return self.norm(hidden)
 
-    def _layer(
+    def prefill(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> None:
+        self.weights = [
+            weights_of(layer) for layer in self.trunk.layers
+        ]  # as they are now, for a whole batch
+        super().prefill(embeddings, positions, visible, cache)
+
+    def mask(self, visible: Visible, cache: KVCache, dtype: torch.dtype) -> Any:
+        """What the template's attention takes as its mask."""
+        return additive(visible.dense(cache.num_visible), dtype).repeat(1, 1, self.groups, 1)
+
+    def one_layer(
         self,
         weights: dict[str, Tensor],
         hidden: Tensor,
-        mask: Tensor,
+        mask: Any,
         rotations: tuple[Tensor, Tensor],
         cache: LayerCache,
     ) -> Tensor:
+        """Hidden states (B, L, D) behind a layer.
+
+        Args:
+            weights: parameters and buffers of the layer, by name.
+            hidden: (B, L, D) hidden states in front of it.
+            mask: what `mask` gives.
+            rotations: cosines and sines of the positions.
+            cache: keys and values of the layer.
+        """
         named = {"attention_mask": mask, "position_embeddings": rotations, self.cache_name: cache}
         found = functional_call(self.template, weights, (hidden,), named)
         return found[0] if isinstance(found, tuple) else found
+
+
+class InvariantTrunk(LayeredTrunk):
+    """The same through batch-invariant layers, prompts and head included; see `models.invariant`.
+
+    Raises:
+        ValueError: if the device or a part of the model has no invariant arithmetic.
+    """
+
+    def template_of(self, layer: nn.Module) -> Any:
+        from sjd2_lightning.models import invariant
+
+        head_size = self.backbone.new_cache(1, 1).keys[0].shape[-1]
+        if found := invariant.problems(head_size, self.backbone.device):
+            raise ValueError("\n".join(found))
+        self.rowwise = invariant.rowwise
+        return invariant.invariant_copy(layer)
+
+    def prepare(self) -> None:
+        from sjd2_lightning.models import invariant
+
+        self.norm = invariant.invariant_copy(self.trunk.norm)
+
+    def prefill(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> None:
+        self.weights = [weights_of(layer) for layer in self.trunk.layers]
+        self.run(embeddings, positions, visible, cache)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.rowwise(self.backbone.image_logits, hidden)
+
+    def mask(self, visible: Visible, cache: KVCache, dtype: torch.dtype) -> Any:
+        return visible.filled()
+
+
+def trunk_of(backbone: Backbone, compiled: bool, invariant: bool = False) -> Trunk:
+    """What runs the trunk of a backbone.
+
+    Args:
+        backbone: the model; one without `trunk.layers` is compiled as a whole.
+        compiled: whether through `torch.compile`.
+        invariant: whether by batch-invariant layers, which are not compiled.
+
+    Raises:
+        ValueError: if the model cannot be run invariantly.
+    """
+    layered = hasattr(getattr(backbone, "trunk", None), "layers")
+    if invariant and not layered:
+        raise ValueError(
+            f"decoding.invariant=true: {type(backbone).__name__} has no `trunk.layers` to be replaced by "
+            "invariant ones; set it to false"
+        )
+    if invariant:
+        return InvariantTrunk(backbone)
+    return LayeredTrunk(backbone) if compiled and layered else Trunk(backbone, compiled)
 
 
 def weights_of(layer: nn.Module) -> dict[str, Tensor]:
@@ -114,6 +205,3 @@ def packed_attention(
     rows = query.reshape(*key.shape[:2], -1, query.shape[-1])  # (B, G, H / G * L, D)
     found = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
     return found.reshape(query.shape).transpose(1, 2), None
-
-
-AttentionInterface.register(PACKED, packed_attention)

@@ -111,13 +111,26 @@ def equal_text(method: MethodResult) -> str:
     return f"{math.floor(100 * method.equal_to_ar)} %"
 
 
+def baseline_note(result: EvaluationResult) -> str:
+    """What the column "= ar" compares with, where that is not plain decoding in its own fastest passes."""
+    if BASELINE not in result.methods:
+        return ""
+    config = result.methods[BASELINE].config
+    notes = []
+    if config.window_shape > 1:
+        notes.append(f"commits one token of each pass, and passes are shaped for {config.window_shape} slots")
+    if config.invariant:
+        notes.append("computes by batch-invariant arithmetic, as all methods here do")
+    return f"{BASELINE} {' and '.join(notes)}" if notes else ""
+
+
 def console_table(result: EvaluationResult) -> Table:
     """The table for rich's console: value, and its interval on the line below."""
     counts = sorted({row.num_images for row in rows(result)})
     images = " or ".join(map(str, counts))
-    table = Table(
-        caption=f"{images} images a row; in brackets: 95 % bootstrap intervals", padding=(0, 0, 0, 1)
-    )
+    caption = f"{images} images a row; in brackets: 95 % bootstrap intervals"
+    note = baseline_note(result)
+    table = Table(caption=f"{caption}\n{note}" if note else caption, padding=(0, 0, 0, 1))
     table.add_column("method", no_wrap=True)
     table.add_column("accept")
     table.add_column("= ar", justify="right")
@@ -146,7 +159,10 @@ def markdown_table(result: EvaluationResult) -> str:
     for row in rows(result):
         cells = [f"{c.value} {c.interval}".strip() for c in row.cells]
         lines.append([row.name, row.kind, row.equal, *cells, str(row.num_images)])
-    return "\n".join(markdown_lines(headings, lines, num_texts=2)) + "\n"
+    note = baseline_note(result)
+    return (
+        "\n".join([*markdown_lines(headings, lines, num_texts=2), *(["", f"{note}."] if note else [])]) + "\n"
+    )
 
 
 def markdown_lines(headings: Sequence[str], cells: Sequence[Sequence[str]], num_texts: int = 1) -> list[str]:

@@ -1,4 +1,4 @@
-"""The window's state: what belongs to a slot stays with it, wherever the window lies and whichever rows are left."""
+"""The window's state: what belongs to a slot stays with it, whichever rows are left."""
 
 import pytest
 import torch

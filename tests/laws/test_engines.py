@@ -1,4 +1,4 @@
-"""Engines: fixed shapes, layers that share what is compiled, a host that looks late, buffers that are lent on."""
+"""Engines: fixed shapes, layers that share what is compiled, a late host, buffers that are lent on."""
 
 from dataclasses import replace
 from unittest.mock import patch
@@ -8,9 +8,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
-from sjd2_lightning.decoding.batch import Batch
 from sjd2_lightning.decoding.config import TreeShape
-from sjd2_lightning.decoding.engine import Engine, Graphs
+from sjd2_lightning.decoding.engine import Engine
 from sjd2_lightning.decoding.loop import Decoder, decoder_of
 from sjd2_lightning.models import trunk
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, strong_table, tiny_chameleon
@@ -23,9 +22,7 @@ METHODS = {
     "paper": DecodingConfig(
         "sjd2", window=6, num_levels=2, acceptance="paper", refiner="keep", sampling=SAMPLING
     ),
-    "left": DecodingConfig(
-        "sjd", window=6, acceptance="exact", draft_init="repeat_left", sampling=SAMPLING
-    ),
+    "left": DecodingConfig("sjd", window=6, acceptance="exact", draft_init="repeat_left", sampling=SAMPLING),
     "sjd_pac": DecodingConfig(
         "sjd_pac", window=6, acceptance="exact", tree=TreeShape(4, 2, 2), sampling=SAMPLING
     ),
@@ -66,7 +63,7 @@ def test_a_host_that_looks_late_changes_nothing(table, name, lag):
     """Passes that are started behind the end of an image commit nothing."""
     layout = table.layout(4, 4)
     wanted = decode(table, PROMPTS, range(3), METHODS[name], layout)
-    with patch.object(Engine, "of", lambda config, device: Engine(False, False, lag, 64)):
+    with patch.object(Engine, "of", lambda config, device: Engine(False, False, False, lag, 64)):
         assert_same(decode(table, PROMPTS, range(3), METHODS[name], layout), wanted)
 
 
@@ -86,7 +83,7 @@ def test_a_kept_batch_lends_its_buffers(table, name):
     """The second batch finds the buffers of the first, in place, and draws what a fresh one would."""
     layout, decoder = table.layout(4, 4), Decoder(table, num_kept=1)
     with (
-        patch.object(Engine, "of", lambda config, device: Engine(False, True, 2, 64)),
+        patch.object(Engine, "of", lambda config, device: Engine(False, False, True, 2, 64)),
         patch("sjd2_lightning.decoding.batch.Graphs", OneByOne),
     ):
         decoder(PROMPTS, [5, 6, 7], METHODS[name], layout)
@@ -108,7 +105,7 @@ def test_a_kept_batch_lends_its_buffers(table, name):
 
 
 def test_rows_leave_at_sizes_that_have_graphs():
-    engine = Engine(True, True, 2, 256)
+    engine = Engine(True, False, True, 2, 256)
     assert [engine.rows(num) for num in (1, 2, 3, 4, 5, 6, 7, 9, 13, 16)] == [1, 2, 3, 4, 6, 6, 8, 12, 16, 16]
     assert [engine._replace(captured=False).rows(num) for num in (1, 5, 7)] == [1, 5, 7]
 

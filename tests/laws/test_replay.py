@@ -21,7 +21,7 @@ from sjd2_lightning.decoding import (
 from sjd2_lightning.decoding.batch import Batch
 from sjd2_lightning.decoding.config import Grouping, TreeShape
 from sjd2_lightning.noise import NoiseProcess
-from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
+from tests.tools.tiny_backbones import RAGGED_PROMPTS, strong_table, tiny_chameleon
 
 AR = DecodingConfig("ar", window=1)
 WINDOWS = (2, 7, 16, 50)
@@ -304,3 +304,43 @@ def test_near_ties_are_found_where_they_are_and_only_there(backbone, layout):
     assert len(output.slot_ids) == 4
     with pytest.raises(ValueError, match="replay"):
         decode(tied, ["blue"], [0], ANY_RULE["sjd"], layout, NearTies())
+
+
+@pytest.fixture(scope="module")
+def half():
+    """A trunk in bfloat16, whose laws are close enough for rounding to decide often."""
+    return tiny_chameleon(num_codes=40, hidden_size=32, seed=5, scale=0.15).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("way", [{"window_shape": 9}, {"invariant": True}], ids=["one shape", "invariant"])
+@pytest.mark.parametrize("num_levels", [0, 2])
+def test_replay_in_half_precision(half, way, num_levels):
+    """No excuse of near ties: where numbers depend on the prefix alone, every token is that of ar."""
+    layout = half.layout(10, 8)
+    guided = replace(AR, sampling=SAMPLINGS["guided"], **way)
+    prompts, seeds = [RAGGED_PROMPTS[row % 4] for row in range(8)], range(8)
+    wanted = decode(half, prompts, seeds, guided, layout)
+    config = DecodingConfig("sjd2", 9, num_levels, sampling=SAMPLINGS["guided"], **way)
+    output = decode(half, prompts, seeds, config, layout)
+    assert torch.equal(output.slot_ids, wanted.slot_ids)
+    assert (output.stats.nfe < wanted.stats.nfe).all()
+    if "invariant" in way:  # whatever the batch, the window and what a pass carries beside it
+        alone = decode(half, prompts[1:2], [1], config, layout)
+        assert torch.equal(alone.slot_ids[0], wanted.slot_ids[1])
+        tree = replace(config, window=7, tree=TreeShape(3, 2, 2))
+        assert torch.equal(decode(half, prompts, seeds, tree, layout).slot_ids, wanted.slot_ids)
+
+
+def test_half_precision_alone_is_no_replay(half):
+    """Negative control: with passes in their fastest shapes some images part from ar's."""
+    layout, guided = half.layout(10, 8), replace(AR, sampling=SAMPLINGS["guided"])
+    prompts, seeds = [RAGGED_PROMPTS[row % 4] for row in range(40)], range(40)
+    wanted = decode(half, prompts, seeds, guided, layout)
+    config = DecodingConfig("sjd2", 9, 2, sampling=SAMPLINGS["guided"])
+    assert not torch.equal(decode(half, prompts, seeds, config, layout).slot_ids, wanted.slot_ids)
+
+
+def test_invariant_arithmetic_needs_layers():
+    backbone = strong_table(3)
+    with pytest.raises(ValueError, match=r"decoding.invariant=true: TableBackbone has no `trunk.layers`"):
+        decode(backbone, ["p1"], [0], replace(AR, invariant=True), backbone.layout(2, 2))

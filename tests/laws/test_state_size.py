@@ -1,4 +1,4 @@
-"""What decoding holds: one field as wide as the vocabulary at most, and a few more at its peak, at any size."""
+"""What decoding holds: one field as wide as the vocabulary at most, and a few more at its peak."""
 
 import pytest
 import torch

@@ -88,6 +88,15 @@ def test_nearly_equal_is_not_shown_as_equal(result):
     assert equal_text(method) == "99 %"
 
 
+def test_tables_say_what_equality_was_held_against(result):
+    assert "one token of each pass" not in markdown_table(result)
+    baseline = result.methods["ar"]
+    config = dataclasses.replace(baseline.config, window_shape=32, invariant=True)
+    shaped = {**result.methods, "ar": dataclasses.replace(baseline, config=config)}
+    text = markdown_table(dataclasses.replace(result, methods=shaped))
+    assert "ar commits one token of each pass, and passes are shaped for 32 slots and computes by" in text
+
+
 def test_markdown_names_its_sources(files, provenance):
     text = files.markdown.read_text()
     assert provenance["weights_hash"][:21] in text

@@ -126,10 +126,8 @@ def neighbours(layout: ImageLayout, kind: str, num_columns: int) -> Tensor:
     return found
 
 
-def repeated(
-    window: Window, committed: Tensor, neighbour: Tensor | None, kind: str
-) -> tuple[Tensor, Tensor]:
-    """Tokens (B, W) that the window's slots repeat, and which slots are new and have one to repeat, (B, W) bool.
+def repeated(window: Window, committed: Tensor, neighbour: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """Tokens (B, W) that the slots repeat, and which of them are new and have one to repeat, (B, W) bool.
 
     Args:
         window: the window, moved on.
@@ -139,7 +137,9 @@ def repeated(
     """
     assert neighbour is not None
     slots = window.index
-    ends = slots[:, -1:] + 1 - committed[:, None]  # the first new slot: those further right repeat the last draft
+    ends = (
+        slots[:, -1:] + 1 - committed[:, None]
+    )  # the first new slot: those further right repeat the last draft
     source = neighbour.gather(1, slots.minimum(ends) if kind == "repeat_left" else slots)
     found = (source >= 0) & (source < ends) & (slots >= ends)
     return window.state.tokens.gather(1, source.clamp_min(0)), found

@@ -167,7 +167,9 @@ class TreePass(Pass):
         assert slots.draft_probs is not None
         assert slots.uniforms is not None
         rows = torch.arange(len(at), device=at.device)
-        accept_u = uniform(window.keys(Purpose.SIBLING_VERDICT, self.tree.depth)[rows, at], self.tree.width - 1)
+        accept_u = uniform(
+            window.keys(Purpose.SIBLING_VERDICT, self.tree.depth)[rows, at], self.tree.width - 1
+        )
         drafts = slots.tokens[rows, at].clamp_max(self.tree.num_codes - 1)
         candidates = torch.cat([drafts[:, None], siblings], dim=1)
         law = this.scores.log[rows, at].softmax(-1)

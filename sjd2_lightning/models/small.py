@@ -73,12 +73,17 @@ def small_vq(num_codes: int, num_levels: int) -> VQImageTokenizer:
     ).eval()
 
 
-def shrunken_chameleon(seed: int = 0) -> ChameleonBackbone:
-    """Lumina-mGPT's layout: sizes are multiples of 32 pixels, a code covers 16."""
+def shrunken_chameleon(seed: int = 0, sizes: Mapping[str, int] = SIZES) -> ChameleonBackbone:
+    """Lumina-mGPT's layout: sizes are multiples of 32 pixels, a code covers 16.
+
+    Args:
+        seed: seed of the weights.
+        sizes: sizes of the trunk, by the names of `SIZES`.
+    """
     torch.manual_seed(seed)
     tokens = LUMINA_MGPT
     config = ChameleonConfig(
-        **SIZES,
+        **sizes,
         vocab_size=65536,
         vocabulary_map={"<image>": 8711, **{code_name(code): 4 + code for code in range(8192)}},
         vq_config={
@@ -96,13 +101,18 @@ def shrunken_chameleon(seed: int = 0) -> ChameleonBackbone:
     return ChameleonBackbone(model, text, small_vq(8192, 4), tokens)
 
 
-def shrunken_emu3(seed: int = 0) -> Emu3Backbone:
-    """Emu3-Gen's layout: sizes are multiples of 8 pixels, a code covers 8."""
+def shrunken_emu3(seed: int = 0, sizes: Mapping[str, int] = SIZES) -> Emu3Backbone:
+    """Emu3-Gen's layout: sizes are multiples of 8 pixels, a code covers 8.
+
+    Args:
+        seed: seed of the weights.
+        sizes: sizes of the trunk, by the names of `SIZES`.
+    """
     torch.manual_seed(seed)
     tokens = Emu3Tokens()
     codes = {f"<|visual token {code:06d}|>": 151854 + code for code in range(32768)}
     config = Emu3Config(
-        text_config={**SIZES, "attention_dropout": 0.0},
+        text_config={**sizes, "attention_dropout": 0.0},
         vocabulary_map={"<|extra_200|>": tokens.newline, "<image>": 151859, **codes},
         vq_config={
             "base_channels": 32,
@@ -117,20 +127,26 @@ def shrunken_emu3(seed: int = 0) -> Emu3Backbone:
     return Emu3Backbone(_random(Emu3ForConditionalGeneration, config), byte_tokenizer(1000, special), tokens)
 
 
-def shrunken_janus(seed: int = 0) -> JanusBackbone:
-    """Janus-Pro's layout without newlines; one size, here 64 x 64 pixels."""
+def shrunken_janus(seed: int = 0, sizes: Mapping[str, int] = SIZES, side: int = JANUS_SIDE) -> JanusBackbone:
+    """Janus-Pro's layout without newlines; one size, by default 64 x 64 pixels.
+
+    Args:
+        seed: seed of the weights.
+        sizes: sizes of the trunk, by the names of `SIZES`.
+        side: number of codes on a side of the image; each covers 16 pixels.
+    """
     torch.manual_seed(seed)
     tokens = JanusTokens()
     config = JanusConfig(
-        text_config={"model_type": "llama", **SIZES, "vocab_size": 102400},
+        text_config={"model_type": "llama", **sizes, "vocab_size": 102400},
         vision_config={
             "hidden_size": 8,
             "num_hidden_layers": 1,
             "num_attention_heads": 1,
-            "image_size": 16 * JANUS_SIDE,
+            "image_size": 16 * side,
             "patch_size": 16,
-            "projection_dim": SIZES["hidden_size"],
-            "num_image_tokens": JANUS_SIDE**2,
+            "projection_dim": sizes["hidden_size"],
+            "num_image_tokens": side**2,
             "mlp_ratio": 1.0,
         },
         vq_config={
@@ -138,8 +154,8 @@ def shrunken_janus(seed: int = 0) -> JanusBackbone:
             "channel_multiplier": [1, 1, 1, 1, 1],
             "num_res_blocks": 1,
             "latent_channels": 4,
-            "projection_dim": SIZES["hidden_size"],
-            "image_token_embed_dim": SIZES["hidden_size"],
+            "projection_dim": sizes["hidden_size"],
+            "image_token_embed_dim": sizes["hidden_size"],
         },
     )
     model = _random(JanusForConditionalGeneration, config)

@@ -195,6 +195,7 @@ def test_dropout_is_off_whatever_the_class_says(backbones, tmp_path):
 
 @pytest.mark.parametrize("family", ["chameleon", "emu3", "janus"])
 def test_int8_rounds_the_layers_of_the_trunk_and_nothing_else(family):
+    pytest.importorskip("torchao")
     whole, rounded = build_shrunken(family), build_shrunken(family)
     rounded.quantize("int8", "cpu")
     assert torch.equal(whole.slot_table(), rounded.slot_table())
@@ -220,6 +221,11 @@ def test_what_rounded_weights_cannot_do(tmp_path, monkeypatch):
         patched.setitem(sys.modules, "torchao.quantization", None)
         with pytest.raises(ValueError, match=r"torchao is not installed.*sjd2-lightning\[quantize\]"):
             backbone.quantize("int8", "cpu")
+    adapted = build_shrunken("chameleon")
+    adapted.add_lora(LoraSettings())
+    with pytest.raises(ValueError, match=r"model\.quantize=int8: the model has an adapter.*merged"):
+        adapted.quantize("int8", "cpu")
+    pytest.importorskip("torchao")
     backbone.quantize("int8", "cpu")
     for act in (
         lambda: backbone.save(tmp_path / "export"),
@@ -229,13 +235,10 @@ def test_what_rounded_weights_cannot_do(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"model\.quantize=int8: cannot .* set model\.quantize=null"):
             act()
     assert not (tmp_path / "export").exists()
-    adapted = build_shrunken("chameleon")
-    adapted.add_lora(LoraSettings())
-    with pytest.raises(ValueError, match=r"model\.quantize=int8: the model has an adapter.*merged"):
-        adapted.quantize("int8", "cpu")
 
 
 def test_replay_of_rounded_weights_draws_the_images_of_their_autoregression():
+    pytest.importorskip("torchao")
     backbone = load_backbone("chameleon", REPO / "weights/tiny")
     backbone.quantize("int8", "cpu")
     layout = backbone.layout(32, 32)

@@ -139,7 +139,8 @@ def test_data_scenes_is_a_choice_of_the_configuration() -> None:
 @pytest.mark.parametrize("name", ["scenes_tokenizer", "scenes_decoder", "scenes_base"])
 def test_the_recipes_of_scenes_compose(name: str) -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = train_config(compose("train", [f"experiment={name}"]))
+        options = ["model.scratch.image_tokenizer=weights/tiny/tokenizer"] if name == "scenes_base" else []
+        config = train_config(compose("train", [f"experiment={name}", *options]))
     assert config.data.source == "scenes"
     assert config.data.aligned
     assert config.model.image_size == (128, 128)

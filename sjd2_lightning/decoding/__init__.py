@@ -23,7 +23,7 @@ The words of this room:
     column      where a slot, a prompt token or a timestep token lies in the cache
 
 Read `reference` first (autoregression, slow and obvious), then `loop`, `passes`, `rules`, `levels`, `window`;
-`batch` and `engine` say how it is put together and run.
+`drawing` and `engine` say how it is put together and run.
 """
 
 from sjd2_lightning.decoding.config import DecodingConfig

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sjd2_lightning.decoding.batch import Batch, DoesNotFitError, sizes
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.context import Shape, prompt_token_ids
+from sjd2_lightning.decoding.drawing import Batch, DoesNotFitError, sizes
 from sjd2_lightning.decoding.engine import Engine
 from sjd2_lightning.decoding.output import DecodeOutput, Iteration
 from sjd2_lightning.decoding.passes import Judged

@@ -73,10 +73,16 @@ class ImageRecord:
 def method_fields(config: DecodingConfig) -> dict[str, Any]:
     """A method as run.json and report.json hold it: the fields of its noise lie beside the others.
 
-    Keep this form: a folder continues only where the hash of its identity is the same as before.
+    Keep this form, whose names are those of 0.1.0, with later fields where they say something: a folder
+    continues only where the hash of its identity is the same as before.
     """
     fields = asdict(config)
-    return fields.pop("noise") | fields
+    engine = fields.pop("engine")
+    later = {name: fields.pop(name) for name in ("invariant", "window_shape")}
+    if engine not in ("auto", "compiled"):
+        later["engine"] = engine
+    said = {name: value for name, value in later.items() if value}
+    return fields.pop("noise") | fields | {"compile": engine == "compiled"} | said
 
 
 def discard_other_run(folder: str | Path, identity: Mapping[str, Any]) -> bool:

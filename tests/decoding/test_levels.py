@@ -72,8 +72,8 @@ def test_each_pass_takes_one_level_and_the_rules_skip():
 
 def test_starts_are_of_the_slot_alone():
     keys = slot_keys(torch.tensor([[5], [6]]), torch.arange(3)[None])
-    assert torch.equal(Gaussian(4)(keys, {}), normal(stream(keys, Purpose.NOISE), 4))
-    origin = TableMean(4)(keys, {})
+    assert torch.equal(Gaussian(4)(keys), normal(stream(keys, Purpose.NOISE), 4))
+    origin = TableMean(4)(keys)
     assert torch.allclose(SPACE.denormalise(origin), TABLE[:5].mean(0).expand(2, 3, 4), atol=1e-6)
 
 

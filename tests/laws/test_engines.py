@@ -84,7 +84,7 @@ def test_a_kept_batch_lends_its_buffers(table, name):
     layout, decoder = table.layout(4, 4), Decoder(table, num_kept=1)
     with (
         patch.object(Engine, "of", lambda config, device: Engine(False, False, True, 2, 64)),
-        patch("sjd2_lightning.decoding.batch.Graphs", OneByOne),
+        patch("sjd2_lightning.decoding.drawing.Graphs", OneByOne),
     ):
         decoder(PROMPTS, [5, 6, 7], METHODS[name], layout)
         [first] = decoder.kept.values()
@@ -117,7 +117,7 @@ def test_an_engine_that_the_device_cannot_run_is_named(table):
 
 def test_a_batch_that_does_not_fit_is_refused_with_its_size(table):
     with (
-        patch("sjd2_lightning.decoding.batch._free_bytes", lambda device: 10_000),
+        patch("sjd2_lightning.decoding.drawing._free_bytes", lambda device: 10_000),
         patch.object(type(table), "forward", side_effect=AssertionError("a forward pass")),
         pytest.raises(ValueError, match=r"needs [\d.]+ GiB on cpu, and 0.0 GiB are free: take fewer prompts"),
     ):

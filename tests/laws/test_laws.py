@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sjd2_lightning.decoding import DecodingConfig, Sampling, decode, loop, method, passes, rules
+from sjd2_lightning.decoding import DecodingConfig, Sampling, decode, drawing, method, passes, rules
 from sjd2_lightning.decoding.config import Grouping, TreeShape
 from sjd2_lightning.decoding.law import draw, residual
 from sjd2_lightning.decoding.rules import Exact, couple, num_leading, resample
@@ -310,7 +310,7 @@ CONTROLS = {
 }
 
 
-HOMES = {"residual": rules, "draw": rules, "num_leading": passes, "LEAVE_SHARE": loop}
+HOMES = {"residual": rules, "draw": rules, "num_leading": passes, "LEAVE_SHARE": drawing}
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -356,7 +356,7 @@ def test_the_stand_ins_themselves_change_nothing(table):
     same = changed(lambda slots, verdict: verdict)
     with (
         patch.dict(method.RULES, same),
-        patch.object(loop, "LEAVE_SHARE", 1.0),
+        patch.object(drawing, "LEAVE_SHARE", 1.0),
         patch.object(rules, "residual", residual),
     ):
         assert law_p(table, replace(_RESAMPLE, window=4), 8_000) > P_PASS

@@ -18,8 +18,8 @@ from sjd2_lightning.decoding import (
     decode,
     decode_reference,
 )
-from sjd2_lightning.decoding.batch import Batch
 from sjd2_lightning.decoding.config import Grouping, TreeShape
+from sjd2_lightning.decoding.drawing import Batch
 from sjd2_lightning.noise import NoiseProcess
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, strong_table, tiny_chameleon
 

@@ -137,9 +137,8 @@ def repeated(window: Window, committed: Tensor, neighbour: Tensor | None, kind: 
     """
     assert neighbour is not None
     slots = window.index
-    ends = (
-        slots[:, -1:] + 1 - committed[:, None]
-    )  # the first new slot: those further right repeat the last draft
+    # the first new slot: those further right repeat the last draft
+    ends = slots[:, -1:] + 1 - committed[:, None]
     source = neighbour.gather(1, slots.minimum(ends) if kind == "repeat_left" else slots)
     found = (source >= 0) & (source < ends) & (slots >= ends)
     return window.state.tokens.gather(1, source.clamp_min(0)), found

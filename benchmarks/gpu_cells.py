@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sjd2_lightning.decoding import DecodingConfig, Sampling
-from sjd2_lightning.decoding.engine import Engine
+from sjd2_lightning.decoding import DecodingConfig, Sampling, loop
 from sjd2_lightning.decoding.loop import decoder_of
 from sjd2_lightning.evaluation.auto_window import one_pass
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import family_of
 from sjd2_lightning.models.small import JANUS_SIDE, SIZES
+from sjd2_lightning.models.trunk import Trunk
 
 GUIDANCE = 3.0
 PROMPT = "a red cat on a green sofa"
@@ -185,18 +185,20 @@ def pass_ms(backbone: PretrainedBackbone, config: DecodingConfig, rows: int, pix
 
 def own_ms(backbone: PretrainedBackbone, config: DecodingConfig, rows: int, pixels: int) -> float:
     """The same without trunk and head: hidden states are what was fed, logits are some that lie ready."""
-    decoder = decoder_of(backbone)
-    compiled = Engine.of(config, backbone.device).compiled
     copies = 1 if config.sampling.guidance_scale == 1 else 2
     ready = torch.randn(copies * rows, config.size, backbone.num_codes, device=backbone.device)
     ready = ready.to(torch.bfloat16)
 
-    def head(hidden: Tensor) -> Tensor:
-        return ready[: len(hidden), : hidden.shape[1]]
+    class Idle(Trunk):
+        def run(self, embeddings: Tensor, *_: object) -> Tensor:
+            return embeddings
+
+        def head(self, hidden: Tensor) -> Tensor:
+            return ready[: len(hidden), : hidden.shape[1]]
 
     with (
-        patch.dict(decoder.trunks, {compiled: lambda fed, *_: fed}),
-        patch.object(backbone, "image_logits", head),
+        patch.dict(decoder_of(backbone).trunks, clear=True),
+        patch.object(loop, "trunk_of", lambda *_: Idle(backbone, compiled=False)),
     ):
         return pass_ms(backbone, config, rows, pixels)
 

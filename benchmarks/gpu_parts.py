@@ -227,6 +227,8 @@ def quantize(bench: Bench) -> dict[str, Any]:
     try:
         backbone.quantize("int8", bench.device)
         found["int8"] = measured()
+    except ValueError as error:  # torchao is not installed
+        return {**found, "int8": {"error": str(error)}}
     finally:
         bench.drop()
     before, after = (found[kind]["ar_tokens_per_second"] for kind in ("bfloat16", "int8"))

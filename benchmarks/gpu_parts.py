@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -211,8 +210,6 @@ def throughput(bench: Bench) -> dict[str, float]:
 
 def quantize(bench: Bench) -> dict[str, Any]:
     """Tokens a second of `ar` and milliseconds of a window in bfloat16 and in weight-only int8."""
-    if find_spec("torchao") is None:
-        return {"error": "torchao is not installed: pip install 'sjd2-lightning[quantize]'"}
     backbone, release = bench.model("lumina"), bench.releases["lumina"]
 
     def measured() -> dict[str, float]:

@@ -37,11 +37,11 @@ def test_neighbours_skip_the_ends_of_rows():
 
 def test_a_draft_that_does_not_exist_yet_is_not_repeated():
     method, state = window_of(num_levels=0, acceptance="exact")
-    state.tokens.copy_(torch.arange(10, 22))
+    state.tokens.copy_(torch.arange(10, 21))
     state.head.add_(3)
     window = Window(method.source, state)  # slots 3, 4, 5, 6
     for kind, wanted in (("repeat_left", [14, 14]), ("repeat_above", [11, 12])):
-        neighbour = neighbours(LAYOUT, kind, 12).expand(2, -1)
+        neighbour = neighbours(LAYOUT, kind, 11).expand(2, -1)
         # two slots have entered: 5 and 6; slot 6 has no left neighbour yet and repeats what slot 5 does
         found, known = repeated(window, torch.tensor([2, 2]), neighbour, kind)
         assert found[:, 2:].tolist() == [wanted] * 2

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from torch.nn import functional as F
 
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.context import Context, Shape
@@ -16,6 +17,7 @@ from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache
 from sjd2_lightning.models.trunk import Trunk
 
 LEAVE_SHARE = 0.25  # finished rows leave the batch once they are this share of it: leaving copies the cache
+_SIDE = 32  # side columns of methods of one shape come in multiples of this; nobody sees those that are spare
 _LAWS_AT_PEAK = 12  # numbers of each code and slot of the window that a pass holds, see test_state_size.py
 
 
@@ -51,6 +53,8 @@ class Batch:
         self.method = Method(config, backbone.slot_table(), backbone.num_codes)
         self.one_pass = self.method.one_pass
         side = self.method.levels.timestep_tokens()
+        if config.window_shape:  # one number of side columns for all methods, those without levels included
+            side = F.pad(side, (0, 0, 0, -len(side) % _SIDE or (0 if len(side) else _SIDE)))
         num_prompt, num_slots = sizes(engine, token_ids, layouts, self.one_pass.most_again)[1:]
         max_len = len(side) + num_prompt + num_slots + self.one_pass.num_columns
         if kept is None:

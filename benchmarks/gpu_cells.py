@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sjd2_lightning.decoding import DecodingConfig, Sampling, loop
+from sjd2_lightning.decoding import DecodingConfig, Sampling
 from sjd2_lightning.decoding.loop import decoder_of
 from sjd2_lightning.evaluation.auto_window import one_pass
 from sjd2_lightning.metrics.efficiency import timed
+from sjd2_lightning.models.backbone import Trunk
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import family_of
 from sjd2_lightning.models.small import JANUS_SIDE, SIZES
-from sjd2_lightning.models.trunk import Trunk
 
 GUIDANCE = 3.0
 PROMPT = "a red cat on a green sofa"
@@ -198,7 +198,7 @@ def own_ms(backbone: PretrainedBackbone, config: DecodingConfig, rows: int, pixe
 
     with (
         patch.dict(decoder_of(backbone).trunks, clear=True),
-        patch.object(loop, "trunk_of", lambda *_: Idle(backbone, compiled=False)),
+        patch.object(type(backbone), "decoding_trunk", lambda *_: Idle(backbone, compiled=False)),
     ):
         return pass_ms(backbone, config, rows, pixels)
 

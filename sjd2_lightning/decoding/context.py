@@ -13,8 +13,7 @@ from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.law import guided
 from sjd2_lightning.decoding.state import Prompts
 from sjd2_lightning.masks import Visible
-from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, by_row, right_aligned
-from sjd2_lightning.models.trunk import Trunk
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, Trunk, by_row, right_aligned
 
 
 class Shape(NamedTuple):

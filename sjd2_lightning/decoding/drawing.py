@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch.nn import functional as F
 
@@ -13,10 +14,10 @@ from sjd2_lightning.decoding.context import Context, Shape
 from sjd2_lightning.decoding.engine import Engine, Graphs, Progress
 from sjd2_lightning.decoding.method import Method
 from sjd2_lightning.decoding.output import DecodeOutput, DecodeStats
-from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache
-from sjd2_lightning.models.trunk import Trunk
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, Trunk
 
 LEAVE_SHARE = 0.25  # finished rows leave the batch once they are this share of it: leaving copies the cache
+_MEMORY = Path("/proc/meminfo")  # of Linux; elsewhere memory is taken for large enough
 _SIDE = 32  # side columns of methods of one shape come in multiples of this; nobody sees those that are spare
 _LAWS_AT_PEAK = 12  # numbers of each code and slot of the window that a pass holds, see test_state_size.py
 
@@ -180,6 +181,8 @@ def _new_cache(backbone: Backbone, rows: int, max_len: int, beside: int) -> KVCa
 
 def _free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        lines = _MEMORY.read_text().splitlines() if _MEMORY.exists() else []
+        found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+        return found[0] if found else sys.maxsize
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0] + unused)

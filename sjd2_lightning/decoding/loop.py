@@ -21,8 +21,7 @@ from sjd2_lightning.decoding.output import DecodeOutput, Iteration
 from sjd2_lightning.decoding.passes import Judged
 from sjd2_lightning.decoding.rules import Slots
 from sjd2_lightning.decoding.window import Window
-from sjd2_lightning.models.backbone import Backbone, ImageLayout
-from sjd2_lightning.models.trunk import Trunk, trunk_of
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, Trunk
 
 Observer = Callable[[Iteration], None]
 
@@ -109,7 +108,7 @@ class Decoder:
         names = tuple(name for name, _ in self.backbone.named_parameters())  # an adapter adds some
         way = (engine.compiled, engine.invariant, names)
         if way not in self.trunks:
-            self.trunks[way] = trunk_of(self.backbone, engine.compiled, engine.invariant)
+            self.trunks[way] = self.backbone.decoding_trunk(engine.compiled, engine.invariant)
         trunk = self.trunks[way]
         if not engine.captured:
             return Batch(self.backbone, trunk, config, engine, ids, seeds, layouts)

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sjd2_lightning.masks import Visible
+
 
 @dataclass(frozen=True)
 class ImageLayout:
@@ -138,6 +140,23 @@ class Backbone(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def decoding_trunk(self, compiled: bool, invariant: bool) -> Trunk:
+        """What runs the trunk while decoding; models whose layers can be called one by one have their own.
+
+        Args:
+            compiled: whether through `torch.compile`.
+            invariant: whether by batch-invariant layers, which are not compiled.
+
+        Raises:
+            ValueError: if the model cannot be run invariantly.
+        """
+        if invariant:
+            raise ValueError(
+                f"decoding.invariant=true: {type(self).__name__} has no layers that could be replaced by "
+                "invariant ones; set it to false"
+            )
+        return Trunk(self, compiled)
 
 
 def right_aligned(rows: Sequence[Sequence[int]], pad_to: int = 0) -> tuple[Tensor, Tensor]:
@@ -264,3 +283,28 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+class Trunk:
+    """The backbone's own forward, with a dense mask, and its head.
+
+    Args:
+        backbone: the model.
+        compiled: whether through `torch.compile`.
+    """
+
+    def __init__(self, backbone: Backbone, compiled: bool) -> None:
+        self.backbone = backbone
+        self.forward = torch.compile(backbone, dynamic=True) if compiled else backbone
+
+    def run(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:
+        """Hidden states (B, L, D) of embeddings (B, L, D) at positions (B, L)."""
+        return self.forward(embeddings, positions, visible.dense(cache.num_visible), cache)
+
+    def prefill(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> None:
+        """The same for prompts, whose lengths differ from batch to batch: never compiled."""
+        self.backbone(embeddings, positions, visible.dense(cache.num_visible), cache)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., K) of hidden states (..., D)."""
+        return self.backbone.image_logits(hidden)

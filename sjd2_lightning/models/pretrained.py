@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sjd2_lightning.masks import additive
-from sjd2_lightning.models.backbone import Backbone, KVCache
+from sjd2_lightning.models.backbone import Backbone, KVCache, Trunk
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.models.lora import (
     LoraSettings,
@@ -28,6 +28,7 @@ from sjd2_lightning.models.lora import (
     merged_state,
     save_adapter,
 )
+from sjd2_lightning.models.trunk import InvariantTrunk, LayeredTrunk
 from sjd2_lightning.models.weights import ADAPTER, BACKBONE_FILE, TEXT, TRUNK
 
 _FP8_CARDS = (8, 9)  # compute capability
@@ -197,6 +198,11 @@ class PretrainedBackbone(Backbone):
             dtype=next(self.trunk.parameters()).dtype,
             device=self.device,
         )
+
+    def decoding_trunk(self, compiled: bool, invariant: bool) -> Trunk:
+        if invariant:
+            return InvariantTrunk(self)
+        return LayeredTrunk(self) if compiled else super().decoding_trunk(compiled, invariant)
 
     def decode_images(self, image_ids: Tensor) -> Tensor:
         return self.image_tokenizer.decode(image_ids)

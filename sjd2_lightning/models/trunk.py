@@ -17,35 +17,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from sjd2_lightning.masks import Visible, additive
-from sjd2_lightning.models.backbone import Backbone, KVCache, LayerCache
+from sjd2_lightning.models.backbone import Backbone, KVCache, LayerCache, Trunk
 
 PACKED = "sjd2_packed"  # name of `packed_attention` in transformers
 _ARTEFACTS = 64  # versions of a layer that may be compiled: by sizes that are 1, dtype and device
-
-
-class Trunk:
-    """The backbone's own forward, with a dense mask, and its head.
-
-    Args:
-        backbone: the model.
-        compiled: whether through `torch.compile`.
-    """
-
-    def __init__(self, backbone: Backbone, compiled: bool) -> None:
-        self.backbone = backbone
-        self.forward = torch.compile(backbone, dynamic=True) if compiled else backbone
-
-    def run(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:
-        """Hidden states (B, L, D) of embeddings (B, L, D) at positions (B, L)."""
-        return self.forward(embeddings, positions, visible.dense(cache.num_visible), cache)
-
-    def prefill(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> None:
-        """The same for prompts, whose lengths differ from batch to batch: never compiled."""
-        self.backbone(embeddings, positions, visible.dense(cache.num_visible), cache)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., K) of hidden states (..., D)."""
-        return self.backbone.image_logits(hidden)
 
 
 class LayeredTrunk(Trunk):
@@ -153,28 +128,6 @@ class InvariantTrunk(LayeredTrunk):
 
     def mask(self, visible: Visible, cache: KVCache, dtype: torch.dtype) -> Any:
         return visible.filled()
-
-
-def trunk_of(backbone: Backbone, compiled: bool, invariant: bool = False) -> Trunk:
-    """What runs the trunk of a backbone.
-
-    Args:
-        backbone: the model; one without `trunk.layers` is compiled as a whole.
-        compiled: whether through `torch.compile`.
-        invariant: whether by batch-invariant layers, which are not compiled.
-
-    Raises:
-        ValueError: if the model cannot be run invariantly.
-    """
-    layered = hasattr(getattr(backbone, "trunk", None), "layers")
-    if invariant and not layered:
-        raise ValueError(
-            f"decoding.invariant=true: {type(backbone).__name__} has no `trunk.layers` to be replaced by "
-            "invariant ones; set it to false"
-        )
-    if invariant:
-        return InvariantTrunk(backbone)
-    return LayeredTrunk(backbone) if compiled and layered else Trunk(backbone, compiled)
 
 
 def weights_of(layer: nn.Module) -> dict[str, Tensor]:

@@ -342,5 +342,5 @@ def test_half_precision_alone_is_no_replay(half):
 
 def test_invariant_arithmetic_needs_layers():
     backbone = strong_table(3)
-    with pytest.raises(ValueError, match=r"decoding.invariant=true: TableBackbone has no `trunk.layers`"):
+    with pytest.raises(ValueError, match=r"decoding.invariant=true: TableBackbone has no layers"):
         decode(backbone, ["p1"], [0], replace(AR, invariant=True), backbone.layout(2, 2))

@@ -272,8 +272,9 @@ def test_decoding_starts_slots_from_the_noise_of_training(source):
     """The same Gumbel vectors give the same noise in both."""
     table = torch.randn(13, 6, generator=torch.Generator().manual_seed(0))
     config = DecodingConfig("sjd2", 5, 2, noise=NoiseProcess(source=source))
-    slots = Method(config, [rows_with_newlines(3, 4, 12, (3, 4))], table, 12)
-    found = slots.source.fresh(torch.tensor([4, 5]), torch.arange(10).expand(2, -1))
+    layouts = [rows_with_newlines(3, 4, 12, (3, 4))] * 2
+    state = Method(config, table, 12).begin(torch.tensor([4, 5]), layouts, 20)
+    found = {"gumbel": state.gumbel, "noisy": state.noisy}
     rows = EmbeddingSpace(table[:12]).normalise(table[:12])
     noise = tied_noise(found["gumbel"], tied_rows(rows, source == "tied_white"))
     assert torch.allclose(found["noisy"], noise, atol=1e-6)

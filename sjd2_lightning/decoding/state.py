@@ -81,7 +81,7 @@ class State(Rows):
         gumbel: (R, N, K) the slots' own Gumbel noise; None also where it is drawn anew in each pass.
         draft_probs: (R, W, K) laws that the drafts of the window were drawn from.
         neighbour: (R, N) slots that first drafts repeat; -1 = none.
-        above: (R, N) slots one row up; -1 = none.
+        upper: (R, N) slots one row up; -1 = none.
     """
 
     image: Tensor
@@ -98,4 +98,4 @@ class State(Rows):
     gumbel: Tensor | None = None
     draft_probs: Tensor | None = None
     neighbour: Tensor | None = None
-    above: Tensor | None = None
+    upper: Tensor | None = None

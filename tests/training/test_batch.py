@@ -175,7 +175,7 @@ def test_half_precision_trunks_keep_the_timestep_tokens(batch):
         prompts = [backbone.prompt_ids(prompt, layout) for prompt in RAGGED_PROMPTS]
         sides.append(trunk_input(backbone, prompts, image_ids, layout, noise).embeddings[0, :25].float())
         config = DecodingConfig("sjd2", window=5, num_levels=25)
-        method = Method(config, [layout], backbone.slot_table(), 7)
+        method = Method(config, backbone.slot_table(), 7)
         sides.append(method.levels.timestep_tokens().float())
         assert decode(backbone, RAGGED_PROMPTS, range(4), config, layout).image_ids.shape == (4, 3, 2)
     for side in sides[1:]:

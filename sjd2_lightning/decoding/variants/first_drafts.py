@@ -87,12 +87,12 @@ class FromAbove(OnEntry):
         self.rows = rows
 
     def start(self, source: SlotSource, layouts: Sequence[ImageLayout], state: State) -> State:
-        return replace(state, above=_neighbours(layouts, "repeat_above", state))
+        return replace(state, upper=_neighbours(layouts, "repeat_above", state))
 
     def entered(self, window: Window, committed: Tensor) -> None:
         """Called when the window has moved on by `committed` (B,) slots."""
         assert window.state.noisy is not None
-        tokens, found = repeated(window, committed, window.state.above, "repeat_above")
+        tokens, found = repeated(window, committed, window.state.upper, "repeat_above")
         held = window.state.noisy[window.rows, window.index]
         noisy = F.embedding(tokens, self.rows).where(found[..., None], held)
         window.state.noisy[window.rows, window.index] = noisy

@@ -55,7 +55,7 @@ class Batch:
         self.one_pass = self.method.one_pass
         side = self.method.levels.timestep_tokens()
         if config.window_shape:  # one number of side columns for all methods, those without levels included
-            side = F.pad(side, (0, 0, 0, -len(side) % _SIDE or (0 if len(side) else _SIDE)))
+            side = F.pad(side, (0, 0, 0, max(1, -(-len(side) // _SIDE)) * _SIDE - len(side)))
         num_prompt, num_slots = sizes(engine, token_ids, layouts, self.one_pass.most_again)[1:]
         max_len = len(side) + num_prompt + num_slots + self.one_pass.num_columns
         if kept is None:
@@ -99,14 +99,12 @@ class Batch:
     def shape(self) -> Shape:
         """Shape of the coming pass, from what the host knows."""
         most, size = self.progress.most(self.config.size), self.one_pass.num_columns
-        end = self.context.first_slot + min(most, self.num_slots) + size
+        end = self.engine.key_columns(self.context.first_slot + min(most, self.num_slots) + size)
         if self.config.window_shape:
             end = self.cache.max_len
-        else:
-            end = min(-(-end // self.engine.columns) * self.engine.columns, self.cache.max_len)
         static = self.engine.lag > 0 or self.engine.columns > 1 or self.config.window_shape > 0
         again = self.one_pass.most_again if static else max(1, *self.progress.uncached)
-        return Shape(end, again)
+        return Shape(min(end, self.cache.max_len), again)
 
     def unfinished(self) -> list[int]:
         """Rows whose image has slots left, as far as the host knows."""

@@ -56,6 +56,10 @@ class Engine(NamedTuple):
         """Number of columns of prompts of at most `num` tokens: batches of one number share their shapes."""
         return _multiple(num, 64 if self.columns > 1 else 1)
 
+    def key_columns(self, num: int) -> int:
+        """Number of columns that a pass reads keys of where it needs the first `num`."""
+        return _multiple(num, self.columns)
+
     def rows(self, num: int) -> int:
         """Number of rows that a batch of `num` unfinished ones has: some finished ones may stay."""
         if not self.captured:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from transformers import AttentionInterface
 
 from sjd2_lightning.masks import Visible, additive
 from sjd2_lightning.models.backbone import Backbone, KVCache, LayerCache, Trunk
@@ -46,9 +47,6 @@ class LayeredTrunk(Trunk):
 
     def template_of(self, layer: nn.Module) -> Any:
         """A layer without weights, whose attention is ours."""
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(PACKED, packed_attention)
         template: Any = copy.deepcopy(layer).to("meta")
         template.self_attn.config._attn_implementation = PACKED
         return template
@@ -67,9 +65,8 @@ class LayeredTrunk(Trunk):
         return self.norm(hidden)
 
     def prefill(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> None:
-        self.weights = [
-            weights_of(layer) for layer in self.trunk.layers
-        ]  # as they are now, for a whole batch
+        # as they are now: a batch keeps its weights, and the next one may find other parameters
+        self.weights = [weights_of(layer) for layer in self.trunk.layers]
         super().prefill(embeddings, positions, visible, cache)
 
     def mask(self, visible: Visible, cache: KVCache, dtype: torch.dtype) -> Any:
@@ -111,7 +108,6 @@ class InvariantTrunk(LayeredTrunk):
         head_size = self.backbone.new_cache(1, 1).keys[0].shape[-1]
         if found := invariant.problems(head_size, self.backbone.device):
             raise ValueError("\n".join(found))
-        self.rowwise = invariant.rowwise
         return invariant.invariant_copy(layer)
 
     def prepare(self) -> None:
@@ -124,7 +120,9 @@ class InvariantTrunk(LayeredTrunk):
         self.run(embeddings, positions, visible, cache)
 
     def head(self, hidden: Tensor) -> Tensor:
-        return self.rowwise(self.backbone.image_logits, hidden)
+        from sjd2_lightning.models import invariant
+
+        return invariant.rowwise(self.backbone.image_logits, hidden)
 
     def mask(self, visible: Visible, cache: KVCache, dtype: torch.dtype) -> Any:
         return visible.filled()
@@ -158,3 +156,6 @@ def packed_attention(
     rows = query.reshape(*key.shape[:2], -1, query.shape[-1])  # (B, G, H / G * L, D)
     found = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
     return found.reshape(query.shape).transpose(1, 2), None
+
+
+AttentionInterface.register(PACKED, packed_attention)

@@ -63,7 +63,7 @@ def test_a_host_that_looks_late_changes_nothing(table, name, lag):
     """Passes that are started behind the end of an image commit nothing."""
     layout = table.layout(4, 4)
     wanted = decode(table, PROMPTS, range(3), METHODS[name], layout)
-    with patch.object(Engine, "of", lambda config, device: Engine(False, False, False, lag, 64)):
+    with patch.object(Engine, "of", lambda config, device: Engine(False, False, False, lag, 1)):
         assert_same(decode(table, PROMPTS, range(3), METHODS[name], layout), wanted)
 
 

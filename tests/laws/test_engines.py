@@ -144,6 +144,22 @@ def test_methods_of_one_shape_have_one_shape(table, name):
     assert len(shapes) == 2, "the prompt, and every pass"
 
 
+def test_methods_of_one_shape_share_it(table):
+    """With levels or without: a shift of one column rounds otherwise in half precision."""
+    layout, shapes = table.layout(5, 4), {}
+    real = type(table).forward
+    for name in ("ar", "sjd2 replay", "mc_sjd"):
+        seen = shapes.setdefault(name, set())
+
+        def watched(self, embeddings, positions, mask, cache, seen=seen):
+            seen.add((tuple(embeddings.shape), mask.shape[-1]))
+            return real(self, embeddings, positions, mask, cache)
+
+        with patch.object(type(table), "forward", watched):
+            decode(table, PROMPTS, range(3), replace(METHODS[name], window_shape=8), layout)
+    assert shapes["ar"] == shapes["sjd2 replay"] == shapes["mc_sjd"]
+
+
 def test_copies_of_a_backbone_make_their_own_decoder(table):
     import copy
 

@@ -205,3 +205,15 @@ def test_kernels_in_the_interpreter():
         "bfloat16": 1e-2,
     }  # of the largest value; the interpreter truncates to bfloat16
     assert not [r for r in results if r["error"] > limits[r["check"].split()[-1]]]
+
+
+def test_the_head_of_a_token_is_the_same_in_any_company():
+    """In float32, where torch takes another kernel for a few rows than for many."""
+    backbone = load_chameleon(REPO / "weights/tiny").eval()
+    hidden = torch.randn(33, backbone.hidden_size, generator=torch.Generator().manual_seed(0))
+    trunk = backbone.decoding_trunk(compiled=False, invariant=True)
+    with torch.inference_mode():
+        alone = torch.cat([trunk.head(row[None]) for row in hidden])
+        assert torch.equal(trunk.head(hidden), alone)
+        plain = torch.cat([backbone.image_logits(row[None]) for row in hidden])
+        assert not torch.equal(backbone.image_logits(hidden), plain), "negative control"

@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.tools.source import REPO
 
 
+@pytest.mark.slow
 def test_a_checkout_agrees_with_itself(tmp_path):
     path = tmp_path / "versus.json"
     words = [sys.executable, "benchmarks/versus.py", str(REPO), "--json", str(path)]

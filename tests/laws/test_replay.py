@@ -313,7 +313,7 @@ def half():
 
 
 @pytest.mark.parametrize("way", [{"window_shape": 9}, {"invariant": True}], ids=["one shape", "invariant"])
-@pytest.mark.parametrize("num_levels", [0, 2])
+@pytest.mark.parametrize("num_levels", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_replay_in_half_precision(half, way, num_levels):
     """No excuse of near ties: where numbers depend on the prefix alone, every token is that of ar."""
     layout = half.layout(10, 8)

@@ -22,10 +22,12 @@ class Shape(NamedTuple):
     Attributes:
         columns: number of columns that keys are read from: no slot that is fed lies right of them.
         again: number of committed slots that are fed again.
+        in_prompt: whether some of these may lie left of the image, in columns of the prompt.
     """
 
     columns: int
     again: int
+    in_prompt: bool
 
 
 class Branches(NamedTuple):
@@ -126,6 +128,11 @@ class Context:
             shape: shape of the pass.
             branches: E tokens that are fed beside the window.
         """
+        if self.copies > 1:  # for the empty twins too
+            slots, fed = slots.repeat(self.copies, 1), fed.repeat(self.copies, 1, 1)
+            levels = None if levels is None else levels.repeat(self.copies, 1)
+        if shape.in_prompt:
+            fed = self._with_prompt(slots[:, : shape.again], fed)
         columns = slots + self.first_slot
         places, before, own = columns, columns + 1, None  # a slot sees what lies left of it, and itself
         side = None if levels is None else F.pad(levels, (columns.shape[1] - levels.shape[1], 0)) - 1
@@ -137,35 +144,25 @@ class Context:
             before = torch.cat([before, edge + branches.roots], dim=1)
             places = torch.cat([columns, edge + branches.places], dim=1)
             columns = torch.cat([columns, edge + branches.columns], dim=1)
-            fed = torch.cat([fed, branches.embeddings], dim=1)
+            fed = torch.cat([fed, branches.embeddings.repeat(self.copies, 1, 1)], dim=1)
             side = None if side is None else F.pad(side, (0, len(branches.roots)), value=-1)
         first = self.prompts.first.T.flatten()  # (C * R,)
-        visible = Visible(
-            first,
-            self._twice(before),
-            None if own is None else self._twice(own),
-            self._twice(columns),
-            None if side is None else self._twice(side),
-        )
-        self.cache.place(visible.column, shape.columns)
-        fed = self._with_prompt(slots[:, : shape.again], self._twice(fed))
-        hidden = self.trunk.run(fed, self._twice(places) - first[:, None], visible, self.cache)
+        self.cache.place(columns, shape.columns)
+        visible = Visible(first, before, own, columns, side)
+        hidden = self.trunk.run(fed, places - first[:, None], visible, self.cache)
         scale: float | Tensor = self.sampling.guidance_scale
         if self.copies > 1 and self.sampling.guidance_schedule != "constant":
-            scale = self.prompts.scales.gather(1, places[:, -num_laws:] - self.first_slot + 1)
+            scales = self.prompts.scales  # (R, N): twins share places with their prompts
+            scale = scales.gather(1, places[: len(scales), -num_laws:] - self.first_slot + 1)
         return guided(self.trunk.head(hidden[:, -num_laws:]), scale)
 
-    def _twice(self, values: Tensor) -> Tensor:
-        """(C * R, ...) the values (R, ...) of a prompt for its empty twin too."""
-        return values if self.copies == 1 else values.repeat(self.copies, *[1] * (values.ndim - 1))
-
     def _with_prompt(self, slots: Tensor, fed: Tensor) -> Tensor:
-        """`fed` (C * R, L, D), with the prompt where the first slots (R, n) fed lie left of the image."""
+        """`fed` (C * R, L, D), with the prompt where the first slots (C * R, n) fed lie left of the image."""
+        prompts = self.prompts.embeddings.transpose(0, 1).flatten(0, 1)  # (C * R, P, D)
         rows = torch.arange(len(slots), device=slots.device)[:, None]
-        place = (slots + self.num_prompt).clamp(0, self.num_prompt - 1)
-        prompt = self.prompts.embeddings.transpose(0, 1)[:, rows, place].flatten(0, 1)  # (C * R, n, D)
+        prompt = prompts[rows, (slots + self.num_prompt).clamp(0, self.num_prompt - 1)]
         lead = fed[:, : slots.shape[1]]
-        lead.copy_(prompt.where(self._twice(slots)[..., None] < 0, lead))
+        lead.copy_(prompt.where(slots[..., None] < 0, lead))
         return fed
 
     def keep_rows(self, index: Tensor) -> None:

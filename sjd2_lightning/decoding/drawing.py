@@ -104,7 +104,8 @@ class Batch:
             end = self.cache.max_len
         static = self.engine.lag > 0 or self.engine.columns > 1 or self.config.window_shape > 0
         again = self.one_pass.most_again if static else max(1, *self.progress.uncached)
-        return Shape(min(end, self.cache.max_len), again)
+        in_prompt = static or min(self.progress.heads) < again
+        return Shape(min(end, self.cache.max_len), again, in_prompt)
 
     def unfinished(self) -> list[int]:
         """Rows whose image has slots left, as far as the host knows."""

@@ -170,6 +170,10 @@ def right_aligned(rows: Sequence[Sequence[int]], pad_to: int = 0) -> tuple[Tenso
     return ids, torch.tensor([width - len(row) for row in rows])
 
 
+# rows (B, 1, 1), heads (H, 1) and columns (B, 1, L) of the entries that a forward writes
+Place = tuple[Tensor, Tensor, Tensor]
+
+
 class KVCache:
     """Cache with per-row write positions; transformers' trunks call its `update`.
 
@@ -177,8 +181,7 @@ class KVCache:
     forward writes over it, so forgetting costs nothing (ours).
 
     Attributes:
-        keys, values: (batch, num_heads, max_len, head_dim) of each layer; in memory a token's heads lie side
-            by side, so that writing a token is one copy.
+        keys, values: (batch, num_heads, max_len, head_dim) of each layer.
 
     Args:
         num_layers, batch, num_heads, max_len, head_dim: sizes of the buffers.
@@ -196,14 +199,14 @@ class KVCache:
         device: torch.device,
     ) -> None:
         def buffers() -> list[Tensor]:
-            shape = (batch, max_len, num_heads, head_dim)
-            made = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
-            return [buffer.transpose(1, 2) for buffer in made]
+            shape = (batch, num_heads, max_len, head_dim)
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
         self._all = buffers(), buffers()
         self.all_rows()
         self.max_len = self.num_visible = max_len
-        self.index: tuple[Tensor, Tensor] | None = None  # of rows and of columns, where a forward writes
+        self.heads = torch.arange(num_heads, device=device)[:, None]
+        self.placed: Place | None = None
 
     def place(self, positions: Tensor, num_visible: int | None = None) -> None:
         """Says where the next forward writes.
@@ -217,7 +220,8 @@ class KVCache:
         """
         if num_visible is not None and num_visible > self.max_len:
             raise ValueError(f"cache too short: {num_visible} positions needed, {self.max_len} allocated")
-        self.index = torch.arange(len(positions), device=positions.device)[:, None], positions
+        rows = torch.arange(len(positions), device=positions.device)[:, None, None]
+        self.placed = rows, self.heads, positions[:, None]
         self.num_visible = num_visible or self.max_len
 
     def update(
@@ -227,12 +231,14 @@ class KVCache:
 
         transformers gives its own caches more, since 5.24 by keyword; none of it is needed here.
         """
-        return self.layer(layer_idx).update(keys, values)
+        assert self.placed is not None, "`place` comes first"
+        held = self.keys[layer_idx], self.values[layer_idx]
+        return _written(*held, keys, values, self.placed, self.num_visible)
 
     def layer(self, number: int) -> LayerCache:
         """Keys and values of one layer, with where the next forward writes."""
-        assert self.index is not None, "`place` comes first"
-        return LayerCache(self.keys[number], self.values[number], *self.index, self.num_visible)
+        assert self.placed is not None, "`place` comes first"
+        return LayerCache(self.keys[number], self.values[number], self.placed, self.num_visible)
 
     def all_rows(self) -> KVCache:
         """The cache with all rows that it was made with, for another batch."""
@@ -256,21 +262,27 @@ class LayerCache(NamedTuple):
 
     Attributes:
         keys, values: (B, H, max_len, D) buffers.
-        rows: (B, 1) and columns: (B, L), where the next entries are written.
+        place: where the next entries are written.
         num_visible: number of columns that are returned.
     """
 
     keys: Tensor
     values: Tensor
-    rows: Tensor
-    columns: Tensor
+    place: Place
     num_visible: int
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Writes the new entries, each (B, H, L, D), and returns all visible ones, (B, H, S, D)."""
-        self.keys[self.rows, :, self.columns] = keys.transpose(1, 2)
-        self.values[self.rows, :, self.columns] = values.transpose(1, 2)
-        return self.keys[:, :, : self.num_visible], self.values[:, :, : self.num_visible]
+        return _written(self.keys, self.values, keys, values, self.place, self.num_visible)
+
+
+def _written(
+    all_keys: Tensor, all_values: Tensor, keys: Tensor, values: Tensor, place: Place, num: int
+) -> tuple[Tensor, Tensor]:
+    """The first `num` columns of buffers (B, H, S, D) with new entries (B, H, L, D) in `place`."""
+    all_keys.index_put_(place, keys)
+    all_values.index_put_(place, values)
+    return all_keys.narrow(2, 0, num), all_values.narrow(2, 0, num)
 
 
 @contextmanager

@@ -4,9 +4,11 @@
     .venv/bin/python benchmarks/versus.py ../before --json outputs/versus.json
 
 Each checkout has a process of its own, which loads the shipped model once. A repeat decodes the same batch by
-both, in changing order, so that drift of the machine hits both; the first one is not counted. Tokens and
-passes must be the same. Ratios are of this checkout over the other one: the median over repeats with
-quartiles, and that of the fastest repeats, since other load only ever adds time.
+both, in changing order, so that drift of the machine hits both; the first one is not counted. A pair of
+processes can differ by 10 % for as long as it lives, whatever it runs, so every round starts new ones, in
+changing order. Tokens and passes must be the same. Ratios are of this checkout over the other one: the median
+of a round's repeats, the median and range of these over rounds, and that of the fastest repeats, since other
+load only ever adds time.
 """
 
 from __future__ import annotations
@@ -65,6 +67,10 @@ class Checkout:
             text=True,
         )
 
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.communicate()
+
     def decode(self, name: str, batch: int) -> dict[str, Any]:
         """Seconds, passes and tokens of one decoding."""
         assert self.process.stdin is not None
@@ -74,6 +80,35 @@ class Checkout:
         return json.loads(self.process.stdout.readline())
 
 
+def compared(sides: dict[str, Checkout], name: str, batch: int, num_repeats: int) -> dict[str, Any]:
+    """One round of a method: seconds by side, and whether tokens and passes were the same throughout."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    same = True
+    for repeat in range(num_repeats + 1):
+        order = list(sides)[:: 1 if repeat % 2 else -1]
+        seen = {side: sides[side].decode(name, batch) for side in order}
+        taken = {side: seen[side].pop("seconds") for side in order}
+        same &= seen["this"] == seen["other"]
+        if repeat:
+            for side in order:
+                seconds[side].append(taken[side])
+    return {"same_tokens_and_passes": same, "seconds": seconds}
+
+
+def summed_up(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ratios of a method over all rounds."""
+    seconds = [each["seconds"] for each in rounds]
+    ratios = [float(np.median(np.divide(each["other"], each["this"]))) for each in seconds]
+    fastest = {side: min(min(each[side]) for each in seconds) for side in ("other", "this")}
+    return {
+        "same_tokens_and_passes": all(each["same_tokens_and_passes"] for each in rounds),
+        "median_ratio": float(np.median(ratios)),
+        "range": [min(ratios), max(ratios)],
+        "fastest_ratio": fastest["other"] / fastest["this"],
+        "seconds": seconds,
+    }
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -81,7 +116,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["ar", "sjd2"])
     parser.add_argument("--batch", type=int, default=1, choices=range(1, len(PROMPTS) + 1))
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -89,39 +125,22 @@ def main() -> None:
         return
     if options.other is None or not (options.other / "sjd2_lightning").is_dir():
         parser.error(f"{options.other}: is no checkout of this package; make one by `git worktree add`")
-    sides = {"other": Checkout(options.other.resolve()), "this": Checkout(HERE)}
-    found: dict[str, Any] = {}
-    for name in options.methods:
-        taken: dict[str, list[float]] = {"other": [], "this": []}
-        same = True
-        for repeat in track(range(options.repeats + 1), name):
-            order = list(sides)[:: 1 if repeat % 2 else -1]
-            seen = {side: sides[side].decode(name, options.batch) for side in order}
-            seconds = {side: seen[side].pop("seconds") for side in order}
-            same &= seen["this"] == seen["other"]
-            if repeat:
-                for side in order:
-                    taken[side].append(seconds[side])
-        ratios = np.array(taken["other"]) / np.array(taken["this"])
-        found[name] = {
-            "same_tokens_and_passes": same,
-            "median_ratio": float(np.median(ratios)),
-            "quartiles": np.quantile(ratios, [0.25, 0.75]).tolist(),
-            "fastest_ratio": min(taken["other"]) / min(taken["this"]),
-            "seconds": taken,
-        }
+    folders = {"other": options.other.resolve(), "this": HERE}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in options.methods}
+    for number in track(range(options.rounds), "rounds"):
+        order = list(folders)[:: 1 if number % 2 else -1]
+        sides = {side: Checkout(folders[side]) for side in order}
+        for name in options.methods:
+            rows[name].append(compared(sides, name, options.batch, options.repeats))
+        for side in sides.values():
+            side.close()
+    found = {name: summed_up(rows[name]) for name in options.methods}
     table = Table(
-        "method", "same tokens and passes", "images a second over the other's", "quartiles", "of the fastest"
+        "method", "same tokens and passes", "images a second over the other's", "range", "of the fastest"
     )
     for name, row in found.items():
-        low, high = row["quartiles"]
-        table.add_row(
-            name,
-            str(row["same_tokens_and_passes"]),
-            f"{row['median_ratio']:.3f}",
-            f"{low:.3f}, {high:.3f}",
-            f"{row['fastest_ratio']:.3f}",
-        )
+        ratios = [f"{value:.3f}" for value in (row["median_ratio"], *row["range"], row["fastest_ratio"])]
+        table.add_row(name, str(row["same_tokens_and_passes"]), ratios[0], ", ".join(ratios[1:3]), ratios[3])
     Console().print(table)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

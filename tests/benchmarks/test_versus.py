@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from benchmarks.versus import summed_up
 from tests.tools.source import REPO
 
 
@@ -13,12 +14,24 @@ from tests.tools.source import REPO
 def test_a_checkout_agrees_with_itself(tmp_path):
     path = tmp_path / "versus.json"
     words = [sys.executable, "benchmarks/versus.py", str(REPO), "--json", str(path)]
-    subprocess.run([*words, "--methods", "sjd2", "--repeats", "2"], cwd=REPO, check=True)
+    subprocess.run([*words, "--methods", "sjd2", "--repeats", "2", "--rounds", "2"], cwd=REPO, check=True)
     found = json.loads(path.read_text())["sjd2"]
     assert found["same_tokens_and_passes"]
-    fastest = min(found["seconds"]["other"]) / min(found["seconds"]["this"])
-    assert found["fastest_ratio"] == fastest
-    assert len(found["seconds"]["this"]) == 2, "the first one is not counted"
+    assert len(found["seconds"]) == 2
+    for seconds in found["seconds"]:
+        assert len(seconds["this"]) == len(seconds["other"]) == 2, "the first one is not counted"
+
+
+def test_ratios_are_of_rounds():
+    rounds = [
+        ({"other": [2.0, 4.0, 9.0], "this": [1.0, 1.0, 3.0]}, True),
+        ({"other": [1.0], "this": [2.0]}, True),
+    ]
+    found = summed_up([{"seconds": seconds, "same_tokens_and_passes": same} for seconds, same in rounds])
+    assert found["median_ratio"] == pytest.approx((3.0 + 0.5) / 2)
+    assert found["range"] == [0.5, 3.0]
+    assert found["fastest_ratio"] == 1.0
+    assert found["same_tokens_and_passes"]
 
 
 def test_what_is_no_checkout_is_named(tmp_path):

@@ -5,8 +5,8 @@
 
 Each checkout has a process of its own, which loads the shipped model once. A repeat decodes the same batch by
 both, in changing order, so that drift of the machine hits both; the first one is not counted. A pair of
-processes can differ by 10 % for as long as it lives, whatever it runs, so every round starts new ones, in
-changing order. Tokens and passes must be the same. Ratios are of this checkout over the other one: the median
+processes can differ for as long as it lives, whatever it runs, so every round starts new ones, in changing
+order. Tokens and passes must be the same. Ratios are of this checkout over the other one: the median
 of a round's repeats, the median and range of these over rounds, and that of the fastest repeats, since other
 load only ever adds time.
 """

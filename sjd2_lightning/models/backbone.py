@@ -170,10 +170,6 @@ def right_aligned(rows: Sequence[Sequence[int]], pad_to: int = 0) -> tuple[Tenso
     return ids, torch.tensor([width - len(row) for row in rows])
 
 
-# rows (B, 1, 1), heads (H, 1) and columns (B, 1, L) of the entries that a forward writes
-Place = tuple[Tensor, Tensor, Tensor]
-
-
 class KVCache:
     """Cache with per-row write positions; transformers' trunks call its `update`.
 
@@ -205,8 +201,7 @@ class KVCache:
         self._all = buffers(), buffers()
         self.all_rows()
         self.max_len = self.num_visible = max_len
-        self.heads = torch.arange(num_heads, device=device)[:, None]
-        self.placed: Place | None = None
+        self.entries: Tensor | None = None  # (B * H * L,) those that a forward writes, of B * H * max_len
 
     def place(self, positions: Tensor, num_visible: int | None = None) -> None:
         """Says where the next forward writes.
@@ -220,8 +215,9 @@ class KVCache:
         """
         if num_visible is not None and num_visible > self.max_len:
             raise ValueError(f"cache too short: {num_visible} positions needed, {self.max_len} allocated")
-        rows = torch.arange(len(positions), device=positions.device)[:, None, None]
-        self.placed = rows, self.heads, positions[:, None]
+        num_rows, num_heads = self.keys[0].shape[:2]
+        starts = torch.arange(num_rows * num_heads, device=positions.device) * self.max_len
+        self.entries = (starts.view(num_rows, num_heads, 1) + positions[:, None]).flatten()
         self.num_visible = num_visible or self.max_len
 
     def update(
@@ -231,14 +227,12 @@ class KVCache:
 
         transformers gives its own caches more, since 5.24 by keyword; none of it is needed here.
         """
-        assert self.placed is not None, "`place` comes first"
-        held = self.keys[layer_idx], self.values[layer_idx]
-        return _written(*held, keys, values, self.placed, self.num_visible)
+        return self.layer(layer_idx).update(keys, values)
 
     def layer(self, number: int) -> LayerCache:
         """Keys and values of one layer, with where the next forward writes."""
-        assert self.placed is not None, "`place` comes first"
-        return LayerCache(self.keys[number], self.values[number], self.placed, self.num_visible)
+        assert self.entries is not None, "`place` comes first"
+        return LayerCache(self.keys[number], self.values[number], self.entries, self.num_visible)
 
     def all_rows(self) -> KVCache:
         """The cache with all rows that it was made with, for another batch."""
@@ -262,27 +256,20 @@ class LayerCache(NamedTuple):
 
     Attributes:
         keys, values: (B, H, max_len, D) buffers.
-        place: where the next entries are written.
+        entries: (B * H * L,) int64, those of the B * H * max_len that are written next.
         num_visible: number of columns that are returned.
     """
 
     keys: Tensor
     values: Tensor
-    place: Place
+    entries: Tensor
     num_visible: int
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Writes the new entries, each (B, H, L, D), and returns all visible ones, (B, H, S, D)."""
-        return _written(self.keys, self.values, keys, values, self.place, self.num_visible)
-
-
-def _written(
-    all_keys: Tensor, all_values: Tensor, keys: Tensor, values: Tensor, place: Place, num: int
-) -> tuple[Tensor, Tensor]:
-    """The first `num` columns of buffers (B, H, S, D) with new entries (B, H, L, D) in `place`."""
-    all_keys.index_put_(place, keys)
-    all_values.index_put_(place, values)
-    return all_keys.narrow(2, 0, num), all_values.narrow(2, 0, num)
+        for held, new in ((self.keys, keys), (self.values, values)):
+            held.view(-1, held.shape[-1]).index_copy_(0, self.entries, new.reshape(-1, new.shape[-1]))
+        return self.keys[:, :, : self.num_visible], self.values[:, :, : self.num_visible]
 
 
 @contextmanager

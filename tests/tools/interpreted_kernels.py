@@ -121,7 +121,7 @@ def attentions(dtype: torch.dtype) -> Iterator[tuple[str, float, bool]]:
 
 def main() -> None:
     torch.manual_seed(0)
-    for name in sys.argv[1:]:
+    for name in sys.argv[1:] or DTYPES:
         for checks in (products, norms, attentions):
             for check, distance, equal in checks(DTYPES[name]):
                 print(json.dumps({"check": f"{check} {name}", "error": distance, "equal": equal}))

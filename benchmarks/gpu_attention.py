@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.gpu_cells import milliseconds
-from sjd2_lightning.masks import Visible, additive
-from sjd2_lightning.models.trunk import packed_attention
-
-
-def flex(query: Tensor, key: Tensor, value: Tensor, visible: Visible, run: Callable[..., Any]) -> Tensor:
-    """(B, L, H, D) attention whose mask is a function of a few integers; key heads are shared, not repeated.
-
-    Args:
-        query: (B, H, L, D).
-        key, value: (B, G, S, D).
-        visible: what each query sees.
-        run: `flex_attention`, compiled on a GPU.
-    """
-    first, before, _, _, side = visible.filled()
-
-    def seen(row: Tensor, head: Tensor, at: Tensor, column: Tensor) -> Tensor:
-        context = (column >= first[row]) & (column < before[row, at])
-        return context | (column == side[row, at])
-
-    mask = create_block_mask(
-        seen, len(query), None, query.shape[2], key.shape[2], device=query.device, _compile=query.is_cuda
-    )
-    return run(query, key, value, block_mask=mask, enable_gqa=True).transpose(1, 2)
+from sjd2_lightning.masks import Visible
+from sjd2_lightning.models.attention import (
+    flexible_attention,
+    flexible_mask,
+    packed_attention,
+    packed_mask,
+)
 
 
 @torch.inference_mode()
@@ -59,14 +39,16 @@ def compare(
     first = torch.tensor([0, columns // 16], device=device)
     side = torch.full_like(column, -1)
     visible = Visible(first, column + 1, None, column, side)
-    run = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
+    groups, scale, attention = heads // key_heads, size**-0.5, nn.Module()
+    by_flex = torch.compile(flexible_attention) if device.type == "cuda" else flexible_attention
 
     def packed() -> Tensor:
-        mask = additive(visible.dense(columns), query.dtype).repeat(1, 1, heads // key_heads, 1)
-        return packed_attention(nn.Module(), query, key, value, mask, size**-0.5)[0]
+        mask = packed_mask(visible, columns, query.dtype, groups)
+        return packed_attention(attention, query, key, value, mask, scale)[0]
 
     def flexible() -> Tensor:
-        return flex(query, key, value, visible, run)
+        mask = flexible_mask(visible, columns, query.dtype, groups)
+        return by_flex(attention, query, key, value, mask, scale)[0]
 
     apart = (packed().float() - flexible().float()).abs().max()
     return {

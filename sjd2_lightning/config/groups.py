@@ -181,6 +181,7 @@ class DecodingDefaults(Group):
     num_levels: Natural | None
     draft_init: Literal["random", "gumbel", "repeat_left", "repeat_above"] | None
     engine: Literal["auto", "eager", "compiled", "graphs"]
+    attention: Literal["auto", "dense", "flex"]
     invariant: bool
     window_shape: Natural
     sampling: Annotated[Sampling, AfterValidator(sound)]

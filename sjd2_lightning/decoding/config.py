@@ -119,6 +119,8 @@ class DecodingConfig:
         pairs: correction of drafts by their left neighbours, "replay" only.
         engine: how passes are run, see `engine`: "eager", "compiled" (the trunk's layers), "graphs" (compiled
             and captured, CUDA only) or "auto", which is graphs on CUDA and eager elsewhere.
+        attention: how compiled layers attend: "dense" (under a dense mask, as everything else does), "flex"
+            (by FlexAttention, which reads a few integers in its place) or "auto", which is flex on CUDA.
         invariant: whether a token's numbers depend on its prefix alone, bit for bit in any precision, and
             not on window, batch or method, see `models.invariant`.
         window_shape: number of slots that every pass of a method is shaped for, with one length of the cache
@@ -142,6 +144,7 @@ class DecodingConfig:
     groups: Grouping = field(default_factory=Grouping)
     pairs: PairSweeps = field(default_factory=PairSweeps)
     engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
+    attention: Literal["auto", "dense", "flex"] = "auto"
     invariant: bool = False
     window_shape: int = 0
     sampling: Sampling = field(default_factory=Sampling)

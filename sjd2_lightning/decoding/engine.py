@@ -25,6 +25,7 @@ class Engine(NamedTuple):
         captured: whether iterations are captured as CUDA graphs.
         lag: number of passes after which the host learns how far the rows are; 0 = it waits for each.
         columns: passes read keys of a multiple of so many columns.
+        flex: whether compiled layers attend by FlexAttention, without a dense mask.
     """
 
     compiled: bool
@@ -32,6 +33,7 @@ class Engine(NamedTuple):
     captured: bool
     lag: int
     columns: int
+    flex: bool = False
 
     @classmethod
     def of(cls, config: DecodingConfig, device: torch.device) -> Engine:
@@ -49,8 +51,14 @@ class Engine(NamedTuple):
         captured = config.engine == "graphs" or (config.engine == "auto" and on_gpu)
         static = captured or config.engine == "compiled"
         compiled = static and not config.invariant
+        if config.attention == "flex" and not compiled:
+            raise ValueError(
+                "decoding.attention=flex: only compiled layers attend by FlexAttention; use auto, or "
+                "decoding.engine=compiled with decoding.invariant=false"
+            )
+        flex = compiled and (config.attention == "flex" or (config.attention == "auto" and on_gpu))
         lag = _LAG if on_gpu else 0
-        return cls(compiled, config.invariant, captured, lag, _COLUMNS if static else 1)
+        return cls(compiled, config.invariant, captured, lag, _COLUMNS if static else 1, flex)
 
     def prompt_columns(self, num: int) -> int:
         """Number of columns of prompts of at most `num` tokens: batches of one number share their shapes."""

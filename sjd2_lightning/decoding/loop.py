@@ -106,10 +106,10 @@ class Decoder:
         """A batch in front of its first slot; arguments of `decode`, with one layout a prompt."""
         ids = prompt_token_ids(self.backbone, prompts, layouts, config.sampling.guidance_scale)
         names = tuple(name for name, _ in self.backbone.named_parameters())  # an adapter adds some
-        way = (engine.compiled, engine.invariant, names)
-        if way not in self.trunks:
-            self.trunks[way] = self.backbone.decoding_trunk(engine.compiled, engine.invariant)
-        trunk = self.trunks[way]
+        way = (engine.compiled, engine.invariant, engine.flex)
+        if (way, names) not in self.trunks:
+            self.trunks[way, names] = self.backbone.decoding_trunk(*way)
+        trunk = self.trunks[way, names]
         if not engine.captured:
             return Batch(self.backbone, trunk, config, engine, ids, seeds, layouts)
         version = _version(self.backbone)

@@ -77,10 +77,12 @@ def method_fields(config: DecodingConfig) -> dict[str, Any]:
     continues only where the hash of its identity is the same as before.
     """
     fields = asdict(config)
-    engine = fields.pop("engine")
+    engine, attention = fields.pop("engine"), fields.pop("attention")
     later = {name: fields.pop(name) for name in ("invariant", "window_shape")}
     if engine not in ("auto", "compiled"):
         later["engine"] = engine
+    if attention != "auto":
+        later["attention"] = attention
     said = {name: value for name, value in later.items() if value}
     return fields.pop("noise") | fields | {"compile": engine == "compiled"} | said
 

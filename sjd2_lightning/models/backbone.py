@@ -141,12 +141,13 @@ class Backbone(nn.Module, ABC):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def decoding_trunk(self, compiled: bool, invariant: bool) -> Trunk:
+    def decoding_trunk(self, compiled: bool, invariant: bool, flex: bool = False) -> Trunk:
         """What runs the trunk while decoding; models whose layers can be called one by one have their own.
 
         Args:
             compiled: whether through `torch.compile`.
             invariant: whether by batch-invariant layers, which are not compiled.
+            flex: whether compiled layers attend by FlexAttention; models without such layers do not.
 
         Raises:
             ValueError: if the model cannot be run invariantly.

@@ -199,10 +199,10 @@ class PretrainedBackbone(Backbone):
             device=self.device,
         )
 
-    def decoding_trunk(self, compiled: bool, invariant: bool) -> Trunk:
+    def decoding_trunk(self, compiled: bool, invariant: bool, flex: bool = False) -> Trunk:
         if invariant:
             return InvariantTrunk(self)
-        return LayeredTrunk(self) if compiled else super().decoding_trunk(compiled, invariant)
+        return LayeredTrunk(self, flex) if compiled else super().decoding_trunk(compiled, invariant)
 
     def decode_images(self, image_ids: Tensor) -> Tensor:
         return self.image_tokenizer.decode(image_ids)

@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
-from transformers import AttentionInterface
 
-from sjd2_lightning.masks import Visible, additive
+from sjd2_lightning.masks import Visible
+from sjd2_lightning.models.attention import DENSE, FLEX, SMALLEST_HEAD
 from sjd2_lightning.models.backbone import Backbone, KVCache, LayerCache, Trunk
 
-PACKED = "sjd2_packed"  # name of `packed_attention` in transformers
 _ARTEFACTS = 64  # versions of a layer that may be compiled: by sizes that are 1, dtype and device
 
 
@@ -29,12 +27,15 @@ class LayeredTrunk(Trunk):
 
     Args:
         backbone: the model; its `trunk` has `layers`, `norm` and `rotary_emb`.
+        flex: whether layers attend by FlexAttention; not those whose heads are smaller than it takes.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, flex: bool = False) -> None:
         super().__init__(backbone, compiled=False)
         trunk: Any = backbone.trunk
         self.trunk = trunk
+        self.head_size = backbone.new_cache(1, 1).keys[0].shape[-1]
+        self.attention = FLEX if flex and self.head_size >= SMALLEST_HEAD else DENSE
         self.template = self.template_of(trunk.layers[0])
         self.groups = self.template.self_attn.num_key_value_groups
         # transformers renames the argument: 5.24 says `cache`
@@ -48,12 +49,14 @@ class LayeredTrunk(Trunk):
     def template_of(self, layer: nn.Module) -> Any:
         """A layer without weights, whose attention is ours."""
         template: Any = copy.deepcopy(layer).to("meta")
-        template.self_attn.config._attn_implementation = PACKED
+        template.self_attn.config._attn_implementation = self.attention.name
         return template
 
     def prepare(self) -> None:
         """Compiles what all layers share; sizes stay open, so that windows, rows and lengths share it too."""
-        self.layer = torch.compile(self.one_layer, dynamic=True, fullgraph=True)
+        # not where FlexAttention runs on a CPU, whose code mixes up the names of open sizes (torch 2.14)
+        opened = self.attention is DENSE or self.backbone.device.type != "cpu"
+        self.layer = torch.compile(self.one_layer, dynamic=opened, fullgraph=True)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _ARTEFACTS)
 
     def run(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:
@@ -71,7 +74,7 @@ class LayeredTrunk(Trunk):
 
     def mask(self, visible: Visible, cache: KVCache, dtype: torch.dtype) -> Any:
         """What the template's attention takes as its mask."""
-        return additive(visible.dense(cache.num_visible), dtype).repeat(1, 1, self.groups, 1)
+        return self.attention.mask(visible, cache.num_visible, dtype, self.groups)
 
     def one_layer(
         self,
@@ -105,8 +108,7 @@ class InvariantTrunk(LayeredTrunk):
     def template_of(self, layer: nn.Module) -> Any:
         from sjd2_lightning.models import invariant
 
-        head_size = self.backbone.new_cache(1, 1).keys[0].shape[-1]
-        if found := invariant.problems(head_size, self.backbone.device):
+        if found := invariant.problems(self.head_size, self.backbone.device):
             raise ValueError("\n".join(found))
         return invariant.invariant_copy(layer)
 
@@ -131,31 +133,3 @@ class InvariantTrunk(LayeredTrunk):
 def weights_of(layer: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a layer, by name."""
     return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """Attention whose keys are never repeated: query heads that share a key head are further rows of it.
-
-    transformers repeats keys and values for each query head as soon as there is a mask.
-
-    Args:
-        module: the attention of a layer.
-        query: (B, H, L, D); H is a multiple of G.
-        key, value: (B, G, S, D).
-        attention_mask: (B, 1, H / G * L, S) additive; the same L rows for each head.
-        scaling: factor of the scores.
-    """
-    rows = query.reshape(*key.shape[:2], -1, query.shape[-1])  # (B, G, H / G * L, D)
-    found = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
-    return found.reshape(query.shape).transpose(1, 2), None
-
-
-AttentionInterface.register(PACKED, packed_attention)

@@ -54,11 +54,15 @@ def test_identity_of_a_method_is_that_of_the_first_version():
     config = DecodingConfig("sjd2", window=16, num_levels=2, noise=noise, sampling=sampling)
     held = "cb7d92fec25d85a3b959c4b6462bd83f3b8da3ae5891db30f3a52308613fc429"
     assert sha256_of_json(method_fields(config)) == held
-    later = ({"engine": "compiled"}, {"engine": "graphs"}, {"invariant": True}, {"window_shape": 32})
-    assert (
-        len({sha256_of_json(method_fields(dataclasses.replace(config, **each))) for each in ({}, *later)})
-        == 5
+    later = (
+        {"engine": "compiled"},
+        {"engine": "graphs"},
+        {"attention": "flex"},
+        {"invariant": True},
+        {"window_shape": 32},
     )
+    configs = [dataclasses.replace(config, **each) for each in ({}, *later)]
+    assert len({sha256_of_json(method_fields(each)) for each in configs}) == 6
 
 
 def test_ranks_write_apart_and_are_read_together(tmp_path):

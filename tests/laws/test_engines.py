@@ -14,7 +14,15 @@ from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.config import TreeShape
 from sjd2_lightning.decoding.engine import Engine
 from sjd2_lightning.decoding.loop import Decoder, decoder_of
-from sjd2_lightning.models import trunk
+from sjd2_lightning.masks import Visible
+from sjd2_lightning.models.attention import (
+    DENSE,
+    FLEX,
+    flexible_attention,
+    flexible_mask,
+    packed_attention,
+    packed_mask,
+)
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, strong_table, tiny_chameleon
 
 SAMPLING = Sampling(guidance_scale=2.0, top_k=5)
@@ -170,56 +178,102 @@ def test_copies_of_a_backbone_make_their_own_decoder(table):
     assert copy.deepcopy(table).decoder is None
 
 
-def compiled_beside_eager() -> dict[str, tuple[bool, int]]:
-    """Whether the tokens of both are equal, and the number of graphs that were compiled, by method."""
-    backbone = tiny_chameleon(num_codes=12, num_layers=3, hidden_size=16, seed=5, scale=0.5)
-    layout = backbone.layout(8, 8)
-    found = {}
-    for name, method in METHODS.items():
-        eager = decode(backbone, RAGGED_PROMPTS, range(4), method, layout)
-        counters.clear()
-        compiled = decode(backbone, RAGGED_PROMPTS, range(4), replace(method, engine="compiled"), layout)
-        same = torch.equal(compiled.slot_ids, eager.slot_ids)
-        found[name] = same, counters["stats"]["unique_graphs"]
-    return found
+def compiled_beside_eager(name: str, attention: str = "dense") -> tuple[bool, int]:
+    """Whether the tokens of both are equal, and the number of graphs that were compiled."""
+    backbone = tiny_chameleon(num_codes=12, num_layers=3, hidden_size=32, seed=5, scale=0.5)
+    layout, method = backbone.layout(8, 8), METHODS[name]
+    eager = decode(backbone, RAGGED_PROMPTS, range(4), method, layout)
+    counters.clear()
+    way = replace(method, engine="compiled", attention=attention)
+    compiled = decode(backbone, RAGGED_PROMPTS, range(4), way, layout)
+    same = torch.equal(compiled.slot_ids, eager.slot_ids)
+    return same, counters["stats"]["unique_graphs"]
+
+
+def in_a_process(repo, *words: str) -> tuple[bool, int]:
+    """`compiled_beside_eager` where types are not checked, since the compiler cannot read such functions."""
+    words = (sys.executable, "-m", "tests.laws.test_engines", *words)
+    ran = subprocess.run(words, cwd=repo, capture_output=True, text=True, check=True)
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_tokens(repo):
-    """In a process of its own: the compiler cannot read functions whose types tests check."""
-    words = [sys.executable, "-m", "tests.laws.test_engines"]
-    ran = subprocess.run(words, cwd=repo, capture_output=True, text=True, check=True)
-    found = json.loads(ran.stdout.splitlines()[-1])
-    assert list(found) == list(METHODS)
-    for name, (same, num_graphs) in found.items():
-        assert same, name
-        assert num_graphs <= 3, f"{name}: layers share what is compiled"
-    assert found["ar"][1] > 0, "something was compiled"
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled_layers_give_the_same_tokens(repo, name):
+    same, num_graphs = in_a_process(repo, name)
+    assert same
+    assert 0 < num_graphs <= 3, "layers share what is compiled"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ar", "sjd2 replay"])
+def test_compiled_flex_attention_gives_the_same_tokens(repo, name):
+    """On a CPU each size is compiled apart; on CUDA they share what is compiled."""
+    assert in_a_process(repo, name, "flex")[0]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("attention", ["dense", "flex"])
 @pytest.mark.parametrize("family", ["chameleon", "emu3", "janus"])
-def test_layers_called_one_by_one_are_the_trunk(family):
-    """Without the compiler: the shared function, the packed attention and the cache, in every family."""
+def test_layers_called_one_by_one_are_the_trunk(family, attention):
+    """Without the compiler: the shared function, both attentions and the cache, in every family."""
     from sjd2_lightning.models.registry import build_shrunken
 
     backbone = build_shrunken(family)
     layout = backbone.layout(*{"chameleon": (32, 64), "emu3": (16, 16), "janus": (64, 64)}[family])
     for name in ("ar", "sjd2 replay"):
         wanted = decode(backbone, ["a cat", "a red dog"], range(2), METHODS[name], layout)
-        with patch.object(torch, "compile", lambda function, **_: function):
-            layered = replace(METHODS[name], engine="compiled")
-            output = Decoder(backbone)(["a cat", "a red dog"], range(2), layered, layout)
+        with (
+            patch.object(torch, "compile", lambda function, **_: function),
+            patch("sjd2_lightning.models.trunk.SMALLEST_HEAD", 1),
+        ):
+            layered = replace(METHODS[name], engine="compiled", attention=attention)
+            decoder = Decoder(backbone)
+            output = decoder(["a cat", "a red dog"], range(2), layered, layout)
+        [trunk] = decoder.trunks.values()
+        assert trunk.attention is {"dense": DENSE, "flex": FLEX}[attention]
         assert torch.equal(output.slot_ids, wanted.slot_ids)
 
 
-def test_packed_heads_attend_as_repeated_keys_do():
-    query, key, value = torch.randn(2, 8, 5, 4), torch.randn(2, 2, 9, 4), torch.randn(2, 2, 9, 4)
-    mask = torch.zeros(2, 1, 5, 9).masked_fill(torch.rand(2, 1, 5, 9) < 0.3, -1e9)
-    found, _ = trunk.packed_attention(torch.nn.Identity(), query, key, value, mask.repeat(1, 1, 4, 1), 0.3)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [1, 5, 130])
+@pytest.mark.parametrize("attention", [packed_attention, flexible_attention])
+def test_shared_heads_attend_as_repeated_keys_do(attention, window):
+    """Windows of one block of queries and of two, keys of three, with what each query sees drawn anew."""
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    num_columns = 300
+    query, key, value = drawn(2, 8, window, 16), drawn(2, 2, num_columns, 16), drawn(2, 2, num_columns, 16)
+    column = torch.arange(num_columns - window, num_columns).expand(2, -1)
+    side = torch.randint(-1, 3, column.shape, generator=generator)
+    before = column - torch.randint(0, 100, column.shape, generator=generator)
+    visible = Visible(torch.tensor([3, 40]), before, before + 7, column, side)
+    mask_of = {packed_attention: packed_mask, flexible_attention: flexible_mask}[attention]
+    mask = mask_of(visible, num_columns, query.dtype, 4)
+    with patch.object(torch, "compile", lambda function, **_: function):
+        found, _ = attention(torch.nn.Identity(), query, key, value, mask, 0.3)
     repeated = (each.repeat_interleave(4, dim=1) for each in (key, value))
-    wanted = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query, *repeated, attn_mask=visible.dense(num_columns), scale=0.3
+    )
     assert torch.allclose(found.transpose(1, 2), wanted, atol=1e-5)
 
 
+def test_which_engine_attends_without_a_mask():
+    """FlexAttention on CUDA, if not told otherwise; refused where layers are not compiled."""
+    ar, cuda, cpu = METHODS["ar"], torch.device("cuda"), torch.device("cpu")
+    assert Engine.of(ar, cuda).flex
+    assert not Engine.of(replace(ar, attention="dense"), cuda).flex
+    assert not Engine.of(replace(ar, engine="compiled"), cpu).flex
+    assert Engine.of(replace(ar, engine="compiled", attention="flex"), cpu).flex
+    assert not Engine.of(replace(ar, invariant=True), cuda).flex
+    for refused in ({"engine": "eager"}, {"engine": "compiled", "invariant": True}):
+        with pytest.raises(ValueError, match=r"decoding\.attention=flex: only compiled layers .* use auto"):
+            Engine.of(replace(ar, attention="flex", **refused), cpu)
+
+
 if __name__ == "__main__":
-    print(json.dumps(compiled_beside_eager()))
+    print(json.dumps(compiled_beside_eager(*sys.argv[1:])))

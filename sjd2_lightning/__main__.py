@@ -13,12 +13,14 @@ from sjd2_lightning.run.processes import HANDED_DOWN, started_by_lightning
 
 # command: (module whose `main` runs it, what it does)
 COMMANDS = {
+    "generate": ("cli.generate", 'draw pictures: sjd2 generate "red heart" -n 4 --compare ar'),
     "train": ("cli.train", "fine-tune a model: sjd2 train model=tiny trainer.max_steps=100"),
     "evaluate": ("cli.evaluate", "compare decoding methods: sjd2 evaluate compare=[ar,sjd2] num_prompts=16"),
     "prepare": ("cli.prepare", "make shards of captioned pictures: sjd2 prepare folder --input photos"),
     "convert": ("models.convert", "bring released Lumina-mGPT weights into this layout"),
     "pairs": ("cli.pairs", "count which codes stand side by side, for methods.sjd2.pairs.table"),
     "teacher": ("cli.teacher", "let a model draw the images of a data set, for distillation"),
+    "doctor": ("cli.doctor", "what this machine can do, which models are ready, how to get the others"),
     "publish": ("report.wandb_report", "publish a finished evaluation as a W&B Report"),
 }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,13 +48,16 @@ def train(cfg: DictConfig) -> dict[str, float]:
     import lightning as L
 
     from sjd2_lightning.cli.build import build_task, export_model
-    from sjd2_lightning.cli.trainer import build_callbacks, build_loggers, build_trainer, finish_loggers
+    from sjd2_lightning.cli.trainer import (
+        build_callbacks,
+        build_loggers,
+        build_trainer,
+        finish_loggers,
+        quiet_lightning,
+    )
     from sjd2_lightning.run.files import remove_unfinished
 
-    logging.getLogger("lightning").handlers.clear()  # Hydra's root logger prints these lines already
-    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")  # Lightning's own
-    # image tokenizers and what else is not trained, on purpose
-    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
+    quiet_lightning()
     L.seed_everything(config.seed, workers=True)
     if is_first_process():
         remove_unfinished(run_dir)

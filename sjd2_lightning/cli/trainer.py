@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import secrets
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,18 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
 log = logging.getLogger(__name__)
+
+
+def quiet_lightning() -> None:
+    """Each line of Lightning once, and none of what is its own business or is meant here."""
+    logging.getLogger("lightning").handlers.clear()  # Hydra's root logger prints these lines already
+    for message in (
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
+        r"Found \d+ module\(s\) in eval mode",  # image tokenizers and what else is not trained, on purpose
+        # of one epoch; the interval is counted through all of them
+        r"The number of training batches \(\d+\) is smaller than the logging interval",
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def build_trainer(

@@ -31,6 +31,7 @@ from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mod
 from sjd2_lightning.report.figures import acceptance_histogram, image_grid, save_figure
 from sjd2_lightning.report.wandb_log import media_row, scalar_row
 from sjd2_lightning.run.files import write_whole
+from sjd2_lightning.run.stages import stage
 
 
 class SamplingCallback(Callback):
@@ -145,7 +146,8 @@ class SamplingCallback(Callback):
         assert row is not None
         pl_module.log_dict(row, logger=False, sync_dist=trainer.world_size > 1)
         if result is not None:
-            self._write_and_log(trainer, result, row)
+            with stage("writing the samples"):
+                self._write_and_log(trainer, result, row)
 
     def _decode_and_measure(self, trainer: Trainer, pl_module: LightningModule) -> EvaluationResult | None:
         """The result; None on ranks other than 0."""
@@ -187,11 +189,13 @@ class SamplingCallback(Callback):
         self._previous = (decoded.store.identity["weights"], decoded.store)
         # 4. numbers, on rank 0
         if self._meter is None:
-            self._meter = QualityMeter(self.metrics, self.reference)
+            with stage("measuring the real images"):
+                self._meter = QualityMeter(self.metrics, self.reference)
         self._meter.forget_images()
-        return measure_methods(
-            decoded.store, self.methods, prompts, self._meter, ties=decoded.ties, flops=decoded.flops
-        )
+        with stage("measuring the samples"):
+            return measure_methods(
+                decoded.store, self.methods, prompts, self._meter, ties=decoded.ties, flops=decoded.flops
+            )
 
     def _reuse_baseline(
         self, backbone: Backbone, layout: ImageLayout, prompts: Sequence[PromptItem], folder: Path

@@ -89,7 +89,8 @@ def build_backbone(
     """
     if model.scratch is not None:
         sizes = model.scratch.model_dump() | {"image_tokenizer": shipped(model.scratch.image_tokenizer)}
-        return build_tiny(captions, **sizes)
+        with stage("making a new model"):
+            return build_tiny(captions, **sizes)
     if model.init == "random_tiny" and path in (None, shipped(model.path)):
         backbone = build_shrunken(model.family)
     else:

@@ -68,10 +68,13 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    prompts = chosen_prompts(config)
+    with stage("reading the prompts"):
+        prompts = chosen_prompts(config)
     backbone = decoding_backbone(config.model, weights, config.ckpt_path, device)
     layout = backbone.layout(*config.model.image_size)
     methods, windows = chosen_methods(config, backbone, prompts, layout)
+    with stage("loading what measures, and real images"):
+        metrics, reference = build_metrics(config, device), build_reference(config)
     result = evaluate_methods(
         backbone,
         methods,
@@ -79,8 +82,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         layout,
         run_dir,
         batch_size=config.batch_size,
-        metrics=build_metrics(config, device),
-        reference=build_reference(config),
+        metrics=metrics,
+        reference=reference,
         image_tokenizer=image_tokenizer_of(backbone),
         warm_up=config.warm_up,
         replace=config.replace_images,
@@ -108,9 +111,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             page_prompts=config.report.num_images,
             page_megabytes=config.report.page_megabytes,
         )
-    publish(config, result, provenance, files)
-    export(config, result)
-    show(config, result, weights, files)
+    hand_out(config, result, weights, provenance, files)
     return report_object(result, provenance, observations)
 
 
@@ -145,6 +146,21 @@ def chosen_prompts(config: EvaluateConfig) -> list[PromptItem]:
     else:
         found = build_prompts(config, config.num_prompts)
     return repeat_prompts(found, config.samples_per_prompt)
+
+
+def hand_out(
+    config: EvaluateConfig,
+    result: EvaluationResult,
+    weights: Path,
+    provenance: dict[str, Any],
+    files: ReportFiles,
+) -> None:
+    """Everything behind the report: folders of the benchmark, W&B, the table on the screen."""
+    with stage("laying out images for the benchmark"):
+        export(config, result)
+    with stage("logging to W&B"):
+        publish(config, result, provenance, files)
+    show(config, result, weights, files)
 
 
 def export(config: EvaluateConfig, result: EvaluationResult) -> None:

@@ -53,6 +53,7 @@ def quiet_lightning() -> None:
     for message in (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
         r"Found \d+ module\(s\) in eval mode",  # image tokenizers and what else is not trained, on purpose
+        r"Checkpoint directory .* exists and is not empty",  # the run's own: it goes on
         # of one epoch; the interval is counted through all of them
         r"The number of training batches \(\d+\) is smaller than the logging interval",
     ):

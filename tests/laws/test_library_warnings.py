@@ -35,6 +35,7 @@ def complaints() -> Iterator[list[str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.simplefilter("ignore", ResourceWarning)  # of tests before this one
             quiet_lightning()
             # the loader of this test, not of the command
             warnings.filterwarnings("ignore", r".*does not have many workers")

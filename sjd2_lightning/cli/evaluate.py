@@ -13,6 +13,7 @@ from sjd2_lightning.cli.launch import launch
 from sjd2_lightning.config.groups import shipped
 from sjd2_lightning.config.reading import evaluate_config, save_config
 from sjd2_lightning.config.runs import EvaluateConfig
+from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.stages import stage
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         from sjd2_lightning.report.write import report_object, write_report
         from sjd2_lightning.run.provenance import collect_provenance, redact
 
+    check_mode(config)
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     with stage("reading the prompts"):
@@ -158,7 +160,7 @@ def hand_out(
     """Everything behind the report: folders of the benchmark, W&B, the table on the screen."""
     with stage("laying out images for the benchmark"):
         export(config, result)
-    with stage("logging to W&B"):
+    with stage("logging to W&B"), harmless("logging to W&B"):
         publish(config, result, provenance, files)
     show(config, result, weights, files)
 
@@ -192,6 +194,14 @@ def pick_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_mode(config: EvaluateConfig) -> None:
+    """Refuses a `WANDB_MODE` that is none before anything is decoded."""
+    from sjd2_lightning.report.wandb_log import wandb_mode
+
+    if config.logger.wandb is not None:
+        wandb_mode(config.logger.wandb.mode)
 
 
 def publish(

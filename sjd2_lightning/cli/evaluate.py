@@ -14,6 +14,7 @@ from sjd2_lightning.config.groups import shipped
 from sjd2_lightning.config.reading import evaluate_config, save_config
 from sjd2_lightning.config.runs import EvaluateConfig
 from sjd2_lightning.run.harmless import harmless
+from sjd2_lightning.run.owner import owned
 from sjd2_lightning.run.stages import stage
 
 if TYPE_CHECKING:
@@ -47,9 +48,17 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: the configuration has problems (all of them, before anything is loaded).
-        ValueError: weights, prompts or the folder of images cannot be used.
+        ValueError: weights, prompts or the folder of images cannot be used, or another process evaluates
+            in `run_dir`.
     """
     config = evaluate_config(cfg)
+    check_mode(config)
+    with owned(Path(config.run_dir), "evaluate"):
+        return evaluate_owned(config)
+
+
+def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
+    """See `evaluate`: no other evaluation writes in the run's folder."""
     run_dir = Path(config.run_dir)
     weights = weights_folder(config)
 
@@ -67,7 +76,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         from sjd2_lightning.report.write import report_object, write_report
         from sjd2_lightning.run.provenance import collect_provenance, redact
 
-    check_mode(config)
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     with stage("reading the prompts"):

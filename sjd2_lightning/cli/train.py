@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from sjd2_lightning.cli.launch import launch
 from sjd2_lightning.config.reading import save_config, train_config
 from sjd2_lightning.config.runs import TrainConfig
+from sjd2_lightning.run.owner import owned
 from sjd2_lightning.run.processes import is_first_process
 from sjd2_lightning.run.stages import is_watched, stage
 
@@ -35,13 +36,20 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Raises:
         ConfigError: the configuration has problems (all of them, before anything is loaded).
-        ValueError: weights, data or the checkpoint to go on from cannot be used.
+        ValueError: weights, data or the checkpoint to go on from cannot be used, or another process trains
+            in `run_dir`.
     """
     if cfg.print_plan:
         from sjd2_lightning.cli.plan import show_plan
 
         return show_plan(cfg)
     config = train_config(cfg)
+    with owned(Path(config.run_dir), "train"):
+        return train_owned(config)
+
+
+def train_owned(config: TrainConfig) -> dict[str, float]:
+    """See `train`: no other process writes in the run's folder."""
     run_dir = Path(config.run_dir)
     if is_first_process():
         save_config(config, run_dir / "train.yaml")

@@ -27,7 +27,8 @@ LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 FLOOR = {"noise", "embedding", "masks", "callbacks"}  # rooms that are one module; the others are folders
 # Old addresses of commands, kept for one release: each only hands on to the table of commands.
 FORWARDING = {"teacher_samples", "data.prepare", "data.pairs"}
-# 120 when the rooms were made; scenes and their judge added nine, engines and invariant layers seven, the guard of logging one
+# 120 when the rooms were made; scenes and their judge added nine, engines and invariant layers seven,
+# the guard of logging and the owner of a run two
 MOST_FILES = 138
 
 TORCH_ONLY = ("noise", "embedding", "masks", "decoding", "models.backbone")

@@ -120,7 +120,7 @@ def resume_path(ckpt_path: str | None, run_dir: Path) -> Path | None:
     """
     if ckpt_path is None:
         return None
-    from sjd2_lightning.training.checkpoints import newest_sound_checkpoint
+    from sjd2_lightning.training.checkpoints import newest_first, newest_sound_checkpoint
 
     if ckpt_path not in ("auto", "last"):
         return Path(ckpt_path)
@@ -128,7 +128,7 @@ def resume_path(ckpt_path: str | None, run_dir: Path) -> Path | None:
         return own
     if ckpt_path == "auto":
         return None
-    found = sorted(run_dir.parent.glob("*/checkpoints/last.ckpt"), key=lambda path: -path.stat().st_mtime)
+    found = newest_first(run_dir.parent.glob("*/checkpoints/last.ckpt"))
     others = (newest_sound_checkpoint(path.parent) for path in found)
     if other := next((path for path in others if path is not None), None):
         return other

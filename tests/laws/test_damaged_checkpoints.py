@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import save
 
+from sjd2_lightning.cli.train import resume_path
 from sjd2_lightning.training.checkpoints import (
     VerifiedCheckpointIO,
     check_checkpoint,
@@ -246,6 +247,18 @@ def test_what_is_no_file(folder, kind, monkeypatch):
         both = [newer, folder / "sound.ckpt"]
         monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(both))
     assert newest_sound_checkpoint(folder) == folder / "sound.ckpt"
+
+
+def test_runs_beside_it(tmp_path):
+    for age, name in enumerate(("sound", "damaged", "nothing")):
+        place = tmp_path / name / "checkpoints" / "last.ckpt"
+        place.parent.mkdir(parents=True)
+        if name == "nothing":
+            place.symlink_to(tmp_path / "gone")
+        else:
+            torch.save(STATE if name == "sound" else [1], place)
+            os.utime(place, (1000 + age, 1000 + age))
+    assert resume_path("last", tmp_path / "new") == tmp_path / "sound" / "checkpoints" / "last.ckpt"
 
 
 @pytest.fixture

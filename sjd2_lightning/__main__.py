@@ -10,6 +10,7 @@ import sys
 
 from sjd2_lightning import __version__
 from sjd2_lightning.run.processes import HANDED_DOWN, started_by_lightning
+from sjd2_lightning.run.stages import speak, stage
 
 # command: (module whose `main` runs it, what it does)
 COMMANDS = {
@@ -47,12 +48,15 @@ def main(arguments: list[str] | None = None) -> None:
         hint = f"did you mean `sjd2 {close[0]}`?" if close else f"commands: {', '.join(COMMANDS)}"
         print(f"sjd2: there is no command {name!r}; {hint}", file=sys.stderr)
         sys.exit(2)
-    module = importlib.import_module(f"sjd2_lightning.{COMMANDS[name][0]}")
+    place = f"sjd2_lightning.{COMMANDS[name][0]}"
     if name in ("train", "evaluate"):  # Hydra reads its overrides from the command line itself
         sys.argv[1:] = rest
-        module.main()
-    else:
-        module.main(rest)
+        importlib.import_module(place).main()
+        return
+    speak()
+    with stage("loading libraries"):
+        module = importlib.import_module(place)
+    module.main(rest)
 
 
 def usage() -> str:

@@ -31,6 +31,8 @@ from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mod
 from sjd2_lightning.report.figures import acceptance_histogram, image_grid, save_figure
 from sjd2_lightning.report.wandb_log import media_row, scalar_row
 from sjd2_lightning.run.files import write_whole
+from sjd2_lightning.run.harmless import harmless
+from sjd2_lightning.run.stages import stage
 
 
 class SamplingCallback(Callback):
@@ -145,7 +147,10 @@ class SamplingCallback(Callback):
         assert row is not None
         pl_module.log_dict(row, logger=False, sync_dist=trainer.world_size > 1)
         if result is not None:
-            self._write_and_log(trainer, result, row)
+            with stage("writing the samples"):
+                with harmless(f"writing {self.out_dir}"):
+                    self._write(trainer, result, row)
+                self._log(trainer, result, row)
 
     def _decode_and_measure(self, trainer: Trainer, pl_module: LightningModule) -> EvaluationResult | None:
         """The result; None on ranks other than 0."""
@@ -187,11 +192,13 @@ class SamplingCallback(Callback):
         self._previous = (decoded.store.identity["weights"], decoded.store)
         # 4. numbers, on rank 0
         if self._meter is None:
-            self._meter = QualityMeter(self.metrics, self.reference)
+            with stage("measuring the real images"):
+                self._meter = QualityMeter(self.metrics, self.reference)
         self._meter.forget_images()
-        return measure_methods(
-            decoded.store, self.methods, prompts, self._meter, ties=decoded.ties, flops=decoded.flops
-        )
+        with stage("measuring the samples"):
+            return measure_methods(
+                decoded.store, self.methods, prompts, self._meter, ties=decoded.ties, flops=decoded.flops
+            )
 
     def _reuse_baseline(
         self, backbone: Backbone, layout: ImageLayout, prompts: Sequence[PromptItem], folder: Path
@@ -208,7 +215,7 @@ class SamplingCallback(Callback):
     def _windows_row(self) -> dict[str, float]:
         return {f"val/window_{name}": float(choice.window) for name, choice in self._choices.items()}
 
-    def _write_and_log(self, trainer: Trainer, result: EvaluationResult, row: Mapping[str, float]) -> None:
+    def _write(self, trainer: Trainer, result: EvaluationResult, row: Mapping[str, float]) -> None:
         step, folder = trainer.global_step, result.store.folder
         save_figure(image_grid(result, self.num_shown), folder / "grid.png")
         save_figure(acceptance_histogram(list(result.methods.values())), folder / "acceptance.png")
@@ -219,13 +226,17 @@ class SamplingCallback(Callback):
             lists["windows"] = {name: choice.summary() for name, choice in self._choices.items()}
         _append_line(self.out_dir / "metrics.jsonl", {**line, **lists})
         _append_csv(self.out_dir / "metrics.csv", line)
+
+    def _log(self, trainer: Trainer, result: EvaluationResult, row: Mapping[str, float]) -> None:
+        step = trainer.global_step
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                media = media_row(result, num_prompts=self.num_shown) | self._windows_row()
-                # Not by `log_metrics`: numbers and images must be in one row.
-                logger.experiment.log({**media, "trainer/global_step": step}, step=step)
-            else:
-                logger.log_metrics(dict(row), step)
+            with harmless(f"logging samples by {type(logger).__name__}"):
+                if isinstance(logger, WandbLogger):
+                    media = media_row(result, num_prompts=self.num_shown) | self._windows_row()
+                    # Not by `log_metrics`: numbers and images must be in one row.
+                    logger.experiment.log({**media, "trainer/global_step": step}, step=step)
+                else:
+                    logger.log_metrics(dict(row), step)
 
 
 def _append_line(path: Path, entry: Mapping[str, Any]) -> None:

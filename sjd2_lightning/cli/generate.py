@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_intermixed_args(arguments)
     keys = [word for word in options.words if _KEY.fullmatch(word)]
     prompts = [word for word in options.words if not _KEY.fullmatch(word)]
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # stages, on standard error
     try:
         for line in generate(options, prompts, keys):
             print(line, flush=True)

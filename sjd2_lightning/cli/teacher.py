@@ -19,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from rich.progress import track
 
 from sjd2_lightning.data.build import replace_folder
 from sjd2_lightning.data.index import INDEX_NAME, Shard, ShardIndex
@@ -30,6 +29,7 @@ from sjd2_lightning.evaluation.prompts import seed_of
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import FAMILIES, load_backbone
 from sjd2_lightning.run.files import sha256_of_file, sha256_of_json
+from sjd2_lightning.run.stages import Advance, counted, speak, stage
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Drawing:
 
 
 def drawn_samples(
-    backbone: Backbone, samples: Sequence[Sample], how: Drawing, pixels: tuple[int, int]
+    backbone: Backbone, samples: Sequence[Sample], how: Drawing, pixels: tuple[int, int], advance: Advance
 ) -> Iterator[SampleFields]:
     """The samples with images drawn for their captions; each says in `drawn` whether it was."""
     layout = backbone.layout(*pixels)
@@ -89,6 +89,7 @@ def drawn_samples(
                 "drawn": sample.key in images,
                 "image_ids": images.get(sample.key, sample.image_ids).numpy(),
             }
+        advance(len(group))
 
 
 def draw_shards(backbone: Backbone, weights: Path, real: ShardIndex, out: Path, how: Drawing) -> ShardIndex:
@@ -110,7 +111,8 @@ def draw_shards(backbone: Backbone, weights: Path, real: ShardIndex, out: Path, 
     assert isinstance(folder, Path)  # `real_images` takes local folders, and sizes that are known
     assert pixels is not None
     files = sorted(path for path in weights.rglob("*") if path.is_file())
-    teacher = [[str(path.relative_to(weights)), sha256_of_file(path)] for path in files]
+    with stage("identifying the weights"):
+        teacher = [[str(path.relative_to(weights)), sha256_of_file(path)] for path in files]
     made_from = sha256_of_json([real.meta.inputs_hash, teacher, repr(replace(how, batch=0))])
     meta = replace(real.meta, source=f"{real.meta.source}, drawn by a teacher", inputs_hash=made_from)
     building = out / ".train-building"
@@ -119,11 +121,13 @@ def draw_shards(backbone: Backbone, weights: Path, real: ShardIndex, out: Path, 
     num_done = sum(shard.num_samples for shard in done)
     rest = islice(read_all(folder), num_done, num_samples)
     starts = range(num_done, num_samples, how.samples_per_shard)
-    for number, _ in enumerate(track(starts, "shards"), len(done)):
-        chosen = list(islice(rest, how.samples_per_shard))
-        path = building / f"train-{number:05d}.tar"
-        done.append(write_shard(path, drawn_samples(backbone, chosen, how, pixels), meta))
-        ShardIndex(building, meta, tuple(done)).save(building)
+    with counted("drawing", num_samples, "images") as advance:
+        advance(num_done)
+        for number, _ in enumerate(starts, len(done)):
+            chosen = list(islice(rest, how.samples_per_shard))
+            path = building / f"train-{number:05d}.tar"
+            done.append(write_shard(path, drawn_samples(backbone, chosen, how, pixels, advance), meta))
+            ShardIndex(building, meta, tuple(done)).save(building)
     if (out / "val").exists():
         shutil.rmtree(out / "val")
     shutil.copytree(folder.parent / "val", out / "val")
@@ -187,6 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples-per-shard", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
+    speak()
     how = Drawing(
         Sampling(asked.temperature, guidance_scale=asked.guidance_scale),
         asked.seed,
@@ -198,8 +203,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if found := how.problems():
             raise ValueError("; ".join(found))
-        real = real_images(asked.shards, asked.out)  # before the weights are read
-        backbone = load_backbone(asked.family, asked.weights).eval().to(asked.device)
+        with stage("checking the shards"):
+            real = real_images(asked.shards, asked.out)  # before the weights are read
+        with stage("loading the weights"):
+            backbone = load_backbone(asked.family, asked.weights).eval().to(asked.device)
         index = draw_shards(backbone, asked.weights, real, asked.out, how)
     except (ValueError, OSError) as error:  # OSError: a full disk; finished shards are kept
         parser.exit(1, f"{error}\n")

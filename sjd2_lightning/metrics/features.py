@@ -26,6 +26,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from sjd2_lightning.run.files import write_whole
+from sjd2_lightning.run.harmless import harmless
 
 Images = Tensor | Sequence[Tensor]  # uint8, (N, h, w, 3) or N times (h, w, 3)
 INCEPTION_FILE = "inception-2015-12-05.pt"
@@ -237,18 +238,18 @@ def cached_features(
     """`extract_features`, kept in `cache_dir` under a hash of everything that decides them.
 
     That is the images' bytes and order, the extractor, its weights and its preprocessing: changed images
-    never get old features. An unreadable file is written anew.
+    never get old features. An unreadable file is written anew; a folder that cannot be written to keeps none.
     """
     path = Path(cache_dir) / f"{extractor.name}-{_content_hash(extractor, images, weights)}.safetensors"
-    if path.is_file():
-        try:
-            kept = safetensors.load_file(path)["features"]
-        except (SafetensorError, KeyError):
-            pass
-        else:
-            return FeatureSet(extractor.name, extractor.preprocessing, kept, weights)
+    try:
+        kept = safetensors.load_file(path)["features"]
+    except (SafetensorError, KeyError, OSError):
+        pass
+    else:
+        return FeatureSet(extractor.name, extractor.preprocessing, kept, weights)
     found = extract_features(extractor, images, batch_size, weights)
-    write_whole(path, safetensors.save({"features": found.features.contiguous()}))
+    with harmless(f"keeping features in metrics.cache_dir={cache_dir}"):
+        write_whole(path, safetensors.save({"features": found.features.contiguous()}))
     return found
 
 
@@ -271,6 +272,9 @@ def _checked_image(image: Tensor, number: int) -> np.ndarray:
 
 def _download_inception(folder: Path) -> None:
     # clean-fid writes the file in place, so a broken download would look like the weights from then on.
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"metrics.inception_dir={folder} cannot be written to: {error}") from error
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         Path(check_download_inception(temporary)).replace(folder / INCEPTION_FILE)

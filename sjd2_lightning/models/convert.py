@@ -32,6 +32,7 @@ from sjd2_lightning.models.chameleon import LUMINA_MGPT
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer
 from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK
 from sjd2_lightning.run.files import sha256_of_file, whole_file, write_whole
+from sjd2_lightning.run.stages import speak, stage
 
 _IN_RESNET = {"nin_shortcut": "conv_shortcut"}
 _IN_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -353,8 +354,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="folder with tokenizer.json, if it is not in --trunk")
     parser.add_argument("--out", type=Path, required=True, help="the new folder, for model.path")
     asked = parser.parse_args(arguments)
+    speak()
     try:
-        made = convert(asked.trunk, asked.vqgan, asked.out, asked.text)
+        with stage(f"converting {asked.trunk}"):
+            made = convert(asked.trunk, asked.vqgan, asked.out, asked.text)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     print(f"{asked.out}: {', '.join(made) if made else 'nothing to do'}")

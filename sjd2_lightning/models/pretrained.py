@@ -28,7 +28,7 @@ from sjd2_lightning.models.lora import (
     merged_state,
     save_adapter,
 )
-from sjd2_lightning.models.trunk import InvariantTrunk, LayeredTrunk
+from sjd2_lightning.models.trunk import InvariantTrunk, LayeredTrunk, cache_argument
 from sjd2_lightning.models.weights import ADAPTER, BACKBONE_FILE, TEXT, TRUNK
 
 _FP8_CARDS = (8, 9)  # compute capability
@@ -86,6 +86,7 @@ class PretrainedBackbone(Backbone):
             image_tokenizer.requires_grad_(False)
         for part in self.UNTRAINED:
             model.get_submodule(part).requires_grad_(False)
+        self._cache_name = cache_argument(self.trunk)
         self.quantized: str | None = None  # what `quantize` was asked for
         self.num_codes = image_tokenizer.num_codes
         self.hidden_size = model.config.get_text_config().hidden_size
@@ -107,7 +108,9 @@ class PretrainedBackbone(Backbone):
 
     def checkpoint_activations(self) -> None:
         """Keeps only layer inputs for the backward pass and computes the rest again, in train mode."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it: 5.24 says `activation_`
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def add_lora(self, settings: LoraSettings, folder: str | Path | None = None) -> None:
         """Trains a low-rank adapter of the trunk instead of the model's weights.
@@ -182,8 +185,8 @@ class PretrainedBackbone(Backbone):
             inputs_embeds=embeddings,
             position_ids=position_ids,
             attention_mask=additive(attention_mask, embeddings.dtype),
-            past_key_values=cache,
             use_cache=False,
+            **{self._cache_name: cache},
         ).last_hidden_state
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:

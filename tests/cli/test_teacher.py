@@ -78,7 +78,7 @@ def test_images_are_what_decoding_gives(backbone, source, tmp_path):
 def test_mixed_labels_keep_real_images(backbone, source, tmp_path):
     how = drawing(real_share=0.5)
     real = list(read_all(source / "train"))
-    fields = list(drawn_samples(backbone, real, how, PIXELS))
+    fields = list(drawn_samples(backbone, real, how, PIXELS, lambda count, note="": None))
     kept = {sample["key"] for sample in fields if not sample["drawn"]}
     assert kept == {sample.key for sample in real if how.keeps(sample.key)}
     assert 0 < len(kept) < NUM_SAMPLES

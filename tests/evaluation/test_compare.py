@@ -19,6 +19,7 @@ from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.evaluation.quality import QualityMeter
 from sjd2_lightning.evaluation.results import measure_methods, speedup
 from sjd2_lightning.evaluation.store import RecordStore
+from sjd2_lightning.run import stages
 from tests.tools.small_evaluation import (
     METHODS,
     PROMPTS,
@@ -380,7 +381,8 @@ def test_unusable_input_is_found_before_the_folder_is_claimed(tmp_path):
     assert started == [1]
 
 
-def test_progress_bar_counts_images(tmp_path, capsys):
+def test_progress_bar_counts_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stages, "is_watched", lambda: True)
     evaluate(tmp_path, prompts=PROMPTS[:2], methods={"sjd": METHODS["sjd"]}, progress=True)
     assert "2/2" in capsys.readouterr().out
     assert json.loads((tmp_path / "run.json").read_text())["identity"]["methods"].keys() == {"sjd"}

@@ -230,3 +230,12 @@ def test_a_chosen_window_is_logged_and_kept_over_resumption(tmp_path, monkeypatc
     monkeypatch.setattr(callbacks, "resolve_windows", None)  # it would be called to choose again
     fit(tmp_path / "again", Module(), again)
     assert again.methods == callback.methods
+
+
+def test_a_model_whose_numbers_are_not_finite_ends_the_validation(tmp_path):
+    module = Module()
+    with torch.no_grad():
+        module.backbone.trunk.layers[0].mlp.up_proj.weight[2, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"not finite at slot 0.*the weight \S*up_proj"):
+        fit(tmp_path, module, sampling(tmp_path))
+    assert not (tmp_path / "samples" / "metrics.jsonl").exists()

@@ -172,6 +172,17 @@ def names_of(path: Path) -> list[str]:
         return list(file.keys())
 
 
+def finite(name: str, value: Tensor, path: Path) -> Tensor:
+    """A weight as it is.
+
+    Raises:
+        ValueError: it holds NaN or infinity.
+    """
+    if value.isfinite().all():
+        return value
+    raise ValueError(f"{path}: the weight {name} holds NaN or infinity; get the file again, or ask its maker")
+
+
 def expanded(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     """A weight in the shape of transformers' class: norms of queries and keys have a row for every head.
 
@@ -262,7 +273,8 @@ def convert(trunk: Path, vqgan: Path, out: Path, text: Path | None = None) -> li
         Names of the files that were made; empty if everything was there.
 
     Raises:
-        ValueError: before anything is written, if a file is missing or weights are unknown or missing.
+        ValueError: before anything is written, if a file is missing or weights are unknown or missing; of a
+            weight that is not finite, before its shard is.
     """
     text = text or trunk
     for needed in (text / "tokenizer.json", vqgan):
@@ -277,6 +289,8 @@ def convert(trunk: Path, vqgan: Path, out: Path, text: Path | None = None) -> li
             .items()
         }
     state = read_pickle(vqgan)
+    for name, value in generator_weights(state).items():
+        finite(name, value, vqgan)
     vq = vq_from_taming(state)
     encoder = {
         VQ_PREFIX + name: value.contiguous()
@@ -320,7 +334,7 @@ def _write(
         def save(path: Path, shard: Path = shard, kept: list[str] = kept) -> None:
             weights = encoder.items() if shard == vqgan else read_shard(shard)
             tensors = {
-                weight: expanded(weight, value, shapes[weight]).contiguous()
+                weight: expanded(weight, finite(weight, value, shard), shapes[weight]).contiguous()
                 for weight, value in weights
                 if weight in kept
             }

@@ -23,6 +23,7 @@ from tests.tools.small_evaluation import (
     METHODS,
     PROMPTS,
     SIDE,
+    broken_backbone,
     evaluate,
     metrics,
     numbers,
@@ -384,3 +385,9 @@ def test_progress_bar_counts_images(tmp_path, capsys):
     evaluate(tmp_path, prompts=PROMPTS[:2], methods={"sjd": METHODS["sjd"]}, progress=True)
     assert "2/2" in capsys.readouterr().out
     assert json.loads((tmp_path / "run.json").read_text())["identity"]["methods"].keys() == {"sjd"}
+
+
+def test_nothing_is_reported_of_a_model_whose_numbers_are_not_finite(tmp_path):
+    with pytest.raises(ValueError, match=r"not finite at slot 0.*the weight \S*up_proj"):
+        evaluate(tmp_path, broken_backbone())
+    assert not list(tmp_path.rglob("*.png"))

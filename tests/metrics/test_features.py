@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cleanfid.resize import make_resizer
+from safetensors import torch as safetensors
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -208,3 +209,12 @@ def test_bad_images_and_names_are_named(effnet):
         extract_features(effnet, [])
     with pytest.raises(ValueError, match="choose EffNetLite0"):
         load_feature_extractor("vgg")
+
+
+def test_cached_features_that_are_not_finite_are_made_anew(emoji_images, tmp_path):
+    extractor, images = MeanColour(), emoji_images[:3]
+    found = cached_features(extractor, images, tmp_path).features
+    (path,) = tmp_path.iterdir()
+    safetensors.save_file({"features": found * torch.nan}, path)
+    assert torch.equal(cached_features(extractor, images, tmp_path).features, found)
+    assert extractor.num_seen == 6

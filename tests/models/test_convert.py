@@ -242,6 +242,27 @@ def test_unknown_and_missing_weights_of_the_tokenizer_are_named(original, lost, 
         vq_from_taming(state)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_named(original, tmp_path, value):
+    folder = copy_of(original[1], tmp_path)
+    shard = folder / "model-00002-of-00002.safetensors"
+    state = load_file(shard)
+    name = sorted(state)[2]
+    state[name].flatten()[-1] = value
+    replace(shard, state)
+    with pytest.raises(
+        ValueError, match=rf"00002-of-00002\.safetensors: the weight {name} holds NaN or infinity"
+    ):
+        convert(folder, folder / "vqgan.ckpt", tmp_path / "out")
+    assert not (tmp_path / "out" / "trunk" / "model-00002-of-00003.safetensors").exists()
+    taming = read_pickle(folder / "vqgan.ckpt")
+    taming["decoder.conv_in.bias"][0] = value
+    torch.save(taming, tmp_path / "hurt.ckpt")
+    with pytest.raises(ValueError, match=r"hurt\.ckpt: the weight decoder\.conv_in\.bias holds"):
+        convert(folder, tmp_path / "hurt.ckpt", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 class Opener:
     """What a hostile pickle holds: reading it would run a command."""
 

@@ -15,7 +15,7 @@ from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.models.image_tokenizer import InnerTokenizer
-from sjd2_lightning.models.pretrained import PretrainedBackbone, PromptTokens
+from sjd2_lightning.models.pretrained import PROMPT, PretrainedBackbone, PromptTokens
 from sjd2_lightning.models.weights import LoadOptions, load_parts
 
 
@@ -77,8 +77,8 @@ class JanusBackbone(PretrainedBackbone):
     def prompt_ids(self, prompt: str, layout: ImageLayout) -> list[int]:
         if not prompt.strip():
             raise ValueError("empty prompt: give at least one word")
-        text = self.tokens.template.format(prompt=prompt)
-        return [self.tokens.bos, *self.text_ids(text), self.tokens.boi]
+        parts = [part.format() for part in self.tokens.template.split(PROMPT)]
+        return [self.tokens.bos, *self.text_ids(parts, prompt), self.tokens.boi]
 
     def unconditional_ids(self, layout: ImageLayout, prompt_ids: Sequence[int] = ()) -> list[int]:
         padded = self.tokens.unconditional == "padded"

@@ -31,6 +31,7 @@ from sjd2_lightning.models.lora import (
 from sjd2_lightning.models.trunk import InvariantTrunk, LayeredTrunk
 from sjd2_lightning.models.weights import ADAPTER, BACKBONE_FILE, TEXT, TRUNK
 
+PROMPT = "{prompt}"  # place of a user's words in a template
 _FP8_CARDS = (8, 9)  # compute capability
 
 
@@ -82,6 +83,7 @@ class PretrainedBackbone(Backbone):
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
         self._tokens = tokens
+        self._control = frozenset(text_tokenizer.added_tokens_decoder)
         if isinstance(image_tokenizer, nn.Module):
             image_tokenizer.requires_grad_(False)
         for part in self.UNTRAINED:
@@ -207,9 +209,41 @@ class PretrainedBackbone(Backbone):
     def decode_images(self, image_ids: Tensor) -> Tensor:
         return self.image_tokenizer.decode(image_ids)
 
-    def text_ids(self, text: str) -> list[int]:
-        """Token ids of a text as it is, without the tokens that a tokenizer adds by itself."""
-        return self.text_tokenizer.encode(text, add_special_tokens=False)
+    def text_ids(self, template: Sequence[str], prompt: str = "") -> list[int]:
+        """Token ids of a text, without the tokens that a tokenizer adds by itself.
+
+        Names of control tokens count in the template; in the prompt, which a user wrote, they are letters.
+
+        Args:
+            template: parts of the text; the prompt stands between any two.
+            prompt: words of a user.
+        """
+        text = prompt.join(template)
+        found = self.text_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        control = [
+            (token_id, start, end)
+            for token_id, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True)
+            if token_id in self._control
+        ]
+        places = _places_of(prompt, template)
+        kept = [one for one in control if not any(one[1] < end and start < one[2] for start, end in places)]
+        if len(kept) == len(control):
+            return found["input_ids"]
+        ids, done = [], 0
+        for token_id, start, end in kept:
+            ids += [*self._letters(text[done:start]), token_id]
+            done = end
+        return ids + self._letters(text[done:])
+
+    def _letters(self, text: str) -> list[int]:
+        """Token ids of a text without control tokens: what the tokenizer does between two of them."""
+        tokenizer = self.text_tokenizer.backend_tokenizer
+        if tokenizer.normalizer is not None:
+            text = tokenizer.normalizer.normalize_str(text)
+        words = [text] if text else []
+        if tokenizer.pre_tokenizer is not None:
+            words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in tokenizer.model.tokenize(word)]
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes weights and everything needed to load them again into a local folder.
@@ -229,6 +263,14 @@ class PretrainedBackbone(Backbone):
         self.text_tokenizer.save_pretrained(folder / TEXT)
         fields = json.dumps({"family": self.FAMILY, **asdict(self._tokens)}, indent=2)
         (folder / BACKBONE_FILE).write_text(fields)
+
+
+def _places_of(prompt: str, template: Sequence[str]) -> list[tuple[int, int]]:
+    """Start and end of each prompt in the text that a template makes with it."""
+    starts = [
+        sum(map(len, template[:number])) + (number - 1) * len(prompt) for number in range(1, len(template))
+    ]
+    return [(start, start + len(prompt)) for start in starts]
 
 
 class VocabularyBackbone(PretrainedBackbone):

@@ -239,3 +239,11 @@ def test_a_model_whose_numbers_are_not_finite_ends_the_validation(tmp_path):
     with pytest.raises(ValueError, match=r"not finite at slot 0.*the weight \S*up_proj"):
         fit(tmp_path, module, sampling(tmp_path))
     assert not (tmp_path / "samples" / "metrics.jsonl").exists()
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_training(tmp_path):
+    module = Module()
+    callback = sampling(tmp_path, prompts=[*PROMPTS[:2], PromptItem("long", "cat " * 240, 1)])
+    with pytest.raises(ValueError, match="prompt 3 of 3, 'long', cannot be decoded"):
+        fit(tmp_path, module, callback)
+    assert not module.draws

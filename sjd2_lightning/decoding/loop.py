@@ -160,9 +160,9 @@ def decode(
         observer: called after each forward pass.
 
     Raises:
-        ValueError: before the first forward, for bad values, an empty prompt, lists of unequal length, an
-            engine that the device cannot run, or a batch that does not fit its memory; after the last one of
-            an image, if some logits were not finite.
+        ValueError: before the first forward, for bad values, an empty prompt or one that is longer than the
+            model's positions, lists of unequal length, an engine that the device cannot run, or a batch that
+            does not fit its memory; after the last one of an image, if some logits were not finite.
     """
     return decoder_of(backbone)(prompts, seeds, config, layout, observer)
 

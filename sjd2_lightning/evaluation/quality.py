@@ -140,6 +140,9 @@ class QualityMeter:
         weights = f" (weights {self._clip_weights[:12]})" if self._clip_weights else ""
         protocol = f"open_clip {clip.name}{weights}, the resize of that model"
         resamples = self.metrics.num_resamples
+        num_cut = clip.num_cut(captions)
+        prompts = "1 prompt" if num_cut == 1 else f"{num_cut} prompts"
+        flags = (f"{prompts} cut by CLIP, which reads {clip.context} tokens",) if num_cut else ()
         measured = {"clip_score": mean_result(clip.metric_name, matched, protocol, resamples)}
         if len(set(captions)) > 1:
             shuffled = scores_of_others(embedded, texts, captions).numpy()
@@ -148,6 +151,7 @@ class QualityMeter:
             measured["clip_score_shuffled"] = mean_result(name, shuffled, against, resamples)
             name = f"{clip.metric_name}_matched_minus_shuffled"
             measured["clip_gain"] = paired_difference(name, matched, shuffled, against, resamples)
+        measured = {name: replace(result, flags=flags) for name, result in measured.items()}
         return measured, tuple(matched.tolist())
 
     def _reference_features(

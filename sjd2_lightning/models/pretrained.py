@@ -91,6 +91,7 @@ class PretrainedBackbone(Backbone):
         self.quantized: str | None = None  # what `quantize` was asked for
         self.num_codes = image_tokenizer.num_codes
         self.hidden_size = model.config.get_text_config().hidden_size
+        self.num_positions = model.config.get_text_config().max_position_embeddings
         self.train(model.training)
 
     @property

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
-from sjd2_lightning.metrics.alignment import own_scores
+from sjd2_lightning.metrics.alignment import CLIPScorer, own_scores
 from sjd2_lightning.metrics.features import extract_features
 from sjd2_lightning.metrics.fidelity import frechet_result
 from tests.tools.small_evaluation import Colours, fake_clip, reference_set
@@ -173,3 +173,34 @@ def test_embeddings_that_are_not_finite_are_refused(part):
     meter = QualityMeter(QualityMetrics(clip=clip), None)
     with pytest.raises(ValueError, match=r"CLIP fake of the (images|captions).* number 2 of 4"):
         meter.measure(pictures(), CAPTIONS)
+
+
+def test_prompts_that_clip_cuts_are_flagged():
+    clip = fake_clip()
+
+    def tokenize(texts, context_length=4):
+        rows = [[len(word) for word in text.split()][:context_length] for text in texts]
+        return torch.tensor([row + [0] * (context_length - len(row)) for row in rows])
+
+    tokenize.context_length = 4
+    scorer = CLIPScorer(Widened(clip.model), clip.preprocess, tokenize, "short")
+    meter = QualityMeter(QualityMetrics([Colours()], scorer, 10, 5), reference_set())
+    measured = meter.measure(pictures(), ["a b c d", "a b c d e", "a", "a b c d e"]).measured
+    for name in ("clip_score", "clip_score_shuffled", "clip_gain"):
+        assert measured[name].flags == ("1 prompt cut by CLIP, which reads 4 tokens",)
+    assert not [flag for flag in measured["fd"].flags if "cut" in flag]
+    assert not meter.measure(pictures(), CAPTIONS[:1] * 4).measured["clip_score"].flags
+
+
+class Widened(torch.nn.Module):
+    """A model whose texts have four numbers; its images get a fourth."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def encode_image(self, images, normalize):
+        return torch.nn.functional.pad(self.model.encode_image(images, normalize), (0, 1))
+
+    def encode_text(self, ids, normalize):
+        return self.model.encode_text(ids, normalize)

@@ -133,5 +133,5 @@ def load_chameleon(
     model, text, fields = load_parts(
         ChameleonForConditionalGeneration, folder, trunk, "chameleon", options, ("model.vqmodel.",)
     )
-    tokens = options.tokens(ChameleonTokens(), fields)
+    tokens = options.tokens(ChameleonTokens(), fields, folder)
     return ChameleonBackbone(model, text, load_image_tokenizer(folder / TOKENIZER), tokens)

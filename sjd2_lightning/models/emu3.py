@@ -106,7 +106,7 @@ def load_emu3(folder: str | Path, trunk: str = "trunk", options: LoadOptions | N
     """
     options = options or LoadOptions()
     model, text, fields = load_parts(Emu3ForConditionalGeneration, Path(folder), trunk, "emu3", options)
-    return Emu3Backbone(model, text, options.tokens(Emu3Tokens(), fields))
+    return Emu3Backbone(model, text, options.tokens(Emu3Tokens(), fields, folder))
 
 
 class Emu3Tokenizer(InnerTokenizer):

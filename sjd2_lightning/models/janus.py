@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.models.image_tokenizer import InnerTokenizer
 from sjd2_lightning.models.pretrained import PROMPT, PretrainedBackbone, PromptTokens
-from sjd2_lightning.models.weights import LoadOptions, load_parts
+from sjd2_lightning.models.weights import LoadOptions, load_parts, read_json
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,8 @@ class JanusBackbone(PretrainedBackbone):
         return [self.tokens.bos, *[self.tokens.pad] * between, self.tokens.boi]
 
     def slot_table(self) -> Tensor:
-        codes = self.model.model.generation_embeddings.weight
-        return self.model.model.generation_aligner(codes)
+        codes = torch.arange(self.num_codes, device=self.device)
+        return self.model.model.generation_aligner(self.model.model.generation_embeddings(codes))
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         return self.model.model.generation_head(hidden)
@@ -107,7 +106,7 @@ def load_janus(folder: str | Path, trunk: str = "trunk", options: LoadOptions | 
     folder = Path(folder)
     options = options or LoadOptions()
     model, text, fields = load_parts(JanusForConditionalGeneration, folder, trunk, "janus", options)
-    return JanusBackbone(model, text, options.tokens(JanusTokens(), fields or _released_ids(folder)))
+    return JanusBackbone(model, text, options.tokens(JanusTokens(), fields or _released_ids(folder), folder))
 
 
 def _released_ids(folder: Path) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def _released_ids(folder: Path) -> dict[str, Any]:
     The file is read here, since `GenerationConfig` drops its `generation_kwargs`.
     """
     path = folder / "generation_config.json"
-    fields = json.loads(path.read_text()) if path.is_file() else {}
+    fields = read_json(path) if path.is_file() else {}
     ids = {"bos": fields.get("bos_token_id"), "pad": fields.get("pad_token_id")}
     if unknown := [f"{name}_token_id" for name, value in ids.items() if value is None]:
         raise ValueError(f"{path} does not say {', '.join(unknown)}: get the file of the released model")

@@ -24,6 +24,7 @@ from sjd2_lightning.models.lora import (
     LoraSettings,
     add_lora,
     has_adapter,
+    layers_alike,
     load_adapter,
     merged_state,
     save_adapter,
@@ -203,9 +204,15 @@ class PretrainedBackbone(Backbone):
         )
 
     def decoding_trunk(self, compiled: bool, invariant: bool) -> Trunk:
+        alike = layers_alike(self.trunk.layers)
+        if invariant and not alike:
+            raise ValueError(
+                "decoding.invariant=true: the adapter changes the trunk's layers in different ways; set it "
+                "to false, or evaluate the exported folder, where it is merged"
+            )
         if invariant:
             return InvariantTrunk(self)
-        return LayeredTrunk(self) if compiled else super().decoding_trunk(compiled, invariant)
+        return LayeredTrunk(self) if compiled and alike else super().decoding_trunk(False, invariant)
 
     def decode_images(self, image_ids: Tensor) -> Tensor:
         return self.image_tokenizer.decode(image_ids)
@@ -311,12 +318,15 @@ class VocabularyBackbone(PretrainedBackbone):
         self._columns_in_order = torch.equal(ids, in_order)
 
     def slot_table(self) -> Tensor:
-        return F.embedding(self.slot_token_ids, self.trunk.get_input_embeddings().weight)
+        return self.embed_tokens(self.slot_token_ids)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        # only the rows of codes: everything else would be masked anyway, and they are a fraction of the head
-        rows = self.model.lm_head.weight.narrow(0, self._first_code, self._num_rows)
-        logits = F.linear(hidden, rows)
+        head = self.model.lm_head
+        if isinstance(head, nn.Linear):
+            # the rows of codes alone: all else would be masked anyway, and they are a fraction of the head
+            logits = F.linear(hidden, head.weight.narrow(0, self._first_code, self._num_rows))
+        else:  # with an adapter, which is part of it
+            logits = head(hidden).narrow(-1, self._first_code, self._num_rows)
         if self._columns_in_order:
             return logits
         return logits.index_select(-1, self.slot_token_ids[: self.num_codes] - self._first_code)

@@ -128,13 +128,12 @@ def without_law(model: nn.Module, where: str) -> ValueError:
         # a tensor of torchao's has no such test
         if type(value) is nn.Parameter and type(value.data) is Tensor and not bool(value.isfinite().all())
     ]
-    cause = "the weights are finite, so the numbers overflow on their way"
+    cause = "the weights are finite, so numbers overflow on their way: try model.dtype=bfloat16 or float32"
     if hurt:
         more = f" and {len(hurt) - 1} more" if len(hurt) > 1 else ""
-        cause = (
-            f"the weight {hurt[0]}{more} holds NaN or infinity: get the weights again if the file does too"
-        )
-    return ValueError(f"the logits are not finite {where}: {cause}; or try model.dtype=bfloat16 or float32")
+        again = "get the weights again, or try model.dtype=float32"
+        cause = f"the weight {hurt[0]}{more} holds NaN or infinity: {again}"
+    return ValueError(f"the logits are not finite {where}: {cause}")
 
 
 def draw(probs: Float[Tensor, "*slots K"], uniform: Float[Tensor, "*slots"]) -> Int[Tensor, "*slots"]:

@@ -42,16 +42,26 @@ def to_uint8(images: Tensor) -> Tensor:
     Raises:
         ValueError: if a value is not finite or lies outside [0, 1] by more than rounding.
     """
-    if not torch.isfinite(images).all() or images.min() < -1e-3 or images.max() > 1 + 1e-3:
-        raise ValueError("images must be finite and lie in [0, 1]; clamp what the image decoder returns")
+    if wrong := (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist():
+        raise ValueError(
+            f"the pixels of image {wrong[0] + 1} of {len(images)} are not finite: weights of the image "
+            "decoder hold NaN or infinity, or its numbers overflow; get the weights again"
+        )
+    if images.min() < -1e-3 or images.max() > 1 + 1e-3:
+        raise ValueError("images must lie in [0, 1]; clamp what the image decoder returns")
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def weights_identity(module: nn.Module, prefix: bytes = b"") -> str:
-    """Hash of a module's weights, the same in every precision that holds them exactly."""
+    """Hash of a module's weights, the same in every precision that holds them exactly.
+
+    Raises:
+        ValueError: a weight is not finite: codes made with it would all be one.
+    """
     digest = hashlib.sha256(prefix)
     with stage("identifying the image tokenizer"):
         for name, value in sorted(module.state_dict().items()):
+            finite(name, value, "the image tokenizer")
             digest.update(name.encode())
             digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()

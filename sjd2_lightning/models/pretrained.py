@@ -54,6 +54,16 @@ class PromptTokens:
             raise ValueError(
                 f"model.unconditional={self.unconditional}: must be one of {', '.join(self.CONTEXTS)}"
             )
+        template = getattr(self, "template", PROMPT)
+        try:
+            usable = PROMPT in template and bool(template.format(width=1, height=1, prompt="a"))
+        except (KeyError, IndexError, ValueError):
+            usable = False
+        if not usable:
+            raise ValueError(
+                f"{BACKBONE_FILE}: template={template!r} must hold {PROMPT}, and in braces nothing else but "
+                "width and height"
+            )
 
 
 class PretrainedBackbone(Backbone):
@@ -227,7 +237,9 @@ class PretrainedBackbone(Backbone):
             prompt: words of a user.
         """
         text = prompt.join(template)
-        found = self.text_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        found = self.text_tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         control = [
             (token_id, start, end)
             for token_id, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True)

@@ -143,7 +143,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the file and what it is instead.
     """
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     why = damage(path)
     if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         why = "it begins with a byte-order mark: save it as UTF-8 without one"
@@ -174,8 +177,11 @@ def open_weights(path: Path) -> Iterator[Any]:
 
 def damage(path: Path) -> str:
     """What a file is that stands in for another one: nothing, git's pointer, a web page; else ""."""
-    with path.open("rb") as file:
-        head = file.read(256)
+    try:
+        with path.open("rb") as file:
+            head = file.read(256)
+    except OSError:
+        return ""
     if not head:
         return "it is empty"
     if head.startswith(b"version https://git-lfs"):
@@ -183,7 +189,7 @@ def damage(path: Path) -> str:
     return "it is a web page" if head.lstrip().lower().startswith((b"<!doctype", b"<html")) else ""
 
 
-def finite(name: str, value: Tensor, where: Path) -> Tensor:
+def finite(name: str, value: Tensor, where: Path | str) -> Tensor:
     """A weight as it is.
 
     Raises:

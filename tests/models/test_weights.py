@@ -114,6 +114,14 @@ def test_fields_that_are_not_known_are_named(folder, fields, named):
         load_backbone("chameleon", folder)
 
 
+@pytest.mark.parametrize("template", ["draw", "{prompt} {style}", "{prompt", "{prompt} {}"])
+def test_a_template_without_a_place_for_the_prompt_is_refused(folder, template):
+    path = folder / "backbone.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"template": template}))
+    with pytest.raises(ValueError, match=r"template='.*' must hold \{prompt\}"):
+        load_backbone("chameleon", folder)
+
+
 def test_a_configuration_that_fits_no_model_is_named(folder):
     path = folder / "trunk" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": "wide"}))

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.decoding.loop import decoder_of
 from sjd2_lightning.evaluation.auto_window import WINDOWS, WindowChoice, resolve_windows, with_windows
-from sjd2_lightning.evaluation.compare import decode_methods, run_identity
+from sjd2_lightning.evaluation.compare import check_run, decode_methods, run_identity
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
 from sjd2_lightning.evaluation.references import ReferenceSet
@@ -62,7 +62,8 @@ class SamplingCallback(Callback):
 
     Raises:
         ValueError: unusable prompts, methods or numbers; at `setup`, a module without `backbone` and
-            `image_layout`, or a `WeightAveraging` callback in front of this one.
+            `image_layout`, a prompt that its model cannot decode, or a `WeightAveraging` callback in front
+            of this one.
     """
 
     def __init__(
@@ -104,11 +105,13 @@ class SamplingCallback(Callback):
         self._previous: tuple[str, RecordStore] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses a set-up that would decode other weights than those being validated."""
+        """Refuses a set-up that would decode other weights than those being validated, or cannot decode."""
         if not isinstance(getattr(pl_module, "backbone", None), Backbone):
             raise ValueError(
                 f"SamplingCallback needs a module with a `backbone`; {type(pl_module).__name__} has none"
             )
+        module: Any = pl_module
+        check_run(module.backbone, self.methods, self.prompts, module.image_layout, self.batch_size)
         callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
         before = callbacks[: callbacks.index(self)] if self in callbacks else []
         if any(isinstance(callback, WeightAveraging) for callback in before):

@@ -130,12 +130,16 @@ def chosen_methods(
 ) -> tuple[dict[str, DecodingConfig], dict[str, WindowChoice]]:
     """The methods to compare, a window of `auto` replaced by the one that is fastest here, and why it is."""
     from sjd2_lightning.evaluation.auto_window import resolve_windows
+    from sjd2_lightning.evaluation.compare import check_run
     from sjd2_lightning.models.backbone import evaluation_mode
 
+    methods = {name: config.methods[name] for name in config.compare}
+    # windows are chosen by decoding: what cannot be decoded is refused before
+    check_run(backbone, methods, prompts, layout, config.batch_size)
     with evaluation_mode(backbone):
         return resolve_windows(
             backbone,
-            {name: config.methods[name] for name in config.compare},
+            methods,
             prompts[: config.batch_size],
             layout,
             windows=config.auto_window.windows,

@@ -12,6 +12,7 @@ when the command is stopped, and the same command goes on behind them.
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 
 from sjd2_lightning.data.build import replace_folder
+from sjd2_lightning.data.datamodule import CaptionLimit
 from sjd2_lightning.data.index import INDEX_NAME, Shard, ShardIndex
 from sjd2_lightning.data.reading import Sample, read_all
 from sjd2_lightning.data.writing import SampleFields, write_shard
@@ -30,6 +32,8 @@ from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import FAMILIES, load_backbone
 from sjd2_lightning.run.files import sha256_of_file, sha256_of_json
 from sjd2_lightning.run.stages import Advance, counted, speak, stage
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,16 @@ class Drawing:
 def drawn_samples(
     backbone: Backbone, samples: Sequence[Sample], how: Drawing, pixels: tuple[int, int], advance: Advance
 ) -> Iterator[SampleFields]:
-    """The samples with images drawn for their captions; each says in `drawn` whether it was."""
+    """The samples with images drawn for their captions; each says in `drawn` whether it was.
+
+    A caption that is longer than the teacher's positions keeps its own image.
+    """
     layout = backbone.layout(*pixels)
+    limit = CaptionLimit(backbone, layout)
     config = DecodingConfig("ar", window=1, sampling=how.sampling)
     rest = iter(samples)
     while group := list(islice(rest, how.batch)):
-        asked = [sample for sample in group if not how.keeps(sample.key)]
+        asked = [s for s in group if not how.keeps(s.key) and not _told(limit(s.caption), s.key)]
         images: dict[str, torch.Tensor] = {}
         if asked:
             seeds = [seed_of(sample.key, how.seed) for sample in asked]
@@ -90,6 +98,13 @@ def drawn_samples(
                 "image_ids": images.get(sample.key, sample.image_ids).numpy(),
             }
         advance(len(group))
+
+
+def _told(problem: str, key: str) -> str:
+    """The problem, which is logged too; "" if there is none."""
+    if problem:
+        log.warning("%s keeps its own image: its caption has %s", key, problem)
+    return problem
 
 
 def draw_shards(backbone: Backbone, weights: Path, real: ShardIndex, out: Path, how: Drawing) -> ShardIndex:

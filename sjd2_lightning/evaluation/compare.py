@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sjd2_lightning import __version__
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
+from sjd2_lightning.decoding.context import prompt_token_ids
 from sjd2_lightning.evaluation.flops import decoding_flops
 from sjd2_lightning.evaluation.jobs import (
     decode_jobs,
@@ -225,7 +226,8 @@ def check_run(
     """Refuses what would fail in the middle of a run.
 
     Raises:
-        ValueError: no or unusable methods, prompts or batch size.
+        ValueError: no or unusable methods, prompts or batch size; of prompts the first one is named that is
+            longer than the model's positions.
     """
     if not methods:
         raise ValueError("there are no methods; give at least one, for example ar")
@@ -241,11 +243,13 @@ def check_run(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     check_prompts(prompts)
-    for item in prompts:
+    scale = max(config.sampling.guidance_scale for config in methods.values())
+    for number, item in enumerate(prompts, start=1):
         try:
-            backbone.prompt_ids(item.prompt, layout)
+            prompt_token_ids(backbone, [item.prompt], [layout], scale)
         except ValueError as error:
-            raise ValueError(f"prompt {item.key!r} cannot be decoded: {error}") from error
+            place = f"prompt {number} of {len(prompts)}, {item.key!r}"
+            raise ValueError(f"{place}, cannot be decoded: {error}") from error
 
 
 def _ties(

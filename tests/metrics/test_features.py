@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cleanfid.resize import make_resizer
+from safetensors import torch as safetensors
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -219,3 +220,12 @@ def test_a_cache_that_cannot_be_written_to_keeps_nothing_and_says_so(tmp_path, c
     found = cached_features(MeanColour(), images, tmp_path / place)
     assert torch.equal(found.features, MeanColour()(images))
     assert f"keeping features in metrics.cache_dir={tmp_path / place} failed" in caplog.text
+
+
+def test_cached_features_that_are_not_finite_are_made_anew(emoji_images, tmp_path):
+    extractor, images = MeanColour(), emoji_images[:3]
+    found = cached_features(extractor, images, tmp_path).features
+    (path,) = tmp_path.iterdir()
+    safetensors.save_file({"features": found * torch.nan}, path)
+    assert torch.equal(cached_features(extractor, images, tmp_path).features, found)
+    assert extractor.num_seen == 6

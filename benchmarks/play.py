@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ const note = () => { const passes = [...area.querySelectorAll('figure')].map((f)
 new MutationObserver(note).observe(area, {childList: true, subtree: true, attributes: true});
 window.pressed = Date.now() / 1000; document.getElementById('draw').click();
 """
+STATUS = "return document.getElementById('status').innerText"
 
 
 @contextmanager
@@ -65,7 +67,7 @@ def lags(shown: list[tuple[float, list[int]]], finished: list[list[float]]) -> l
         finished: when each pass of each method ended.
     """
     found = []
-    for (_, before), (moment, after) in zip(shown, shown[1:], strict=False):
+    for (_, before), (moment, after) in pairwise(shown):
         missed = [
             ends[old]
             for old, new, ends in zip(before, after, finished, strict=True)
@@ -123,8 +125,7 @@ def in_browser(offer: Offer, player: Player, repeats: int) -> dict[str, float]:
                 wait_for(session, lambda: session.execute_script("return !!document.getElementById('draw')"))
                 with finished_passes() as ended:
                     session.execute_script(WATCH)
-                    said = "return document.getElementById('status').innerText"
-                    wait_for(session, lambda: "tokens are equal" in session.execute_script(said))
+                    wait_for(session, lambda: "tokens are equal" in session.execute_script(STATUS))
                 shown = session.execute_script("return window.shown")
                 firsts.append(
                     next(moment for moment, passes in shown if max(passes) > 0)
@@ -165,7 +166,7 @@ def command_line() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Command line."""
-    options = command_line().parse_args()
+    options = command_line().parse_intermixed_args()
     found = measure(options)
     Console().print_json(data=found)
     if options.json is not None:

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--share", action="store_true", help="open a public link too, through Gradio's servers"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if importlib.util.find_spec("gradio") is None:
         parser.exit(2, f"{INSTALL}\n")
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -149,8 +149,8 @@ def build(offer: Offer, player: Player) -> gr.Blocks:
     page = Page(offer, player)
     with gr.Blocks(title="sjd2 play", analytics_enabled=False) as blocks:
         gr.HTML(
-            f"<h1>Watch a picture being decoded</h1><p>{escape(offer.name)}. On the left one token a pass; on "
-            "the right drafts of many tokens a pass, faint until the model has checked them.</p>",
+            f"<h1>Watch a picture being decoded</h1><p>{escape(offer.name)}. On the left one token a pass; "
+            "on the right drafts of many tokens a pass, faint until the model has checked them.</p>",
             elem_classes="heading",
         )
         race = gr.State(None, time_to_live=_STATE_S)

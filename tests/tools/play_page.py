@@ -1,6 +1,8 @@
 """The page of `sjd2 play`, driven in a browser; also takes its picture for the README.
 
-.venv/bin/python -m tests.tools.play_page --weights outputs/demo/model docs/images/play.png
+    .venv/bin/python -m tests.tools.play_page docs/images/play.png --prompt "grinning face" experiment=demo
+
+takes it after `make demo`.
 """
 
 from __future__ import annotations
@@ -56,12 +58,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--weights", default="auto")
     parser.add_argument("--prompt", default="cloud")
-    parser.add_argument("--share-drawn", type=float, default=0.4, help="of the plain image, at the picture")
+    parser.add_argument("--share-drawn", type=float, default=0.25, help="of the plain image, at the picture")
     parser.add_argument("overrides", nargs="*", help="keys of conf/evaluate.yaml")
-    options = parser.parse_args()
-    keys = ["metrics=none", "logger=none", "compare=[ar]", f"weights={options.weights}", *options.overrides]
+    options = parser.parse_intermixed_args()
+    keys = ["metrics=none", "logger=none", "compare=[ar]", *options.overrides]
     offer, player = build_offer(evaluate_config(composed("evaluate", keys))), Player()
     warm_up(offer)
     blocks = tabs.build(offer, player)

@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": ("cli.generate", 'draw pictures: sjd2 generate "red heart" -n 4 --compare ar'),
     "train": ("cli.train", "fine-tune a model: sjd2 train model=tiny trainer.max_steps=100"),
     "evaluate": ("cli.evaluate", "compare decoding methods: sjd2 evaluate compare=[ar,sjd2] num_prompts=16"),
+    "play": ("cli.play", "type a prompt and watch it being decoded, in a browser: sjd2 play"),
     "prepare": ("cli.prepare", "make shards of captioned pictures: sjd2 prepare folder --input photos"),
     "convert": ("models.convert", "bring released Lumina-mGPT weights into this layout"),
     "pairs": ("cli.pairs", "count which codes stand side by side, for methods.sjd2.pairs.table"),

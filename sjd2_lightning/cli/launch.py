@@ -141,6 +141,19 @@ def _fail(message: str) -> int:
     return 2
 
 
+def composed(script: str, overrides: list[str]) -> DictConfig:
+    """The configuration as the command line composes it, for commands that Hydra does not run.
+
+    Raises:
+        ValueError: an override is wrong; the message names the key, and a close one.
+    """
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose(script, overrides)
+    except HydraException as error:
+        raise ValueError(_with_suggestion(script, error)) from error
+
+
 def _with_suggestion(script: str, error: HydraException) -> str:
     message = str(error).strip()
     misspelt = _MISSPELT.search(message)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from sjd2_lightning.decoding import DecodeOutput, Observer, decode
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.image_tokenizer import to_uint8
-from sjd2_lightning.models.weights import ADAPTER_FILE, BACKBONE_FILE, WeightsSource, family_in
+from sjd2_lightning.models.weights import ADAPTER_FILE, BACKBONE_FILE, WeightsSource
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,18 @@ def _keys_of(source: str | Path) -> list[str]:
             f"{source}: there is neither {BACKBONE_FILE} nor {ADAPTER_FILE}; give a folder that training "
             "exported or an adapter, or choose a released model by the key model="
         )
-    return [f"model.family={family_in(folder)}", f"weights={_quoted(folder)}"]
+    return [f"model.family={_family_in(folder)}", f"weights={_quoted(folder)}"]
 
 
 def _quoted(path: Path) -> str:
     escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def _family_in(folder: Path) -> str:
+    """The family that `backbone.json` names; raises ValueError for a damaged one."""
+    path = folder / BACKBONE_FILE
+    try:
+        return str(json.loads(path.read_text())["family"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} names no family ({error}); export the model again") from error

@@ -89,8 +89,8 @@ class Decoder:
         """Draws one image a prompt; see `decode`."""
         layouts = _checked(prompts, seeds, config, layout)
         engine = Engine.of(config, self.backbone.device)
-        if observer is not None:  # it looks at every pass: none is captured, and the host waits for each
-            engine = engine._replace(captured=False, lag=0)
+        if observer is not None:
+            engine = engine.watched()
         batch = self.begin(prompts, seeds, config, layouts, engine)
         while batch.drop_finished():
             start_iteration(batch, observer)

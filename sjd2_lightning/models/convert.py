@@ -255,16 +255,16 @@ def check_names(found: set[str], wanted: set[str], where: str) -> None:
 
 
 class Writer:
-    """Files of the converted folder, each written in one go and noted in the manifest with its source."""
+    """Files of the converted folder, each written in one go and noted in the manifest; `made` are new."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out
+        self.out, self.made = out, list[str]()
         out.mkdir(parents=True, exist_ok=True)
         path = out / MANIFEST
         self.files: dict[str, Any] = read_json(path)["files"] if path.is_file() else {}
 
-    def write(self, name: str, source: str, make: Callable[[Path], object]) -> bool:
-        """Makes a file unless it is there and was made of the same source; says whether it made it.
+    def write(self, name: str, source: str, make: Callable[[Path], object]) -> None:
+        """Makes a file unless it is there and was made of the same source.
 
         Args:
             name: relative to the folder.
@@ -274,12 +274,12 @@ class Writer:
         path = self.out / name
         noted = self.files.get(name)
         if noted and noted["source"] == source and path.is_file() and path.stat().st_size == noted["bytes"]:
-            return False
+            return
         with whole_file(path) as part:
             make(part)
         self.files[name] = {"source": source, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         write_whole(self.out / MANIFEST, json.dumps({"files": self.files}, indent=2, sort_keys=True) + "\n")
-        return True
+        self.made.append(name)
 
 
 def convert(trunk: Path, vqgan: Path, out: Path, text: Path | None = None) -> list[str]:
@@ -325,7 +325,9 @@ def convert(trunk: Path, vqgan: Path, out: Path, text: Path | None = None) -> li
     own = {name for found in names.values() for name in found if not name.startswith(VQ_PREFIX)}
     check_names(own, {name for name in shapes if not name.startswith(VQ_PREFIX)}, str(trunk))
     check_names(set(encoder), {name for name in shapes if name.startswith(VQ_PREFIX)}, str(vqgan))
-    return _write(Writer(out), fields, shapes, names, encoder, vq, vqgan, text)
+    writer = Writer(out)
+    _write(writer, fields, shapes, names, encoder, vq, vqgan, text)
+    return writer.made
 
 
 def _write(
@@ -337,12 +339,8 @@ def _write(
     vq: Any,
     vqgan: Path,
     text: Path,
-) -> list[str]:
-    made: list[str] = []
-
-    def write(name: str, source: str, make: Callable[[Path], object]) -> None:
-        if writer.write(name, source, make):
-            made.append(name)
+) -> None:
+    write = writer.write
 
     def write_json(name: str, content: object) -> None:
         source = json.dumps(content, indent=2, sort_keys=True) + "\n"
@@ -377,7 +375,6 @@ def _write(
 
     write(f"{TOKENIZER}/diffusion_pytorch_model.safetensors", sha256_of_file(vqgan), save_tokenizer)
     write_json(BACKBONE_FILE, {"family": "chameleon", **asdict(LUMINA_MGPT)})
-    return made
 
 
 def main(arguments: list[str] | None = None) -> None:

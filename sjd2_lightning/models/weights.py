@@ -391,12 +391,3 @@ def read_backbone_file(folder: Path, family: str) -> dict[str, object]:
     if found != family:
         raise ValueError(f"{path} is of the family {found!r}, not {family!r}; set model.family to {found}")
     return fields
-
-
-def family_in(folder: Path) -> str:
-    """The family that `backbone.json` names; raises ValueError for a damaged one."""
-    path = folder / BACKBONE_FILE
-    try:
-        return str(json.loads(path.read_text())["family"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} names no family ({error}); export the model again") from error

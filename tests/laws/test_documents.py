@@ -14,7 +14,7 @@ from tests.tools.source import REPO
 
 DOCUMENTS = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/LOG.md"),
-    *("docs/evaluation.md", "docs/gpu.md"),
+    *("docs/evaluation.md", "docs/gpu.md", "docs/play.md"),
 ]
 FENCE = re.compile(r"(<!-- run -->\n)?```(\w+)\n(.*?)```", re.S)
 TEXT = {name: (REPO / name).read_text() for name in DOCUMENTS}

@@ -141,7 +141,7 @@ class QualityMeter:
             found = cached_features(extractor, reference.images, folder, weights=weights)
         else:
             found = extract_features(extractor, reference.images, weights=weights)
-        return replace(found, images_sha256=reference.identity)
+        return replace(found, images_sha256=reference.identity, reading=reference.reading)
 
 
 class _ContentCache:

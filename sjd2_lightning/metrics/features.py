@@ -80,6 +80,7 @@ class FeatureSet:
         features: (N, dim) float32 on the CPU.
         weights: sha256 of the extractor's weights; "" where unknown.
         images_sha256: sha256 of the images; "" where unknown.
+        reading: rule by which the images' files were read; "" where unknown.
     """
 
     extractor: str
@@ -87,6 +88,7 @@ class FeatureSet:
     features: Tensor
     weights: str = ""
     images_sha256: str = ""
+    reading: str = ""
 
     @property
     def num_images(self) -> int:

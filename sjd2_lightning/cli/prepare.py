@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from sjd2_lightning.data.build import SKIPPED_NAME, skipped_line, write_skipped
 from sjd2_lightning.data.ensure import Coder, Wanted, ensure_shards
 from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.pictures import CROPPED
@@ -27,7 +28,15 @@ from sjd2_lightning.data.sources.emoji import SOURCE as EMOJI
 from sjd2_lightning.data.sources.emoji import prepare_emoji
 from sjd2_lightning.data.sources.folder import folder_records
 from sjd2_lightning.data.sources.parquet import block_of, read_cell, table_records
-from sjd2_lightning.data.sources.record import FilePictures, Reader, Record, chosen_records, read_stretch
+from sjd2_lightning.data.sources.record import (
+    FilePictures,
+    NothingUsableError,
+    Reader,
+    Record,
+    chosen_records,
+    read_stretch,
+    reasons_of,
+)
 from sjd2_lightning.data.sources.tars import tar_records
 from sjd2_lightning.run.stages import speak, stage
 
@@ -43,9 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
     options.name = options.name or (options.input.resolve().name if options.input else options.source)
     options.out = options.out or Path("data") / options.name
     try:
-        with stage("loading the image tokenizer"):
-            coder = load_coder(options)
         if options.source == EMOJI:
+            with stage("loading the image tokenizer"):
+                coder = load_coder(options)
             indexes = prepare_emoji(
                 options.out,
                 coder,
@@ -56,7 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
                 num_workers=options.workers,
             )
         else:
-            indexes = prepare_source(options, coder)
+            chosen, read = chosen_of(options)  # before weights are loaded
+            with stage("loading the image tokenizer"):
+                coder = load_coder(options)
+            indexes = prepare_source(options, coder, chosen, read)
     except ValueError as error:
         parser.exit(1, f"{error}\n")
     for name, index in indexes.items():
@@ -64,6 +76,16 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{options.out / name}: {index.num_samples} samples in {len(index.shards)} shards{skipped}")
     group = EMOJI if options.source == EMOJI else "shards" if coder else "raw"
     print(f"train on them: python train.py data={group} data.data_dir={options.out}")
+    print(kept_of(options.out, indexes))
+
+
+def kept_of(out: Path, indexes: dict[str, ShardIndex]) -> str:
+    """How many samples were kept of how many, and where the others are named."""
+    kept = sum(index.num_samples for index in indexes.values())
+    skipped = {name: index.meta.num_skipped for name, index in indexes.items() if index.meta.num_skipped}
+    lost = sum(skipped.values())
+    named = " and ".join(str(out / name / SKIPPED_NAME) for name in skipped)
+    return f"kept {kept} of {kept + lost} samples" + (f"; {lost} unusable, named in {named}" if lost else "")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -106,25 +128,48 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def prepare_source(options: argparse.Namespace, coder: Coder | None) -> dict[str, ShardIndex]:
-    """Shards of what a source lists, by "<kind>/<split>"."""
+def chosen_of(options: argparse.Namespace) -> tuple[dict[str, list[Record]], Reader]:
+    """Records of the source by split, and what reads their pictures.
+
+    Raises:
+        ValueError: a split has none, or more are unusable than --max-bad-share allows.
+    """
     if options.input is None:
         raise ValueError(f"the source `{options.source}` needs --input")
-    with stage("listing the pictures"):
-        records, read = list_records(options)
-    root = str(options.input if options.input.is_dir() else options.input.parent)
+    _size(options)
+    try:
+        with stage("listing the pictures"):
+            records, read = list_records(options)
+    except NothingUsableError as error:
+        raise ValueError(f"{error}{_named(options.out, error.records)}") from error
     block = block_of if options.source == "hf" else None
     share = options.val_share if options.split == "both" else float(options.split == "val")
     chosen = {
         split: chosen_records(records, split, share, options.seed, options.max_images, block)
         for split in SPLITS[options.split]
     }
-    if empty := [split for split, found in chosen.items() if not found]:
+    unusable = [record for found in chosen.values() for record in found if record.problem]
+    allowed, total = _allowed(options, chosen), sum(map(len, chosen.values()))
+    if len(unusable) > allowed:
+        raise ValueError(
+            f"{options.input}: {len(unusable)} of {total} samples cannot be used and {allowed} are allowed "
+            f"({reasons_of(unusable)}){_named(options.out, unusable)}; repair the source or raise "
+            f"--max-bad-share {options.max_bad_share}"
+        )
+    if empty := [split for split, found in chosen.items() if all(record.problem for record in found)]:
         raise ValueError(
             f"{len(records)} pictures leave none for {empty[0]}: change --val-share {options.val_share}, or "
             "prepare two sources with --split train and --split val"
         )
-    indexes = {}
+    return chosen, read
+
+
+def prepare_source(
+    options: argparse.Namespace, coder: Coder | None, chosen: dict[str, list[Record]], read: Reader
+) -> dict[str, ShardIndex]:
+    """Shards of the chosen records, by "<kind>/<split>"."""
+    root = str(options.input if options.input.is_dir() else options.input.parent)
+    allowed, indexes = _allowed(options, chosen), {}
     for split, found in chosen.items():
         pictures = FilePictures(root, found, _size(options), options.min_side, read)
         wanted = Wanted(
@@ -139,29 +184,41 @@ def prepare_source(options: argparse.Namespace, coder: Coder | None) -> dict[str
             coder,
             options.samples_per_shard,
         )
-        indexes[f"{wanted.kind}/{split}"] = ensure_shards(
-            wanted, num_workers=options.workers, max_bad_share=options.max_bad_share
-        )
+        index = ensure_shards(wanted, num_workers=options.workers, max_bad=allowed)
+        indexes[f"{wanted.kind}/{split}"] = index
+        allowed -= index.meta.num_skipped
+    (options.out / SKIPPED_NAME).unlink(missing_ok=True)  # of a call that was refused
     if "val" in chosen:
         write_prompts(options.out / "prompts.json", chosen["val"])
     return indexes
 
 
+def _named(out: Path, unusable: Sequence[Record]) -> str:
+    """Writes the samples that a refused call could not use; says where."""
+    if not unusable:
+        return ""
+    out.mkdir(parents=True, exist_ok=True)
+    facts = [({"key": record.key, "file": record.name}, record.problem) for record in unusable]
+    write_skipped(out / SKIPPED_NAME, [skipped_line(*fact) for fact in facts])
+    return f"; all are named in {out / SKIPPED_NAME}"
+
+
+def _allowed(options: argparse.Namespace, chosen: dict[str, list[Record]]) -> int:
+    """Number of unusable samples of the source, all splits together, at which the command goes on."""
+    return int(options.max_bad_share * sum(map(len, chosen.values())) + 1e-9)
+
+
 def write_prompts(path: Path, records: Sequence[Record]) -> None:
     """Captions of held-out pictures, one a picture, as a file for `data.prompt_file`."""
-    first = {(record.file, record.start): record for record in reversed(records)}
-    prompts = [
-        {"key": record.key, "prompt": record.caption}
-        for record in reversed(first.values())
-        if record.key[0].isalnum()  # it will name files of images
-    ]
+    first = {(record.file, record.start): record for record in reversed(records) if not record.problem}
+    prompts = [{"key": record.key, "prompt": record.caption} for record in reversed(first.values())]
     path.write_text(json.dumps(prompts[:NUM_PROMPTS], indent=1) + "\n", encoding="utf-8")
 
 
 def list_records(options: argparse.Namespace) -> tuple[list[Record], Reader]:
     """The records of the source, and what reads their pictures."""
     if options.source == "tars":
-        return tar_records(options.input), read_stretch
+        return tar_records(options.input, options.out), read_stretch
     if options.source == "coco":
         if options.annotations is None:
             raise ValueError("the source `coco` needs --annotations captions_*.json")

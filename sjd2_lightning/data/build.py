@@ -81,10 +81,10 @@ class Build:
 
 @dataclass(frozen=True)
 class Made:
-    """A finished shard, and the pictures that could not be used: key and reason."""
+    """A finished shard, and the samples that could not be used: `key`, `file` if known, and `reason`."""
 
     shard: Shard
-    skipped: list[tuple[str, str]]
+    skipped: list[dict[str, str]]
 
 
 Tick = Callable[[int], None]  # called with the number of records done; may raise to stop
@@ -95,14 +95,14 @@ def make_shard(build: Build, number: int, device: str, tick: Tick) -> Made:
     start = number * build.samples_per_shard
     records = build.pictures.records[start : start + build.samples_per_shard]
     path = build.building / f"{build.meta.split}-{number:05d}.tar"
-    skipped: list[tuple[str, str]] = []
+    skipped: list[dict[str, str]] = []
     shard = write_shard(path, _samples(build, records, device, skipped, tick), build.meta)
     write_whole(path.with_suffix(".json"), json.dumps(asdict(Made(shard, skipped))))
     return Made(shard, skipped)
 
 
 def _samples(
-    build: Build, records: Sequence[Any], device: str, skipped: list[tuple[str, str]], tick: Tick
+    build: Build, records: Sequence[Any], device: str, skipped: list[dict[str, str]], tick: Tick
 ) -> Iterator[dict[str, Any]]:
     """The samples of some records; each picture is read and encoded once for all its neighbours."""
     pictures = build.pictures
@@ -114,7 +114,7 @@ def _samples(
                 images.append(pictures.image(group[0]))
                 usable.append(group)
             except (ValueError, OSError) as error:
-                skipped += [(pictures.facts(record)["key"], str(error)) for record in group]
+                skipped += [skipped_line(pictures.facts(record), str(error)) for record in group]
         payloads: Sequence[np.ndarray] | np.ndarray = images
         if build.tokenizer is not None and images:
             pixels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 255
@@ -124,6 +124,18 @@ def _samples(
             for record in group:
                 yield {**pictures.facts(record), "size": list(build.meta.pixel_size or ()), name: payload}
         tick(sum(map(len, chunk)))
+
+
+def skipped_line(facts: dict[str, Any], reason: str) -> dict[str, str]:
+    """A line of skipped.jsonl."""
+    return {name: facts[name] for name in ("key", "file") if name in facts} | {"reason": reason}
+
+
+def write_skipped(path: Path, lines: Sequence[dict[str, str]]) -> None:
+    """Write skipped.jsonl, or remove it where nothing was skipped."""
+    path.unlink(missing_ok=True)
+    if lines:
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def move_tokenizer(tokenizer: ImageTokenizer | None, device: str) -> None:
@@ -173,7 +185,7 @@ def _finished(build: Build, number: int) -> Made | None:
         whole = path.stat().st_size == shard.num_bytes and sha256_of_file(path) == shard.sha256
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Made(shard, [(key, reason) for key, reason in note["skipped"]]) if whole else None
+    return Made(shard, note["skipped"]) if whole else None
 
 
 def complete_build(build: Build) -> bool:
@@ -193,10 +205,9 @@ def finish_build(build: Build, made: dict[int, Made]) -> None:
     shards = tuple(made[number].shard for number in sorted(made) if made[number].shard.num_samples)
     skipped = [entry for number in sorted(made) for entry in made[number].skipped]
     if not shards:
-        raise ValueError(f"No sample for {build.folder} can be used, e.g. {skipped[0][0]}: {skipped[0][1]}")
-    if skipped:
-        lines = [json.dumps({"key": key, "reason": reason}) for key, reason in skipped]
-        (build.building / SKIPPED_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        example = f"{skipped[0].get('file', skipped[0]['key'])}: {skipped[0]['reason']}"
+        raise ValueError(f"No sample for {build.folder} can be used (0 of {len(skipped)}), e.g. {example}")
+    write_skipped(build.building / SKIPPED_NAME, skipped)
     ShardIndex(build.folder, replace(build.meta, num_skipped=len(skipped)), shards).save(build.building)
 
 

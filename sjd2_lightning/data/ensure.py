@@ -21,6 +21,7 @@ import torch
 
 from sjd2_lightning.data.build import (
     BATCH_PIXELS,
+    SKIPPED_NAME,
     Build,
     Made,
     PictureSet,
@@ -30,6 +31,7 @@ from sjd2_lightning.data.build import (
     move_tokenizer,
     put_in_place,
     start_build,
+    write_skipped,
 )
 from sjd2_lightning.data.index import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardMeta
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
@@ -47,7 +49,7 @@ def build_folder(
     num_workers: int = 0,
     device: str = "cpu",
     show_progress: bool = True,
-    max_bad_share: float = 0.0,
+    max_bad: int = 0,
 ) -> ShardIndex:
     """Build a folder of shards, or finish a build that was killed (ours).
 
@@ -56,7 +58,7 @@ def build_folder(
         num_workers: processes that read and encode, each with one thread; 0 does it in this process.
         device: device of the image tokenizer: cpu, or cuda for all GPUs in turn.
         show_progress: show a progress bar.
-        max_bad_share: share of the pictures that may be unusable before the build stops.
+        max_bad: number of samples that may be unusable before the build stops.
 
     Returns:
         The index of the folder.
@@ -69,22 +71,22 @@ def build_folder(
     with stage("checking what is to be built"):
         made = start_build(build)
     todo = [number for number in range(build.num_shards) if number not in made]
-    allowed = max_bad_share * len(build.pictures.records)
     label = f"{build.meta.kind}/{build.meta.split}"
     with counted(label, len(build.pictures.records), "samples", show_progress) as tick:
         tick(sum(_num_records(build, number) for number in made))
-        num_skipped = 0
+        skipped: list[dict[str, str]] = []
 
         def check(one: Made) -> None:
-            nonlocal num_skipped
-            num_skipped += len(one.skipped)
-            if num_skipped:
-                tick(0, f"{num_skipped} unusable")
-            if num_skipped > allowed:
-                key, reason = one.skipped[-1]
+            skipped.extend(one.skipped)
+            if skipped:
+                tick(0, f"{len(skipped)} unusable")
+            if len(skipped) > max_bad:
+                last, path = skipped[-1], build.building / SKIPPED_NAME
+                write_skipped(path, skipped)
                 raise ValueError(
-                    f"{num_skipped} pictures cannot be used and {int(allowed)} are allowed, e.g. {key}: "
-                    f"{reason}; repair the source or raise --max-bad-share, finished shards are kept"
+                    f"{len(skipped)} samples cannot be used and {max_bad} are allowed, e.g. "
+                    f"{last.get('file', last['key'])}: {last['reason']}; those found so far are named in "
+                    f"{path}; repair the source or raise --max-bad-share, finished shards are kept"
                 )
 
         for one in made.values():

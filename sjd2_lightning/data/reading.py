@@ -7,21 +7,23 @@ decoded, every sample is checked, and what cannot be used is skipped, recorded a
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
+from operator import itemgetter
 from random import Random
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 import webdataset as wds
-from PIL import Image
 from torch import Tensor
 
+from sjd2_lightning.data.captions import json_of, plain_caption
 from sjd2_lightning.data.index import KEY, PAYLOAD, ShardIndex, payload_checksum
+from sjd2_lightning.data.names import sample_name
 from sjd2_lightning.data.order import Segment
+from sjd2_lightning.data.pictures import read_picture
 from sjd2_lightning.data.places import Place
 
 wds.utils.enforce_security = True  # in case webdataset was imported before this package
@@ -175,14 +177,11 @@ def _read_segment(
 
 
 def _groups(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
-    """Neighbours of one key, which is the name up to the first dot inside its last part."""
-    return ((key, list(group)) for key, group in groupby(members, _key_of))
-
-
-def _key_of(member: Member) -> str:
-    folder, slash, name = member.name.rpartition("/")
-    bare = name.lstrip(".")
-    return folder + slash + name[: len(name) - len(bare)] + bare.partition(".")[0]
+    """Neighbours of one key, see `names.sample_name`; files that are passed over are none."""
+    named = ((sample_name(member.name), member) for member in members)
+    kept = ((name[0], member) for name, member in named if name)
+    for key, group in groupby(kept, itemgetter(0)):
+        yield key, [member for _, member in group]
 
 
 def _max_bytes(index: ShardIndex) -> int:
@@ -201,7 +200,7 @@ def _decode(key: str, members: Sequence[Member], index: ShardIndex) -> AnySample
     wanted = PAYLOAD[index.meta.kind]
     fields: dict[str, bytes] = {}
     for member in members:
-        suffix = member.name[len(key) + 1 :]
+        suffix = (sample_name(member.name) or ("", ""))[1]
         if member.problem:
             raise ValueError(f"{suffix} {member.problem}")
         if suffix not in (wanted, "txt", "json") or suffix in fields:
@@ -211,13 +210,10 @@ def _decode(key: str, members: Sequence[Member], index: ShardIndex) -> AnySample
     if missing:
         raise ValueError(f"{' and '.join(missing)} missing or empty")
     payload, caption = fields[wanted], fields["txt"]
-    try:
-        facts = json.loads(fields["json"])
-    except RecursionError as error:
-        raise ValueError("its json is nested too deeply") from error
+    facts = json_of(fields["json"])
     if not isinstance(facts, dict) or facts.get("crc32") != payload_checksum(key, payload, caption):
         raise ValueError("its checksum does not fit its content")
-    text = caption.decode()
+    text = plain_caption(caption)
     if index.meta.kind == "raw":
         return RawSample(key, text, _decode_image(payload, index))
     if facts.get("tokenizer") != index.meta.tokenizer_hash:
@@ -246,16 +242,11 @@ def _decode_codes(payload: bytes, index: ShardIndex) -> Tensor:
 
 
 def _decode_image(payload: bytes, index: ShardIndex) -> np.ndarray:
-    size = (index.meta.height, index.meta.width)
-    try:
-        with Image.open(io.BytesIO(payload), formats=("PNG",)) as picture:
-            if picture.size != size[::-1]:  # before its pixels are unpacked
-                raise ValueError(
-                    f"the image is {picture.height}x{picture.width}, expected {size[0]}x{size[1]}"
-                )
-            return np.asarray(picture.convert("RGB"))
-    except Exception as error:  # decoders raise all sorts of errors at damaged bytes
-        raise ValueError(f"the PNG cannot be read ({error})") from error
+    height, width = index.meta.height, index.meta.width
+    picture = read_picture(payload, formats=("PNG",), max_pixels=height * width)
+    if picture.size != (width, height):
+        raise ValueError(f"the image is {picture.height}x{picture.width}, expected {height}x{width}")
+    return np.asarray(picture)
 
 
 BLOCK = tarfile.BLOCKSIZE

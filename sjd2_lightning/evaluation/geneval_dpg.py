@@ -16,9 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sjd2_lightning.data.captions import plain_caption
+from sjd2_lightning.data.names import passed_over
 from sjd2_lightning.data.pictures import png_bytes, read_image
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts, repeat_key, seed_of
 from sjd2_lightning.evaluation.store import ImageRecord, RecordStore
+from sjd2_lightning.run.files import text_of
 
 NUM_SAMPLES = 4  # images of each prompt, in both benchmarks
 
@@ -85,9 +88,9 @@ def _geneval_entries(source: Path) -> list[tuple[str, str, str]]:
     """Key, prompt and line of each entry of evaluation_metadata.jsonl."""
     entries: list[tuple[str, str, str]] = []
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = [line.strip("\r") for line in text_of(source.read_bytes()).split("\n")]
         for number, line in enumerate(line for line in lines if line.strip()):
-            entries.append((f"{number:05d}", str(json.loads(line)["prompt"]).strip(), line))
+            entries.append((f"{number:05d}", plain_caption(json.loads(line)["prompt"]), line))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{source} cannot be read as GenEval's metadata ({type(error).__name__}: {error}); give "
@@ -100,13 +103,14 @@ def _dpg_entries(source: Path) -> list[tuple[str, str, str]]:
     """Key and prompt of each text file; its layout keeps nothing more."""
     if not source.is_dir():
         raise ValueError(f"{source} is no folder; give DPG-Bench's folder of prompts, one .txt a prompt")
-    try:
-        return [
-            (path.stem, " ".join(path.read_text(encoding="utf-8").split()), "")
-            for path in sorted(source.glob("*.txt"))
-        ]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"a prompt of {source} cannot be read: {error}") from error
+    entries = []
+    for path in sorted(source.iterdir()):
+        if path.suffix.lower() == ".txt" and not passed_over(path.name):
+            try:
+                entries.append((path.stem, plain_caption(path.read_bytes()), ""))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"the prompt {path} cannot be read: {error}") from error
+    return entries
 
 
 def _write_geneval(folder: Path, key: str, line: str, images: list[Path]) -> None:

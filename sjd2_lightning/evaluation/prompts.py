@@ -6,7 +6,6 @@ A prompt's seed depends on its key alone, so a longer list begins with the image
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -14,13 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sjd2_lightning.data.captions import NO_CAPTION, json_of, plain_caption
+from sjd2_lightning.data.names import Part, Texts, sample_caption, sample_name, sample_texts
+from sjd2_lightning.data.pictures import SUFFIXES
 from sjd2_lightning.data.sources.emoji import EmojiImage, load_emoji_index
+from sjd2_lightning.data.sources.record import key_of
 from sjd2_lightning.data.sources.scenes import ALL, PROMPT_CATEGORIES, Variety, held_out_scene
-from sjd2_lightning.data.sources.tars import tar_samples
+from sjd2_lightning.data.sources.tars import tar_parts
+from sjd2_lightning.run.files import text_of
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _SHOWN_KEY = "letters, digits, '.', '_' and '-', at most 120"
 _NUM_SEEDS = 2**31
+_FIELDS = {"prompt", "key", "seed"}
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 @dataclass(frozen=True)
@@ -102,20 +108,22 @@ def repeat_key(key: str, repeat: int) -> str:
 
 
 def read_prompts(path: str | Path, seed: int = 0) -> list[PromptItem]:
-    """Prompts of a file: `.txt`, one a line, `.json`, a list of strings or objects, or a WebDataset `.tar`.
+    """Prompts of a file: `.txt`, one a line, `.json`, a list of strings or objects, `.jsonl`, one of them a
+    line, or a WebDataset `.tar`, which may be compressed.
 
     An object has `prompt` and may have `key` and `seed`. Without a key a prompt is named by its place, and
-    must not occur twice. A sample of a tar file has its text in `.txt`, or such an object in `.json`; without
-    a key it is named by its files.
+    must not occur twice. A sample of a tar file has such an object in `.json`, or its text in `.txt`, or a
+    `caption` in `.json`; without a key it is named by its files.
 
     Raises:
         ValueError: the file is missing, unreadable, or holds an unusable prompt.
     """
     path = Path(path)
-    if path.suffix not in (".txt", ".json", ".tar"):
-        raise ValueError(f"prompt file {path}: its name must end in .txt, .json or .tar")
+    is_tar = path.name.lower().endswith(_TARS)
+    if not is_tar and path.suffix.lower() not in (".txt", ".json", ".jsonl"):
+        raise ValueError(f"prompt file {path}: its name must end in .txt, .json, .jsonl or .tar")
     try:
-        entries: Any = _tar_entries(path) if path.suffix == ".tar" else _text_entries(path)
+        entries: Any = _tar_entries(path) if is_tar else _text_entries(path)
     except (OSError, ValueError) as error:  # undecodable text, broken JSON or tar
         raise ValueError(f"prompt file {path} cannot be read: {error}") from error
     if not isinstance(entries, list):
@@ -125,7 +133,7 @@ def read_prompts(path: str | Path, seed: int = 0) -> list[PromptItem]:
     unnamed = [
         item.prompt
         for item, entry in zip(prompts, entries, strict=True)
-        if isinstance(entry, str) or "key" not in entry
+        if isinstance(entry, str) or entry.get("key") is None
     ]
     text, uses = Counter(unnamed).most_common(1)[0] if unnamed else ("", 0)
     if uses > 1:
@@ -158,36 +166,79 @@ def check_prompts(prompts: Sequence[PromptItem]) -> None:
 
 
 def _text_entries(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if path.suffix == ".json" else text.rstrip("\n").split("\n")
+    content = path.read_bytes()
+    if path.suffix.lower() == ".json":
+        return json_of(content)
+    lines = text_of(content).replace("\r\n", "\n").replace("\r", "\n").rstrip().split("\n")
+    if path.suffix.lower() == ".jsonl":
+        return [json_of(line.encode()) for line in lines if line.strip()]
+    return lines
 
 
 def _tar_entries(path: Path) -> list[Any]:
-    """Entries of a WebDataset file: the object in a sample's .json, else the text of its .txt."""
-    entries: list[Any] = []
-    for sample, fields in tar_samples(path, "r").items():
-        key = re.sub(r"[^A-Za-z0-9._-]", "-", sample.strip("./"))
-        if "json" in fields:
-            entry = json.loads(fields["json"].decode("utf-8"))
-            entries.append({"key": key, **entry} if isinstance(entry, dict) else entry)
-        elif "txt" in fields:
-            entries.append({"key": key, "prompt": fields["txt"].decode("utf-8")})
+    """Entries of a WebDataset file, a sample each."""
+    samples: dict[str, dict[str, Part]] = {}
+    lost: list[tuple[int, str]] = []
+    for part in tar_parts(path, lost, packed=True):
+        if (named := sample_name(part.name)) is not None:
+            samples.setdefault(named[0], {})[named[1]] = part
+    if lost:
+        raise ValueError(f"byte {lost[0][0]}: {lost[0][1]}; copy it again")
+    entries = []
+    for sample, files in samples.items():
+        texts = sample_texts(files)
+        for middle in dict.fromkeys(middle for middle, _ in texts):
+            name = f"{sample}.{middle}" if middle else sample
+            try:
+                entries.append({"key": _tar_key(name), **_sample_entry(texts, middle)})
+            except ValueError as error:
+                raise ValueError(f"sample {name}: {error}") from error
+        if not texts and any(f".{suffix.lower()}" in SUFFIXES for suffix in files):
+            entries.append({"key": _tar_key(sample), "prompt": ""})  # refused with the empty ones
     return entries
 
 
+def _sample_entry(texts: Texts, middle: str) -> dict[str, Any]:
+    """The object with `prompt` in a sample's .json, else the caption in its .txt or .json; "" without one."""
+    fields = texts.get((middle, ".json"))
+    facts = json_of(fields.read()) if fields else None
+    facts = facts if isinstance(facts, dict) else {}
+    is_alone = facts.keys() <= _FIELDS or (middle, ".txt") not in texts
+    if is_alone and isinstance(facts.get("prompt"), str):
+        return facts
+    try:
+        return {"prompt": sample_caption(texts, middle)}
+    except ValueError as error:
+        if str(error) != NO_CAPTION:
+            raise
+        return {"prompt": ""}
+
+
+def _tar_key(name: str) -> str:
+    """Key of a tar's sample: its name, with a hash in place of what cannot name a file."""
+    plain = name.strip("./").replace("/", "-")
+    return plain if _KEY.fullmatch(plain) else key_of(f"{name} ")
+
+
 def _entry(entry: Any, place: int, seed: int, path: Path) -> PromptItem:
+    where = f"prompt file {path}: entry {place + 1}"
     if isinstance(entry, str):
         entry = {"prompt": entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise ValueError(
-            f"prompt file {path}: entry {place + 1} is neither a text nor an object with `prompt`"
-        )
-    if unknown := sorted(set(entry) - {"prompt", "key", "seed"}):
-        raise ValueError(f"prompt file {path}: entry {place + 1} has unknown fields {unknown}")
-    key = str(entry.get("key", f"prompt-{place:05d}"))
-    prompt_seed = entry.get("seed", seed_of(key, seed))
+        raise ValueError(f"{where} is neither a text nor an object with `prompt`")
+    if unknown := sorted(set(entry) - _FIELDS):
+        raise ValueError(f"{where} has unknown fields {unknown}")
+    given = {name: value for name, value in entry.items() if value is not None}  # null is as good as absent
+    key = given.get("key", f"prompt-{place:05d}")
+    if isinstance(key, bool) or not isinstance(key, str | int):
+        raise ValueError(f"{where} has key {key!r}; it must be a text")
+    prompt_seed = given.get("seed", seed_of(str(key), seed))
     if isinstance(prompt_seed, bool) or not isinstance(prompt_seed, int):
-        raise ValueError(
-            f"prompt file {path}: entry {place + 1} has seed {prompt_seed!r}; it must be an integer"
-        )
-    return PromptItem(key, entry["prompt"].strip(), prompt_seed)
+        raise ValueError(f"{where} has seed {prompt_seed!r}; it must be an integer")
+    try:
+        prompt = plain_caption(entry["prompt"])
+    except ValueError as error:
+        if str(error) != NO_CAPTION:
+            raise ValueError(f"{where} is {error}") from error
+        prompt = ""
+    return PromptItem(str(key), prompt, prompt_seed)

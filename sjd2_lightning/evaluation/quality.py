@@ -166,7 +166,7 @@ class QualityMeter:
             )
         else:
             found = extract_features(extractor, reference.images, weights=weights, of="the reference images")
-        return replace(found, images_sha256=reference.identity)
+        return replace(found, images_sha256=reference.identity, reading=reference.reading)
 
 
 class _ContentCache:

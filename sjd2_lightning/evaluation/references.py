@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -17,13 +17,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from sjd2_lightning.data.pictures import LazyImages, read_image
+from sjd2_lightning.data.captions import NO_CAPTION
+from sjd2_lightning.data.names import NO_PICTURE
+from sjd2_lightning.data.pictures import CROPPED, READING, LazyImages, cropped, read_image
 from sjd2_lightning.data.sources.coco import CocoItem, CocoProtocol
 from sjd2_lightning.data.sources.emoji import load_emoji_index, render
+from sjd2_lightning.data.sources.folder import listed_pictures
 from sjd2_lightning.evaluation.prompts import PromptItem, seed_of
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer, to_uint8
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ReferenceSet:
         images: (M, h, w, 3) uint8 at the size of generated images, or M images of any sizes that are read
             when they are looked at; the latter have no altered copies.
         num_prompts: number of prompts that the set's protocol asks for; None where it asks for none.
+        reading: rule by which the images' files were read; goes into the protocol of every distance.
     """
 
     name: str
@@ -44,6 +46,7 @@ class ReferenceSet:
     captions: tuple[str, ...]
     images: Tensor | LazyImages
     num_prompts: int | None = None
+    reading: str = ""
 
     @property
     def num_images(self) -> int:
@@ -74,6 +77,7 @@ class ReferenceSet:
             tuple(self.captions[i] for i in chosen),
             self.images[chosen] if isinstance(self.images, Tensor) else self.images.select(chosen),
             self.num_prompts,
+            self.reading,
         )
 
 
@@ -82,12 +86,18 @@ def held_out_emoji(size: int = 64) -> ReferenceSet:
     items = [item for item in load_emoji_index() if item.split == "val"]
     images = torch.stack([torch.from_numpy(np.array(render(item.path, size))) for item in items])
     return ReferenceSet(
-        "held-out Twemoji", tuple(item.key for item in items), tuple(item.caption for item in items), images
+        "held-out Twemoji",
+        tuple(item.key for item in items),
+        tuple(item.caption for item in items),
+        images,
+        reading=READING,
     )
 
 
 def image_folder(folder: str | Path, size: tuple[int, int]) -> ReferenceSet:
-    """Images of a folder, their middle resized to `size` = (height, width); captions from `<stem>.txt`.
+    """Images of a folder and its sub-folders, cut and resized to `size` = (height, width) as for training.
+
+    Captions are read as for training too; an image needs none.
 
     Raises:
         ValueError: the folder is missing, holds fewer than two images, or one that cannot be read.
@@ -95,15 +105,20 @@ def image_folder(folder: str | Path, size: tuple[int, int]) -> ReferenceSet:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"reference folder {folder} does not exist; give a folder of images")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if len(paths) < 2:
-        raise ValueError(f"reference folder {folder} holds {len(paths)} images; at least 2 are needed")
-    images = torch.stack([_read_cropped(path, size) for path in paths])
-    captions = []
-    for path in paths:
-        text = path.with_suffix(".txt")
-        captions.append(text.read_text(encoding="utf-8").strip() if text.is_file() else "")
-    return ReferenceSet(folder.name, tuple(path.stem for path in paths), tuple(captions), images)
+    found: dict[str, str] = {}
+    for record in listed_pictures(folder):
+        if record.problem.startswith(NO_PICTURE):
+            continue  # a text beside the images
+        if record.problem and not record.problem.startswith(NO_CAPTION):
+            raise ValueError(
+                f"image {folder / record.name} cannot be used ({record.problem}); correct or remove it"
+            )
+        found.setdefault(record.file, record.caption)
+    if len(found) < 2:
+        raise ValueError(f"reference folder {folder} holds {len(found)} images; at least 2 are needed")
+    images = torch.stack([_read_cropped(folder / name, size) for name in found])
+    keys = tuple(PurePosixPath(name).with_suffix("").as_posix() for name in found)
+    return ReferenceSet(folder.name, keys, tuple(found.values()), images, reading=CROPPED)
 
 
 def reference_rows(reference: ReferenceSet, tokenizer: ImageTokenizer | None) -> dict[str, Tensor]:
@@ -157,15 +172,8 @@ def patch_shuffled(images: Tensor, grid: int = 4, seed: int = 0) -> Tensor:
 
 
 def _read_cropped(path: Path, size: tuple[int, int]) -> Tensor:
-    height, width = size
-    image = Image.fromarray(read_image(path, "remove or replace it").numpy())
-    scale = max(height / image.height, width / image.width)
-    image = image.resize(
-        (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
-        Image.Resampling.LANCZOS,
-    )
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))
+    picture = Image.fromarray(read_image(path, "remove or replace it").numpy())
+    return torch.from_numpy(np.array(cropped(picture, size)))
 
 
 def coco_prompts(items: Sequence[CocoItem], seed: int = 0) -> list[PromptItem]:
@@ -192,4 +200,5 @@ def coco_reference(protocol: CocoProtocol, items: Sequence[CocoItem]) -> Referen
         tuple(item.caption for item in items),
         LazyImages(partial(read_image, remedy="unpack it again"), paths),
         protocol.num_images,
+        READING,
     )

@@ -95,6 +95,7 @@ class FeatureSet:
         features: (N, dim) float32 on the CPU.
         weights: sha256 of the extractor's weights; "" where unknown.
         images_sha256: sha256 of the images; "" where unknown.
+        reading: rule by which the images' files were read; "" where unknown.
         of: which images they are, for errors.
 
     Raises:
@@ -106,6 +107,7 @@ class FeatureSet:
     features: Tensor
     weights: str = ""
     images_sha256: str = ""
+    reading: str = ""
     of: str = "images"
 
     def __post_init__(self) -> None:

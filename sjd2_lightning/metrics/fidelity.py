@@ -161,9 +161,10 @@ def _metric_name(metric: str, features: FeatureSet) -> str:
 
 
 def distance_protocol(generated: FeatureSet, reference: FeatureSet) -> str:
-    """Extractor and its weights, resize, number of reference images and their hash, as far as known."""
+    """Extractor, its weights and resize; number, hash and reading of reference images, as far as known."""
     weights = f" (weights {generated.weights[:12]})" if generated.weights else ""
     images = f" (sha256 {reference.images_sha256[:12]})" if reference.images_sha256 else ""
+    images += f", read as: {reference.reading}" if reference.reading else ""
     return (
         f"{generated.extractor}{weights}, {generated.preprocessing}, "
         f"{reference.num_images} reference images{images}"

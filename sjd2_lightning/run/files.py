@@ -1,4 +1,4 @@
-"""Files that are absent, old or whole, whenever a run is killed; and the hashes that name their content."""
+"""Files that are absent, old or whole, whenever a run is killed; their text, and hashes that name them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,23 @@ def sha256_of_file(path: Path) -> str:
     """Hex sha256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def text_of(content: bytes) -> str:
+    """The text of a file: strict UTF-8, without the byte-order mark that Windows puts in front.
+
+    Raises:
+        ValueError: it is in another encoding.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{content[error.start]:02x} at place {error.start}"
+        raise ValueError(f"not UTF-8 ({found}); save it as UTF-8") from None
+    # letters of UTF-16 without a mark are valid UTF-8 with control characters between them
+    if 4 * sum(char < " " and not char.isspace() for char in text) > len(text):
+        raise ValueError("not UTF-8 (every fourth character is a control character); save it as UTF-8")
+    return text
 
 
 @contextmanager

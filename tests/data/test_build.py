@@ -53,7 +53,7 @@ def build(folder: Path, noise: Noise | None = None, inputs: str = "noise", **opt
     noise = noise or Noise()
     coder = Coder(GreyTokenizer(), "grey", batch=3)
     wanted = Wanted(folder, "train", "noise", "ours", "none", (8, 8), inputs, lambda: noise, coder, 6)
-    return ensure_shards(wanted, show_progress=False, **{"max_bad_share": 0.1} | options)
+    return ensure_shards(wanted, show_progress=False, **{"max_bad": 8} | options)
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -173,13 +173,13 @@ def test_other_inputs_start_anew(tmp_path: Path) -> None:
 
 def test_too_many_unusable_pictures_stop_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot be used and 1 are allowed, e\.g\. p7_c1: torn"):
-        build(tmp_path, max_bad_share=0.02)
-    assert build(tmp_path, max_bad_share=0.05).meta.num_skipped == 4
+        build(tmp_path, max_bad=1)
+    assert build(tmp_path, max_bad=4).meta.num_skipped == 4
 
 
 def test_an_error_in_a_worker_arrives_and_ends_the_others(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be used"):
-        build(tmp_path, num_workers=2, max_bad_share=0.0)
+        build(tmp_path, num_workers=2, max_bad=0)
 
 
 def test_a_killed_worker_is_reported(tmp_path: Path) -> None:

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sjd2_lightning.data.sources.record import Record, file_record, key_of
+from sjd2_lightning.data.captions import NO_CAPTION, json_of, plain_caption
+from sjd2_lightning.data.sources.record import Record, checked_records, file_record, key_of
 
 
 def read_coco(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     """File names, and captions in the order of their own ids, by the id of the image.
 
+    Captions that are null or empty are none. Annotations of images that the file lacks are passed over.
+
     Raises:
-        ValueError: the file cannot be read, or names files in other folders.
+        ValueError: the file cannot be read, names files in other folders, or gives an id to two files.
     """
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        names = {int(entry["id"]): str(entry["file_name"]) for entry in content["images"]}
+        content: Any = json_of(path.read_bytes())
+        entries = [(_id(entry, "id"), str(entry["file_name"])) for entry in content["images"]]
+        names = dict(entries)
         captions: dict[int, list[str]] = {image_id: [] for image_id in names}
-        for entry in sorted(content["annotations"], key=lambda entry: int(entry["id"])):
-            if text := " ".join(str(entry["caption"]).split()):
-                captions[int(entry["image_id"])].append(text)
+        annotations = content["annotations"]
+        if all("id" in entry for entry in annotations):  # else in the order of the file
+            annotations = sorted(annotations, key=lambda entry: _id(entry, "id"))
+        if annotations and not any("caption" in entry for entry in annotations):
+            raise KeyError("caption")
+        for entry in annotations:
+            if (own := captions.get(_id(entry, "image_id"))) is not None:
+                own += _captions_of(entry)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be read as COCO captions ({type(error).__name__}: {error}); "
@@ -32,7 +40,26 @@ def read_coco(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     unsafe = [name for name in names.values() if Path(name).name != name]
     if unsafe:
         raise ValueError(f"{path} names the file {unsafe[0]!r}; names of COCO hold no folders")
+    if twice := [entry for entry in entries if names[entry[0]] != entry[1]]:
+        number, name = twice[0]
+        raise ValueError(
+            f"{path} gives the id {number} to {name} and to {names[number]}; correct one of them"
+        )
     return names, captions
+
+
+def _id(entry: Any, field: str) -> int:
+    value = entry[field]
+    if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).isdecimal():
+        raise ValueError(f"{field} {value!r} is no number")
+    return int(value)
+
+
+def _captions_of(entry: Any) -> list[str]:
+    try:
+        return [plain_caption(entry.get("caption"))]
+    except ValueError:
+        return []
 
 
 def coco_records(root: Path, annotations: Path, captions_per_image: int | None = 1) -> list[Record]:
@@ -44,15 +71,18 @@ def coco_records(root: Path, annotations: Path, captions_per_image: int | None =
         captions_per_image: number of captions of a picture, the first ones, a sample each; None for all.
 
     Raises:
-        ValueError: the annotations cannot be read.
+        ValueError: the annotations cannot be read, or no picture that they name is in the folder.
     """
     names, captions = read_coco(annotations)
     records = []
     for number in sorted(names):
-        for place, caption in enumerate(captions[number][:captions_per_image]):
-            key = key_of(names[number]) + (f"_c{place}" if place else "")
-            records.append(file_record(root, names[number], key, caption))
-    return records
+        name, own = names[number], captions[number][:captions_per_image]
+        if not own:
+            records.append(file_record(root, name, key_of(name), "", NO_CAPTION))
+        for place, caption in enumerate(own):
+            key = key_of(name) + (f"_c{place}" if place else "")
+            records.append(file_record(root, name, key, caption))
+    return checked_records(records, root, f"give the folder of the pictures that {annotations} names")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from sjd2_lightning.data.ensure import Coder, Wanted, ensure_shards
 from sjd2_lightning.data.index import ShardIndex
-from sjd2_lightning.data.pictures import on_white
+from sjd2_lightning.data.pictures import read_picture
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 
 ATTRIBUTION = "Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"
@@ -122,7 +122,7 @@ def load_emoji_index() -> tuple[EmojiImage, ...]:
 
 def render(path: Path, size: int = 64) -> np.ndarray:
     """The canonical view: alpha on white, resized to (size, size, 3) uint8."""
-    return np.asarray(on_white(Image.open(path)).resize((size, size), Image.Resampling.LANCZOS))
+    return np.asarray(read_picture(path.read_bytes()).resize((size, size), Image.Resampling.LANCZOS))
 
 
 def jitter(path: Path, rng: np.random.Generator, size: int = 64) -> np.ndarray:
@@ -130,7 +130,7 @@ def jitter(path: Path, rng: np.random.Generator, size: int = 64) -> np.ndarray:
     side = int(rng.integers(round(0.92 * size), size + 1))
     left, top = (int(v) for v in rng.integers(0, size - side + 1, 2))
     canvas = Image.new("RGB", (size, size), "white")
-    canvas.paste(on_white(Image.open(path)).resize((side, side), Image.Resampling.LANCZOS), (left, top))
+    canvas.paste(read_picture(path.read_bytes()).resize((side, side), Image.Resampling.LANCZOS), (left, top))
     return np.asarray(canvas)
 
 

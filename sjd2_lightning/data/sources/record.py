@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,12 +23,12 @@ from sjd2_lightning.data.index import KEY
 from sjd2_lightning.data.pictures import MAX_BYTES, cropped, read_picture
 from sjd2_lightning.run.files import sha256_of_json
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-CAPTION_FIELDS = ("caption", "text", "prompt", "txt")
-
 
 class Record(NamedTuple):
-    """A caption and where its picture lies: bytes `start` to `start + num_bytes` of a file of the source."""
+    """A caption and where its picture lies: bytes `start` to `start + num_bytes` of a file of the source.
+
+    A sample that is known to be unusable is a record too, with its `problem`: it is counted and named.
+    """
 
     key: str
     caption: str
@@ -35,6 +36,13 @@ class Record(NamedTuple):
     start: int
     num_bytes: int
     changed: int = 0  # time of the file's last change, part of what shards depend on
+    member: str = ""  # what of the file it is, where that holds more than one
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """What people find it by."""
+        return f"{self.file}/{self.member}" if self.member else self.file
 
 
 Reader = Callable[[str, Record], bytes]
@@ -42,7 +50,7 @@ Reader = Callable[[str, Record], bytes]
 
 @dataclass(frozen=True)
 class FilePictures:
-    """Records of a source at one size: a `building.PictureSet`.
+    """Records of a source at one size: a `build.PictureSet`.
 
     Args:
         root: folder that the records' files are named from.
@@ -58,17 +66,19 @@ class FilePictures:
     min_side: int
     read: Reader
 
-    def picture(self, record: Record) -> tuple[str, int]:
-        """Where the picture lies."""
-        return record.file, record.start
+    def picture(self, record: Record) -> tuple[str, int, str]:
+        """Where the picture lies, or why there is none."""
+        return record.file, record.start, record.problem
 
     def image(self, record: Record) -> np.ndarray:
         """The picture, cropped to size."""
+        if record.problem:
+            raise ValueError(record.problem)
         return cropped(read_picture(self.read(self.root, record), self.min_side), self.size)
 
     def facts(self, record: Record) -> dict[str, Any]:
         """Key, caption, and the file the picture came from."""
-        return {"key": record.key, "caption": record.caption, "file": record.file}
+        return {"key": record.key, "caption": record.caption, "file": record.name}
 
     @property
     def identity(self) -> str:
@@ -79,24 +89,53 @@ class FilePictures:
 def key_of(name: str) -> str:
     """A sample's key from the name of its picture: plain characters, and a hash where some had to go."""
     bare = re.sub(r"\.\w+$", "", name)
-    if KEY.fullmatch(bare) and len(bare) <= 64:
+    if KEY.fullmatch(bare) and len(bare) <= 64 and bare[0].isalnum():  # keys of prompts begin so
         return bare
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", bare)[-48:].strip("_")
-    return f"{plain}-{hashlib.sha256(bare.encode()).hexdigest()[:12]}"
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", bare)[-48:].strip("_-") or "picture"
+    return f"{plain}-{hashlib.sha256(bare.encode(errors='surrogateescape')).hexdigest()[:12]}"
 
 
-def caption_in(fields: Mapping[str, Any], names: Sequence[str] = CAPTION_FIELDS) -> str | None:
-    """The first caption among some fields."""
-    found = (fields.get(name) for name in names)
-    return next((text.strip() for text in found if isinstance(text, str) and text.strip()), None)
+class NothingUsableError(ValueError):
+    """A source has no usable sample; `records` are the others."""
+
+    def __init__(self, message: str, records: Sequence[Record]) -> None:
+        super().__init__(message)
+        self.records = records
 
 
-def file_record(root: Path, name: str, key: str, caption: str) -> Record:
-    path = inside(root, name)
+def checked_records(records: Sequence[Record], root: Path, remedy: str) -> list[Record]:
+    """The records, each with a key of its own, case aside.
+
+    Raises:
+        NothingUsableError: none of them can be used.
+    """
+    if all(record.problem for record in records):
+        counts = f"0 of {len(records)}: {reasons_of(records)}" if records else "there are no pictures at all"
+        raise NothingUsableError(f"{root} has no pictures with captions ({counts}); {remedy}", records)
+    uses = Counter[str]()
+    unique = []
+    for record in records:
+        uses[record.key.lower()] += 1
+        count = uses[record.key.lower()]
+        again = key_of(f"{record.name}_{count} ")
+        unique.append(record if count == 1 else record._replace(key=again))
+    return unique
+
+
+def reasons_of(unusable: Sequence[Record]) -> str:
+    """The commonest reasons why samples cannot be used, and an example."""
+    reasons = Counter(record.problem for record in unusable).most_common(3)
+    return "; ".join(f"{count} x {reason}" for reason, count in reasons) + f", e.g. {unusable[0].name}"
+
+
+def file_record(root: Path, name: str, key: str, caption: str, problem: str = "") -> Record:
+    """Record of a picture that is a file; raises ValueError if its name leads out of the folder."""
+    if problem:
+        return Record(key, "", name, 0, 0, problem=problem)
     try:
-        stat = path.stat()
-    except OSError:
-        return Record(key, caption, name, 0, 0)  # reading it will say what is wrong
+        stat = inside(root, name).stat()
+    except OSError as error:
+        return Record(key, "", name, 0, 0, problem=f"cannot be read ({error.strerror})")
     return Record(key, caption, name, 0, stat.st_size, stat.st_mtime_ns)
 
 
@@ -114,9 +153,13 @@ def read_stretch(root: str, record: Record) -> bytes:
         raise ValueError(f"a file of {record.num_bytes} bytes, {MAX_BYTES} are the most")
     try:
         stream = _opened(f"{root}/{record.file}", record.changed)
-        return os.pread(stream.fileno(), record.num_bytes, record.start)  # no position to share with a fork
+        # no position to share with a fork
+        content = os.pread(stream.fileno(), record.num_bytes, record.start)
     except OSError as error:
-        raise ValueError(f"{record.file} cannot be read ({error.strerror or error})") from error
+        raise ValueError(f"cannot be read ({error.strerror or error})") from error
+    if len(content) < record.num_bytes:
+        raise ValueError(f"ends early, after {len(content)} of {record.num_bytes} bytes")
+    return content
 
 
 @lru_cache(maxsize=16)

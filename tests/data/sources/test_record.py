@@ -55,8 +55,9 @@ def photos(tmp_path: Path) -> Path:
 
 def test_folder_with_texts(photos: Path) -> None:
     records = folder_records(photos)
-    assert len(records) == 13
-    for record in records:
+    assert [(r.name, r.problem) for r in records if r.problem] == [("silent.png", "no caption")]
+    assert len(records) == 14
+    for record in filter(lambda record: not record.problem, records):
         assert KEY.fullmatch(record.key)
         if record.caption != "torn":
             assert record.caption == f"picture {red_of(photos, record)}"
@@ -75,8 +76,15 @@ def test_folder_with_metadata(photos: Path, kind: str) -> None:
             "silent.png,",
         ]
     (photos / f"metadata.{kind}").write_text("\n".join(lines) + "\n")
+    for path in photos.rglob("*.txt"):
+        path.unlink()
     records = folder_records(photos)
-    assert [(r.caption, red_of(photos, r)) for r in records] == [("three, said one", 3), ('the "ninth"', 9)]
+    kept = [record for record in records if not record.problem]
+    assert [(r.caption, red_of(photos, r)) for r in kept] == [("three, said one", 3), ('the "ninth"', 9)]
+    silent, *others = (record for record in records if record.problem)
+    assert (silent.name, silent.problem) == ("silent.png", "no caption")
+    assert len(others) == 11, "of 12 with a caption two have rows; one is torn"
+    assert {record.problem for record in others} == {f"no caption (no row in metadata.{kind})"}
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../b.png"])
@@ -89,8 +97,9 @@ def test_metadata_cannot_lead_out_of_the_folder(photos: Path, name: str) -> None
 @pytest.mark.parametrize(("line", "message"), [("{", "line 1 is no JSON"), ('{"a": 1}', "no file_name")])
 def test_metadata_that_cannot_be_read_is_named(photos: Path, line: str, message: str) -> None:
     (photos / "metadata.jsonl").write_text(line)
-    with pytest.raises(ValueError, match=message):
-        folder_records(photos)
+    (record,) = (record for record in folder_records(photos) if "line" in record.name)
+    assert record.name == "metadata.jsonl/line 1"
+    assert message in record.problem
 
 
 def test_empty_and_missing_folders_say_what_is_needed(tmp_path: Path) -> None:
@@ -126,7 +135,9 @@ def test_img2dataset_tars(tmp_path: Path) -> None:
                     add(tar, f"0000{shard}{number}.txt", f"text {number}".encode())
             add(tar, "wordless.jpg", picture(1))
             add(tar, "broken.json", b"{")
-    records = tar_records(tmp_path)
+    found = tar_records(tmp_path)
+    assert [r.name for r in found if r.problem] == ["00000.tar/wordless.jpg", "00001.tar/wordless.jpg"]
+    records = [record for record in found if not record.problem]
     assert [r.caption for r in records] == ["json 0", "text 1", "text 2"] * 2
     assert [round(red_of(tmp_path, r), -1) for r in records] == [0, 20, 40, 40, 60, 80]
     assert len({r.key for r in records}) == 6

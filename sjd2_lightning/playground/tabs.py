@@ -195,10 +195,12 @@ def _draw_tab(page: Page) -> Callable[[list[Any]], None]:
             status = gr.HTML(markup.line(""), elem_id="status")
         with gr.Column(scale=2, min_width=240):
             name = gr.Dropdown(offer.others, value=offer.preferred, label="Method on the right")
-            window = gr.Slider(2, max(_WINDOW, own.num_drafted), own.num_drafted, step=1, label="Window")
+            every = offer.methods.values()
+            most = max(_WINDOW, *(method.num_drafted for method in every))
+            window = gr.Slider(2, most, own.num_drafted, step=1, label="Window")
             levels = gr.Slider(
                 0,
-                max(_LEVELS, own.num_levels),
+                max(_LEVELS, *(method.num_levels for method in every)),
                 own.num_levels,
                 step=1,
                 label="Noise levels",

@@ -1,9 +1,13 @@
 """The page of `sjd2 play` in headless Chromium: type, draw, watch, stop, compare, scrub, on every screen."""
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -35,7 +39,7 @@ def page(tiny_weights) -> Iterator[SimpleNamespace]:
     player = Player()
     blocks = tabs.build(offer, player)
     address = tabs.serve(blocks, port=None, share=False, browser=False)
-    yield SimpleNamespace(address=address, player=player, blocks=blocks)
+    yield SimpleNamespace(address=address, player=player, blocks=blocks, offer=offer)
     blocks.close()
     player.close()
 
@@ -135,6 +139,7 @@ def test_a_second_visitor_waits_and_then_draws(session, page, slow):
     time.sleep(1)
     assert drawn(session) == [0, 0]
     assert len(page.player._runs) == 1
+    screenshot(session, SHOTS / "play_waiting.png", 900)
     second = session.current_window_handle
     session.switch_to.window(first)
     session.execute_script("document.getElementById('stop').click()")
@@ -202,6 +207,29 @@ def test_it_fits_every_screen(session, width, dark):
         screenshot(session, SHOTS / f"play_{width}_{'dark' if dark else 'light'}_{tab}.png")
     ground = session.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") != dark
+
+
+def test_a_taken_port_is_named(page):
+    from sjd2_lightning.playground import tabs
+
+    blocks = tabs.build(page.offer, page.player)
+    port = int(page.address.strip("/").rpartition(":")[2])
+    with pytest.raises(ValueError, match=f"--port {port}: "):
+        tabs.serve(blocks, port=port, share=False, browser=False)
+
+
+def test_the_command_serves_the_page_until_it_is_interrupted():
+    command = [sys.executable, "-m", "sjd2_lightning", "play", "--no-browser", "weights=model"]
+    with subprocess.Popen(
+        command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as ran:
+        address = ran.stdout.readline().split()[0]
+        with urlopen(address) as answer:
+            assert "sjd2 play" in answer.read().decode()
+        ran.send_signal(signal.SIGINT)
+        _, said = ran.communicate(timeout=60)
+    assert ran.returncode == 0, said
+    assert "Traceback" not in said
 
 
 def test_only_this_machine_is_served_and_nothing_is_reported(page):

@@ -119,12 +119,14 @@ def test_watchers_wait_for_each_other(backbone, player):
 
 
 def test_one_who_waits_can_stop_at_once(backbone, player):
-    frames = player.watch("a", race_of(backbone))
+    first = race_of(backbone)
+    frames = player.watch("a", first)
     next(frames)
     waiting = player.watch("b", race_of(backbone))
     next(waiting)
     player.stop("b")
     assert [frame.state for frame in waiting] == ["stopped"]
+    assert not first.done
     assert list(frames)[-1].state == "done"
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from sjd2_lightning.cli.launch import launch
 from sjd2_lightning.config.groups import shipped
-from sjd2_lightning.config.reading import evaluate_config, save_config
+from sjd2_lightning.config.reading import save_config
 from sjd2_lightning.config.runs import EvaluateConfig
 from sjd2_lightning.run.stages import stage
 
@@ -32,7 +32,14 @@ EXPORTS = "outputs/train/*/model/backbone.json"  # what plain `python train.py` 
 
 def main() -> None:
     """Entry point of `evaluate.py` and `sjd2-evaluate`."""
-    launch("evaluate", evaluate)
+    launch("evaluate", evaluate, refuse)
+
+
+def refuse(cfg: DictConfig) -> None:
+    """Whether an evaluation can begin, before anything is written; raises as `check_evaluate` does."""
+    from sjd2_lightning.cli.check import check_evaluate
+
+    check_evaluate(cfg)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -48,7 +55,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         ConfigError: the configuration has problems (all of them, before anything is loaded).
         ValueError: weights, prompts or the folder of images cannot be used.
     """
-    config = evaluate_config(cfg)
+    from sjd2_lightning.cli.check import check_evaluate
+
+    config = check_evaluate(cfg)
     run_dir = Path(config.run_dir)
     weights = weights_folder(config)
 

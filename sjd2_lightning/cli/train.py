@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from sjd2_lightning.cli.launch import launch
-from sjd2_lightning.config.reading import save_config, train_config
+from sjd2_lightning.config.reading import save_config
 from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.run.processes import is_first_process
 
@@ -20,7 +20,22 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point of `train.py` and `sjd2-train`."""
-    launch("train", train)
+    launch("train", train, refuse)
+
+
+def refuse(cfg: DictConfig) -> str | None:
+    """Whether a training can begin, before anything is written: see `check_train` for what it raises.
+
+    Returns:
+        What to print where nothing is to be trained (a plan prints itself); None where training may begin.
+    """
+    from sjd2_lightning.cli.check import check_train
+
+    if cfg.print_plan:
+        train(cfg)
+        return ""
+    check_train(cfg)
+    return None
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -41,7 +56,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         from sjd2_lightning.cli.plan import show_plan
 
         return show_plan(cfg)
-    config = train_config(cfg)
+    from sjd2_lightning.cli.check import check_train
+
+    config = check_train(cfg)
     run_dir = Path(config.run_dir)
     if is_first_process():
         save_config(config, run_dir / "train.yaml")

@@ -99,7 +99,7 @@ def test_a_method_that_is_not_compared_need_not_suit_the_training():
 
 def test_methods_that_are_compared_share_law_and_compiler():
     [line] = problems("evaluate", "methods.sjd2.sampling.top_k=3")
-    assert line.startswith("methods.sjd2.sampling: differs from ar's")
+    assert line.startswith("methods.sjd2.sampling.top_k=3: differs from methods.ar.sampling.top_k=0, so")
     [line] = problems("evaluate", "methods.sjd2.engine=compiled")
     assert line.endswith("set decoding.engine")
 

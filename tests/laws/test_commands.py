@@ -381,7 +381,7 @@ def test_which_weights_are_measured(composed, tmp_path):
             ["trainer.max_stps=1"],
             "trainer.max_stps: unknown key; did you mean `trainer.max_steps`",
         ),
-        (train_main, ["model=tini"], "Available options in 'model'"),
+        (train_main, ["model=tini"], "model=tini: no such choice; did you mean `tiny`?"),
         (train_main, ["ckpt_path=gone.ckpt", "decoding.window=0"], "has 2 problems"),
         (train_main, ["ckpt_path=last"], "ckpt_path=last: no run in"),
         (evaluate_main, ["decoding.window=abc"], "decoding.window='abc': must be a whole number"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -31,8 +32,12 @@ def check_train(cfg: DictConfig) -> TrainConfig:
     """
     config = train_config(cfg)
     found = [*_model_problems(config), *_trainer_problems(config), *_callback_problems(config)]
-    if config.callbacks.sampling is not None:
-        found += _metric_problems(config)
+    if config.task == "finetune":
+        found += _data_problems(config)
+        if config.callbacks.sampling is not None:
+            found += _metric_problems(config)
+            key = "callbacks.sampling.num_prompts"
+            found += _prompt_problems(config, key, config.callbacks.sampling.num_prompts)
     if not found:
         found += _lightning_problems(config)
     if found:
@@ -45,9 +50,110 @@ def check_evaluate(cfg: DictConfig) -> EvaluateConfig:
     config = evaluate_config(cfg)
     found = [*_model_problems(config), *_metric_problems(config)]
     found += _device_problems("device", config.device, "use device=auto or device=cpu")
+    if config.benchmark is None:
+        found += _prompt_problems(config, "num_prompts", config.num_prompts)
     if found:
         raise ConfigError(found)
     return config
+
+
+def already_done(config: TrainConfig, start: Path | None) -> str | None:
+    """What to say of a run that has reached its end before it begins; None where there is something to do.
+
+    Args:
+        config: the run.
+        start: checkpoint to go on from.
+
+    Raises:
+        ConfigError: the checkpoint is at the end, and `ckpt_path` asks to go on; with `auto`, which the same
+            command may say every time, that is no error.
+    """
+    from sjd2_lightning.training.checkpoints import progress_of
+
+    trainer = config.trainer
+    if start is None or trainer.fast_dev_run:
+        return None
+    step, epochs = progress_of(start)
+    if 0 <= trainer.max_steps <= step:
+        where, remedy = f"step {step} of {trainer.max_steps}", "raise trainer.max_steps"
+    elif trainer.max_epochs not in (None, -1) and trainer.max_epochs <= epochs:
+        where, remedy = f"epoch {epochs} of {trainer.max_epochs}", "raise trainer.max_epochs"
+    else:
+        return None
+    files = ("backbone.json", "config.json", "open_clip_config.json")  # one of them in every export
+    exports = [Path(config.export_dir) / name for name in files]
+    written = max((path.stat().st_mtime for path in exports if path.is_file()), default=0.0)
+    is_own = start.resolve().is_relative_to(Path(config.run_dir).resolve())
+    if is_own and written < start.stat().st_mtime:
+        return None  # it was killed before its weights were written
+    message = f"ckpt_path={config.ckpt_path}: {start} is at {where}; {remedy} to go on"
+    if config.ckpt_path == "auto":
+        return f"{message}. Nothing was done; its weights are in {config.export_dir}"
+    raise ConfigError([message])
+
+
+def likely_start(config: TrainConfig) -> Path | None:
+    """The newest checkpoint that `ckpt_path` means, whole or not: its bytes are not looked at."""
+    if config.ckpt_path not in ("auto", "last"):
+        return None if config.ckpt_path is None else Path(config.ckpt_path)
+    run_dir = Path(config.run_dir)
+    found = list(run_dir.glob("checkpoints/*.ckpt"))
+    if config.ckpt_path == "last":
+        found = found or list(run_dir.parent.glob("*/checkpoints/last.ckpt"))
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _data_problems(config: TrainConfig) -> Iterator[str]:
+    """Shards that are missing, of another size than the model draws, or too few for a batch."""
+    from sjd2_lightning.cli.plan import codes_of
+    from sjd2_lightning.data.datamodule import CodeDataModule
+    from sjd2_lightning.data.loader import CodeDataset
+
+    data, model, trainer = config.data, config.model, config.trainer
+    codes = codes_of(model)
+    if codes is not None and any(side % codes.pixels for side in model.image_size):
+        yield f"model.image_size={list(model.image_size)}: must be multiples of {codes.pixels}"
+        return
+    module = CodeDataModule(data, image_size=model.image_size[0], seed=config.seed)
+    try:
+        if data.prepare and not module.is_foreign():
+            return  # made with the model's own tokenizer
+        indexes = {split: module.index(split) for split in ("train", "val")}
+        if codes is not None:
+            step = codes.pixels if data.kind == "codes" else 1
+            size = (model.image_size[0] // step, model.image_size[1] // step)
+            for index in indexes.values():
+                index.check_model(codes.num_codes, None, size)
+    except (ValueError, OSError) as error:
+        yield f"data.data_dir={data.data_dir}: {error}"
+        return
+    try:
+        CodeDataset(
+            indexes["train"],
+            batch_size=data.batch_size,
+            train=True,
+            world_size=trainer.num_nodes * (trainer.devices if isinstance(trainer.devices, int) else 1),
+            num_samples=data.num_train_samples,
+            drop_last=data.drop_last,
+        )
+    except ValueError as error:
+        yield f"data.batch_size={data.batch_size}: {error}"
+
+
+def _prompt_problems(config: SharedConfig, key: str, num_prompts: int | None) -> Iterator[str]:
+    """Prompts that cannot be read or are too few, a folder of real images without any."""
+    from sjd2_lightning.cli.build import build_prompts
+
+    try:
+        build_prompts(config, num_prompts)
+    except (ValueError, OSError) as error:
+        file = config.data.prompt_file
+        yield f"{f'data.prompt_file={file}' if file else f'{key}={num_prompts}'}: {error}"
+    folder = config.data.reference_dir
+    if folder is not None and config.metrics.features:
+        num_files = sum(path.is_file() for path in Path(folder).rglob("*"))
+        if num_files < 2:
+            yield f"data.reference_dir={folder}: holds {num_files} files; distances need at least 2 pictures"
 
 
 def _device_problems(key: str, device: str, remedy: str) -> Iterator[str]:

@@ -78,6 +78,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     prompts = chosen_prompts(config)
+    reference = build_reference(config)
     backbone = decoding_backbone(config.model, weights, config.ckpt_path, device)
     layout = backbone.layout(*config.model.image_size)
     methods, windows = chosen_methods(config, backbone, prompts, layout)
@@ -89,7 +90,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         run_dir,
         batch_size=config.batch_size,
         metrics=build_metrics(config, device),
-        reference=build_reference(config),
+        reference=reference,
         image_tokenizer=image_tokenizer_of(backbone),
         warm_up=config.warm_up,
         replace=config.replace_images,

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
+from sjd2_lightning.config.groups import ModelConfig, shipped
 from sjd2_lightning.config.reading import train_config
 from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.models.lora import LoraSettings
@@ -235,6 +236,42 @@ def plan_run(
     )
 
 
+@dataclass(frozen=True)
+class Codes:
+    """What a model's image tokenizer makes of pictures, known without its weights.
+
+    Attributes:
+        num_codes: size of the codebook.
+        pixels: side of the square that a code covers.
+    """
+
+    num_codes: int
+    pixels: int
+
+
+def codes_of(model: ModelConfig) -> Codes | None:
+    """The codes of a model's images from its configuration files; None where these cannot be read."""
+    adapter = family_of(model.family).adapter
+    own, trunk = None, None
+    if model.scratch is not None:
+        own = shipped(model.scratch.image_tokenizer)
+    elif model.init == "pretrained":
+        folder = model.source.path
+        saved = (Path(folder) / BACKBONE_FILE).is_file()
+        own, trunk = (Path(folder) / TOKENIZER, Path(folder) / model.trunk) if saved else (None, Path(folder))
+    try:
+        if own is not None and (own / "config.json").is_file():
+            fields = json.loads((own / "config.json").read_text())
+            return Codes(int(fields["num_vq_embeddings"]), _pixels_of_code(fields))
+        if trunk is None:
+            config = _known_config(adapter, "1b")
+        else:
+            config = adapter.MODEL.config_class.from_pretrained(trunk, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # whatever is wrong there, loading says it
+    return Codes(_num_codes(config), 2 ** (len(config.vq_config.channel_multiplier) - 1))
+
+
 def missing_files(folder: Path, weights: Path, saved: bool, extra: tuple[str, ...] = ()) -> list[str]:
     """Paths of the files that a backbone folder lacks."""
     found = [weights / name for name in missing_weights(weights)]
@@ -282,10 +319,13 @@ def _downsample(folder: Path, config: Any) -> int:
     """Pixels a code covers; the image tokenizer of a saved Chameleon lies beside its trunk."""
     own = folder / TOKENIZER / "config.json"
     if own.is_file():
-        fields = json.loads(own.read_text())
-        patch = round((fields["in_channels"] / 3) ** 0.5)
-        return patch * 2 ** (len(fields["block_out_channels"]) - 1)
+        return _pixels_of_code(json.loads(own.read_text()))
     return 2 ** (len(config.vq_config.channel_multiplier) - 1)
+
+
+def _pixels_of_code(fields: dict[str, Any]) -> int:
+    patch = round((fields["in_channels"] / 3) ** 0.5)
+    return int(patch * 2 ** (len(fields["block_out_channels"]) - 1))
 
 
 def _training(

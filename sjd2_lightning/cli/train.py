@@ -17,6 +17,8 @@ from sjd2_lightning.run.processes import is_first_process
 if TYPE_CHECKING:
     import lightning as L
 
+log = logging.getLogger(__name__)
+
 
 def main() -> None:
     """Entry point of `train.py` and `sjd2-train`."""
@@ -29,13 +31,16 @@ def refuse(cfg: DictConfig) -> str | None:
     Returns:
         What to print where nothing is to be trained (a plan prints itself); None where training may begin.
     """
-    from sjd2_lightning.cli.check import check_train
+    from sjd2_lightning.cli.check import already_done, check_train, likely_start
 
     if cfg.print_plan:
         train(cfg)
         return ""
-    check_train(cfg)
-    return None
+    config = check_train(cfg)
+    start = likely_start(config)
+    if start is None:
+        resume_path(config.ckpt_path, Path(config.run_dir))  # says so where there must be one
+    return already_done(config, start)
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -46,7 +51,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Returns:
         The last value of every logged metric; `start/<name>` are those before training. With `print_plan`
-        the figures of the plan, and nothing is trained.
+        the figures of the plan, and nothing is trained; nothing of a run that is at its end.
 
     Raises:
         ConfigError: the configuration has problems (all of them, before anything is loaded).
@@ -56,13 +61,16 @@ def train(cfg: DictConfig) -> dict[str, float]:
         from sjd2_lightning.cli.plan import show_plan
 
         return show_plan(cfg)
-    from sjd2_lightning.cli.check import check_train
+    from sjd2_lightning.cli.check import already_done, check_train
 
     config = check_train(cfg)
     run_dir = Path(config.run_dir)
+    ckpt_path = resume_path(config.ckpt_path, run_dir)
+    if (done := already_done(config, ckpt_path)) is not None:
+        log.info("%s", done)
+        return {}
     if is_first_process():
         save_config(config, run_dir / "train.yaml")
-    ckpt_path = resume_path(config.ckpt_path, run_dir)
 
     import lightning as L
 

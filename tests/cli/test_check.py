@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 from collections.abc import Iterable
 from copy import deepcopy
 
@@ -10,11 +11,19 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sjd2_lightning.cli.check import check_evaluate, check_train, logged_names
+from sjd2_lightning.cli.check import (
+    already_done,
+    check_evaluate,
+    check_train,
+    likely_start,
+    logged_names,
+)
 from sjd2_lightning.config.reading import ConfigError, train_config
 from sjd2_lightning.config.runs import EvaluateConfig, TrainConfig
+from sjd2_lightning.data.index import Shard, ShardIndex, ShardMeta
+from sjd2_lightning.training.checkpoints import progress_of
 from sjd2_lightning.training.optimizer import build_optimizer, warmup_cosine
-from tests.tools.configurations import composed, put_named_files
+from tests.tools.configurations import composed, put_named_files, typed
 
 BAD = (None, "", [], {}, -1, 0, 10**30, 1e300, math.nan, "nonsense", True, [[1]], {"a": 1}, "${oc.env:NOPE}")
 # A root, and the choices under which groups that are null otherwise have keys.
@@ -191,3 +200,103 @@ def test_devices_that_are_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     [line] = outcome("train", "trainer.devices", 3).problems
     assert line == "trainer.devices=3: this machine has room for 2 GPUs"
+
+
+def finished(folder, step: int, max_epochs: int = 0):
+    """A checkpoint at a step, as Lightning writes it, in the run `folder`."""
+    path = folder / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    epochs = {"fit_loop": {"epoch_progress": {"current": {"completed": max_epochs}}}}
+    torch.save({"global_step": step, "loops": epochs, "state_dict": {"w": torch.ones(3)}}, path)
+    return path
+
+
+def test_a_finished_run_says_so(tmp_path):
+    path = finished(tmp_path / "runs/a", step=300)
+    export = tmp_path / "runs/a/model/backbone.json"
+    export.parent.mkdir()
+    export.touch()
+
+    def said(*overrides: str):
+        config = typed("train", "trainer.max_steps=300", *overrides)
+        return already_done(config, likely_start(config))
+
+    own = f"run_dir={tmp_path}/runs/a"
+    with pytest.raises(ConfigError, match=r"last.ckpt is at step 300 of 300; raise trainer.max_steps to"):
+        said(own, "ckpt_path=last")
+    with pytest.raises(ConfigError, match="is at step 300 of 300"):
+        said(own, f"ckpt_path={path}")
+    with pytest.raises(ConfigError, match="is at step 300 of 300"):
+        said(f"run_dir={tmp_path}/runs/b", "ckpt_path=last")
+    assert "Nothing was done" in said(own, "ckpt_path=auto"), "the same command may be given again"
+    assert said(own, "ckpt_path=auto", "trainer.max_steps=301") is None
+    assert said(own) is None, "without ckpt_path it begins anew"
+    assert said(f"run_dir={tmp_path}/runs/b", "ckpt_path=auto") is None
+    export.unlink()
+    assert said(own, "ckpt_path=auto") is None, "it was killed before its weights were written"
+    assert said(own, "ckpt_path=last") is None
+
+
+def test_a_run_of_epochs_that_is_finished_says_so(tmp_path):
+    path = finished(tmp_path / "runs/a", step=300, max_epochs=3)
+    wanted = ["trainer.max_steps=-1", f"ckpt_path={path}", "run_dir=elsewhere"]
+    config = typed("train", *wanted, "trainer.max_epochs=3")
+    with pytest.raises(ConfigError, match=r"is at epoch 3 of 3; raise trainer.max_epochs"):
+        already_done(config, likely_start(config))
+    config = typed("train", *wanted, "trainer.max_epochs=4")
+    assert already_done(config, likely_start(config)) is None
+
+
+def test_progress_of_a_damaged_checkpoint_is_left_to_its_reader(tmp_path):
+    path = finished(tmp_path / "runs/a", step=7)
+    assert progress_of(path) == (7, 0)
+    path.write_bytes(path.read_bytes()[:200])
+    assert progress_of(path) == (0, 0)
+    assert progress_of(tmp_path) == (0, 0)
+
+
+def test_data_are_refused_before_anything_is_loaded(tmp_path, tiny_weights):
+    for name in ("trunk/config.json", "tokenizer/config.json"):
+        (tmp_path / "weights/tiny" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(tiny_weights / name, tmp_path / "weights/tiny" / name)
+
+    def lines(*overrides: str) -> list[str]:
+        cfg = deepcopy(composed("train", "data=shards"))
+        try:
+            check_train(OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides))))
+        except ConfigError as error:
+            return error.problems
+        return []
+
+    [line] = lines("data.data_dir=mine")
+    assert line.startswith("data.data_dir=mine: No shards in mine/codes/train: index.json is missing")
+    for split in ("train", "val"):
+        folder = tmp_path / "mine/codes" / split
+        folder.mkdir(parents=True)
+        (folder / "a.tar").touch()
+        meta = ShardMeta("codes", split, "folder", 16, 16, "", "", num_codes=512, tokenizer_hash="x")
+        ShardIndex(folder, meta, (Shard("a.tar", "", 0, 20),)).save(folder)
+    assert lines("data.data_dir=mine") == []
+    [line] = lines("data.data_dir=mine", "model.image_size=[96,96]")
+    assert "mine/codes/train holds images of 16x16 codes, the model draws 24x24" in line
+    [line] = lines("data.data_dir=mine", "data.batch_size=21")
+    assert line.startswith("data.batch_size=21: 20 training samples do not fill one batch of 21")
+    [line] = lines("data.data_dir=mine", "model.image_size=[65,64]")
+    assert line == "model.image_size=[65, 64]: must be multiples of 4"
+    (tmp_path / "mine/codes/val/a.tar").unlink()
+    [line] = lines("data.data_dir=mine")
+    assert "mine/codes/val lacks 1 of the 1 shards" in line
+
+
+def test_prompts_and_references_are_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "p.txt").write_text("red\nred")
+    (tmp_path / "empty").mkdir()
+    [line] = outcome("evaluate", "data.prompt_file", "p.txt").problems
+    assert line.startswith("data.prompt_file=p.txt: ")
+    assert "'red' occurs 2 times" in line
+    [line] = outcome("evaluate", "num_prompts", 10**6).problems
+    assert line.startswith("num_prompts=1000000: ")
+    [line] = outcome("train", "callbacks.sampling.num_prompts", 10**6).problems
+    assert line.startswith("callbacks.sampling.num_prompts=1000000: ")
+    [line] = outcome("evaluate", "data.reference_dir", "empty").problems
+    assert line.startswith("data.reference_dir=empty: holds 0 files")

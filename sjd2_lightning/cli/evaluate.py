@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,12 +99,15 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     )
     if result is None:  # rank 0 reports
         return {}
+    if config.model.random_name:
+        warning = f"{weights_name(config, weights)}: a dry run, nothing here is a figure of a release"
+        result = replace(result, warnings=(warning, *result.warnings))
     provenance = collect_provenance(
         backbone,
         redact(config.model_dump(mode="json")),
         {item.key: item.seed for item in prompts},
         {
-            "weights": str(config.ckpt_path or weights),
+            "weights": weights_name(config, weights),
             "auto_window": {name: choice.summary() for name, choice in windows.items()},
         },
         result.store.identity["weights"],
@@ -179,6 +183,16 @@ def weights_folder(config: EvaluateConfig) -> Path:
     return shipped(config.model.path)
 
 
+def weights_name(config: EvaluateConfig, weights: Path) -> str:
+    """What the measured weights are called: their place, or that they are random."""
+    name = config.model.random_name
+    if not name:
+        return str(config.ckpt_path or weights)
+    if config.ckpt_path is None and weights == shipped(config.model.path):
+        return name
+    return f"{config.ckpt_path or weights}, trained from {name}"
+
+
 def pick_device(device: str) -> str:
     """The device by name; `auto` is the best there is."""
     import torch
@@ -196,7 +210,8 @@ def publish(
 
     if config.logger.wandb is None:
         return
-    settings = config.logger.wandb.model_dump(include={"mode", "project", "entity", "name", "group", "tags"})
+    settings = config.logger.wandb.model_dump(include={"mode", "project", "entity", "name", "group"})
+    settings["tags"] = config.wandb_tags
     pictures = {"cost": files.cost} | ({"settling": files.settling} if files.settling else {})
     folder = log_to_wandb(result, provenance, config.run_dir, **settings, pictures=pictures)
     if config.report.publish == "wandb":
@@ -239,7 +254,7 @@ def show(config: EvaluateConfig, result: EvaluationResult, weights: Path, files:
     for warning in result.warnings:
         console.print(f"[yellow]{warning}[/yellow]")
     for name, place in {
-        "weights": config.ckpt_path or weights,
+        "weights": weights_name(config, weights),
         "images": result.store.folder / "images",
         "grid": files.grid,
         "report": files.json,

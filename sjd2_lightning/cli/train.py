@@ -145,4 +145,5 @@ def show(config: TrainConfig, metrics: dict[str, float]) -> None:
     console.print(table)
     console.print(f"run: {config.run_dir}", soft_wrap=True)
     if not config.trainer.fast_dev_run:
-        console.print(f"weights: {config.export_dir}", soft_wrap=True)
+        random = config.model.random_name if config.model.init == "random_tiny" else ""
+        console.print(f"weights: {config.export_dir}{f', of {random}' if random else ''}", soft_wrap=True)

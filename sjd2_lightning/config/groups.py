@@ -293,6 +293,13 @@ class ModelConfig(Group):
         """Where the weights are."""
         return WeightsSource(shipped(self.path), self.hub_id, self.revision, self.local_files_only, self.get)
 
+    @property
+    def random_name(self) -> str:
+        """What a model that no training made is called wherever its figures stand; "" for all others."""
+        if self.scratch is not None:
+            return "scratch (random weights)"
+        return f"random_tiny (a shrunken {self.family}, random weights)" if self.init == "random_tiny" else ""
+
     def problems(self) -> list[str]:
         """Weights that are not there, a device that is none."""
         found = self._weights_problems() if self.init == "pretrained" and self.scratch is None else []

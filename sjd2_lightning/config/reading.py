@@ -24,6 +24,8 @@ from sjd2_lightning.run.processes import run_id
 
 # `${run_id:}` in conf/train.yaml; kept for the process, so that every key with it names one folder.
 OmegaConf.register_new_resolver("run_id", lambda: run_id(), use_cache=True, replace=True)
+# `${dry_run:${model.init},a,b}` in conf: a for a dry run on random weights, else b
+OmegaConf.register_new_resolver("dry_run", lambda init, a, b: a if init == "random_tiny" else b, replace=True)
 # `${either:a,b}` in conf/method: a, or b where a is null
 OmegaConf.register_new_resolver("either", lambda a, b: b if a is None else a, replace=True)
 

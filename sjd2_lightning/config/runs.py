@@ -95,6 +95,12 @@ class SharedConfig(Group):
     compare: Annotated[tuple[str, ...], Field(min_length=1)]
     methods: Annotated[dict[str, DecodingConfig], Field(min_length=1)]
 
+    @property
+    def wandb_tags(self) -> tuple[str, ...]:
+        """Tags of the W&B run: those that were asked for, and that its figures are of random weights."""
+        tags = () if self.logger.wandb is None else self.logger.wandb.tags
+        return (*tags, "random weights") if self.model.init == "random_tiny" else tags
+
     def problems(self) -> list[str]:
         """Methods that cannot be compared, two sources of prompts."""
         found = self._problems_of_methods()

@@ -73,6 +73,11 @@ def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, pe
             "warm_up=false",
         )
     )
+    called = f"{run / 'model'}, trained from random_tiny"
+    assert report["provenance"]["weights"].startswith(called)
+    assert called in report["warnings"][0]
+    for name in ("report.md", "report.html"):
+        assert "random weights" in (tmp_path / "compared" / name).read_text()
     assert {name: method["num_images"] for name, method in report["methods"].items()} == {
         "ar": 1,
         "sjd": 1,

@@ -105,7 +105,7 @@ def likely_start(config: TrainConfig) -> Path | None:
 
 def _data_problems(config: TrainConfig) -> Iterator[str]:
     """Shards that are missing, of another size than the model draws, or too few for a batch."""
-    from sjd2_lightning.cli.plan import codes_of
+    from sjd2_lightning.cli.sizes import codes_of
     from sjd2_lightning.data.datamodule import CodeDataModule
     from sjd2_lightning.data.loader import CodeDataset
 

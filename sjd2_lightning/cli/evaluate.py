@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from sjd2_lightning.cli.check import check_evaluate
 from sjd2_lightning.cli.launch import launch
 from sjd2_lightning.config.groups import shipped
 from sjd2_lightning.config.reading import save_config
@@ -38,8 +39,6 @@ def main() -> None:
 
 def refuse(cfg: DictConfig) -> None:
     """Whether an evaluation can begin, before anything is written; raises as `check_evaluate` does."""
-    from sjd2_lightning.cli.check import check_evaluate
-
     check_evaluate(cfg)
 
 
@@ -56,8 +55,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         ConfigError: the configuration has problems (all of them, before anything is loaded).
         ValueError: weights, prompts or the folder of images cannot be used.
     """
-    from sjd2_lightning.cli.check import check_evaluate
-
     config = check_evaluate(cfg)
     run_dir = Path(config.run_dir)
     weights = weights_folder(config)
@@ -99,9 +96,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     )
     if result is None:  # rank 0 reports
         return {}
-    if config.model.random_name:
-        warning = f"{weights_name(config, weights)}: a dry run, nothing here is a figure of a release"
-        result = replace(result, warnings=(warning, *result.warnings))
+    result = with_word_of_random_weights(result, config, weights)
     provenance = collect_provenance(
         backbone,
         redact(config.model_dump(mode="json")),
@@ -191,6 +186,16 @@ def weights_name(config: EvaluateConfig, weights: Path) -> str:
     if config.ckpt_path is None and weights == shipped(config.model.path):
         return name
     return f"{config.ckpt_path or weights}, trained from {name}"
+
+
+def with_word_of_random_weights(
+    result: EvaluationResult, config: EvaluateConfig, weights: Path
+) -> EvaluationResult:
+    """The result, with a warning in front where no training made the weights."""
+    if not config.model.random_name:
+        return result
+    warning = f"{weights_name(config, weights)}: a dry run, nothing here is a figure of a release"
+    return replace(result, warnings=(warning, *result.warnings))
 
 
 def pick_device(device: str) -> str:

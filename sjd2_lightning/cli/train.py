@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from sjd2_lightning.cli.check import already_done, check_train, likely_start
 from sjd2_lightning.cli.launch import launch
 from sjd2_lightning.config.reading import save_config
 from sjd2_lightning.config.runs import TrainConfig
@@ -31,8 +32,6 @@ def refuse(cfg: DictConfig) -> str | None:
     Returns:
         What to print where nothing is to be trained (a plan prints itself); None where training may begin.
     """
-    from sjd2_lightning.cli.check import already_done, check_train, likely_start
-
     if cfg.print_plan:
         train(cfg)
         return ""
@@ -61,8 +60,6 @@ def train(cfg: DictConfig) -> dict[str, float]:
         from sjd2_lightning.cli.plan import show_plan
 
         return show_plan(cfg)
-    from sjd2_lightning.cli.check import already_done, check_train
-
     config = check_train(cfg)
     run_dir = Path(config.run_dir)
     ckpt_path = resume_path(config.ckpt_path, run_dir)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from sjd2_lightning.run.values import Within, wrong_values
 
 TIED = ("tied", "tied_white")  # sources made of the Gumbel vector that decides the token
 
@@ -72,16 +74,6 @@ def denoise(
     return kept * x_t + (1 - kept) * x0_hat
 
 
-def unknown_choices(values: Any) -> list[str]:
-    """Fields of a dataclass whose value is not one of those that their `Literal` names; a line each."""
-    hints = get_type_hints(type(values))
-    return [
-        f"{name}={getattr(values, name)!r}: must be one of {', '.join(get_args(hint))}"
-        for name, hint in hints.items()
-        if get_origin(hint) is Literal and getattr(values, name) not in get_args(hint)
-    ]
-
-
 @dataclass(frozen=True)
 class NoiseProcess:
     """How noise comes and goes, in training and in decoding alike.
@@ -101,8 +93,8 @@ class NoiseProcess:
     """
 
     schedule: Literal["linear", "karras"] = "linear"
-    t_min: float = 0.02
-    rho: float = 7.0
+    t_min: Annotated[float, Within(0, 1, without="both")] = 0.02
+    rho: Annotated[float, Within(0.01, 1000)] = 7.0
     source: Literal["gaussian", "tied", "tied_white", "mean", "above"] = "gaussian"
     state: Literal["blended", "draft"] = "blended"
     estimate: Literal["drawn", "expected"] = "drawn"
@@ -142,12 +134,7 @@ class NoiseProcess:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
-        found = unknown_choices(self)
-        if not 0 < self.t_min < 1:
-            found.append(f"t_min={self.t_min}: must lie in (0, 1)")
-        if not self.rho > 0:
-            found.append(f"rho={self.rho}: must be greater than 0")
-        return found
+        return wrong_values(self)
 
 
 def tied_rows(normalised: Float[Tensor, "K D"], white: bool = False) -> Float[Tensor, "K D"]:

@@ -197,7 +197,7 @@ def test_a_trial_run_decodes_one_prompt(tmp_path):
     [
         ({"prompts": [PromptItem("a", "", 0)]}, "'a' is empty"),
         ({"methods": {}}, "there are no methods"),
-        ({"methods": {"x": DecodingConfig("sjd", window=0)}}, "window=0: must be >= 1"),
+        ({"methods": {"x": DecodingConfig("sjd", window=0)}}, "window=0: must be at least 1"),
         ({"every_n_validations": 0}, "every_n_validations is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from sjd2_lightning.cli.check import check_evaluate
 from sjd2_lightning.cli.launch import launch
 from sjd2_lightning.config.groups import shipped
-from sjd2_lightning.config.reading import evaluate_config, save_config
+from sjd2_lightning.config.reading import save_config
 from sjd2_lightning.config.runs import EvaluateConfig
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.owner import owned
@@ -34,7 +36,12 @@ EXPORTS = "outputs/train/*/model/backbone.json"  # what plain `python train.py` 
 
 def main() -> None:
     """Entry point of `evaluate.py` and `sjd2-evaluate`."""
-    launch("evaluate", evaluate)
+    launch("evaluate", evaluate, refuse)
+
+
+def refuse(cfg: DictConfig) -> None:
+    """Whether an evaluation can begin, before anything is written; raises as `check_evaluate` does."""
+    check_mode(check_evaluate(cfg))
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         ValueError: weights, prompts or the folder of images cannot be used, or another process evaluates
             in `run_dir`.
     """
-    config = evaluate_config(cfg)
+    config = check_evaluate(cfg)
     check_mode(config)
     with owned(Path(config.run_dir), "evaluate"):
         return evaluate_owned(config)
@@ -78,13 +85,13 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
 
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    with stage("reading the prompts"):
-        prompts = chosen_prompts(config)
+    with stage("reading the prompts and real images"):
+        prompts, reference = chosen_prompts(config), build_reference(config)
     backbone = decoding_backbone(config.model, weights, config.ckpt_path, device)
     layout = backbone.layout(*config.model.image_size)
     methods, windows = chosen_methods(config, backbone, prompts, layout)
-    with stage("loading what measures, and real images"):
-        metrics, reference = build_metrics(config, device), build_reference(config)
+    with stage("loading what measures"):
+        metrics = build_metrics(config, device)
     result = evaluate_methods(
         backbone,
         methods,
@@ -101,12 +108,13 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
     )
     if result is None:  # rank 0 reports
         return {}
+    result = with_word_of_random_weights(result, config, weights)
     provenance = collect_provenance(
         backbone,
         redact(config.model_dump(mode="json")),
         {item.key: item.seed for item in prompts},
         {
-            "weights": str(config.ckpt_path or weights),
+            "weights": weights_name(config, weights),
             "auto_window": {name: choice.summary() for name, choice in windows.items()},
         },
         result.store.identity["weights"],
@@ -199,6 +207,26 @@ def weights_folder(config: EvaluateConfig) -> Path:
     return shipped(config.model.path)
 
 
+def weights_name(config: EvaluateConfig, weights: Path) -> str:
+    """What the measured weights are called: their place, or that they are random."""
+    name = config.model.random_name
+    if not name:
+        return str(config.ckpt_path or weights)
+    if config.ckpt_path is None and weights == shipped(config.model.path):
+        return name
+    return f"{config.ckpt_path or weights}, trained from {name}"
+
+
+def with_word_of_random_weights(
+    result: EvaluationResult, config: EvaluateConfig, weights: Path
+) -> EvaluationResult:
+    """The result, with a warning in front where no training made the weights."""
+    if not config.model.random_name:
+        return result
+    warning = f"{weights_name(config, weights)}: a dry run, nothing here is a figure of a release"
+    return replace(result, warnings=(warning, *result.warnings))
+
+
 def pick_device(device: str) -> str:
     """The device by name; `auto` is the best there is."""
     import torch
@@ -224,7 +252,8 @@ def publish(
 
     if config.logger.wandb is None:
         return
-    settings = config.logger.wandb.model_dump(include={"mode", "project", "entity", "name", "group", "tags"})
+    settings = config.logger.wandb.model_dump(include={"mode", "project", "entity", "name", "group"})
+    settings["tags"] = config.wandb_tags
     pictures = {"cost": files.cost} | ({"settling": files.settling} if files.settling else {})
     folder = log_to_wandb(result, provenance, config.run_dir, **settings, pictures=pictures)
     if config.report.publish == "wandb":
@@ -267,7 +296,7 @@ def show(config: EvaluateConfig, result: EvaluationResult, weights: Path, files:
     for warning in result.warnings:
         console.print(f"[yellow]{warning}[/yellow]")
     for name, place in {
-        "weights": config.ckpt_path or weights,
+        "weights": weights_name(config, weights),
         "images": result.store.folder / "images",
         "grid": files.grid,
         "report": files.json,

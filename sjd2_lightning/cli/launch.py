@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import json
 import logging
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +21,9 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
+from sjd2_lightning.cli.arguments import one_line, readable_arguments, with_suggestion
 from sjd2_lightning.config.reading import ALLOWED_TARGETS, conf_dir
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.processes import HANDED_DOWN, started_by_lightning
@@ -39,15 +40,19 @@ _OF_A_RUN = (
     "MASTER_PORT",
     "PL_GLOBAL_SEED",
 )
-_MISSPELT = re.compile(r"Could not override '(?P<key>[^']+)'")
 
 
-def launch(script: str, job: Callable[[DictConfig], object]) -> None:
+def launch(
+    script: str, job: Callable[[DictConfig], object], check: Callable[[DictConfig], str | None] | None = None
+) -> None:
     """Runs a job under Hydra, as the command line asks: once, or once for each point of a sweep (`-m`).
 
     Args:
         script: "train" or "evaluate", a root of `conf/`.
         job: gets the composed configuration, whose `run_dir` is the run's own folder.
+        check: gets the same before that folder is made, and raises ValueError for what cannot run; what it
+            returns is printed and ends the command well, None lets the job begin. A sweep's jobs check
+            themselves.
 
     A wrong configuration, and any other ValueError that this package raises, ends in its message and exit
     status 2; every other error keeps its traceback. In a sweep a run that fails does not stop the others: it
@@ -55,9 +60,7 @@ def launch(script: str, job: Callable[[DictConfig], object]) -> None:
     """
 
     def run(cfg: DictConfig) -> None:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        if folder.is_relative_to(Path.cwd()):  # reports name it, and say nothing about the machine then
-            folder = folder.relative_to(Path.cwd())
+        folder = run_folder(HydraConfig.get().runtime.output_dir)
         with open_dict(cfg):
             cfg.run_dir = str(folder)
         with _handing_down(script, list(HydraConfig.get().overrides.task), str(folder)):
@@ -75,19 +78,39 @@ def launch(script: str, job: Callable[[DictConfig], object]) -> None:
     restrict_targets()
     # Otherwise Hydra prints errors itself, cut short, and exits before the lines below.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    SweepReport.all_failed = False
-    start = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=script)(run)
+    SweepReport.all_failed, Preflight.check = False, check
     try:
-        start()
-    except HydraException as error:
-        sys.exit(_fail(_with_suggestion(script, error)))
-    except ValueError as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not raised_in.is_relative_to(Path(__file__).resolve().parents[1]):
+        sys.argv[1:] = readable_arguments(script, sys.argv[1:])
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=script)(run)()
+    except Exception as error:
+        message = refusal(script, error)
+        if message is None:
             raise
-        sys.exit(_fail(f"{error}"))
+        sys.exit(_fail(message))
     if SweepReport.all_failed:
         sys.exit(1)
+
+
+def run_folder(output_dir: str) -> Path:
+    """The folder of a run, as reports name it: they say nothing about the machine where it can be helped."""
+    folder = Path(output_dir)
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def refusal(script: str, error: Exception) -> str | None:
+    """What to print of an error that is the user's to mend; None for others, which keep their traceback."""
+    if isinstance(error, HydraException):
+        return one_line(with_suggestion(script, error))
+    if isinstance(error, OmegaConfBaseException):
+        key = f"{error.full_key}: " if error.full_key else ""
+        return one_line(f"The configuration has a problem: {key}{str(error).splitlines()[0]}")
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    is_ours = raised_in.is_relative_to(Path(__file__).resolve().parents[1])
+    if is_ours and isinstance(error, ValueError | FloatingPointError | OSError):
+        return f"{error}"
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's, of values that do not go together
+        return one_line(f"The configuration has a problem: trainer: {error}")
+    return None
 
 
 @contextmanager
@@ -149,31 +172,9 @@ def composed(script: str, overrides: list[str]) -> DictConfig:
     """
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose(script, overrides)
+            return compose(script, readable_arguments(script, overrides))
     except HydraException as error:
-        raise ValueError(_with_suggestion(script, error)) from error
-
-
-def _with_suggestion(script: str, error: HydraException) -> str:
-    message = str(error).strip()
-    misspelt = _MISSPELT.search(message)
-    if misspelt is None:
-        return message
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        known = list(_keys(OmegaConf.to_container(compose(script), resolve=False)))
-    key = misspelt["key"]
-    close = difflib.get_close_matches(key, known, n=3)
-    hint = (
-        f"did you mean {' or '.join(f'`{name}`' for name in close)}?" if close else "see the files in conf/"
-    )
-    return f"The configuration has a problem:\n  - {key}: unknown key; {hint}"
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(node, Mapping):
-        for name, value in node.items():
-            yield f"{prefix}{name}"
-            yield from _keys(value, f"{prefix}{name}.")
+        raise ValueError(with_suggestion(script, error)) from error
 
 
 # Hydra instantiates names of its own part of a configuration before `config.reading` has seen the rest. A
@@ -185,6 +186,7 @@ OF_HYDRA = frozenset(
         "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
         "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
         "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+        "sjd2_lightning.cli.launch.Preflight",
         "sjd2_lightning.cli.launch.SweepReport",
     }
 )
@@ -204,6 +206,34 @@ def restrict_targets() -> None:
 
     resolve.restricted = True  # type: ignore[attr-defined]
     _instantiate2._resolve_target = resolve
+
+
+class Preflight(Callback):
+    """Checks a single run before Hydra makes its folder and opens its log: what is refused leaves nothing."""
+
+    check: ClassVar[Callable[[DictConfig], str | None] | None] = None
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra, which would turn other exceptions than SystemExit into warnings."""
+        check = type(self).__dict__["check"]
+        if check is None:
+            return
+        cfg = copy.deepcopy(config)
+        with open_dict(cfg):
+            folder = OmegaConf.select(cfg, "hydra.run.dir", throw_on_resolution_failure=False)
+            del cfg["hydra"]
+            if isinstance(folder, str) and folder not in ("", cfg.run_dir):  # hydra.run.dir was given
+                cfg.run_dir = str(run_folder(folder))
+        try:
+            answer = check(cfg)
+        except (OmegaConfBaseException, ValueError) as error:
+            message = refusal(str(config.hydra.job.name), error)
+            if message is None:
+                raise
+            sys.exit(_fail(message))
+        if answer is not None:
+            print(answer, end="\n" if answer else "")
+            sys.exit(0)
 
 
 class SweepReport(Callback):

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from PIL import Image
 
 from sjd2_lightning.cli.build import decoding_backbone
+from sjd2_lightning.cli.check import check_evaluate
 from sjd2_lightning.cli.evaluate import pick_device, weights_folder
+from sjd2_lightning.cli.launch import composed
 from sjd2_lightning.config.groups import did_you_mean, shipped
-from sjd2_lightning.config.reading import ConfigError, conf_dir, evaluate_config
 from sjd2_lightning.config.runs import EvaluateConfig
 from sjd2_lightning.decoding import DecodeOutput, Observer, decode
 from sjd2_lightning.metrics.efficiency import timed
@@ -83,8 +82,8 @@ class Pipeline:
             keys: keys of `evaluate.py`, such as "model=lumina_mgpt" or "decoding.sampling.temperature=0.7".
 
         Raises:
-            ConfigError: a key that does not exist, or a bad value.
-            ValueError: weights that are missing or damaged; the message says how to get them.
+            ValueError: a key that does not exist, a bad value, or weights that are missing or damaged; the
+                message says how to get them.
         """
         return cls.of(evaluation_settings([*(_keys_of(source) if source is not None else ()), *keys]))
 
@@ -136,13 +135,8 @@ def check_method(config: EvaluateConfig, method: str) -> None:
 
 
 def evaluation_settings(keys: Sequence[str]) -> EvaluateConfig:
-    """The configuration of `evaluate.py` with these keys; raises ConfigError."""
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        try:
-            cfg = compose("evaluate", list(keys))
-        except HydraException as error:
-            raise ConfigError([" ".join(str(error).split())]) from error
-    return evaluate_config(cfg)
+    """The configuration of `evaluate.py` with these keys; raises ValueError with all problems."""
+    return check_evaluate(composed("evaluate", list(keys)))
 
 
 def _keys_of(source: str | Path) -> list[str]:

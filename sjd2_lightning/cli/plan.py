@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
+from sjd2_lightning.cli.sizes import downsample, known_config, num_codes
 from sjd2_lightning.config.reading import train_config
 from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.models.lora import LoraSettings
@@ -19,6 +21,8 @@ from sjd2_lightning.models.registry import family_of
 from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK, missing_weights, read_json
 
 _GIB = 2**30
+CARDS = (24, 48, 80)  # GB of common cards; their GiB are as many, nearly
+USABLE = 0.92  # share of a card's memory that is left beside the driver and what is not contiguous
 
 
 def show_plan(cfg: DictConfig) -> dict[str, float]:
@@ -40,22 +44,28 @@ def show_plan(cfg: DictConfig) -> dict[str, float]:
     model = config.model
     size = "7b" if "7b" in f"{model.hub_id} {model.path}".lower() else "1b"
     folder = Path(model.source.path)
-    plan = plan_run(model.family, folder, model.trunk, model.image_size, run_settings(config), size)
+    settings = run_settings(config)
+    plan = plan_run(model.family, folder, model.trunk, model.image_size, settings, size)
 
     console = Console(soft_wrap=True)
     height, width = plan.grid
-    console.print(f"{model.family}, {model.image_size[1]}x{model.image_size[0]} pixels")
+    types = f"weights in {model.dtype}{f', layers in {model.quantize} to decode' if model.quantize else ''}"
+    console.print(f"{model.family}, {model.image_size[1]}x{model.image_size[0]} pixels, {types}")
     if plan.assumed:
         console.print(f"  sizes of the release as known here: {folder} has no config.json yet")
     parts = ", ".join(f"{name} {count / 1e6:,.0f} M" for name, count in plan.parameters.items())
     console.print(f"  parameters: {parts}; trained {plan.trained / 1e6:,.1f} M")
     console.print(f"  tokens an image: {plan.slots:,} ({height} x {width} codes)")
     table = Table("on one device, estimated", "GiB", "of it")
-    for name, parts_of in (("training", plan.training), ("decoding", plan.decoding)):
+    named = {
+        f"training, batch {settings.batch_size}, {config.trainer.precision}": plan.training,
+        f"decoding, {settings.decode_batch} at once, window {settings.window}": plan.decoding,
+    }
+    for name, parts_of in named.items():
         shown = ", ".join(f"{part} {count / _GIB:.1f}" for part, count in parts_of.items() if count)
         table.add_row(name, f"{sum(parts_of.values()) / _GIB:.1f}", shown)
     console.print(table)
-    for line in remarks(config):
+    for line in (*what_fits(plan, settings), *remarks(config)):
         console.print(f"  {line}")
     if plan.missing:
         console.print(f"  missing: {', '.join(plan.missing)}")
@@ -97,6 +107,37 @@ def run_settings(config: TrainConfig) -> RunSettings:
     )
 
 
+def what_fits(plan: Plan, settings: RunSettings) -> list[str]:
+    """A line for each size of card: the largest batches that fit it, of this run and of less than it.
+
+    Args:
+        plan: plan of the run.
+        settings: what of the run decides the memory.
+    """
+    lines = []
+    for card in CARDS:
+        room = USABLE * card * _GIB
+        # all but weights and what belongs to them grows with the batch
+        batch, grows = settings.batch_size, ("activations", "logits")
+        found = {
+            "training as asked": _largest(plan.training, grows, batch, room),
+            "training an adapter": _largest(plan.adapter, grows, batch, room),
+            "decoding": _largest(plan.decoding, ("cache", "window"), settings.decode_batch, room),
+        }
+        if settings.lora is not None:
+            del found["training an adapter"]
+        words = {name: f"at batch {most:,}" if most else "does not fit" for name, most in found.items()}
+        parts = [f"{name} {word}" for name, word in words.items()]
+        lines.append(f"a card of {card} GB: {', '.join(parts)}")
+    return lines
+
+
+def _largest(parts: Mapping[str, int], growing: Sequence[str], batch: int, room: float) -> int:
+    """The largest batch whose bytes fit, from those at another batch; 0 where not even one does."""
+    each = sum(parts[name] for name in growing) / batch
+    return max(0, int((room - sum(parts.values()) + each * batch) // each))
+
+
 def remarks(config: TrainConfig) -> list[str]:
     """What the figures do not say by themselves."""
     found = []
@@ -112,21 +153,6 @@ def remarks(config: TrainConfig) -> list[str]:
     return found
 
 
-# Sizes of Janus' language models, as far as known; a config.json in the weights' folder replaces them.
-_JANUS_TEXT = {
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-    },
-    "7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 32,
-    },
-}
 _ACTIVATION_BYTES = (
     34  # a layer, token and unit of width in 16 bits without attention scores (arXiv 2205.05198)
 )
@@ -175,7 +201,8 @@ class Plan:
         trained: how many of them train.
         grid: (height, width) in codes.
         slots: tokens of an image that are drawn or forced.
-        training, decoding: bytes by what they hold.
+        training, adapter, decoding: bytes by what they hold; `adapter` are those of training a low-rank
+            adapter in place of all weights.
         missing: files that are not there yet.
         assumed: the sizes are those of the release as known here, for want of its config.json.
     """
@@ -185,6 +212,7 @@ class Plan:
     grid: tuple[int, int]
     slots: int
     training: dict[str, int]
+    adapter: dict[str, int]
     decoding: dict[str, int]
     missing: list[str]
     assumed: bool
@@ -214,23 +242,24 @@ def plan_run(
     assumed = not (weights / "config.json").is_file()
     if not assumed:
         read_json(weights / "config.json")
-    config = _known_config(adapter, size) if assumed else adapter.MODEL.config_class.from_pretrained(weights)
+    config = known_config(adapter, size) if assumed else adapter.MODEL.config_class.from_pretrained(weights)
     with torch.device("meta"):
         model = adapter.MODEL(config)
     parameters = _count(adapter, model)
-    height, width = (side // _downsample(folder, config) for side in image_size)
+    height, width = (side // downsample(folder, config) for side in image_size)
     newline = int(issubclass(adapter, VocabularyBackbone))
     slots = height * (width + newline) - newline
-    trained = parameters["total"] - parameters["frozen"]
-    if settings.lora is not None:
-        trained = _lora_parameters(adapter, model, settings.lora)
+    in_adapter = _lora_parameters(adapter, model, settings.lora or LoraSettings())
+    trained = in_adapter if settings.lora is not None else parameters["total"] - parameters["frozen"]
+    codes = num_codes(config)
     return Plan(
         parameters,
         trained,
         (height, width),
         slots,
-        _training(config, parameters["total"], trained, slots, _num_codes(config), settings),
-        _decoding(config, parameters, slots, _num_codes(config), settings),
+        _training(config, parameters["total"], trained, slots, codes, settings),
+        _training(config, parameters["total"], in_adapter, slots, codes, settings),
+        _decoding(config, parameters, slots, codes, settings),
         missing_files(folder, weights, saved, adapter.FILES),
         assumed,
     )
@@ -244,15 +273,6 @@ def missing_files(folder: Path, weights: Path, saved: bool, extra: tuple[str, ..
     if weights.name == TRUNK:
         wanted.append(folder / TOKENIZER / "diffusion_pytorch_model.safetensors")
     return [str(path) for path in [*found, *(path for path in wanted if not path.is_file())]]
-
-
-def _known_config(adapter: type[PretrainedBackbone], size: str) -> Any:
-    if adapter.FAMILY == "janus":
-        text = {"model_type": "llama", "vocab_size": 102400, **_JANUS_TEXT[size]}
-        width = {"projection_dim": text["hidden_size"]}
-        vq = {**width, "image_token_embed_dim": text["hidden_size"]}
-        return adapter.MODEL.config_class(text_config=text, vision_config=width, vq_config=vq)
-    return adapter.MODEL.config_class(vocabulary_map={"<image>": 0})
 
 
 def _count(adapter: type[PretrainedBackbone], model: nn.Module) -> dict[str, int]:
@@ -272,21 +292,6 @@ def _lora_parameters(adapter: type[PretrainedBackbone], model: nn.Module, lora: 
         for name, module in layers.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in lora.targets
     )
-
-
-def _num_codes(config: Any) -> int:
-    vq = config.vq_config
-    return int(getattr(vq, "codebook_size", None) or vq.num_embeddings)
-
-
-def _downsample(folder: Path, config: Any) -> int:
-    """Pixels a code covers; the image tokenizer of a saved Chameleon lies beside its trunk."""
-    own = folder / TOKENIZER / "config.json"
-    if own.is_file():
-        fields = read_json(own)
-        patch = round((fields["in_channels"] / 3) ** 0.5)
-        return patch * 2 ** (len(fields["block_out_channels"]) - 1)
-    return 2 ** (len(config.vq_config.channel_multiplier) - 1)
 
 
 def _training(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from sjd2_lightning.cli.check import already_done, check_train, likely_start
 from sjd2_lightning.cli.launch import launch
-from sjd2_lightning.config.reading import save_config, train_config
+from sjd2_lightning.config.reading import save_config
 from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.run.owner import owned
 from sjd2_lightning.run.processes import is_first_process
@@ -18,10 +20,28 @@ from sjd2_lightning.run.stages import is_watched, stage
 if TYPE_CHECKING:
     import lightning as L
 
+log = logging.getLogger(__name__)
+
 
 def main() -> None:
     """Entry point of `train.py` and `sjd2-train`."""
-    launch("train", train)
+    launch("train", train, refuse)
+
+
+def refuse(cfg: DictConfig) -> str | None:
+    """Whether a training can begin, before anything is written: see `check_train` for what it raises.
+
+    Returns:
+        What to print where nothing is to be trained (a plan prints itself); None where training may begin.
+    """
+    if cfg.print_plan:
+        train(cfg)
+        return ""
+    config = check_train(cfg)
+    start = likely_start(config)
+    if start is None:
+        resume_path(config.ckpt_path, Path(config.run_dir))  # says so where there must be one
+    return already_done(config, start)
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -32,7 +52,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Returns:
         The last value of every logged metric; `start/<name>` are those before training. With `print_plan`
-        the figures of the plan, and nothing is trained.
+        the figures of the plan, and nothing is trained; nothing of a run that is at its end.
 
     Raises:
         ConfigError: the configuration has problems (all of them, before anything is loaded).
@@ -43,7 +63,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         from sjd2_lightning.cli.plan import show_plan
 
         return show_plan(cfg)
-    config = train_config(cfg)
+    config = check_train(cfg)
     with owned(Path(config.run_dir), "train"):
         return train_owned(config)
 
@@ -51,10 +71,13 @@ def train(cfg: DictConfig) -> dict[str, float]:
 def train_owned(config: TrainConfig) -> dict[str, float]:
     """See `train`: no other process writes in the run's folder."""
     run_dir = Path(config.run_dir)
-    if is_first_process():
-        save_config(config, run_dir / "train.yaml")
     with stage("looking for checkpoints"):
         ckpt_path = resume_path(config.ckpt_path, run_dir)
+    if (done := already_done(config, ckpt_path)) is not None:
+        log.info("%s", done)
+        return {}
+    if is_first_process():
+        save_config(config, run_dir / "train.yaml")
     with stage("loading libraries"):
         import lightning as L
 
@@ -148,4 +171,5 @@ def show(config: TrainConfig, metrics: dict[str, float]) -> None:
     console.print(table)
     console.print(f"run: {config.run_dir}", soft_wrap=True)
     if not config.trainer.fast_dev_run:
-        console.print(f"weights: {config.export_dir}", soft_wrap=True)
+        random = config.model.random_name if config.model.init == "random_tiny" else ""
+        console.print(f"weights: {config.export_dir}{f', of {random}' if random else ''}", soft_wrap=True)

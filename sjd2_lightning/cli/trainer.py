@@ -196,7 +196,8 @@ def build_loggers(config: TrainConfig) -> list[Logger]:
     if config.logger.wandb is not None and is_first_process():
         run_dir = Path(config.run_dir)
         values = redact(config.model_dump(mode="json"))
-        run = start_wandb(config.logger.wandb, run_dir, values, wandb_id(run_dir, config.ckpt_path))
+        settings = config.logger.wandb.model_copy(update={"tags": config.wandb_tags})
+        run = start_wandb(settings, run_dir, values, wandb_id(run_dir, config.ckpt_path))
         if run is not None:
             found.append(StepLogger(experiment=run, save_dir=config.run_dir))
     return found

@@ -15,14 +15,20 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from sjd2_lightning.data.sources.coco import CocoProtocol
+from sjd2_lightning.decoding.config import MOST_SLOTS
 from sjd2_lightning.decoding.law import Sampling
 from sjd2_lightning.models.lora import LoraSettings
-from sjd2_lightning.models.weights import WeightsSource
+from sjd2_lightning.models.registry import FAMILIES
+from sjd2_lightning.models.weights import TRUNK, WeightsSource
+from sjd2_lightning.run.values import MOST
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+NaturalOrAll = Annotated[int, Field(ge=-1, le=MOST)]  # -1: without limit
+Slots = Annotated[int, Field(ge=1, le=MOST_SLOTS)]
+Side = Annotated[int, Field(ge=1, le=2**14)]  # of an image in pixels
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -33,15 +39,22 @@ def shipped(path: str | Path) -> Path:
     return next((root / path for root in roots if (root / path).exists()), Path(path))
 
 
+_MOST_SHOWN = 12
+
+
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Names the known name that is close, or else all of them."""
+    """Names the known name that is close, or else all of them, or some where they are many."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(sorted(known))}"
+    if close:
+        return f"did you mean `{close[0]}`?"
+    shown = [*sorted(known)[:_MOST_SHOWN], *(["..."] if len(known) > _MOST_SHOWN else [])]
+    return f"known here: {', '.join(shown)}"
 
 
 def several(problems: list[str]) -> PydanticCustomError:
     """One validation error that carries several problems, each a line that starts with its key."""
-    return PydanticCustomError("several", "{lines}", {"lines": "\n".join(problems)})
+    lines = "\n".join(problem.replace("\n", " ") for problem in problems)
+    return PydanticCustomError("several", "{lines}", {"lines": lines})
 
 
 Value = TypeVar("Value")
@@ -57,7 +70,9 @@ def sound(value: Value) -> Value:
 class Group(BaseModel):
     """A part of the configuration: no unknown keys, no silent conversions."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, str_min_length=1, str_max_length=4096
+    )
 
     def problems(self) -> list[str]:
         """What is wrong between fields that are right each by itself; a line each, starting with the key."""
@@ -74,18 +89,18 @@ class TrainerConfig(Group):
     """Arguments of `lightning.Trainer`."""
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"]
-    devices: Count | Literal["auto"]
-    num_nodes: Count
+    devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
+    num_nodes: Annotated[int, Field(ge=1, le=65536)]
     strategy: str
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
-    max_steps: Annotated[int, Field(ge=-1)]
-    max_epochs: Annotated[int, Field(ge=-1)] | None
+    max_steps: NaturalOrAll
+    max_epochs: NaturalOrAll | None
     max_time: Annotated[str, Field(pattern=r"^\d+:\d\d:\d\d:\d\d$")] | None
     val_check_interval: Count | Annotated[float, Field(gt=0, le=1)] | None
     check_val_every_n_epoch: Count | None
     limit_train_batches: Natural | Share
     limit_val_batches: Natural | Share
-    num_sanity_val_steps: Annotated[int, Field(ge=-1)]
+    num_sanity_val_steps: NaturalOrAll
     gradient_clip_val: Positive | None
     accumulate_grad_batches: Count
     log_every_n_steps: Count
@@ -93,16 +108,38 @@ class TrainerConfig(Group):
     fast_dev_run: bool | Count
     deterministic: bool | Literal["warn"]
 
+    def problems(self) -> list[str]:
+        """A run without an end, a time of validation that Lightning does not know."""
+        found = []
+        if self.max_steps == -1 and self.max_epochs in (-1, None) and not self.fast_dev_run:
+            found.append(
+                f"max_steps=-1: needs trainer.max_epochs, which is {self.max_epochs}: the learning rate "
+                "falls until the end, so there must be one"
+            )
+        if self.check_val_every_n_epoch is None and isinstance(self.val_check_interval, float):
+            found.append(
+                f"val_check_interval={self.val_check_interval}: is a share of an epoch; set "
+                "trainer.check_val_every_n_epoch to a number, or give batches"
+            )
+        if self.check_val_every_n_epoch is None and self.val_check_interval is None:
+            found.append("val_check_interval=None: set it, or trainer.check_val_every_n_epoch, to a number")
+        if self.check_val_every_n_epoch is not None and isinstance(self.val_check_interval, int):
+            found.append(
+                f"check_val_every_n_epoch={self.check_val_every_n_epoch}: needs a share of an epoch as "
+                f"trainer.val_check_interval, which is {self.val_check_interval}; set one of them to null"
+            )
+        return found
+
 
 class WandbConfig(Group):
     """Weights & Biases."""
 
     mode: Literal["offline", "online", "disabled"]
-    project: Annotated[str, Field(min_length=1)]
+    project: Annotated[str, Field(max_length=128, pattern=r"^[^/\\#?%:]+$")]
     entity: str | None
-    name: str | None
-    group: str | None
-    tags: tuple[str, ...]
+    name: Annotated[str, Field(max_length=128)] | None
+    group: Annotated[str, Field(max_length=128)] | None
+    tags: tuple[Annotated[str, Field(max_length=64)], ...]
 
 
 class LoggerConfig(Group):
@@ -120,8 +157,8 @@ class MetricsConfig(Group):
     allow_download: bool
     clip: str | None
     clip_pretrained: str | None
-    num_resamples: Count
-    num_distance_resamples: Natural
+    num_resamples: Annotated[int, Field(ge=1, le=10**6)]
+    num_distance_resamples: Annotated[int, Field(ge=0, le=10**5)]
     nearest_k: Count | None
     protocol: Annotated[CocoProtocol, AfterValidator(sound)] | None
     cache_dir: str | None
@@ -143,7 +180,16 @@ class CheckpointConfig(Group):
     every_n_train_steps: Count | None
     monitor: str | None
     mode: Literal["min", "max"]
-    save_top_k: Annotated[int, Field(ge=-1)]
+    save_top_k: NaturalOrAll
+
+    def problems(self) -> list[str]:
+        """More than the newest checkpoint without a measure of which are best."""
+        if self.monitor is None and self.save_top_k > 1:
+            return [
+                f"save_top_k={self.save_top_k}: needs callbacks.checkpoint.monitor, the metric that says "
+                "which are best; without it 1 keeps the newest and -1 all"
+            ]
+        return []
 
 
 class SamplingConfig(Group):
@@ -161,7 +207,7 @@ class CallbacksConfig(Group):
     checkpoint: CheckpointConfig | None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
     nonfinite: Literal["stop", "skip"] | None
-    loss_spike: Annotated[float, Field(gt=1)] | None
+    loss_spike: Annotated[float, Field(gt=1, le=1e6)] | None
     lr_monitor: bool
     progress_bar: Literal["rich", "tqdm"] | None
     extra: list[dict[str, Any]]
@@ -170,20 +216,20 @@ class CallbacksConfig(Group):
 class AutoWindowConfig(Group):
     """How a window of `auto` is chosen; see `evaluation.auto_window`."""
 
-    windows: Annotated[tuple[Count, ...], Field(min_length=1)]
-    repeats: Count
+    windows: Annotated[tuple[Slots, ...], Field(min_length=1)]
+    repeats: Annotated[int, Field(ge=1, le=10_000)]
 
 
 class DecodingDefaults(Group):
     """What methods share: they take it by interpolation, see conf/method/base.yaml."""
 
-    window: Count | Literal["auto"]
-    num_levels: Natural | None
+    window: Slots | Literal["auto"]
+    num_levels: Annotated[int, Field(ge=0, le=1000)] | None
     draft_init: Literal["random", "gumbel", "repeat_left", "repeat_above"] | None
     engine: Literal["auto", "eager", "compiled", "graphs"]
     attention: Literal["auto", "dense", "flex"]
     invariant: bool
-    window_shape: Natural
+    window_shape: Annotated[int, Field(ge=0, le=MOST_SLOTS)]
     sampling: Annotated[Sampling, AfterValidator(sound)]
 
 
@@ -193,8 +239,8 @@ class ReportConfig(Group):
     num_images: Count
     page_megabytes: Positive
     num_trajectories: Natural
-    num_frames: Annotated[int, Field(ge=2)]
-    cost_windows: tuple[Count, ...]
+    num_frames: Annotated[int, Field(ge=2, le=10_000)]
+    cost_windows: tuple[Slots, ...]
     publish: Literal["none", "wandb"]
 
 
@@ -202,11 +248,11 @@ class ScratchConfig(Group):
     """Sizes of a tiny trunk with random weights."""
 
     image_tokenizer: str
-    text_vocab_size: Count
-    hidden_size: Count
-    intermediate_size: Count
-    num_layers: Count
-    num_heads: Count
+    text_vocab_size: Annotated[int, Field(ge=1, le=2**20)]
+    hidden_size: Annotated[int, Field(ge=1, le=2**16)]
+    intermediate_size: Annotated[int, Field(ge=1, le=2**18)]
+    num_layers: Annotated[int, Field(ge=1, le=1000)]
+    num_heads: Annotated[int, Field(ge=1, le=2**16)]
 
     def problems(self) -> list[str]:
         """Heads that do not divide the width, a missing image tokenizer."""
@@ -249,9 +295,9 @@ class ModelConfig(Group):
     quantize: Literal["int8", "fp8"] | None
     load_onto: str | None
     unconditional: str | None
-    image_size: tuple[Count, Count]
+    image_size: tuple[Side, Side]
     peft: Literal["lora"] | None
-    lora: LoraSettings
+    lora: Annotated[LoraSettings, AfterValidator(sound)]
     sampling: ModelSampling
     adapter: str | None
     activation_checkpointing: bool
@@ -262,9 +308,18 @@ class ModelConfig(Group):
         """Where the weights are."""
         return WeightsSource(shipped(self.path), self.hub_id, self.revision, self.local_files_only, self.get)
 
+    @property
+    def random_name(self) -> str:
+        """What a model that no training made is called wherever its figures stand; "" for all others."""
+        if self.scratch is not None:
+            return "scratch (random weights)"
+        return f"random_tiny (a shrunken {self.family}, random weights)" if self.init == "random_tiny" else ""
+
     def problems(self) -> list[str]:
         """Weights that are not there, a device that is none."""
         found = self._weights_problems() if self.init == "pretrained" and self.scratch is None else []
+        if self.family not in FAMILIES:
+            found.append(f"family={self.family}: no such family; {did_you_mean(self.family, list(FAMILIES))}")
         try:
             torch.device(self.load_onto or "cpu")
         except RuntimeError:
@@ -290,5 +345,7 @@ class ModelConfig(Group):
         except ValueError as error:
             return [f"path={self.path}: {error}"]
         if any((folder / name).is_file() for name in ("backbone.json", "config.json")):
-            return []
+            if self.trunk == TRUNK or (folder / self.trunk).is_dir() or Path(self.trunk).is_dir():
+                return []
+            return [f"trunk={self.trunk}: there is no such folder, in {folder} or elsewhere"]
         return [f"path={self.path}: there is no backbone.json; {self.source.remedy()}"]

@@ -24,6 +24,8 @@ from sjd2_lightning.run.processes import run_id
 
 # `${run_id:}` in conf/train.yaml; kept for the process, so that every key with it names one folder.
 OmegaConf.register_new_resolver("run_id", lambda: run_id(), use_cache=True, replace=True)
+# `${dry_run:${model.init},a,b}` in conf: a for a dry run on random weights, else b
+OmegaConf.register_new_resolver("dry_run", lambda init, a, b: a if init == "random_tiny" else b, replace=True)
 # `${either:a,b}` in conf/method: a, or b where a is null
 OmegaConf.register_new_resolver("either", lambda a, b: b if a is None else a, replace=True)
 
@@ -51,9 +53,11 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(dict.fromkeys(problems))
-        count = len(self.problems)
-        head = f"The configuration has {'a problem' if count == 1 else f'{count} problems'}:"
-        super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+        if len(self.problems) == 1:
+            super().__init__(f"The configuration has a problem: {self.problems[0]}")
+        else:
+            head = f"The configuration has {len(self.problems)} problems:"
+            super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
 
 
 def conf_dir() -> Path:
@@ -83,10 +87,10 @@ def save_config(config: SharedConfig, path: Path) -> None:
 
 def _typed(cfg: DictConfig, wanted: type[Config], other: type[SharedConfig]) -> Config:
     try:
+        written = OmegaConf.to_container(cfg, resolve=False)
         tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError([str(error).replace("\n", "; ")]) from error
-    written = OmegaConf.to_container(cfg, resolve=False)
+        raise ConfigError([_unresolved(error, written)]) from error
     # An experiment file may hold keys of both scripts; Hydra refuses the other's on the command line.
     for name in set(other.model_fields) - set(wanted.model_fields):
         tree.pop(name, None)
@@ -110,6 +114,31 @@ def _typed(cfg: DictConfig, wanted: type[Config], other: type[SharedConfig]) -> 
         if problems:
             raise ConfigError(problems)
         return config
+
+
+def _unresolved(error: OmegaConfBaseException, written: Any) -> str:
+    """What a value that refers to another one, or to the environment, does not find."""
+    key = str(error.full_key or "")
+    node: Any = OmegaConf.select(OmegaConf.create(written), key, throw_on_resolution_failure=False)
+    for part in key.split(".") if node is None else ():
+        node = written if node is None else node
+        node = node.get(part) if isinstance(node, dict) else None
+    names = _INTERPOLATED.fullmatch(node) if isinstance(node, str) else None
+    if names is not None:
+        node, path = written, list[str]()
+        for part in str(names["plain"] or names["first"]).split("."):
+            if not isinstance(node, dict):
+                return f"{'.'.join(path)}={_shown(node)}: must be a group of keys"
+            path.append(part)
+            node = node.get(part)
+    reason = str(error).split("\n", 1)[0].rpartition("while resolving interpolation: ")[2].strip('"')
+    return f"{key}: {reason}; give the value itself, or set what it refers to"
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in a message: whole if it is short."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -136,11 +165,13 @@ def _lines(error: ValidationError, tree: Any, written: Any, unknown: set[KeyPath
         elif found["type"] in _UNKNOWN_KEY:
             # Since `conf/` gives every key, the right ones stand beside the unknown one.
             known = [str(name) for name in _inside(tree, path[:-1]) if (*path[:-1], name) not in unknown]
-            lines[f"{key}={found['input']!r}: "] = [f"unknown key; {did_you_mean(str(path[-1]), known)}"]
+            lines[f"{key}={_shown(found['input'])}: "] = [
+                f"unknown key; {did_you_mean(str(path[-1]), known)}"
+            ]
         elif found["type"].startswith("missing"):
             lines[f"{key}: missing; give it a value"] = []
         else:
-            remedies = lines.setdefault(f"{key}={found['input']!r}: ", [])
+            remedies = lines.setdefault(f"{key}={_shown(found['input'])}: ", [])
             if (remedy := _remedy(found["msg"])) not in remedies:
                 remedies.append(remedy)
     return [head + " or ".join(remedies) for head, remedies in lines.items()]
@@ -166,7 +197,10 @@ def _origin(written: Any, path: KeyPath) -> KeyPath:
 def _remedy(message: str) -> str:
     for old, new in {
         "Input should be": "must be",
+        "String should have at least 1 character": "must not be empty",
         "a valid integer": "a whole number",
+        "a valid array": "a list: [A, B, ...]",
+        "an object": "a group of keys",
         "a valid ": "a ",
     }.items():
         message = message.replace(old, new)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -16,11 +17,11 @@ from sjd2_lightning.config.groups import (
     LoggerConfig,
     MetricsConfig,
     ModelConfig,
-    Natural,
     ReportConfig,
     TrainerConfig,
     did_you_mean,
     several,
+    shipped,
     sound,
 )
 from sjd2_lightning.data import DataConfig
@@ -53,6 +54,27 @@ def _is_export(path: str) -> str:
     return path
 
 
+def _is_folder(path: str) -> str:
+    """A folder that is there, or can be made."""
+    for place in (Path(path), *Path(path).parents):
+        if any(len(part.encode()) > 255 for part in place.parts):
+            raise several([f"={path[:40]}...: a name is too long; no part may have more than 255 bytes"])
+        if place.is_dir():
+            if not os.access(place, os.W_OK):
+                raise several([f"={path}: {place} cannot be written to; choose another place"])
+            return path
+        if place.exists():
+            raise several([f"={path}: {place} is a file; give a folder"])
+    return path
+
+
+def _shared_values(method: DecodingConfig) -> dict[str, Any]:
+    """What is the same for all methods that are compared, by key."""
+    values = {f"sampling.{name}": value for name, value in vars(method.sampling).items()}
+    return values | {"engine": method.engine, "invariant": method.invariant}
+
+
+Folder = Annotated[str, AfterValidator(_is_folder)]
 Checkpoint = Annotated[str, AfterValidator(_is_checkpoint)]
 Start = Annotated[str, AfterValidator(_is_start)]
 Export = Annotated[str, AfterValidator(_is_export)]
@@ -61,8 +83,8 @@ Export = Annotated[str, AfterValidator(_is_export)]
 class SharedConfig(Group):
     """What train.py and evaluate.py have in common."""
 
-    seed: Natural
-    run_dir: str
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    run_dir: Folder
     data: Annotated[DataConfig, AfterValidator(sound)]
     model: ModelConfig
     noise: Annotated[TrainingNoise, AfterValidator(sound)]
@@ -71,7 +93,13 @@ class SharedConfig(Group):
     auto_window: AutoWindowConfig
     decoding: DecodingDefaults
     compare: Annotated[tuple[str, ...], Field(min_length=1)]
-    methods: dict[str, DecodingConfig]
+    methods: Annotated[dict[str, DecodingConfig], Field(min_length=1)]
+
+    @property
+    def wandb_tags(self) -> tuple[str, ...]:
+        """Tags of the W&B run: those that were asked for, and that its figures are of random weights."""
+        tags = () if self.logger.wandb is None else self.logger.wandb.tags
+        return (*tags, "random weights") if self.model.init == "random_tiny" else tags
 
     def problems(self) -> list[str]:
         """Methods that cannot be compared, two sources of prompts."""
@@ -93,13 +121,16 @@ class SharedConfig(Group):
         compared = {name: self.methods[name] for name in self.compare if name in self.methods}
         found += [f"methods.{name}.{line}" for name, method in compared.items() for line in method.problems()]
         baseline = compared.get(BASELINE)
-        return found + [
-            f"methods.{name}.{key}: differs from {BASELINE}'s, so speed and images cannot be compared; set "
-            f"decoding.{key}"
-            for name, method in compared.items()
-            for key in ("sampling", "engine", "invariant")
-            if baseline is not None and getattr(method, key) != getattr(baseline, key)
-        ]
+        its = {} if baseline is None else _shared_values(baseline)
+        for name, method in compared.items():
+            own = _shared_values(method)
+            found += [
+                f"methods.{name}.{key}={own[key]}: differs from methods.{BASELINE}.{key}={its[key]}, so "
+                f"speed and images cannot be compared; set decoding.{key}"
+                for key in its
+                if own[key] != its[key]
+            ]
+        return found
 
 
 class TrainConfig(SharedConfig):
@@ -107,7 +138,7 @@ class TrainConfig(SharedConfig):
 
     ckpt_path: Start | None
     task: Literal["finetune", "tokenizer", "clip"]
-    export_dir: str
+    export_dir: Folder
     export_dtype: Literal["float32", "bfloat16", "float16"] | None
     validate_first: bool
     print_plan: bool
@@ -124,6 +155,10 @@ class TrainConfig(SharedConfig):
             found.append(
                 f"task={self.task}: needs the group of keys `{self.task}`; use experiment=tiny_{self.task}"
             )
+        if self.task == "clip" and self.clip is not None:
+            text = shipped(self.clip.text_dir)
+            if not (text / "tokenizer.json").is_file():
+                found.append(f"clip.text_dir={self.clip.text_dir}: there is no tokenizer.json in it")
         if self.model.quantize and not self.print_plan:
             found.append(
                 f"model.quantize={self.model.quantize}: rounded weights cannot be trained or exported; set "
@@ -154,7 +189,7 @@ class EvaluateConfig(SharedConfig):
     ckpt_path: Checkpoint | None
     weights: Export
     num_prompts: Count | None
-    samples_per_prompt: Count
+    samples_per_prompt: Annotated[int, Field(ge=1, le=10_000)]
     benchmark: Literal["geneval", "dpg"] | None
     benchmark_prompts: str | None
     batch_size: Count

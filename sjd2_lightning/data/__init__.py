@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from sjd2_lightning.data.places import place
-from sjd2_lightning.noise import unknown_choices
+from sjd2_lightning.run.values import Count, Natural, Share, Within, wrong_values
 
 # read when webdataset is imported: no shell commands as addresses, no rewriting of addresses
 os.environ["WDS_SECURE"] = "1"
@@ -45,36 +45,26 @@ class DataConfig:
     kind: Literal["codes", "raw"] = "codes"
     prepare: bool = False
     source: Literal["emoji", "scenes"] = "emoji"
-    num_scenes: int = 20_000
-    num_nouns: int | None = None
+    num_scenes: Annotated[int, Within(1, 10**8)] = 20_000
+    num_nouns: Annotated[int, Within(12, 64)] | None = None
     aligned: bool = False
-    views: int = 4
-    max_images: int | None = None
-    batch_size: int = 32
-    val_batch_size: int = 32
-    num_workers: int = 0
-    shuffle_buffer: int = 2048
+    views: Annotated[int, Within(1, 256)] = 4
+    max_images: Count | None = None
+    batch_size: Count = 32
+    val_batch_size: Count = 32
+    num_workers: Annotated[int, Within(0, 1024)] = 0
+    shuffle_buffer: Natural = 2048
     drop_last: bool = True
-    num_train_samples: int | None = None
-    max_bad_samples: int = 10
+    num_train_samples: Count | None = None
+    max_bad_samples: Natural = 10
     verify_shards: bool = True
-    prompt_dropout: float = 0.1
+    prompt_dropout: Share = 0.1
     prompt_file: str | None = None
     reference_dir: str | None = None
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
-        counts = ("num_scenes", "views", "max_images", "batch_size", "val_batch_size", "num_train_samples")
-        least = dict.fromkeys(counts, 1)
-        least |= dict.fromkeys(("num_workers", "shuffle_buffer", "max_bad_samples"), 0)
-        least["num_nouns"] = 12
-        found = unknown_choices(self) + [
-            f"{name}={getattr(self, name)}: must be at least {fewest}"
-            for name, fewest in least.items()
-            if (getattr(self, name) is not None) and getattr(self, name) < fewest
-        ]
-        if not 0 <= self.prompt_dropout <= 1:
-            found.append(f"prompt_dropout={self.prompt_dropout}: is a share; it must lie in [0, 1]")
+        found = wrong_values(self)
         try:
             where = place(self.data_dir)
             if self.prepare and not isinstance(where, Path):

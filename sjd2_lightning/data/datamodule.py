@@ -97,7 +97,7 @@ class CodeDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Build missing or stale shards, and warn of damaged ones; runs on one process of a machine."""
-        if self.tokenizer is not None and not self._is_foreign():
+        if self.tokenizer is not None and not self.is_foreign():
             self._prepare(self.tokenizer)
         for split in ("train", "val"):
             index = self.index(split)
@@ -109,7 +109,7 @@ class CodeDataModule(L.LightningDataModule):
                     self.config.max_bad_samples,
                 )
 
-    def _is_foreign(self) -> bool:
+    def is_foreign(self) -> bool:
         """Whether shards of another source lie here."""
         train = self.data_dir / self.config.kind / "train"
         return (train / INDEX_NAME).is_file() and _source(train) not in (EMOJI, SCENES)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from sjd2_lightning.decoding.law import Sampling
-from sjd2_lightning.noise import TIED, NoiseProcess, unknown_choices
+from sjd2_lightning.noise import TIED, NoiseProcess
+from sjd2_lightning.run.values import Within, wrong_values
 
 BASELINE = "ar"  # the method that others are compared with
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
 WITH_TREE = ("replay", "exact")  # rules that know what becomes of a draft's siblings
 LOSSLESS = ("replay", "exact", "match")
 REPEATED = ("repeat_left", "repeat_above")  # first drafts that repeat a neighbour
+MOST_SLOTS = 2**16  # of a window: more than any known image has
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,13 @@ class TreeShape:
         length: number of tokens of a branch: a sibling of the draft and `length - 1` drafts behind it.
     """
 
-    width: int = 1
-    depth: int = 1
-    length: int = 1
+    width: Annotated[int, Within(1, 1024)] = 1
+    depth: Annotated[int, Within(1, 1024)] = 1
+    length: Annotated[int, Within(1, 1024)] = 1
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
-        return [
-            f"{name}={value}: must be >= 1 (width 1 is no tree)"
-            for name, value in vars(self).items()
-            if value < 1
-        ]
+        return wrong_values(self)
 
 
 @dataclass(frozen=True)
@@ -50,16 +48,12 @@ class PairSweeps:
     """
 
     table: str | None = None
-    strength: float = 0.7
-    sweeps: int = 2
+    strength: Annotated[float, Within(0, 100, without="least")] = 0.7
+    sweeps: Annotated[int, Within(1, 1000)] = 2
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
-        found = []
-        if self.strength <= 0:
-            found.append(f"strength={self.strength}: must be > 0 (without a table nothing is corrected)")
-        if self.sweeps < 1:
-            found.append(f"sweeps={self.sweeps}: must be >= 1 (without a table nothing is corrected)")
+        found = wrong_values(self)
         if self.table is not None and not Path(self.table).is_file():
             found.append(f"table={self.table}: there is no such file; make it by `sjd2 pairs`")
         return found
@@ -76,18 +70,13 @@ class Grouping:
         distance: greatest mean squared difference, over dimensions, of the normalised embeddings.
     """
 
-    size: int = 1
-    gap: float = 0.15
-    distance: float = 2.0
+    size: Annotated[int, Within(1, 2**20)] = 1
+    gap: Annotated[float, Within(0, 1)] = 0.15
+    distance: Annotated[float, Within(0, 1e6)] = 2.0
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
-        found = [] if self.size >= 1 else [f"size={self.size}: must be >= 1 (1 is the exact rule)"]
-        return found + [
-            f"{name}={value}: must be >= 0"
-            for name, value in {"gap": self.gap, "distance": self.distance}.items()
-            if not value >= 0
-        ]
+        return wrong_values(self)
 
 
 @dataclass(frozen=True)
@@ -132,21 +121,21 @@ class DecodingConfig:
     method: Literal[
         "ar", "jacobi", "sjd", "mc_sjd", "gumbel", "sjd_pp", "sjd_pac", "gsd", "sjd2", "sjd2_pure"
     ]
-    window: int | Literal["auto"] = 32
-    num_levels: int = 0
+    window: Annotated[int, Within(1, MOST_SLOTS)] | Literal["auto"] = 32
+    num_levels: Annotated[int, Within(0, 1000)] = 0
     acceptance: Literal["replay", "exact", "paper", "match", "pure", "grouped"] = "replay"
     refiner: Literal["resample", "couple", "keep", "reuse"] = "couple"
     draft_init: Literal["random", "gumbel", "repeat_left", "repeat_above"] = "random"
     noise: NoiseProcess = field(default_factory=NoiseProcess)
     level_rule: Literal["age", "stable", "confident"] = "age"
-    confidence: float = 0.9
+    confidence: Annotated[float, Within(0, 1, without="least")] = 0.9
     tree: TreeShape = field(default_factory=TreeShape)
     groups: Grouping = field(default_factory=Grouping)
     pairs: PairSweeps = field(default_factory=PairSweeps)
     engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
     attention: Literal["auto", "dense", "flex"] = "auto"
     invariant: bool = False
-    window_shape: int = 0
+    window_shape: Annotated[int, Within(0, MOST_SLOTS)] = 0
     sampling: Sampling = field(default_factory=Sampling)
 
     @property
@@ -170,24 +159,20 @@ class DecodingConfig:
         """What is wrong with the values, a line each, starting with the key."""
         parts = ("sampling", "tree", "groups", "pairs", "noise")
         found = [f"{part}.{line}" for part in parts for line in getattr(self, part).problems()]
-        found += unknown_choices(self)
-        if self.window != "auto" and self.window < 1:
-            found.append(f"window={self.window}: must be >= 1 (1 is plain autoregression)")
+        found += wrong_values(self)
         if self.window != "auto" and 0 != self.window_shape < self.window:
             found.append(
                 f"window_shape={self.window_shape}: must be at least the window, {self.window}, or 0 (none)"
             )
-        if self.num_levels < 0:
-            found.append(f"num_levels={self.num_levels}: must be >= 0 (0 is plain Jacobi)")
-        if not 0 < self.confidence <= 1:
-            found.append(f"confidence={self.confidence}: must lie in (0, 1]")
         return found + self._problems_of_the_kind() + self._problems_of_the_rule()
 
     def _problems_of_the_kind(self) -> list[str]:
         """Values that the kind of the method cannot have."""
         found = []
-        if self.method == "ar" and (self.window != 1 or self.num_levels != 0):
-            found.append("method=ar: needs window 1 and num_levels 0")
+        if self.method == "ar" and self.window != 1:
+            found.append(f"window={self.window}: method=ar needs window 1, one slot a pass")
+        if self.method == "ar" and self.num_levels != 0:
+            found.append(f"num_levels={self.num_levels}: method=ar needs num_levels 0, it has no noise")
         if self.method not in ("ar", *NOISY) and self.num_levels > 0:
             found.append(f"method={self.method}: has no noise; set num_levels to 0 or use sjd2")
         if self.method == "sjd_pac" and self.tree.width == 1:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sjd2_lightning.noise import unknown_choices
+from sjd2_lightning.run.values import Natural, Share, Within, wrong_values
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Sampling:
         guidance_start, guidance_end: shares of the image's slots, for "interval".
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    guidance_scale: float = 1.0
+    temperature: Annotated[float, Within(0, 1000)] = 1.0
+    top_k: Natural = 0
+    top_p: Annotated[float, Within(0, 1, without="least")] = 1.0
+    guidance_scale: Annotated[float, Within(0, 1000)] = 1.0
     guidance_schedule: Literal["constant", "linear", "interval"] = "constant"
-    guidance_start: float = 0.0
-    guidance_end: float = 1.0
+    guidance_start: Share = 0.0
+    guidance_end: Share = 1.0
 
     def scales(self, num_slots: int) -> Float[Tensor, " N"]:
         """(N,) guidance scale of each slot of an image."""
@@ -46,19 +46,11 @@ class Sampling:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
-        found = unknown_choices(self)
-        if self.temperature < 0:
-            found.append(f"temperature={self.temperature}: must be >= 0 (0 is greedy)")
-        if self.top_k < 0:
-            found.append(f"top_k={self.top_k}: must be >= 0 (0 keeps all)")
-        if not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p}: must lie in (0, 1]")
-        if self.guidance_scale < 0:
-            found.append(f"guidance_scale={self.guidance_scale}: must be >= 0 (1 is off)")
-        if not 0 <= self.guidance_start < self.guidance_end <= 1:
+        found = wrong_values(self)
+        if not found and self.guidance_start >= self.guidance_end:
             found.append(
-                f"guidance_start={self.guidance_start}: must satisfy 0 <= start < end <= 1, "
-                f"and guidance_end is {self.guidance_end}"
+                f"guidance_end={self.guidance_end}: must be greater than guidance_start, which is "
+                f"{self.guidance_start}"
             )
         return found
 

@@ -150,14 +150,8 @@ def load_clip_scorer(
     Raises:
         ValueError: the folder is incomplete, the architecture unknown, the weights missing or unreadable.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        identifier, name = f"local-dir:{folder}", _check_folder(folder)
-        if pretrained is not None:
-            raise ValueError(f"pretrained={pretrained} has no meaning for the folder {folder}; leave it out")
-    else:
-        identifier = str(source)
-        name = _check_identifier(identifier, pretrained)
+    name = check_clip(source, pretrained)
+    identifier = f"local-dir:{source}" if Path(source).is_dir() else str(source)
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(
             identifier, pretrained=None if pretrained is None else str(pretrained), weights_only=True
@@ -169,6 +163,23 @@ def load_clip_scorer(
             f"fetch the weights on a machine with a network and give their path"
         ) from error
     return CLIPScorer(model, preprocess, tokenize, name, device)
+
+
+def check_clip(source: str | Path, pretrained: str | Path | None = None) -> str:
+    """Name of a scorer in reports, from what names it; nothing is loaded.
+
+    Args:
+        source, pretrained: as for `load_clip_scorer`.
+
+    Raises:
+        ValueError: the folder is incomplete, the architecture unknown or the weights missing.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return _check_identifier(str(source), pretrained)
+    if pretrained is not None:
+        raise ValueError(f"pretrained={pretrained} has no meaning for the folder {folder}; leave it out")
+    return _check_folder(folder)
 
 
 def _check_folder(folder: Path) -> str:

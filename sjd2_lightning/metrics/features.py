@@ -201,20 +201,26 @@ class InceptionCleanFID(_ResizedFeatures):
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__(device)
-        folder = Path(weights_dir) if weights_dir else Path(torch.hub.get_dir()) / "checkpoints"
-        path = folder / INCEPTION_FILE
-        if not path.is_file():
-            if not allow_download:
-                raise ValueError(
-                    f"Inception weights for FID are not at {path}: put {inception_url} there, set "
-                    f"allow_download=true, or use the extractor EffNetLite0"
-                )
+        folder = check_inception(weights_dir, allow_download)
+        if not (folder / INCEPTION_FILE).is_file():
             _download_inception(folder)
         self.network = InceptionV3W(str(folder), download=False, resize_inside=False)
         self.network.to(self.device).eval().requires_grad_(False)
 
     def _features(self, batch: Tensor) -> Tensor:
         return self.network(batch)
+
+
+def check_inception(weights_dir: str | Path | None, allow_download: bool) -> Path:
+    """The folder of Inception's weights; raises ValueError if they are neither there nor may be fetched."""
+    folder = Path(weights_dir) if weights_dir else Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / INCEPTION_FILE
+    if not path.is_file() and not allow_download:
+        raise ValueError(
+            f"Inception weights for FID are not at {path}: put {inception_url} there, set "
+            f"allow_download=true, or use the extractor EffNetLite0"
+        )
+    return folder
 
 
 def load_feature_extractor(

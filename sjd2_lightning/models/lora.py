@@ -12,13 +12,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sjd2_lightning.models.weights import finite, open_weights, read_json
+from sjd2_lightning.run.values import Within, wrong_values
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of names in peft's folders
@@ -35,10 +36,17 @@ class LoraSettings:
         targets: names of the linear layers in every layer of the trunk that get an update.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: Annotated[int, Within(1, 2**14)] = 16
+    alpha: Annotated[float, Within(0, 1e6, without="least")] = 32.0
+    dropout: Annotated[float, Within(0, 1, without="most")] = 0.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a line each, starting with the key."""
+        found = wrong_values(self)
+        if not self.targets:
+            found.append("targets=[]: give at least one linear layer; model.peft=null trains all weights")
+        return found
 
 
 def add_lora(model: nn.Module, trunk_path: str, settings: LoraSettings) -> None:

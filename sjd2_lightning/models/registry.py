@@ -4,38 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sjd2_lightning.models.chameleon import ChameleonBackbone, load_chameleon
-from sjd2_lightning.models.emu3 import Emu3Backbone, load_emu3
-from sjd2_lightning.models.janus import JanusBackbone, load_janus
-from sjd2_lightning.models.pretrained import PretrainedBackbone
-from sjd2_lightning.models.small import shrunken_chameleon, shrunken_emu3, shrunken_janus
 from sjd2_lightning.models.weights import LoadOptions, WeightsSource
+
+if TYPE_CHECKING:
+    from sjd2_lightning.models.pretrained import PretrainedBackbone
 
 
 class Family(NamedTuple):
-    """The adapter of a family, how it is loaded, and built small with random weights."""
+    """A family's adapter, how it is loaded, and built small with random weights, its contexts of guidance."""
 
     adapter: type[PretrainedBackbone]
     load: Callable[..., Any]
     shrunken: Callable[..., Any]
+    contexts: tuple[str, ...]
 
 
-FAMILIES: dict[str, Family] = {
-    "chameleon": Family(ChameleonBackbone, load_chameleon, shrunken_chameleon),
-    "emu3": Family(Emu3Backbone, load_emu3, shrunken_emu3),
-    "janus": Family(JanusBackbone, load_janus, shrunken_janus),
-}
+def _chameleon() -> Family:
+    from sjd2_lightning.models.chameleon import ChameleonBackbone, ChameleonTokens, load_chameleon
+    from sjd2_lightning.models.small import shrunken_chameleon
+
+    return Family(ChameleonBackbone, load_chameleon, shrunken_chameleon, ChameleonTokens.CONTEXTS)
+
+
+def _emu3() -> Family:
+    from sjd2_lightning.models.emu3 import Emu3Backbone, Emu3Tokens, load_emu3
+    from sjd2_lightning.models.small import shrunken_emu3
+
+    return Family(Emu3Backbone, load_emu3, shrunken_emu3, Emu3Tokens.CONTEXTS)
+
+
+def _janus() -> Family:
+    from sjd2_lightning.models.janus import JanusBackbone, JanusTokens, load_janus
+    from sjd2_lightning.models.small import shrunken_janus
+
+    return Family(JanusBackbone, load_janus, shrunken_janus, JanusTokens.CONTEXTS)
+
+
+# imported when asked for: names are checked before anything that takes seconds is loaded
+FAMILIES: dict[str, Callable[[], Family]] = {"chameleon": _chameleon, "emu3": _emu3, "janus": _janus}
 
 
 def family_of(name: str) -> Family:
     """A family by name; raises ValueError with the known ones."""
     if name not in FAMILIES:
         raise ValueError(f"unknown model.family {name!r}; known: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[name]
+    return FAMILIES[name]()
 
 
 def load_backbone(

@@ -46,6 +46,20 @@ def scalar_row(result: EvaluationResult, prefix: str = "val/") -> dict[str, floa
     return row
 
 
+def sampled_names(
+    methods: Sequence[str], extractors: Sequence[str], has_clip: bool, has_manifold: bool
+) -> list[str]:
+    """Keys that `scalar_row` may give for methods, extractors of distances and a CLIP scorer."""
+    numbers = ["nfe", "step_compression", "seconds_per_image", "images_per_second", "flops_per_token"]
+    numbers += ["peak_memory_gib", "window"]
+    of_features = _OF_FEATURES if has_manifold else ("fd", "kid")
+    numbers += [f"{name}_{extractor}" for extractor in extractors for name in of_features]
+    if has_clip:
+        numbers += ["clip_score", "clip_score_shuffled", "clip_gain"]
+    against = ["speedup", "equal_to_ar", "clip_score_minus_ar"] if BASELINE in methods else []
+    return [f"val/{name}{suffix}" for suffix in log_suffixes(methods).values() for name in numbers + against]
+
+
 def log_suffixes(names: Sequence[str]) -> dict[str, str]:
     """End of the log keys of each method; "" for the first that is not the baseline."""
     main = next((name for name in names if name != BASELINE), names[0])

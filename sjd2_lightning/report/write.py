@@ -196,7 +196,8 @@ def _markdown(result: EvaluationResult, provenance: Mapping[str, Any], seen: Obs
     lines += [
         "",
         f"Prompts: {len(result.prompts)}. Real images: {result.reference_name or 'none'}. "
-        f"Weights {str(provenance.get('weights_hash'))[:21]}{rounded}. Commit {git.get('commit')}"
+        f"Weights {provenance.get('weights', '')} {str(provenance.get('weights_hash'))[:21]}{rounded}. "
+        f"Commit {git.get('commit')}"
         f"{' with local changes' if git.get('dirty') else ''}. "
         f"{hardware.get('gpu') or hardware.get('cpu')}, {hardware.get('num_threads')} threads.",
     ]

@@ -177,6 +177,20 @@ def newest_sound_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def progress_of(path: Path) -> tuple[int, int]:
+    """Optimizer steps and whole epochs behind a checkpoint; (0, 0) of one that cannot be read.
+
+    Weights stay on the disk, and nothing is checked: that is for the one who goes on from it.
+    """
+    file = path / _REST if path.is_dir() else path
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        epochs = state["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
+        return int(state["global_step"]), int(epochs)
+    except Exception:  # whatever a damaged file makes torch raise, reading it in earnest will say it
+        return 0, 0
+
+
 def _on_cpu(storage: Any, location: str) -> Any:
     return storage
 

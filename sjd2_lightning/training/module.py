@@ -45,6 +45,8 @@ class SJD2Module(L.LightningModule):
         ValueError: choices of the noise that do not go together.
     """
 
+    LOGGED = ("train/loss", "val/loss_clean", "val/loss_low", "val/loss_high")
+
     def __init__(
         self,
         backbone: Backbone,
@@ -68,6 +70,14 @@ class SJD2Module(L.LightningModule):
         for name, parameter in backbone.named_parameters():
             if name.startswith(optimizer.freeze):
                 parameter.requires_grad_(False)
+        names = [name for name, _ in backbone.named_parameters()]
+        for prefix in optimizer.freeze:
+            if not any(name.startswith(prefix) for name in names):
+                raise ValueError(
+                    f"optimizer.freeze={prefix}: no parameter's name begins so; one of them is {names[0]}"
+                )
+        if not any(parameter.requires_grad for parameter in backbone.parameters()):
+            raise ValueError(f"optimizer.freeze={list(optimizer.freeze)}: nothing is left to train")
 
     def on_fit_start(self) -> None:
         # pretrained models come in eval mode, where dropout and activation checkpointing are off

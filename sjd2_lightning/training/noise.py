@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sjd2_lightning.noise import TIED, NoiseProcess
+from sjd2_lightning.run.values import Share, Within, wrong_values
+
+Run = Annotated[int, Within(0, 2**20)]  # tokens of one level
+Levels = Annotated[int, Within(1, 1000)]
 
 
 def random_timesteps(num_levels: int, rng: torch.Generator) -> Float[Tensor, " grid"]:
@@ -32,23 +37,20 @@ class RampLaw:
         clean_share: share of sequences that stay clean throughout.
     """
 
-    clean_run: tuple[int, int] = (1, 32)
-    segment: tuple[int, int] = (1, 6)
-    top_run: tuple[int, int] = (0, 24)
-    clean_share: float = 0.1
+    clean_run: tuple[Run, Run] = (1, 32)
+    segment: tuple[Run, Run] = (1, 6)
+    top_run: tuple[Run, Run] = (0, 24)
+    clean_share: Share = 0.1
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
         least = {"clean_run": 1, "segment": 1, "top_run": 0}
-        found = [
+        return wrong_values(self) + [
             f"{name}=[{low}, {high}]: must be [fewest, most] with {at_least} <= fewest <= most"
             for name, at_least in least.items()
             for low, high in [getattr(self, name)]
             if not at_least <= low <= high
         ]
-        if not 0 <= self.clean_share <= 1:
-            found.append(f"clean_share={self.clean_share}: must lie in [0, 1]")
-        return found
 
 
 def draw_levels(
@@ -106,13 +108,13 @@ class TrainingNoise:
 
     enabled: bool = True
     process: NoiseProcess = field(default_factory=NoiseProcess)
-    num_levels: tuple[int, int] = (1, 8)
-    val_levels: int = 4
+    num_levels: tuple[Levels, Levels] = (1, 8)
+    val_levels: Levels = 4
     ramp: RampLaw = field(default_factory=RampLaw)
     trajectory: bool = False
     mark_drafts: bool = True
     random_grid: bool = False
-    consistency: float = 0.0
+    consistency: Share = 0.0
 
     @property
     def reads_gumbel(self) -> bool:
@@ -127,18 +129,14 @@ class TrainingNoise:
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
         found = [f"process.{line}" for line in self.process.problems()]
-        found += [f"ramp.{line}" for line in self.ramp.problems()]
+        found += [f"ramp.{line}" for line in self.ramp.problems()] + wrong_values(self)
         low, high = self.num_levels
-        if not 1 <= low <= high:
+        if low > high:
             found.append(f"num_levels=[{low}, {high}]: must be [fewest, most] with 1 <= fewest <= most")
-        if self.val_levels < 1:
-            found.append(f"val_levels={self.val_levels}: must be at least 1")
         if self.process.state == "draft" and not self.trajectory:
             found.append("process.state=draft: needs drafts; set noise.trajectory to true")
         if self.process.estimate == "expected" and not self.trajectory:
             found.append("process.estimate=expected: needs laws on the way; set noise.trajectory to true")
-        if not 0 <= self.consistency <= 1:
-            found.append(f"consistency={self.consistency}: is a share; it must lie in [0, 1]")
         if not self.mark_drafts and (self.process.state, self.process.estimate) != ("draft", "drawn"):
             found.append(
                 "mark_drafts=False: feeds drafts as clean codes; set noise.process.state to draft and "

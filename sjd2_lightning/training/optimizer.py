@@ -6,15 +6,17 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
-from sjd2_lightning.noise import unknown_choices
+from sjd2_lightning.run.values import Natural, Share, Within, wrong_values
 
 _LOOKUPS = ("embed", "head")  # parts of the names of tables whose rows are tokens: Muon does not suit them
+
+DecayRate = Annotated[float, Within(0, 1, without="most")]
 
 
 @dataclass(frozen=True)
@@ -33,26 +35,16 @@ class OptimizerConfig:
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: float = 2e-4
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup_steps: int = 50
-    final_lr_share: float = 0.05
+    lr: Annotated[float, Within(0, 100, without="least")] = 2e-4
+    weight_decay: Annotated[float, Within(0, 1000)] = 0.05
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
+    warmup_steps: Natural = 50
+    final_lr_share: Share = 0.05
     freeze: tuple[str, ...] = ()
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
-        found = unknown_choices(self)
-        if not self.lr > 0:
-            found.append(f"lr={self.lr}: must be greater than 0")
-        for name in ("weight_decay", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                found.append(f"{name}={getattr(self, name)}: must be at least 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            found.append(f"betas={list(self.betas)}: both must lie in [0, 1)")
-        if not 0 <= self.final_lr_share <= 1:
-            found.append(f"final_lr_share={self.final_lr_share}: is a share; it must lie in [0, 1]")
-        return found
+        return wrong_values(self)
 
 
 def build_optimizer(

@@ -30,7 +30,8 @@ from sjd2_lightning.run.processes import slurm_job, started_by_lightning
 log = logging.getLogger(__name__)
 
 TERMINATED = 143  # exit status of a process that SIGTERM ended: 128 + 15
-_NAME = re.compile(r"epoch=\d+-step=(?P<step>\d+)\.ckpt")
+# `=` has a meaning on the command line; it stood in the names of 0.1.0 and Lightning's
+_NAME = re.compile(r"epoch[=_]\d+-step[=_](?P<step>\d+)\.ckpt")
 
 
 class RandomStates(Callback):
@@ -115,7 +116,14 @@ class Retention(ModelCheckpoint):
     """
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        super().__init__(folder, save_last=True, enable_version_counter=False, **settings)
+        super().__init__(
+            folder,
+            filename="epoch_{epoch}-step_{step}",
+            auto_insert_metric_name=False,
+            save_last=True,
+            enable_version_counter=False,
+            **settings,
+        )
         self._newest: str | None = None
         self._step, self._whole, self._due = 0, True, False
 

@@ -131,7 +131,7 @@ def test_command_line(backbone, source, tmp_path, capsys):
     [
         (["--real-share", "1"], "--real-share must lie in [0, 1)"),
         (["--batch", "0"], "--batch must be >= 1"),
-        (["--temperature", "-1"], "temperature=-1.0: must be >= 0"),
+        (["--temperature", "-1"], "temperature=-1.0: must be at least 0"),
         ([], "No shards in"),
     ],
 )

@@ -92,7 +92,7 @@ def test_option_list_is_not_empty():
             ["methods.sjd2.pairs.table=none.safetensors"],
             "methods.sjd2.pairs.table=none.safetensors: there is no such file",
         ),
-        ("evaluate", ["methods.sjd2.pairs.sweeps=0"], "methods.sjd2.pairs.sweeps=0: must be >= 1"),
+        ("evaluate", ["methods.sjd2.pairs.sweeps=0"], "methods.sjd2.pairs.sweeps=0: must be at least 1"),
         (
             "train",
             ["noise.process.state=draft"],
@@ -120,13 +120,13 @@ def test_option_list_is_not_empty():
         ),
         ("train", ["task=clip"], "task=clip: needs the group of keys `clip`; use experiment=tiny_clip"),
         ("train", ["compare=[]"], "compare=[]"),
-        ("train", ["seed=${gone}"], "Interpolation key 'gone' not found"),
+        ("train", ["seed=${gone}"], "seed: Interpolation key 'gone' not found; give the value itself"),
         ("evaluate", ["compare=[ar,sjd3]"], "compare: unknown method 'sjd3'; did you mean `sjd`?"),
         ("evaluate", ["compare=ar"], "compare='ar': must be a"),
         ("evaluate", ["weights=gone"], "weights=gone: there is no backbone.json"),
         ("evaluate", ["ckpt_path=last"], "ckpt_path=last: there is no such checkpoint"),
         ("evaluate", ["decoding.window=0"], "decoding.window=0: must be"),
-        ("evaluate", ["methods.sjd.window=0"], "methods.sjd.window=0: must be >= 1"),
+        ("evaluate", ["methods.sjd.window=0"], "methods.sjd.window=0: must be at least 1"),
         ("evaluate", ["decoding.sampling.top_p=0"], "decoding.sampling.top_p=0.0: must lie in (0, 1]"),
         ("evaluate", ["methods.sjd.num_levels=2"], "methods.sjd.method=sjd: has no noise"),
         ("evaluate", ["data.prompt_file=gone.txt"], "data.prompt_file=gone.txt: there is no such file"),
@@ -321,4 +321,4 @@ def test_a_window_of_auto_is_chosen_later():
     assert (one["sjd2"].window, one["sjd"].window) == ("auto", 32)
     assert problems("train", "auto_window.windows=[0]")[0].startswith("auto_window.windows.0=0")
     [line] = problems("train", "methods.ar.window=auto")
-    assert line == "methods.ar.method=ar: needs window 1 and num_levels 0"
+    assert line == "methods.ar.window=auto: method=ar needs window 1, one slot a pass"

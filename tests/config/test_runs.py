@@ -1,11 +1,13 @@
 """What Hydra prints is what runs, for every experiment and method; every method takes every field."""
 
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from sjd2_lightning.cli.evaluate import weights_name
 from sjd2_lightning.config.groups import Group
 from sjd2_lightning.config.reading import evaluate_config, train_config
 from sjd2_lightning.config.runs import EvaluateConfig, TrainConfig
@@ -99,7 +101,7 @@ def test_a_method_that_is_not_compared_need_not_suit_the_training():
 
 def test_methods_that_are_compared_share_law_and_compiler():
     [line] = problems("evaluate", "methods.sjd2.sampling.top_k=3")
-    assert line.startswith("methods.sjd2.sampling: differs from ar's")
+    assert line.startswith("methods.sjd2.sampling.top_k=3: differs from methods.ar.sampling.top_k=0, so")
     [line] = problems("evaluate", "methods.sjd2.engine=compiled")
     assert line.endswith("set decoding.engine")
 
@@ -111,3 +113,33 @@ def test_rounded_weights_are_for_decoding_alone():
     [line] = problems("evaluate", "model.quantize=int8", "model.peft=lora")
     assert line.startswith("model.quantize=int8: an adapter is trained on whole weights")
     assert typed("train", "model.quantize=int8", "print_plan=true").print_plan
+
+
+@pytest.mark.parametrize("model", ["lumina_mgpt", "lumina_mgpt_1024", "emu3", "janus_pro", "tiny"])
+def test_a_model_of_random_weights_alone_is_a_dry_run(model):
+    config = typed("train", f"model={model}", "model.init=random_tiny")
+    assert max(config.model.image_size) <= 64
+    assert (config.data.max_images, config.data.views, config.data.batch_size) == (8, 1, 2)
+    assert config.data.data_dir == f"data/dry_run/{config.model.family}", "other sets are left alone"
+    assert (config.trainer.max_steps, config.callbacks.sampling.num_prompts) == (2, 2)
+    assert typed("evaluate", f"model={model}", "model.init=random_tiny").num_prompts == 2
+    asked = typed("train", f"model={model}", "model.init=random_tiny", "trainer.max_steps=5", "data.views=3")
+    assert (asked.trainer.max_steps, asked.data.views, asked.data.max_images) == (5, 3, 8)
+
+
+def test_no_other_run_is_a_dry_run():
+    config = typed("train")
+    assert (config.trainer.max_steps, config.data.views, config.data.max_images) == (400, 4, None)
+    assert (config.data.data_dir, config.data.batch_size) == ("data/emoji", 16)
+    assert typed("evaluate").num_prompts is None
+    assert typed("evaluate", "model=lumina_mgpt").model.image_size == (768, 768)
+
+
+def test_random_weights_are_called_that():
+    config = typed("evaluate", "model=lumina_mgpt", "model.init=random_tiny", "logger.wandb.tags=[mine]")
+    name = "random_tiny (a shrunken chameleon, random weights)"
+    assert weights_name(config, Path(config.model.path)) == name
+    assert weights_name(config, Path("runs/a/model")) == f"runs/a/model, trained from {name}"
+    assert config.wandb_tags == ("mine", "random weights")
+    own = typed("evaluate")
+    assert (weights_name(own, Path("weights/tiny")), own.wandb_tags) == ("weights/tiny", ())

@@ -16,8 +16,8 @@ GOOD = DecodingConfig("sjd2", window=8, num_levels=2)
     [
         ({"window": 0}, ["window"]),
         ({"num_levels": -1}, ["num_levels"]),
-        ({"method": "ar"}, ["method=ar: needs window 1"]),
-        ({"method": "ar", "window": 1}, ["method=ar: needs window 1"]),
+        ({"method": "ar"}, ["method=ar needs window 1"]),
+        ({"method": "ar", "window": 1}, ["num_levels=2: method=ar needs num_levels 0"]),
         ({"method": "sjd"}, ["has no noise"]),
         ({"method": "mc_sjd"}, ["has no noise"]),
         ({"refiner": "keep"}, ["refiner=keep: is not exact"]),

@@ -256,8 +256,8 @@ def test_a_cache_that_is_too_short_is_named_before_any_forward():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"window": 0}, "decoding.window=0: must be >= 1"),
-        ({"num_levels": -1}, "decoding.num_levels=-1: must be >= 0"),
+        ({"window": 0}, "decoding.window=0: must be at least 1"),
+        ({"num_levels": -1}, "decoding.num_levels=-1: must be at least 0"),
         ({"sampling": Sampling(top_p=0.0)}, r"decoding.sampling.top_p=0.0: must lie in \(0, 1\]"),
         ({"sampling": Sampling(top_p=1.5)}, r"decoding.sampling.top_p=1.5: must lie in \(0, 1\]"),
     ],

@@ -205,7 +205,7 @@ def test_warm_up_is_not_recorded(tmp_path, monkeypatch):
         ({"methods": {}}, "there are no methods"),
         (
             {"methods": {"ar": METHODS["ar"], "x": DecodingConfig("sjd", window=0)}},
-            "'x'.*window=0: must be >= 1",
+            "'x'.*window=0: must be at least 1",
         ),
         ({"methods": {"a/b": METHODS["sjd"]}}, "cannot name a folder"),
         ({"prompts": []}, "there are no prompts"),

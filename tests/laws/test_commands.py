@@ -335,7 +335,7 @@ def test_unusable_prompts_leave_nothing_behind(command, tiny_folder, tmp_path, c
     settings = ["data.prompt_file=prompts.txt", f"model.path={tiny_folder / 'model'}", "metrics=none"]
     assert command(evaluate_main, *settings, "run_dir=bad") == 2
     assert expected in capfd.readouterr().err
-    assert {path.name for path in (tmp_path / "bad").iterdir()} <= {"evaluate.log"}
+    assert not (tmp_path / "bad").exists()
 
 
 def test_wandb_mode_of_the_environment_wins(monkeypatch, tmp_path):
@@ -381,7 +381,7 @@ def test_which_weights_are_measured(composed, tmp_path):
             ["trainer.max_stps=1"],
             "trainer.max_stps: unknown key; did you mean `trainer.max_steps`",
         ),
-        (train_main, ["model=tini"], "Available options in 'model'"),
+        (train_main, ["model=tini"], "model=tini: no such choice; did you mean `tiny`?"),
         (train_main, ["ckpt_path=gone.ckpt", "decoding.window=0"], "has 2 problems"),
         (train_main, ["ckpt_path=last"], "ckpt_path=last: no run in"),
         (evaluate_main, ["decoding.window=abc"], "decoding.window='abc': must be a whole number"),
@@ -397,3 +397,4 @@ def test_mistakes_end_in_one_message(command, tiny_folder, capfd, main, argument
     shown = capfd.readouterr().err
     assert expected in shown
     assert "Traceback" not in shown
+    assert not Path("bad").exists()

@@ -1,10 +1,13 @@
 """Released models on the command line: shrunken copies are trained, decoded, exported and compared; plans."""
 
+import re
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
 from sjd2_lightning.cli.evaluate import evaluate
+from sjd2_lightning.cli.plan import USABLE
 from sjd2_lightning.cli.train import train
 from sjd2_lightning.config.reading import ConfigError, conf_dir
 from sjd2_lightning.models.registry import load_backbone
@@ -73,6 +76,11 @@ def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, pe
             "warm_up=false",
         )
     )
+    called = f"{run / 'model'}, trained from random_tiny"
+    assert report["provenance"]["weights"].startswith(called)
+    assert called in report["warnings"][0]
+    for name in ("report.md", "report.html"):
+        assert "random weights" in (tmp_path / "compared" / name).read_text()
     assert {name: method["num_images"] for name, method in report["methods"].items()} == {
         "ar": 1,
         "sjd": 1,
@@ -101,6 +109,49 @@ def test_the_plan_needs_no_weights(composed, capsys, model, parameters, tokens):
     )
     assert less["trained"] < 0.01 * plan["trained"]
     assert less["training_gib"] < 0.6 * plan["training_gib"]
+
+
+@pytest.mark.parametrize("model", ["lumina_mgpt", "emu3", "janus_pro", "janus_pro_7b"])
+def test_what_the_documents_say_of_memory_is_the_plan(composed, capsys, repo, model):
+    settings = [f"model={model}", "print_plan=true", "data.batch_size=1", "callbacks.sampling.batch_size=1"]
+    few = train(composed("train", *settings, "trainer=gpu", "model.peft=lora"))
+    shared = ["model.dtype=float32", "trainer.devices=8", "trainer.strategy=fsdp"]
+    whole = train(composed("train", *settings, "trainer=gpu", *shared))
+    figures = [few["training_gib"], whole["training_gib"], few["decoding_gib"]]
+    text = (repo / "docs" / "models.md").read_text()
+    assert f"| {' / '.join(f'{figure:.1f}' for figure in figures)} |" in text
+    weights = f"{few['parameters'] * 2 / 2**30:.1f} GiB"
+    [row] = [line for line in text.splitlines() if line.startswith(f"| `{model}`")]
+    assert row.endswith(f"| {weights} |")
+    for line in (repo / "conf" / "model" / f"{model}.yaml").read_text().splitlines():
+        assert "GiB" not in line or weights in line
+    printed = capsys.readouterr().out
+    assert "training, batch 1, bf16-mixed" in printed
+    assert "weights in bfloat16" in printed
+
+
+def test_the_plan_says_what_fits_on_a_card(composed, capsys):
+    settings = ["model=lumina_mgpt", "print_plan=true", "model.peft=lora", "trainer=gpu"]
+    train(composed("train", *settings))
+    found = re.findall(
+        r"a card of (\d+) GB: training as asked at batch (\d+), decoding at batch (\d+)", printed(capsys)
+    )
+    assert [int(card) for card, *_ in found] == [24, 48, 80]
+    for card, training, decoding in found:
+        for more, fits in ((0, True), (1, False)):
+            batches = [f"data.batch_size={int(training) + more}"]
+            batches += [f"callbacks.sampling.batch_size={int(decoding) + more}"]
+            plan = train(composed("train", *settings, *batches))
+            assert (plan["training_gib"] <= USABLE * int(card)) is fits
+            assert (plan["decoding_gib"] <= USABLE * int(card)) is fits
+    capsys.readouterr()
+    train(composed("train", *settings[:2]))
+    assert "a card of 24 GB: training as asked does not fit, training an adapter at batch" in printed(capsys)
+
+
+def printed(capsys) -> str:
+    """What was printed, without the line breaks of a narrow terminal."""
+    return " ".join(capsys.readouterr().out.split())
 
 
 def test_the_plan_of_the_shipped_model_counts_its_weights(composed, repo):

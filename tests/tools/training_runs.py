@@ -123,8 +123,8 @@ def scenarios(folder: Path, out: Path, overrides: Sequence[str]) -> dict[str, An
         stops = [step if told else None for step in steps]
         found[way] = [run(place, stops[0])]
         found[way] += [run([*place, f"ckpt_path={way}"], stop) for stop in (*stops[1:], None)]
-    (saved,) = (out / "whole" / "checkpoints").glob("epoch=*-step=4.ckpt")
-    found["path"] = [run([*places(folder, out / "path"), *common, f"ckpt_path='{saved}'"])]
+    (saved,) = (out / "whole" / "checkpoints").glob("epoch_*-step_4.ckpt")
+    found["path"] = [run([*places(folder, out / "path"), *common, f"ckpt_path={saved}"])]
     return found
 
 

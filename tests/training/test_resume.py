@@ -148,14 +148,15 @@ def test_random_states_are_those_of_the_step(tmp_path):
 def test_checkpoints_that_a_killed_run_had_replaced_are_removed(tmp_path):
     settings = {"every_n_train_steps": 1, "save_top_k": 1}
     fit(tmp_path, Retention(tmp_path, **settings), max_steps=2)
-    saved = tmp_path / "epoch=0-step=2.ckpt"
+    saved = tmp_path / "epoch_0-step_2.ckpt"
+    old = tmp_path / "epoch=0-step=1.ckpt"  # as 0.1.0 named them
     assert {path.name for path in tmp_path.glob("*.ckpt")} == {saved.name, "last.ckpt"}
-    for name in ("epoch=0-step=1.ckpt", "mine.ckpt"):
+    for name in (old.name, "epoch_0-step_1.ckpt", "mine.ckpt"):
         IO.save_checkpoint({"global_step": 1}, tmp_path / name)
-    (tmp_path / ".epoch=0-step=3.ckpt.abc.writing").write_bytes(b"half")
+    (tmp_path / ".epoch_0-step_3.ckpt.abc.writing").write_bytes(b"half")
     remove_unfinished(tmp_path)
     fit(tmp_path, Retention(tmp_path, **settings), max_steps=4, start=saved)
-    assert {path.name for path in tmp_path.iterdir()} == {"epoch=0-step=4.ckpt", "last.ckpt", "mine.ckpt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch_0-step_4.ckpt", "last.ckpt", "mine.ckpt"}
 
 
 class Fail(L.Callback):
@@ -178,17 +179,25 @@ def test_no_checkpoint_is_written_between_accumulated_batches(tmp_path):
 def test_a_validation_inside_a_step_saves_behind_it(tmp_path):
     settings = {"every_n_train_steps": None, "save_top_k": -1}
     fit(tmp_path, Retention(tmp_path, **settings), max_steps=4, val_check_interval=3)
-    assert {path.name for path in tmp_path.glob("epoch*")} == {"epoch=0-step=2.ckpt", "epoch=0-step=3.ckpt"}
+    assert {path.name for path in tmp_path.glob("epoch*")} == {"epoch_0-step_2.ckpt", "epoch_0-step_3.ckpt"}
     for path in tmp_path.glob("epoch*"):
         progress = IO.load_checkpoint(path)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         assert progress["current"]["ready"] % 2 == 0, path
+
+
+def test_a_checkpoint_of_an_older_name_goes_on(tmp_path):
+    settings = {"every_n_train_steps": 1, "save_top_k": 1}
+    fit(tmp_path, Retention(tmp_path, **settings), max_steps=2)
+    old = (tmp_path / "epoch_0-step_2.ckpt").rename(tmp_path / "epoch=0-step=2.ckpt")
+    fit(tmp_path, Retention(tmp_path, **settings), max_steps=3, start=old)
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"epoch_0-step_3.ckpt", "last.ckpt"}
 
 
 def test_all_checkpoints_are_kept_where_that_is_asked_for(tmp_path):
     settings = {"every_n_train_steps": 1, "save_top_k": -1}
     fit(tmp_path, Retention(tmp_path, **settings), max_steps=2)
     fit(tmp_path, Retention(tmp_path, **settings), max_steps=3, start=tmp_path / "last.ckpt")
-    assert len(list(tmp_path.glob("epoch=*.ckpt"))) == 3
+    assert len(list(tmp_path.glob("epoch_*.ckpt"))) == 3
 
 
 def test_seconds_of_a_limit():

@@ -253,7 +253,7 @@ def test_values_that_do_not_go_together_are_named():
         ({"state": "draft"}, "process.state=draft: needs drafts; set noise.trajectory to true"),
         ({"estimate": "expected"}, "process.estimate=expected: needs laws on the way; set noise.trajectory"),
         ({"t_min": 1.0}, "process.t_min=1.0: must lie in (0, 1)"),
-        ({"consistency": 1.5}, "consistency=1.5: is a share; it must lie in [0, 1]"),
+        ({"consistency": 1.5}, "consistency=1.5: must lie in [0, 1]"),
         ({"num_levels": (3, 2)}, "num_levels=[3, 2]: must be [fewest, most]"),
         ({"val_levels": 0}, "val_levels=0: must be at least 1"),
         ({"ramp": RampLaw(segment=(0, 2))}, "ramp.segment=[0, 2]: must be [fewest, most]"),

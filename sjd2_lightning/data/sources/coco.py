@@ -9,6 +9,7 @@ from typing import Any
 
 from sjd2_lightning.data.captions import NO_CAPTION, json_of, plain_caption
 from sjd2_lightning.data.sources.record import Record, checked_records, file_record, key_of
+from sjd2_lightning.run.values import Count, wrong_values
 
 
 def read_coco(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
@@ -99,7 +100,7 @@ class CocoProtocol:
     name: str
     annotations: Path
     images: Path
-    num_images: int
+    num_images: Count
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
@@ -107,11 +108,9 @@ class CocoProtocol:
             "unpack COCO's archives of images and annotations beside each other and give the places with "
             "metrics.protocol.annotations and metrics.protocol.images"
         )
-        found = []
+        found = wrong_values(self)
         if not self.name:
             found.append("name: is empty; give the protocol a name for the report")
-        if self.num_images < 1:
-            found.append(f"num_images={self.num_images}: must be at least 1")
         if not self.annotations.is_file():
             found.append(f"annotations={self.annotations}: there is no such file; {remedy}")
         if not self.images.is_dir():

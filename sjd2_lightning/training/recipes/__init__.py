@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from sjd2_lightning.run.values import Count, Natural, Within, wrong_values
+
+Width = Annotated[int, Within(1, 2**16)]
+Part = Annotated[float, Within(0, 1, without="most")]  # a share that leaves something
 
 
 @dataclass(frozen=True)
@@ -21,25 +28,22 @@ class TokenizerRecipe:
             above are those of the folder. None trains a new tokenizer.
     """
 
-    num_codes: int = 512
-    code_dim: int = 8
-    channels: tuple[int, ...] = (32, 64)
-    patch: int = 2
-    warmup_steps: int = 200
-    revive_every: int = 200
+    num_codes: Annotated[int, Within(1, 2**20)] = 512
+    code_dim: Width = 8
+    channels: tuple[Width, ...] = (32, 64)
+    patch: Annotated[int, Within(1, 64)] = 2
+    warmup_steps: Natural = 200
+    revive_every: Count = 200
     isolate_patches: bool = True
     start: str | None = None
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
-        least = {"num_codes": 1, "code_dim": 1, "patch": 1, "revive_every": 1, "warmup_steps": 0}
-        found = [
-            f"{name}={getattr(self, name)}: must be at least {fewest}"
-            for name, fewest in least.items()
-            if getattr(self, name) < fewest
-        ]
-        if not self.channels or min(self.channels) < 1:
-            found.append(f"channels={list(self.channels)}: give at least one width, each at least 1")
+        found = wrong_values(self)
+        if self.start is not None and not (Path(self.start) / "config.json").is_file():
+            found.append(f"start={self.start}: there is no image tokenizer; give a folder with config.json")
+        if not self.channels:
+            found.append("channels=[]: give at least one width")
         return found
 
 
@@ -64,32 +68,24 @@ class ClipRecipe:
 
     text_dir: str = "weights/tiny/text"
     name: str = "TinyEmojiCLIP"
-    patch_size: int = 8
-    vision_width: int = 128
-    vision_layers: int = 4
-    text_width: int = 128
-    text_layers: int = 2
-    head_width: int = 32
-    embed_dim: int = 128
-    context_length: int = 24
-    patch_dropout: float = 0.5
-    text_dropout: float = 0.2
-    warmup_share: float = 0.05
+    patch_size: Width = 8
+    vision_width: Width = 128
+    vision_layers: Annotated[int, Within(1, 1000)] = 4
+    text_width: Width = 128
+    text_layers: Annotated[int, Within(1, 1000)] = 2
+    head_width: Width = 32
+    embed_dim: Width = 128
+    context_length: Width = 24
+    patch_dropout: Part = 0.5
+    text_dropout: Part = 0.2
+    warmup_share: Part = 0.05
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
-        sizes = [name for name, value in vars(self).items() if isinstance(value, int)]
-        found = [
-            f"{name}={getattr(self, name)}: must be at least 1" for name in sizes if getattr(self, name) < 1
-        ]
+        found = wrong_values(self)
         found += [
             f"{name}={getattr(self, name)}: must be a multiple of head_width={self.head_width}"
             for name in ("vision_width", "text_width")
             if self.head_width > 0 and getattr(self, name) % self.head_width
-        ]
-        found += [
-            f"{name}={getattr(self, name)}: is a share; it must lie in [0, 1)"
-            for name in ("patch_dropout", "text_dropout", "warmup_share")
-            if not 0 <= getattr(self, name) < 1
         ]
         return found

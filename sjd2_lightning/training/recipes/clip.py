@@ -40,6 +40,8 @@ class ClipModule(L.LightningModule):
         ValueError: sizes that do not fit together, all named at once, or no tokenizer in `recipe.text_dir`.
     """
 
+    LOGGED = ("train/loss", "val/recall_at_1", "val/recall_at_5", "val/recall_at_1_by_chance")
+
     def __init__(
         self,
         recipe: ClipRecipe,

@@ -36,6 +36,8 @@ class TokenizerModule(L.LightningModule):
         out_dir: folder that gets the tokenizer when training ends.
     """
 
+    LOGGED = ("train/loss", "val/psnr", "val/l1")
+
     uses: Tensor
 
     def __init__(

@@ -27,6 +27,7 @@ from sjd2_lightning.cli.arguments import one_line, readable_arguments, with_sugg
 from sjd2_lightning.config.reading import ALLOWED_TARGETS, conf_dir
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.processes import HANDED_DOWN, started_by_lightning
+from sjd2_lightning.run.stages import stage
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +253,8 @@ class SweepReport(Callback):
         jobs = read_sweep(folder)
         if not jobs:
             return
-        files = write_sweep_report(jobs, folder)
+        with stage("writing the sweep's report"):
+            files = write_sweep_report(jobs, folder)
         SweepReport.all_failed = files.num_failed == len(jobs)
         titles = job_titles(jobs)
         for job in jobs:

@@ -60,9 +60,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
             in `run_dir`.
     """
     if cfg.print_plan:
-        from sjd2_lightning.cli.plan import show_plan
+        with stage("making the plan"):
+            from sjd2_lightning.cli.plan import show_plan
 
-        return show_plan(cfg)
+            return show_plan(cfg)
     config = check_train(cfg)
     with owned(Path(config.run_dir), "train"):
         return train_owned(config)

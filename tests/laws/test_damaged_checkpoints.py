@@ -162,6 +162,12 @@ def duplicate(end: str):
     return change
 
 
+def forge(members):
+    """Another index in front of the right one, of the same size."""
+    name, data = members[place(members, "data.pkl")]
+    members.insert(0, (name, data.replace(b"plain", b"other")))
+
+
 def compress(content: bytes) -> bytes:
     target = io.BytesIO()
     with (
@@ -180,6 +186,8 @@ MEMBERS = {
     "pickle renamed": rename("data.pkl", "data.pkk"),
     "weights twice": duplicate("data/0"),
     "pickle twice": duplicate("data.pkl"),
+    "another pickle before it": forge,
+    "another pickle behind it": lambda members: (forge(members), members.append(members.pop(0))),
     "weights cut": lambda members: members.__setitem__(place(members, "data/0"), ("newer/data/0", b"short")),
     "all gone": lambda members: members.clear(),
     "of another tool": lambda members: members.__setitem__(slice(None), [("a.txt", b"text")]),

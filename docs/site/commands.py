@@ -13,17 +13,10 @@ import yaml
 from sjd2_lightning import __main__ as table
 from sjd2_lightning.config.reading import conf_dir
 
-_HEAD = """\
-# Commands
-
-Each is `sjd2 COMMAND`, or `python -m sjd2_lightning COMMAND`. In a checkout `python train.py` is
-`sjd2 train` and `python evaluate.py` is `sjd2 evaluate`. This page is made from what `--help` prints.
-"""
-
 
 def page() -> str:
-    """The whole page in Markdown."""
-    lines = [_HEAD, *fenced(table.usage())]
+    """What stands below the head of docs/reference/commands.md, in Markdown."""
+    lines = fenced(table.usage())
     for name in table.COMMANDS:
         lines += [f"## sjd2 {name}", "", *fenced(help_of(name))]
     return "\n".join(lines)

@@ -29,14 +29,6 @@ _FIRST = ("shared", "base", "default", "auto", "offline", "wandb", "adamw")
 _LARGE = 1e6  # an upper bound from here on is no choice, only a guard
 _LINE = re.compile(r"^(?P<indent> *)(?P<key>[\w.]+):(?P<value>[^#]*)(?:#\s*(?P<comment>.*))?$")
 _CONTINUED = re.compile(r"^\s*#\s*(?P<comment>.*)$")
-_HEAD = """\
-# Configuration keys
-
-Every key of `sjd2 train` and `sjd2 evaluate`, made from the types in `sjd2_lightning/config/` and the
-comments of the files in `conf/`. A key is given as `KEY=VALUE`; a group's file is chosen as `GROUP=NAME`.
-Defaults that begin with `$` take the value of another key. What would run is printed by
-`sjd2 train --cfg job --resolve`. A wrong value is refused before anything is loaded.
-"""
 _EXPERIMENTS = "Named combinations of the keys above: `sjd2 train experiment=demo`."
 _NAMES = {
     Path: "path",
@@ -240,9 +232,8 @@ def attributes(kind: type) -> Mapping[str, str]:
 
 
 def page() -> str:
-    """The whole page in Markdown."""
-    rows = all_keys()
-    lines = [_HEAD]
+    """What stands below the head of docs/reference/configuration.md, in Markdown."""
+    rows, lines = all_keys(), []
     own = [row for row in rows if "." not in row.path]
     for title, roots in (
         ("Both commands", ("train", "evaluate")),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 _REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(_REPO))
@@ -16,16 +18,17 @@ _TOP = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the generated pages."""
-    from docs.site import commands, configuration
-
-    made = {"reference/configuration.md": configuration.page(), "reference/commands.md": commands.page()}
-    made |= {page: as_page((_REPO / name).read_text(encoding="utf-8")) for page, name in _TOP.items()}
-    for page, text in made.items():
+    """Adds the files of the top level; their links to docs/ lead to pages."""
+    for page, name in _TOP.items():
+        text = re.sub(r"\]\(docs/", "](", (_REPO / name).read_text(encoding="utf-8"))
         files.append(File.generated(config, page, content=text))
     return files
 
 
-def as_page(text: str) -> str:
-    """A file of the top level as a page of docs/: its links to docs/ lead to their pages."""
-    return re.sub(r"\]\(docs/", "](", text)
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Adds to the pages of references what is made of code and `conf/`."""
+    from docs.site import commands, configuration
+
+    made = {"reference/configuration.md": configuration.page, "reference/commands.md": commands.page}
+    make = made.get(page.file.src_uri)
+    return markdown if make is None else f"{markdown}\n\n{make()}"

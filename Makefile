@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo play test test-slow test-browser screenshot bench lint format clean
+.PHONY: help setup lock demo play test test-slow test-browser screenshot docs bench lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +69,10 @@ test-browser: $(STAMP)  ## open a report's page and that of sjd2 play in headles
 screenshot: $(STAMP)  ## take the README's pictures of pages, docs/images/report.png and play.png
 	$(BIN)/python -m tests.tools.browser $(SCREENSHOT_PAGE) docs/images/report.png
 	$(BIN)/python -m tests.tools.play_page docs/images/play.png $(SCREENSHOT_PLAY)
+
+# The variable silences an advertisement of mkdocs-material.
+docs: $(STAMP)  ## build the documentation site into outputs/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)  ## measure every decoding method on the shipped weights
 	$(BIN)/python evaluate.py weights=model run_dir=outputs/bench replace_images=true $(BENCH_ARGS)

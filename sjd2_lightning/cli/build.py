@@ -14,6 +14,7 @@ from sjd2_lightning.config.groups import ModelConfig, shipped
 from sjd2_lightning.config.runs import SharedConfig, TrainConfig
 from sjd2_lightning.data import DataConfig
 from sjd2_lightning.data.datamodule import CodeDataModule
+from sjd2_lightning.data.index import PROMPTS_NAME
 from sjd2_lightning.data.sources.coco import coco_items
 from sjd2_lightning.data.sources.emoji import load_emoji_index
 from sjd2_lightning.data.sources.scene_shards import SOURCE as SCENES
@@ -221,14 +222,17 @@ def build_reference(config: SharedConfig) -> ReferenceSet | None:
 
 
 def build_prompts(config: SharedConfig, num_prompts: int | None) -> list[PromptItem]:
-    """The first prompts of `metrics.protocol`, of `data.prompt_file`, or of what the embedded set holds out.
+    """The first prompts of `metrics.protocol`, of `data.prompt_file`, of own shards, or of the embedded set.
 
-    None is all that the protocol or the file has, or 64 captions that are held out.
+    None is all that the protocol or the file has, or 64 captions that the embedded set holds out.
     """
     if config.metrics.protocol is not None:
         return coco_prompts(coco_items(config.metrics.protocol), config.seed)[:num_prompts]
+    own = Path(config.data.data_dir) / PROMPTS_NAME
     if config.data.prompt_file is not None:
         return read_prompts(config.data.prompt_file, config.seed)[:num_prompts]
+    if not config.data.prepare and own.is_file():  # an embedded set has its own names
+        return read_prompts(own, config.seed)[:num_prompts]
     if config.data.source == SCENES:
         variety = Variety(config.data.num_nouns, config.data.aligned)
         return scene_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed, variety)

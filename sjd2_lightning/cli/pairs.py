@@ -1,9 +1,8 @@
-"""Counts which codes stand side by side in shards: the table that `decoding.pairs` corrects drafts by.
+"""Counts which codes stand side by side: the table that corrects drafts.
 
-    sjd2 pairs data/emoji_demo/codes/train outputs/pairs.safetensors
-
-One pass over the training shards; nothing is trained. Of large vocabularies only the strongest directions are
-kept: rank 512 is an eighth of the numbers of a table of 8,192 codes.
+One pass over the training shards; nothing is trained. Of large vocabularies
+only the strongest directions are kept: rank 512 is an eighth of the numbers of
+a table of 8,192 codes. The result is for methods.sjd2.pairs.table.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="sjd2 pairs",
         description=__doc__,
+        epilog="example:\n  sjd2 pairs data/emoji_demo/codes/train outputs/pairs.safetensors",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shards", type=Path, help="folder of training shards of codes")

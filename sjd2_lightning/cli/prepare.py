@@ -1,12 +1,5 @@
 """Turns captioned pictures into shards that training reads: image codes, or raw pictures.
 
-    sjd2 prepare folder --input photos --out data/photos \
-        --model-family chameleon --model-path weights/lumina_mgpt_7b_768 --image-size 768 768
-    python train.py model=lumina_mgpt data=shards data.data_dir=data/photos
-
-Sources: `folder` (pictures with <name>.txt beside them, or metadata.jsonl / metadata.csv), `tars`
-(img2dataset, WebDataset), `coco` (captions_*.json and a folder of pictures), `hf` (parquet files, or what
-`save_to_disk` wrote), `emoji` (the embedded set). Without a tokenizer raw shards are written, for data=raw.
 A run that was killed goes on where it stopped when the same command is given again. docs/data.md says more.
 """
 
@@ -19,9 +12,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from sjd2_lightning.config.groups import shipped
 from sjd2_lightning.data.build import SKIPPED_NAME, skipped_line, write_skipped
 from sjd2_lightning.data.ensure import Coder, Wanted, ensure_shards
-from sjd2_lightning.data.index import ShardIndex
+from sjd2_lightning.data.index import PROMPTS_NAME, ShardIndex
 from sjd2_lightning.data.pictures import CROPPED
 from sjd2_lightning.data.sources.coco import coco_records
 from sjd2_lightning.data.sources.emoji import SOURCE as EMOJI
@@ -42,6 +36,16 @@ from sjd2_lightning.run.stages import speak, stage
 
 SPLITS = {"both": ("train", "val"), "train": ("train",), "val": ("val",)}
 NUM_PROMPTS = 5000  # as many as are ever measured
+_PURPOSE = """\
+Turns captioned pictures into shards for training: image codes, or raw pictures
+where no tokenizer is named. A folder has NAME.txt beside each picture, or one
+metadata.jsonl or metadata.csv; tars are those of img2dataset and WebDataset; hf
+is parquet or save_to_disk; emoji is the embedded set. A command that was killed
+goes on where it stopped."""
+_EXAMPLE = """\
+example:
+  sjd2 prepare folder --input photos --out data/photos \\
+      --model-family chameleon --model-path weights/tiny"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,7 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
         skipped = f", {index.meta.num_skipped} unusable pictures left out" if index.meta.num_skipped else ""
         print(f"{options.out / name}: {index.num_samples} samples in {len(index.shards)} shards{skipped}")
     group = EMOJI if options.source == EMOJI else "shards" if coder else "raw"
-    print(f"train on them: python train.py data={group} data.data_dir={options.out}")
+    prompts = options.out / PROMPTS_NAME
+    watched = f" data.prompt_file={prompts}" if prompts.is_file() else ""
+    print(f"train on them: sjd2 train data={group} data.data_dir={options.out}{watched}")
     print(kept_of(options.out, indexes))
 
 
@@ -92,39 +98,38 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = argparse.ArgumentParser(
         prog="sjd2 prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s SOURCE --input PATH [--out FOLDER] [options]",
+        description=_PURPOSE,
+        epilog=_EXAMPLE,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27),
     )
     add = parser.add_argument
-    add("source", choices=["folder", "tars", "coco", "hf", EMOJI])
-    add("--input", type=Path, help="folder of pictures, tars or tables (a single tar will do)")
-    add("--annotations", type=Path, help="coco: captions_*.json")
-    add("--out", type=Path, help="gets codes/ or raw/ (default: data/NAME)")
-    add("--name", help="of the data set in the index (default: the name of --input)")
-    add("--attribution", default="", help="licence line of the pictures, kept in the index")
-    add("--tokenizer", type=Path, help="folder of an image tokenizer in diffusers' layout")
-    add("--model-family", help="chameleon, emu3 or janus: take that model's image tokenizer")
-    add("--model-path", type=Path, help="its folder; random_tiny: random weights, a dry run")
-    add("--image-size", "--size", type=int, nargs="+", help="height and width, or a side (default: 64)")
-    add("--split", choices=list(SPLITS), default="both", help="(default: %(default)s, by --val-share)")
-    add("--val-share", type=float, default=0.01, help="share of pictures held out (default: %(default)s)")
-    add("--captions-per-image", type=int, default=1, help="coco: 0 is all (default: %(default)s)")
-    add("--image-column", help="hf: column of the pictures")
-    add("--caption-column", help="hf: column of the captions")
-    add("--min-side", type=int, default=1, help="leave out smaller pictures (default: %(default)s)")
-    add("--max-bad-share", type=float, default=0.1, help="unusable share to stop at (default: %(default)s)")
-    add("--max-images", type=int, help="only so many pictures of each split")
-    add("--seed", type=int, default=0, help="of the order (default: %(default)s)")
-    add("--views", type=int, default=4, help="emoji: views of a training picture (default: %(default)s)")
-    add("--samples-per-shard", type=int, default=2048, help="(default: %(default)s)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    add(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cpu",
-        help="of the tokenizer; cuda: all GPUs in turn",
-    )
-    add("--encode-batch", type=int, help="pictures encoded at once (default: by their size)")
+    sources = ["folder", "tars", "coco", "hf", EMOJI]
+    add("source", choices=sources, metavar="SOURCE", help=f"one of {', '.join(sources)}")
+    add("--input", type=Path, metavar="PATH", help="folder of pictures, tars or tables; or a tar")
+    add("--annotations", type=Path, metavar="FILE", help="coco: captions_*.json")
+    add("--out", type=Path, metavar="FOLDER", help="gets codes/ or raw/ (default: data/NAME)")
+    add("--name", help="name in the index (default: that of --input)")
+    add("--attribution", default="", metavar="TEXT", help="licence line, kept in the index")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="image tokenizer in diffusers' layout")
+    add("--model-family", metavar="NAME", help="tokenizer of a model: chameleon, emu3 or janus")
+    add("--model-path", type=Path, metavar="FOLDER", help="its folder; random_tiny: a dry run")
+    add("--image-size", type=int, nargs="+", metavar="N", help="height and width (64)")
+    add("--size", dest="image_size", type=int, nargs="+", help=argparse.SUPPRESS)
+    add("--split", choices=list(SPLITS), default="both", metavar="NAME", help="train, val or both (default)")
+    add("--val-share", type=float, default=0.01, metavar="X", help="share held out (default: %(default)s)")
+    add("--captions-per-image", type=int, default=1, metavar="N", help="coco: 0 is all (default: 1)")
+    add("--image-column", metavar="NAME", help="hf: column of the pictures")
+    add("--caption-column", metavar="NAME", help="hf: column of the captions")
+    add("--min-side", type=int, default=1, metavar="N", help="leave out smaller ones (default: 1)")
+    add("--max-bad-share", type=float, default=0.1, metavar="X", help="unusable share to stop at (0.1)")
+    add("--max-images", type=int, metavar="N", help="only so many pictures of each split")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the order (default: 0)")
+    add("--views", type=int, default=4, metavar="N", help="emoji: views of a picture (default: 4)")
+    add("--samples-per-shard", type=int, default=2048, metavar="N", help="(default: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (one a core)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="of the tokenizer; cuda: all GPUs")
+    add("--encode-batch", type=int, metavar="N", help="pictures encoded at once (by their size)")
     return parser
 
 
@@ -189,7 +194,7 @@ def prepare_source(
         allowed -= index.meta.num_skipped
     (options.out / SKIPPED_NAME).unlink(missing_ok=True)  # of a call that was refused
     if "val" in chosen:
-        write_prompts(options.out / "prompts.json", chosen["val"])
+        write_prompts(options.out / PROMPTS_NAME, chosen["val"])
     return indexes
 
 
@@ -248,11 +253,12 @@ def load_coder(options: argparse.Namespace) -> Coder | None:
         name = f"{options.model_family}, random weights"
     else:
         name = f"{options.model_family} in {options.model_path}"
-        alone = options.model_path / TOKENIZER
+        folder = shipped(options.model_path)
+        alone = folder / TOKENIZER
         if (alone / "config.json").is_file():  # beside the trunk, which need not be read then
             tokenizer = load_image_tokenizer(alone)
         else:
-            tokenizer = load_backbone(options.model_family, options.model_path).image_tokenizer
+            tokenizer = load_backbone(options.model_family, folder).image_tokenizer
     return Coder(tokenizer, name, options.device, options.encode_batch)
 
 

@@ -1,12 +1,10 @@
-"""Draws a model's own images for the captions of a data set: what consistency distillation trains on.
+"""Draws a model's own images for the captions of a data set, for distillation.
 
-    sjd2 teacher data/emoji_demo/codes data/teacher/codes --weights weights/tiny
-    python train.py data=shards data.data_dir=data/teacher noise.trajectory=true noise.consistency=1
-
-Plain autoregression at temperature 1 without guidance, so that the images follow the law that is to be kept;
-other values sharpen it. With `--real-share 0.5` half of the captions keep the data set's own image: mixed
-labels, after CEED-VLA (Song et al. 2025). Validation shards are the data set's own. Finished shards are kept
-when the command is stopped, and the same command goes on behind them.
+Plain autoregression at temperature 1 without guidance, so that the images
+follow the law that is to be kept; other values sharpen it. With --real-share
+0.5 half of the captions keep the data set's own image: mixed labels, after
+CEED-VLA (Song et al. 2025). Validation shards are the data set's own. Finished
+shards are kept when the command is stopped, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -190,21 +188,25 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="sjd2 teacher",
+        usage="%(prog)s SHARDS OUT --weights FOLDER [options]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  sjd2 teacher data/emoji_demo/codes data/teacher/codes --weights weights/tiny\n"
+        "  sjd2 train data=shards data.data_dir=data/teacher noise.consistency=1",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=25),
     )
     parser.add_argument("shards", type=Path, help="folder of shards of codes, with train and val inside")
     parser.add_argument("out", type=Path, help="folder to write, with train and val inside")
-    parser.add_argument("--weights", type=Path, required=True, help="folder of the teacher")
-    parser.add_argument("--family", choices=sorted(FAMILIES), default="chameleon")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--guidance-scale", type=float, default=1.0)
-    parser.add_argument("--real-share", type=float, default=0.0, help="of samples that keep their own image")
-    parser.add_argument("--num-samples", type=int, help="the first so many; all without it")
-    parser.add_argument("--batch", type=int, default=64, help="images drawn at once (default: %(default)s)")
-    parser.add_argument("--samples-per-shard", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, metavar="FOLDER", help="folder of the teacher")
+    add("--family", choices=sorted(FAMILIES), default="chameleon", help="its family (chameleon)")
+    add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    add("--temperature", type=float, default=1.0, metavar="X", help="(default: 1)")
+    add("--guidance-scale", type=float, default=1.0, metavar="X", help="1 is off (default: 1)")
+    add("--real-share", type=float, default=0.0, metavar="X", help="share that keeps its own image (0)")
+    add("--num-samples", type=int, metavar="N", help="the first so many; all without it")
+    add("--batch", type=int, default=64, metavar="N", help="images drawn at once (default: 64)")
+    add("--samples-per-shard", type=int, default=256, metavar="N", help="(default: 256)")
+    add("--seed", type=int, default=0, metavar="N", help="decides images, with their keys (0)")
     asked = parser.parse_args(arguments)
     speak()
     how = Drawing(

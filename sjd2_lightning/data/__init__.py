@@ -37,7 +37,7 @@ class DataConfig:
         max_bad_samples: number of unusable samples an epoch of a rank may skip before the run stops.
         verify_shards: whether shards are compared with their sha256 before training.
         prompt_dropout: share of training prompts replaced by the unconditional context.
-        prompt_file: prompts to measure with; None takes the held-out names.
+        prompt_file: prompts to measure with; None takes `prompts.json` of own shards, or the held-out names.
         reference_dir: folder of real images for the distances; None takes the held-out emoji.
     """
 

@@ -1,9 +1,8 @@
-"""Publishes an evaluation as a W&B Report: the text of report.md and the media of a logged run.
+"""Publishes an evaluation as a W&B Report: text of report.md, media of a run.
 
-    python -m sjd2_lightning.report.wandb_report outputs/demo --project sjd2-lightning --run 1a2b3c4d
-
-publishes an offline evaluation whose run was sent with `wandb sync`. Needs the extra `reports`
-(wandb-workspaces). Building a report needs neither login nor network, publishing needs both.
+Of an offline evaluation, send the run first (`wandb sync`). Needs the extra
+`reports` (wandb-workspaces). Building a report needs neither login nor network,
+publishing needs both.
 """
 
 from __future__ import annotations
@@ -132,10 +131,15 @@ def _workspaces() -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="sjd2 publish", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="sjd2 publish",
+        description=__doc__,
+        epilog="example:\n  sjd2 publish outputs/demo --project sjd2-lightning --run 1a2b3c4d",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", type=Path, help="run_dir of an evaluation")
-    parser.add_argument("--project", default="sjd2-lightning")
-    parser.add_argument("--entity")
+    parser.add_argument("--project", default="sjd2-lightning", help="(default: %(default)s)")
+    parser.add_argument("--entity", help="team or user (default: the account's own)")
     parser.add_argument("--run", default="", help="id of the run that holds the images")
     options = parser.parse_args(arguments)
     speak()

@@ -14,7 +14,10 @@ from tests.tools.source import REPO
 
 DOCUMENTS = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/LOG.md"),
-    *("docs/evaluation.md", "docs/gpu.md", "docs/play.md"),
+    *("docs/evaluation.md", "docs/gpu.md", "docs/play.md", "docs/data.md", "docs/models.md"),
+    *("docs/scaling.md", "docs/training.md"),
+    *("docs/index.md", "docs/first-steps.md", "docs/glossary.md", "docs/tutorials/own-pictures.md"),
+    *(f"docs/how-to/{name}.md" for name in ("sweeps", "large-model", "resume", "wandb", "gpu")),
 ]
 FENCE = re.compile(r"(<!-- run -->\n)?```(\w+)\n(.*?)```", re.S)
 TEXT = {name: (REPO / name).read_text() for name in DOCUMENTS}
@@ -34,7 +37,7 @@ def commands() -> list[list[str]]:
             line
             for _, language, body in FENCE.findall(text)
             if language == "bash"
-            for line in body.split("\n")
+            for line in body.replace("\\\n", " ").split("\n")
         ]
         lines += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
     words = [
@@ -48,7 +51,8 @@ def scripts() -> list[tuple[str, tuple[str, ...]]]:
     found = []
     for words in commands():
         for i, word in enumerate(words[:2]):
-            if word in ("train.py", "evaluate.py", "sjd2-train", "sjd2-evaluate"):
+            by_table = words[0] == "sjd2" and word in ("train", "evaluate")
+            if by_table or word in ("train.py", "evaluate.py", "sjd2-train", "sjd2-evaluate"):
                 root = word.removesuffix(".py").removeprefix("sjd2-")
                 found.append((root, tuple(word for word in words[i + 1 :] if "=" in word)))
     return sorted(set(found))

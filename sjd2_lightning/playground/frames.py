@@ -86,8 +86,14 @@ def data_url(picture: np.ndarray, whole: bool) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def sides(race: Race, place: int | None = None) -> list[Side]:
-    """All methods of a race as they are now, or were after pass `place` (from 1; 0 is before the first)."""
+def sides(race: Race, place: int | None = None, *, whole: bool = True) -> list[Side]:
+    """All methods of a race at one moment.
+
+    Args:
+        race: the race.
+        place: number of passes after which it is looked at; None is now.
+        whole: whether finished pictures keep their size.
+    """
     passes = [
         runner.seen.num_passes if place is None else min(place, runner.seen.num_passes)
         for runner in race.runners
@@ -97,16 +103,18 @@ def sides(race: Race, place: int | None = None) -> list[Side]:
     ]
     pictures = draw(race.backbone, moments, race.layout)
     return [
-        _side(runner, num, moment, picture)
+        _side(runner, num, moment, picture, whole)
         for runner, num, moment, picture in zip(race.runners, passes, moments, pictures, strict=True)
     ]
 
 
-def _side(runner: Runner, passes: int, moment: Moment | None, picture: np.ndarray) -> Side:
+def _side(runner: Runner, passes: int, moment: Moment | None, picture: np.ndarray, whole: bool) -> Side:
     done = moment is not None and moment.num_committed == len(moment.guesses)
     committed = 0.0 if moment is None else moment.num_committed / len(moment.guesses)
     seconds = runner.clock[min(passes, len(runner.clock) - 1)]
-    return Side(runner.name, passes, seconds, committed, done, data_url(picture, done), runner.layout.pixels)
+    return Side(
+        runner.name, passes, seconds, committed, done, data_url(picture, done and whole), runner.layout.pixels
+    )
 
 
 def _filled(guesses: np.ndarray) -> np.ndarray:

@@ -10,7 +10,11 @@ from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.playground.frames import SMALL_PX, Side
 from sjd2_lightning.playground.player import Frame
 
-_WORDS = {"drawing": "Drawing ...", "stopped": "Stopped."}
+_WORDS = {
+    "waiting": "Waiting for its turn; drawings before it: ",
+    "drawing": "Drawing ...",
+    "stopped": "Stopped.",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def status(frame: Frame) -> str:
         first, second = frame.sides
         times = f" {_ratio(first, second)}" if second.seconds else ""
         return line(frame.verdict + times, "same" if frame.verdict.startswith("Same image") else "")
-    return line(_WORDS.get(frame.state, ""))
+    return line(_WORDS.get(frame.state, "") + (f"{frame.num_before}." if frame.num_before else ""))
 
 
 def moment(sides: Sequence[Side], place: int, most: int) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass
 
 from sjd2_lightning.playground.frames import Side, sides
@@ -22,12 +21,14 @@ class Frame:
     """A race at one moment.
 
     Attributes:
-        state: what it does.
+        state: "waiting", "drawing", "done" or "stopped".
+        num_before: number of races that come first.
         sides: its methods.
         verdict: what the finished images have in common; None before, and of a stopped race.
     """
 
     state: str
+    num_before: int
     sides: tuple[Side, ...]
     verdict: str | None
 
@@ -37,7 +38,7 @@ class Run:
 
     def __init__(self, race: Race) -> None:
         self.race = race
-        self.stopped = False
+        self.stopped = self.ended = False
         self._left: float | None = None  # when the watcher was given the frame that it still looks at
 
     def stop(self) -> None:
@@ -51,26 +52,32 @@ class Run:
 
     def work(self) -> None:
         """Runs the race; called in the player's thread."""
-        with suppress(StoppedError):
+        try:
             self.race.run(self.to_stop)
+        except StoppedError:
+            self.stopped = True
+        finally:
+            self.ended = True
 
-    def frames(self, future: Future[None]) -> Iterator[Frame]:
+    def frames(self, future: Future[None], before: Callable[[], int]) -> Iterator[Frame]:
         """The race as it goes on, its end included: each frame is of the moment at which it is asked for.
 
         Whoever stops asking ends the race.
 
         Args:
             future: future of `work`, whose errors are raised here.
+            before: says how many races come first.
         """
-        shown = -1
+        shown = None
         try:
             while not future.done():
                 start, work, cost = time.monotonic(), time.thread_time(), 0.0
-                num_passes = sum(runner.seen.num_passes for runner in self.race.runners)
-                if num_passes != shown:
-                    frame = Frame("drawing", tuple(sides(self.race)), None)
+                now = before(), sum(runner.seen.num_passes for runner in self.race.runners)
+                if now != shown:
+                    state = "waiting" if now[0] else "drawing"
+                    frame = Frame(state, now[0], tuple(sides(self.race)), None)
                     # what it worked: that it waited for a processor is no reason to show less
-                    shown, cost = num_passes, time.thread_time() - work
+                    shown, cost = now, time.thread_time() - work
                     self._left = time.monotonic()
                     yield frame
                     self._left = None
@@ -81,7 +88,7 @@ class Run:
             if not future.cancelled():
                 future.result()
             state = "done" if self.race.done else "stopped"
-            yield Frame(state, tuple(sides(self.race)), self.race.verdict())
+            yield Frame(state, 0, tuple(sides(self.race)), self.race.verdict())
         finally:
             self.stop()
 
@@ -91,7 +98,7 @@ class Player:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoding")
-        self._runs: dict[str, Run] = {}
+        self._runs: list[tuple[str, Run]] = []  # of all watchers, in the order in which they came
 
     def watch(self, watcher: str, race: Race) -> Iterator[Frame]:
         """Runs a race and yields its frames; see `Run.frames`.
@@ -100,22 +107,24 @@ class Player:
             watcher: who asks, for `stop`.
             race: the race.
         """
-        run = self._runs[watcher] = Run(race)
+        mine = watcher, Run(race)
+        self._runs.append(mine)
         try:
-            yield from run.frames(self._thread.submit(run.work))
+            yield from mine[1].frames(self._thread.submit(mine[1].work), lambda: self._num_before(mine))
         finally:
-            if self._runs.get(watcher) is run:
-                del self._runs[watcher]
+            self._runs.remove(mine)
 
-    def stop(self, watcher: str) -> bool:
-        """Ends a watcher's race before its next pass; returns whether there was one."""
-        run = self._runs.get(watcher)
-        if run is not None:
-            run.stop()
-        return run is not None
+    def stop(self, watcher: str) -> None:
+        """Ends a watcher's races before their next pass."""
+        for owner, run in list(self._runs):
+            if owner == watcher:
+                run.stop()
+
+    def _num_before(self, mine: tuple[str, Run]) -> int:
+        return sum(not run.ended for _, run in self._runs[: self._runs.index(mine)])
 
     def close(self) -> None:
         """Ends all races and waits for the thread."""
-        for run in list(self._runs.values()):
+        for _, run in list(self._runs):
             run.stop()
         self._thread.shutdown(cancel_futures=True)

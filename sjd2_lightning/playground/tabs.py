@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,17 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 
 from sjd2_lightning.decoding.config import BASELINE
-from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.playground import markup
 from sjd2_lightning.playground.frames import BLANK, Side, sides
 from sjd2_lightning.playground.markup import Row
 from sjd2_lightning.playground.offer import MOST_PROMPTS, Offer, Wish, several, single
-from sjd2_lightning.playground.player import Frame, Player
+from sjd2_lightning.playground.player import Player
 from sjd2_lightning.playground.race import Race
 
 HOST = "127.0.0.1"
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 _MONO = ("ui-monospace", "Consolas", "monospace")
-_DECODING = "decoding"  # one at a time: whoever comes meanwhile waits in Gradio's queue
-_MOST_WAITING = 32
+_MOST_VISITORS = 32  # that draw or wait; the player's thread draws for one at a time
 _PROMPT_LENGTH = 2000  # letters
 _WINDOW, _LEVELS = 128, 32  # greatest values to choose, if the method itself has no greater ones
 _STATE_S = 3600  # seconds that a visitor's last decoding is kept
@@ -97,18 +96,20 @@ class Page:
                 raise ValueError("Choose two methods that differ.")
             yield markup.summary(rows, len(items)), "", ""
             for item in items:
-                for frame in self._pair(item, wish, (first, second), str(request.session_hash)):
-                    yield keep, markup.line(item.prompt) + markup.pair(frame.sides), keep
+                methods = {name: self.offer.method(name, wish) for name in (first, second)}
+                race = Race(self.offer.backbone, item, methods, self.offer.layout(wish))
+                for frame in self.player.watch(str(request.session_hash), race):
+                    yield (
+                        keep,
+                        markup.line(item.prompt) + markup.pair(frame.sides) + markup.status(frame),
+                        keep,
+                    )
                 if frame.state == "stopped":
                     return
-                rows.append(Row(item, frame))
+                rows.append(Row(item, replace(frame, sides=tuple(sides(race, whole=False)))))
                 yield markup.summary(rows, len(items)), "", markup.gallery(rows)
         except ValueError as error:
             yield markup.line(str(error), "problem"), keep, keep
-
-    def _pair(self, item: PromptItem, wish: Wish, names: Sequence[str], watcher: str) -> Iterator[Frame]:
-        methods = {name: self.offer.method(name, wish) for name in names}
-        return self.player.watch(watcher, Race(self.offer.backbone, item, methods, self.offer.layout(wish)))
 
     def stop(self, request: gr.Request) -> str:
         """Ends this visitor's decoding before its next pass, or takes it out of the queue."""
@@ -173,7 +174,7 @@ def build(offer: Offer, player: Player) -> gr.Blocks:
                 )
         drawn([race, slider, moment])
         blocks.unload(page.leave)
-    return blocks.queue(max_size=_MOST_WAITING, api_open=False)
+    return blocks.queue(max_size=_MOST_VISITORS, api_open=False)
 
 
 def _draw_tab(page: Page) -> Callable[[list[Any]], None]:
@@ -246,18 +247,16 @@ def _decoding(
     stop: gr.Button,
     page: Page,
 ) -> None:
-    """Binds what decodes, one visitor at a time, and what ends it; one output says how it stands."""
+    """Binds what decodes and what ends it; one output says how it stands."""
     line = next(output for output in outputs if output.elem_id in ("status", "summary"))
     event = gr.on(
         triggers,
         start,
         inputs,
         outputs,
-        show_progress="minimal",  # the place in the queue
-        show_progress_on=line,
+        show_progress="hidden",
         trigger_mode="once",
-        concurrency_limit=1,
-        concurrency_id=_DECODING,
+        concurrency_limit=_MOST_VISITORS,
         api_visibility="private",
     )
     stop.click(

@@ -109,7 +109,7 @@ def test_stop_ends_it_and_the_next_prompt_is_drawn(session, page, slow):
     screenshot(session, SHOTS / "play_live.png", 900)
     session.execute_script("document.getElementById('stop').click()")
     wait_for(session, lambda: status(session) == "Stopped.")
-    wait_for(session, lambda: not page.player.stop("nobody") and not page.player._runs)
+    wait_for(session, lambda: not page.player._runs)
     after = drawn(session)
     time.sleep(0.5)
     assert drawn(session) == after
@@ -136,9 +136,10 @@ def test_a_second_visitor_waits_and_then_draws(session, page, slow):
     session.get(page.address)
     wait_for(session, lambda: session.execute_script("return !!document.getElementById('draw')"))
     session.execute_script("document.getElementById('draw').click()")
-    time.sleep(1)
+    wait_for(session, lambda: status(session) == "Waiting for its turn; drawings before it: 1.")
+    time.sleep(0.5)
     assert drawn(session) == [0, 0]
-    assert len(page.player._runs) == 1
+    assert len(page.player._runs) == 2
     screenshot(session, SHOTS / "play_waiting.png", 900)
     second = session.current_window_handle
     session.switch_to.window(first)

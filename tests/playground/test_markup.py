@@ -14,7 +14,7 @@ def side(name: str, passes: int, seconds: float) -> Side:
 
 
 def frame(first: int, second: int, verdict: str | None = SAME) -> Frame:
-    return Frame("done", (side("ar", first, 2.0), side("sjd2", second, 1.0)), verdict)
+    return Frame("done", 0, (side("ar", first, 2.0), side("sjd2", second, 1.0)), verdict)
 
 
 def test_texts_are_escaped():
@@ -37,7 +37,12 @@ def test_same_is_marked_only_where_it_was_found():
     assert "sjd2 took 2 passes in place of 4, and 1.00 s in place of 2.00 s." in status(frame(4, 2))
     for other in ("Another image, and of another law: 40 % of the tokens are equal.", None):
         assert "same" not in status(frame(4, 2, other))
-    assert "Stopped." in status(Frame("stopped", frame(4, 2).sides, None))
+    assert "Stopped." in status(Frame("stopped", 0, frame(4, 2).sides, None))
+
+
+def test_who_waits_is_told_for_how_many():
+    assert "drawings before it: 2." in status(Frame("waiting", 2, frame(0, 0).sides, None))
+    assert "Drawing ..." in status(Frame("drawing", 0, frame(1, 1).sides, None))
 
 
 def test_sums_over_prompts():

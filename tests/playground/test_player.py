@@ -75,12 +75,13 @@ def test_stop_ends_before_the_next_pass(backbone, player):
     race = race_of(backbone)
     frames = player.watch("a", race)
     next(frames)
-    assert player.stop("a")
+    player.stop("b")
+    assert not race.done
+    player.stop("a")
     rest = list(frames)
     assert rest[-1].state == "stopped"
     assert rest[-1].verdict is None
     assert race.runners[0].seen.num_passes < 5
-    assert not player.stop("a"), "it is over"
     assert list(player.watch("a", race_of(backbone)))[-1].state == "done"
 
 
@@ -111,11 +112,25 @@ def test_watchers_wait_for_each_other(backbone, player):
         one = threads.submit(lambda: list(player.watch("a", first)))
         time.sleep(0.05)
         waiting = player.watch("b", second)
-        assert [side.passes for side in next(waiting).sides] == [0, 0]
-        last = list(waiting)[-1]
+        frame = next(waiting)
+        assert (frame.state, frame.num_before) == ("waiting", 1)
+        assert [side.passes for side in frame.sides] == [0, 0]
+        seen = list(waiting)
         assert one.result()[-1].state == "done"
+    last = seen[-1]
+    assert {(frame.state, frame.num_before) for frame in seen} == {("drawing", 0), ("done", 0)}
     assert last.state == "done"
     assert last.verdict == "Same image: all 16 tokens are equal."
+
+
+def test_a_race_that_is_over_holds_nobody_up(backbone, player):
+    first = race_of(backbone)
+    frames = player.watch("a", first)
+    next(frames)
+    while not first.done:
+        time.sleep(PASS_S)
+    assert {frame.num_before for frame in player.watch("b", race_of(backbone, "dog"))} == {0}
+    assert list(frames)[-1].state == "done"
 
 
 def test_one_who_waits_can_stop_at_once(backbone, player):

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import pickle
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -20,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import VQModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from sjd2_lightning.models.chameleon import LUMINA_MGPT
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer
+from sjd2_lightning.models.taming import generator_weights, vq_from_taming
 from sjd2_lightning.models.weights import (
     BACKBONE_FILE,
     INDEX,
@@ -43,16 +42,21 @@ from sjd2_lightning.models.weights import (
 from sjd2_lightning.run.files import sha256_of_file, whole_file, write_whole
 from sjd2_lightning.run.stages import speak, stage
 
-_IN_RESNET = {"nin_shortcut": "conv_shortcut"}
-_IN_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_SAME = re.compile(
-    r"(quantize\.embedding|(post_)?quant_conv|(encoder|decoder)\.conv_(in|out))\.(weight|bias)"
+MANIFEST = "manifest.json"
+VQ_PREFIX = "model.vqmodel."
+_BUFFERS = (".rotary_emb.inv_freq",)  # computed, not loaded; older checkpoints hold them
+_PICKLE_INDEX = "pytorch_model.bin.index.json"
+# what training leaves beside a model's weights, and the copy in another layout that some releases have
+_NO_WEIGHTS = (
+    "adapter_model.*",
+    "consolidated*",
+    "training_args.*",
+    "optimizer*",
+    "scheduler*",
+    "scaler*",
+    "rng_state*",
 )
-_NORM_OUT = re.compile(r"(encoder|decoder)\.norm_out\.(.+)")
-_BLOCK = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.block\.(\d+)\.(\w+)\.(weight|bias)")
-_SCALE = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(down|up)sample\.conv\.(weight|bias)")
-_MIDDLE = re.compile(r"(encoder|decoder)\.mid\.block_([12])\.(\w+)\.(weight|bias)")
-_ATTENTION = re.compile(r"(encoder|decoder)\.mid\.attn_1\.(\w+)\.(weight|bias)")
+_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def read_pickle(path: str | Path) -> dict[str, Tensor]:
@@ -70,99 +74,6 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
     if state is None or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no dictionary of tensors")
     return dict(state)
-
-
-def diffusers_name(name: str, num_blocks: int) -> str | None:
-    """The name in `diffusers.VQModel` of a weight of taming's VQGAN; None if there is none.
-
-    Args:
-        name: in the original checkpoint.
-        num_blocks: resolutions of the network.
-    """
-    if _SAME.fullmatch(name):
-        return name
-    if found := _NORM_OUT.fullmatch(name):
-        return f"{found[1]}.conv_norm_out.{found[2]}"
-    if found := _BLOCK.fullmatch(name):
-        layer = _IN_RESNET.get(found[4], found[4])
-        return f"{_block(found[1], int(found[2]), num_blocks)}.resnets.{found[3]}.{layer}.{found[5]}"
-    if found := _SCALE.fullmatch(name):
-        return f"{_block(found[1], int(found[2]), num_blocks)}.{found[3]}samplers.0.conv.{found[4]}"
-    if found := _MIDDLE.fullmatch(name):
-        layer = _IN_RESNET.get(found[3], found[3])
-        return f"{found[1]}.mid_block.resnets.{int(found[2]) - 1}.{layer}.{found[4]}"
-    if (found := _ATTENTION.fullmatch(name)) and found[2] in _IN_ATTENTION:
-        return f"{found[1]}.mid_block.attentions.0.{_IN_ATTENTION[found[2]]}.{found[3]}"
-    return None
-
-
-def _block(half: str, place: int, num_blocks: int) -> str:
-    if half == "encoder.down":
-        return f"encoder.down_blocks.{place}"
-    return f"decoder.up_blocks.{num_blocks - 1 - place}"
-
-
-def generator_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the discriminator and the perceptual network of the checkpoint's training."""
-    return {name: value for name, value in state.items() if not name.startswith("loss.")}
-
-
-def vq_from_taming(state: Mapping[str, Tensor]) -> VQModel:
-    """The VQModel of a checkpoint; its sizes are read off the weights.
-
-    Raises:
-        ValueError: naming weights that are unknown or missing.
-    """
-    state = generator_weights(state)
-    blocks = {int(found[2]) for name in state if (found := _BLOCK.fullmatch(name))}
-    resnets = {int(found[3]) for name in state if (found := _BLOCK.fullmatch(name))}
-    sizes = ("encoder.conv_in.weight", "quantize.embedding.weight", "quant_conv.weight")
-    if lacking := [name for name in sizes if name not in state] or ([] if blocks else ["encoder.down.*"]):
-        raise ValueError(f"this is no checkpoint of a VQGAN: {', '.join(lacking)} missing")
-    names = {name: diffusers_name(name, len(blocks)) for name in state}
-    if unknown := sorted(name for name, new in names.items() if new is None):
-        raise ValueError(f"unknown weights in the VQGAN checkpoint: {', '.join(unknown)}")
-    channels = [len(state[f"encoder.down.{place}.block.0.conv1.weight"]) for place in sorted(blocks)]
-    num_codes, code_dim = state["quantize.embedding.weight"].shape
-    vq = VQModel(
-        in_channels=state["encoder.conv_in.weight"].shape[1],
-        out_channels=state["encoder.conv_in.weight"].shape[1],
-        down_block_types=("DownEncoderBlock2D",) * len(blocks),
-        up_block_types=("UpDecoderBlock2D",) * len(blocks),
-        block_out_channels=tuple(channels),
-        layers_per_block=max(resnets),  # the decoder has one resnet more than the encoder
-        latent_channels=state["quant_conv.weight"].shape[1],
-        num_vq_embeddings=num_codes,
-        vq_embed_dim=code_dim,
-        norm_num_groups=32,
-        mid_block_add_attention=any(_ATTENTION.fullmatch(name) for name in state),
-    )
-    wanted = vq.state_dict()
-    if missing := sorted(set(wanted) - set(names.values())):
-        raise ValueError(f"the VQGAN checkpoint lacks the weights of {', '.join(missing)}")
-    if extra := sorted(name for name, new in names.items() if new not in wanted):
-        raise ValueError(f"unknown weights in the VQGAN checkpoint: {', '.join(extra)}")
-    vq.load_state_dict(
-        {str(new): state[name].float().reshape(wanted[str(new)].shape) for name, new in names.items()}
-    )
-    return vq.eval()
-
-
-MANIFEST = "manifest.json"
-VQ_PREFIX = "model.vqmodel."
-_BUFFERS = (".rotary_emb.inv_freq",)  # computed, not loaded; older checkpoints hold them
-_PICKLE_INDEX = "pytorch_model.bin.index.json"
-# what training leaves beside a model's weights, and the copy in another layout that some releases have
-_NO_WEIGHTS = (
-    "adapter_model.*",
-    "consolidated*",
-    "training_args.*",
-    "optimizer*",
-    "scheduler*",
-    "scaler*",
-    "rng_state*",
-)
-_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def shards_of(folder: Path) -> list[Path]:

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from sjd2_lightning.models.chameleon import LUMINA_MGPT
-from sjd2_lightning.models.convert import MANIFEST, convert, main, read_pickle, vq_from_taming
+from sjd2_lightning.models.convert import MANIFEST, convert, main, read_pickle
 from sjd2_lightning.models.registry import load_backbone
 from sjd2_lightning.models.small import byte_tokenizer, code_name
+from sjd2_lightning.models.taming import vq_from_taming
 
 NUM_CODES = 12
 CHANNELS = [32, 64]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -124,7 +125,8 @@ def captioned(parts: Iterable[Part], fields: bool) -> Iterator[Captioned]:
     for part in parts:
         if (named := sample_name(part.name)) is None:
             continue
-        files = samples.setdefault(named[0], {})
+        # macOS writes letters with marks in another form than what names them elsewhere
+        files = samples.setdefault(unicodedata.normalize("NFC", named[0]), {})
         if (older := files.pop(named[1], None)) and _ending(named[1])[1] in (*SUFFIXES, *UNREAD):
             yield Captioned(older, "", "a later file has the same name; that one counts")
         files[named[1]] = part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -95,6 +96,7 @@ def text_parts(root: Path, names: Iterable[str]) -> Iterator[Part]:
     def reader(path: Path) -> Callable[[], bytes]:
         def read() -> bytes:
             try:
+                check_regular(path)
                 check_text(path.stat().st_size)
                 return path.read_bytes()
             except OSError as error:
@@ -103,6 +105,12 @@ def text_parts(root: Path, names: Iterable[str]) -> Iterator[Part]:
         return read
 
     return (Part(name, reader(root / name)) for name in names)
+
+
+def check_regular(path: Path) -> None:
+    """Refuses pipes and devices, which would be read for ever; OSError if there is nothing."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("no regular file")
 
 
 def check_text(num_bytes: int) -> None:

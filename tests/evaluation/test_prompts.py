@@ -159,7 +159,7 @@ def test_broken_tars_are_refused(tmp_path):
     path = tmp_path / "a.tar"
     for files, message in (
         (in_tar("jpg"), "'0000' is empty"),
-        (in_tar("jpg", "txt") | {"0001.txt": b"caf\xe9"}, "sample 0001: not UTF-8"),
+        (in_tar("jpg", "txt") | {"0001.txt": b"carr\xe9"}, "sample 0001: not UTF-8"),
         (in_tar("txt") | {"9.json": b'{"prompt": "red", "sed": 1}'}, "unknown fields"),
     ):
         write_tar(path, files)

@@ -153,7 +153,7 @@ def test_folders_below_and_names_with_a_dot(tmp_path):
     with pytest.raises(ValueError, match=r"p5\.tiff cannot be used \(format not read"):
         image_folder(alpha, (8, 8))
     (alpha / "p5.tiff").unlink()
-    (alpha / "p00.txt").write_bytes(b"caf\xe9")
+    (alpha / "p00.txt").write_bytes(b"carr\xe9")
     with pytest.raises(ValueError, match=r"p00\.png cannot be used \(not UTF-8"):
         image_folder(alpha, (8, 8))
 

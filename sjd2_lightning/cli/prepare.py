@@ -142,6 +142,9 @@ def chosen_of(options: argparse.Namespace) -> tuple[dict[str, list[Record]], Rea
     if options.input is None:
         raise ValueError(f"the source `{options.source}` needs --input")
     _size(options)
+    for name, value in (("--max-bad-share", options.max_bad_share), ("--val-share", options.val_share)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} {value}: is a share; it must lie in [0, 1]")
     try:
         with stage("listing the pictures"):
             records, read = list_records(options)

@@ -204,10 +204,13 @@ def finish_build(build: Build, made: dict[int, Made]) -> None:
     """
     shards = tuple(made[number].shard for number in sorted(made) if made[number].shard.num_samples)
     skipped = [entry for number in sorted(made) for entry in made[number].skipped]
+    write_skipped(build.building / SKIPPED_NAME, skipped)
     if not shards:
         example = f"{skipped[0].get('file', skipped[0]['key'])}: {skipped[0]['reason']}"
-        raise ValueError(f"No sample for {build.folder} can be used (0 of {len(skipped)}), e.g. {example}")
-    write_skipped(build.building / SKIPPED_NAME, skipped)
+        raise ValueError(
+            f"No sample for {build.folder} can be used (0 of {len(skipped)}), e.g. {example}; all are "
+            f"named in {build.building / SKIPPED_NAME}"
+        )
     ShardIndex(build.folder, replace(build.meta, num_skipped=len(skipped)), shards).save(build.building)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +96,7 @@ def text_parts(root: Path, names: Iterable[str]) -> Iterator[Part]:
     def reader(path: Path) -> Callable[[], bytes]:
         def read() -> bytes:
             try:
+                check_regular(path)
                 check_text(path.stat().st_size)
                 return path.read_bytes()
             except OSError as error:
@@ -102,6 +105,12 @@ def text_parts(root: Path, names: Iterable[str]) -> Iterator[Part]:
         return read
 
     return (Part(name, reader(root / name)) for name in names)
+
+
+def check_regular(path: Path) -> None:
+    """Refuses pipes and devices, which would be read for ever; OSError if there is nothing."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("no regular file")
 
 
 def check_text(num_bytes: int) -> None:
@@ -124,7 +133,8 @@ def captioned(parts: Iterable[Part], fields: bool) -> Iterator[Captioned]:
     for part in parts:
         if (named := sample_name(part.name)) is None:
             continue
-        files = samples.setdefault(named[0], {})
+        # macOS writes letters with marks in another form than what names them elsewhere
+        files = samples.setdefault(unicodedata.normalize("NFC", named[0]), {})
         if (older := files.pop(named[1], None)) and _ending(named[1])[1] in (*SUFFIXES, *UNREAD):
             yield Captioned(older, "", "a later file has the same name; that one counts")
         files[named[1]] = part

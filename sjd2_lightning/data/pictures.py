@@ -18,7 +18,7 @@ _READ = {
     "PNG": (".png", ".apng"),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp"),
     "WEBP": (".webp",),
-    "BMP": (".bmp", ".dib"),
+    "BMP": (".bmp",),
     "GIF": (".gif",),
 }
 FORMATS = tuple(_READ)
@@ -26,7 +26,7 @@ SUFFIXES = tuple(suffix for suffixes in _READ.values() for suffix in suffixes)
 # Suffixes of pictures that are not read: such a file is a lost sample, other files are none.
 UNREAD: tuple[str, ...] = (".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".tif", ".tiff", ".svg", ".eps")
 UNREAD += (".ico", ".icns", ".psd", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".exr", ".hdr", ".dds")
-UNREAD += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw", ".qoi")
+UNREAD += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw", ".qoi", ".dib")
 MAX_BYTES = 2**26  # of a picture's file
 MAX_PIXELS = 10**8
 # How every picture is read; named by the protocols of metrics and recorded in the index of shards.

@@ -1,5 +1,6 @@
 """Prompts: the held-out names, files, and what is refused."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -95,6 +96,81 @@ def test_a_webdataset_file(tmp_path):
         read_prompts(tmp_path / "a.tar")
 
 
+THREE = ["red apple", "blue cat", "a house"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mark.txt", "\ufeffred apple\nblue cat\na house"),
+        ("windows.txt", "red apple\r\nblue cat\r\na house\r\n"),
+        ("old_mac.txt", "red apple\rblue cat\ra house\r"),
+        ("blanks.txt", "red apple \nblue\tcat\na  house\n \n\n"),
+        ("other_ends.txt", "red\x85apple\nblue\u2028cat\n\x0ba house"),
+        ("CAPITALS.TXT", "red apple\nblue cat\na house"),
+        ("mark.json", "\ufeff" + json.dumps(THREE)),
+        ("nulls.json", json.dumps([{"prompt": text, "key": None, "seed": None} for text in THREE])),
+        ("lines.jsonl", "".join(json.dumps({"prompt": text}) + "\r\n" for text in THREE)),
+        ("lines.JSONL", "\ufeff" + "\n".join(map(json.dumps, THREE))),
+    ],
+)
+def test_files_as_people_have_them(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode())
+    plain = tmp_path / "plain.txt"
+    plain.write_text("\n".join(THREE))
+    assert read_prompts(tmp_path / name) == read_prompts(plain)
+
+
+def in_tar(*endings, name="{number:04d}", caption=True):
+    files = {}
+    for number, text in enumerate(THREE):
+        facts = {"caption": text, "url": "u"} if caption else {"caption": None, "size": [8, 8], "crc32": 1}
+        content = {"txt": text.encode(), "json": json.dumps(facts).encode()}
+        files |= {f"{name.format(number=number)}.{e}": content.get(e.lower(), b"\0") for e in endings}
+    return files
+
+
+@pytest.mark.parametrize(
+    ("files", "keys"),
+    [
+        (in_tar("jpg", "txt", "json"), ["0000", "0001", "0002"]),
+        (in_tar("jpg", "json"), ["0000", "0001", "0002"]),
+        (in_tar("jpg", "txt", "json", caption=False), ["0000", "0001", "0002"]),
+        (in_tar("image_ids.npy", "txt", "json", name="k{number}", caption=False), ["k0", "k1", "k2"]),
+        (in_tar("JPG", "TXT"), ["0000", "0001", "0002"]),
+        (in_tar("txt", name="./a/{number}"), ["a-0", "a-1", "a-2"]),
+        (in_tar("txt", name="cat.{number}"), ["cat.0", "cat.1", "cat.2"]),
+        (in_tar("txt", name="._{number}") | in_tar("txt") | in_tar("txt", name="__MACOSX/{number}"), None),
+        (in_tar("txt", name="красный {number}"), []),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_tars_as_people_have_them(tmp_path, files, keys, suffix):
+    path = tmp_path / f"a.{suffix}"
+    write_tar(path, files)
+    if suffix == "tar.gz":
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    found = read_prompts(path)
+    assert [item.prompt for item in found] == THREE
+    assert keys == [] or [item.key for item in found] == (keys or ["0000", "0001", "0002"])
+
+
+def test_broken_tars_are_refused(tmp_path):
+    path = tmp_path / "a.tar"
+    for files, message in (
+        (in_tar("jpg"), "'0000' is empty"),
+        (in_tar("jpg", "txt") | {"0001.txt": b"carr\xe9"}, "sample 0001: not UTF-8"),
+        (in_tar("txt") | {"9.json": b'{"prompt": "red", "sed": 1}'}, "unknown fields"),
+    ):
+        write_tar(path, files)
+        with pytest.raises(ValueError, match=message):
+            read_prompts(path)
+    write_tar(path, in_tar("txt"))
+    path.write_bytes(path.read_bytes()[:2048])
+    with pytest.raises(ValueError, match="byte 2048: ends early"):
+        read_prompts(path)
+
+
 def test_texts_that_have_keys_of_their_own_may_repeat(tmp_path):
     (tmp_path / "a.json").write_text('[{"prompt": "red", "key": "a"}, {"prompt": "red", "key": "b"}]')
     assert len(read_prompts(tmp_path / "a.json")) == 2
@@ -115,11 +191,24 @@ def test_texts_that_have_keys_of_their_own_may_repeat(tmp_path):
         ("a.json", '[{"prompt": "red", "key": "A"}, {"prompt": "blue", "key": "a"}]', "'a' occurs 2 times"),
         ("a.json", '[{"prompt": "red", "key": "../a"}]', "cannot name a file"),
         ("a.csv", "red", "must end in"),
+        ("a.json", '[{"prompt": "red", "key": 1.5}]', "has key 1.5; it must be a text"),
+        ("a.json", '["\\ud800 red"]', "entry 1 is not UTF-8"),
+        ("a.jsonl", '"red"\n{', "cannot be read: no JSON"),
     ],
 )
 def test_bad_files_are_one_clear_error(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "gbk"])
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
+def test_text_of_other_encodings_is_refused(tmp_path, name, encoding):
+    letters = "方块" if encoding == "gbk" else "café"
+    text = letters if name == "a.txt" else json.dumps([letters], ensure_ascii=False)
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: not UTF-8 .*; save it as UTF-8"):
         read_prompts(tmp_path / name)
 
 

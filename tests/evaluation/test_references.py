@@ -10,7 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from sjd2_lightning.data.pictures import read_picture
 from sjd2_lightning.data.sources.coco import CocoProtocol, coco_items
+from sjd2_lightning.data.sources.folder import folder_records
+from sjd2_lightning.data.sources.record import FilePictures, read_stretch
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
 from sjd2_lightning.evaluation.references import (
     blurred,
@@ -71,6 +74,88 @@ def test_bad_folders_are_one_clear_error(tmp_path):
         (tmp_path / f"{name}.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"a\.png cannot be read"):
         image_folder(tmp_path, (8, 8))
+
+
+def subjects(folder: Path, num: int = 24) -> tuple[Path, Path]:
+    """The same own pictures on transparent ground and on white."""
+    rng = np.random.default_rng(0)
+    for number in range(num):
+        picture = Image.new("RGBA", (24, 24))
+        colour = (*(int(part) for part in rng.integers(40, 255, 3)), 255)
+        picture.paste(colour, (3 + number % 5, 4, 20, 15 + number % 7))
+        white = Image.new("RGBA", picture.size, "white")
+        white.alpha_composite(picture)
+        for name, image in (("alpha", picture), ("white", white.convert("RGB"))):
+            (folder / name).mkdir(exist_ok=True)
+            image.save(folder / name / f"p{number:02d}.png")
+    return folder / "alpha", folder / "white"
+
+
+def test_transparent_ground_is_white(tmp_path):
+    sets = [image_folder(folder, (16, 16)) for folder in subjects(tmp_path)]
+    assert torch.equal(sets[0].images, sets[1].images)
+    metrics = QualityMetrics([Colours()], num_distance_resamples=2)
+    found = QualityMeter(metrics, sets[0]).measure(list(sets[1].images), [""] * 24).measured["fd"]
+    assert found.value == pytest.approx(0, abs=1e-6)
+    assert "transparency on white; 16-bit grey by 1/257" in found.protocol
+    assert "the largest centred part" in found.protocol
+
+
+def odd_pictures(folder: Path) -> dict[str, Image.Image]:
+    """Pictures that were read in two ways once, by name."""
+    turned, rng = Image.Exif(), np.random.default_rng(1)
+    turned[0x0112] = 6
+    pixels = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    clear = pixels.convert("RGBA")
+    clear.putalpha(Image.fromarray(rng.integers(0, 256, (20, 30), dtype=np.uint8)))
+    deep = Image.fromarray(rng.integers(0, 65536, (20, 30), dtype=np.uint16))
+    pixels.save(folder / "turned.jpg", exif=turned)
+    clear.save(folder / "clear.png")
+    deep.save(folder / "deep.png")
+    clear.save(folder / "clear.webp", lossless=True)
+    pixels.quantize(16).save(folder / "palette.png", transparency=3)
+    pixels.convert("CMYK").save(folder / "cmyk.jpg")
+    return {path.name: read_picture(path.read_bytes()) for path in sorted(folder.iterdir())}
+
+
+def test_training_references_and_coco_see_the_same_pixels(tmp_path):
+    pictures = odd_pictures(tmp_path)
+    for path in list(tmp_path.iterdir()):
+        path.with_name(f"{path.name}.txt").write_text("x")  # a text that is no caption of any
+        path.with_suffix(".txt").write_text("x")
+    reference = image_folder(tmp_path, (8, 8))
+    records = [record for record in folder_records(tmp_path) if not record.problem]
+    training = FilePictures(str(tmp_path), records, (8, 8), 1, read_stretch)
+    assert [record.file for record in records] == list(pictures)
+    for record, image in zip(records, reference.images, strict=True):
+        np.testing.assert_array_equal(training.image(record), image.numpy())
+    notes = [{"id": n, "image_id": n, "caption": "x"} for n in range(len(pictures))]
+    images = [{"id": n, "file_name": name} for n, name in enumerate(pictures)]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    protocol = CocoProtocol("coco", tmp_path / "c.json", tmp_path, len(pictures))
+    coco = coco_reference(protocol, coco_items(protocol))
+    for picture, image in zip(pictures.values(), coco.images, strict=True):
+        np.testing.assert_array_equal(np.asarray(picture), image.numpy())
+    assert "transparency on white" in coco.reading
+    assert "Lanczos" not in coco.reading, "the extractor resizes"
+
+
+def test_folders_below_and_names_with_a_dot(tmp_path):
+    alpha, _ = subjects(tmp_path, 4)
+    for folder in ("sub", ".ipynb_checkpoints", "__MACOSX"):
+        (alpha / folder).mkdir()
+        (alpha / folder / "p9.png").write_bytes((alpha / "p00.png").read_bytes())
+    (alpha / "._p00.png").write_bytes(b"\0\5\x16\7")
+    (alpha / "README.txt").write_text("about")
+    reference = image_folder(alpha, (8, 8))
+    assert reference.keys == ("p00", "p01", "p02", "p03", "sub/p9")
+    (alpha / "p5.tiff").write_bytes(b"II*\0")
+    with pytest.raises(ValueError, match=r"p5\.tiff cannot be used \(format not read"):
+        image_folder(alpha, (8, 8))
+    (alpha / "p5.tiff").unlink()
+    (alpha / "p00.txt").write_bytes(b"carr\xe9")
+    with pytest.raises(ValueError, match=r"p00\.png cannot be used \(not UTF-8"):
+        image_folder(alpha, (8, 8))
 
 
 def tiny_coco(folder: Path, split: str = "val2017") -> CocoProtocol:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,16 @@ def linked(root: Path) -> None:
     (root / "broken.txt").write_text("gone")
 
 
+def devices(root: Path) -> None:
+    """A picture and a text that never end, and a text that never begins."""
+    folder(root)
+    for name in ("p0.png", "p1.txt", "p2.txt"):
+        (root / name).unlink()
+    (root / "p0.png").symlink_to("/dev/zero")
+    (root / "p1.txt").symlink_to("/dev/zero")
+    os.mkfifo(root / "p2.txt")
+
+
 def beside(*names: str) -> Callable[[Path], None]:
     def write(root: Path) -> None:
         folder(root)
@@ -175,6 +186,10 @@ FOLDERS = {
     "case twins": Case(copies("P{name}", "p0.*"), (*CAPTIONS[:1], *CAPTIONS)),
     "twins of two formats": Case(twins, (*CAPTIONS[:1], *CAPTIONS)),
     "links": Case(linked, CAPTIONS, {"cannot be read (No such file": 1}),
+    "devices": Case(devices, (), {"no regular file": 3}, 1, "3 of 10 samples"),
+    "all broken": refused(
+        copies("{name}", "p*.png", b"<p>"), "10 samples cannot be used and 1 are allowed", "format not read"
+    ),
     "papers beside": Case(beside("README.txt", "LICENSE.txt", "list.csv", "Thumbs.db")),
     "jfif": Case(other_format(".jfif", "JPEG")),
     "tiff": Case(other_format(".tif", "TIFF"), NINE, {"format not read (.tif)": 1}),

@@ -136,7 +136,7 @@ TARS = {
         tar(lambda n: sample(n, "d" * 90 + "/" + "e" * 90 + "{number}"), format=tarfile.GNU_FORMAT)
     ),
     "latin-1": refused(
-        tar(lambda n: [*sample(n)[:1], (f"{n:04d}.txt", b"caf\xe9")]), "not UTF-8", "not UTF-8"
+        tar(lambda n: [*sample(n)[:1], (f"{n:04d}.txt", b"carr\xe9")]), "not UTF-8", "not UTF-8"
     ),
     "byte-order mark": Case(tar(lambda n: [*sample(n)[:1], (f"{n:04d}.txt", b"\xef\xbb\xbfsquare %d" % n)])),
     "several lines": Case(tar(lambda n: [*sample(n)[:1], (f"{n:04d}.txt", b"square\r\n %d\n" % n)])),

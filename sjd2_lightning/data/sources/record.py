@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from sjd2_lightning.data.index import KEY
+from sjd2_lightning.data.names import check_regular
 from sjd2_lightning.data.pictures import MAX_BYTES, cropped, read_picture
 from sjd2_lightning.run.files import sha256_of_json
 
@@ -132,10 +133,14 @@ def file_record(root: Path, name: str, key: str, caption: str, problem: str = ""
     """Record of a picture that is a file; raises ValueError if its name leads out of the folder."""
     if problem:
         return Record(key, "", name, 0, 0, problem=problem)
+    path = inside(root, name)
     try:
-        stat = inside(root, name).stat()
+        check_regular(path)
+        stat = path.stat()
     except OSError as error:
         return Record(key, "", name, 0, 0, problem=f"cannot be read ({error.strerror})")
+    except ValueError as error:
+        return Record(key, "", name, 0, 0, problem=str(error))
     return Record(key, caption, name, 0, stat.st_size, stat.st_mtime_ns)
 
 

@@ -287,6 +287,8 @@ def test_command_line_from_folder_to_samples(
         (["folder"], "needs --input"),
         (["folder", "--input", ".", "--model-family", "emu3"], "needs --model-path"),
         (["folder", "--input", ".", "--image-size", "1", "2", "3"], "give height and width"),
+        (["folder", "--input", ".", "--max-bad-share", "nan"], "--max-bad-share nan: is a share"),
+        (["folder", "--input", ".", "--val-share", "1.5"], "--val-share 1.5: is a share"),
     ],
 )
 def test_command_line_says_what_is_missing(

@@ -66,8 +66,9 @@ class RandomStates(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Notes the states for the first step."""
+        """Notes the states for the first step, and puts Lightning's count of epochs right."""
         self._found = checkpoint.get("random_states")
+        _count_begun_epoch(checkpoint)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -84,6 +85,18 @@ class RandomStates(Callback):
             )
             return
         _restore(found[trainer.global_rank])
+
+
+def _count_begun_epoch(checkpoint: dict[str, Any]) -> None:
+    """Counts the epoch that a checkpoint was saved in as begun.
+
+    A run that goes on at the end of an epoch forgets to count the next one as begun. Where such a run is
+    stopped at the end of an epoch too, Lightning would take the next epoch for the last one, and read its
+    data a second time.
+    """
+    for counts in checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).values():
+        if counts["processed"] == counts["completed"]:  # not saved between two epochs
+            counts["ready"] = counts["started"] = counts["processed"] + 1
 
 
 def _random_state() -> dict[str, Any]:

@@ -1,10 +1,20 @@
 """A run that is stopped and continued is the uninterrupted run, to the last bit."""
 
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 
-from tests.tools.training_runs import STOPS, differences, make_folder, scenarios, scenarios_on_ranks, state_of
+from tests.tools.training_runs import (
+    STOPS,
+    differences,
+    make_folder,
+    places,
+    run,
+    scenarios,
+    scenarios_on_ranks,
+    state_of,
+)
 
 pytestmark = [
     pytest.mark.resume,
@@ -52,3 +62,21 @@ def test_continuing_is_bitwise(folder, tmp_path, ranks, workers, name):
     for way in ("auto/run", "last/run", "path"):
         state = state_of(tmp_path / way / "checkpoints" / "last.ckpt")
         assert not differences(wanted, state), way
+
+
+def test_going_on_twice_at_ends_of_epochs(folder, tmp_path):
+    settings = ("trainer.max_steps=6", "data.batch_size=12", "callbacks.checkpoint.every_n_train_steps=1")
+    settings += ("callbacks.checkpoint.save_top_k=-1", "trainer.val_check_interval=2")
+
+    def start(name: str, *overrides: str) -> list[dict[str, Any]]:
+        return run([*places(folder, tmp_path / name), *settings, *overrides])[0]
+
+    def saved(name: str, step: int) -> str:
+        (path,) = (tmp_path / name / "checkpoints").glob(f"epoch=*-step={step}.ckpt")
+        return f"ckpt_path='{path}'"
+
+    start("first", "trainer.max_steps=1")  # what is imported late draws random numbers
+    whole = start("whole")
+    assert len({str(batch["keys"]) for batch in whole}) == 6, "the epochs differ in their order"
+    assert start("once", saved("whole", 2)) == whole[2:]
+    assert start("twice", saved("once", 4)) == whole[4:]

@@ -142,8 +142,8 @@ def with_suggestion(script: str, error: HydraException) -> str:
 def did_you_mean_of(name: str, known: list[str]) -> str:
     """The choices that a name begins or that are close, and all of them."""
     close = [one for one in known if one.startswith(name)] or difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(f'`{one}`' for one in close[:3])}? " if close else ""
-    return f"{hint}Known here: {', '.join(known)}"
+    hint = f"did you mean {' or '.join(f'`{one}`' for one in close[:3])}? (" if close else ""
+    return f"{hint}known here: {', '.join(known)}{')' if close else ''}"
 
 
 def close_keys(script: str, name: str) -> list[str]:

@@ -177,9 +177,18 @@ def build_module(config: TrainConfig, backbone: Backbone) -> SJD2Module:
 
 
 def build_data(config: TrainConfig, backbone: Backbone) -> CodeDataModule:
-    """Shards; the emoji's are made by the backbone's own tokenizer where they are missing."""
-    tokenizer = image_tokenizer_of(backbone) if config.data.prepare else None
-    return CodeDataModule(config.data, tokenizer, config.model.image_size[0], config.seed)
+    """Shards; the emoji's are made by the backbone's own tokenizer where they are missing.
+
+    Raises:
+        ValueError: shards that are there are of another image tokenizer.
+    """
+    tokenizer = image_tokenizer_of(backbone)
+    own = tokenizer if config.data.prepare else None
+    data = CodeDataModule(config.data, own, config.model.image_size[0], config.seed)
+    if own is None:  # asked again when training begins, but loggers have made their runs by then
+        for split in ("train", "val"):
+            data.index(split).check_model(backbone.num_codes, getattr(tokenizer, "identity", None))
+    return data
 
 
 def image_tokenizer_of(backbone: Backbone) -> ImageTokenizer | None:

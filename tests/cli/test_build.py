@@ -1,11 +1,16 @@
-"""Prompts are those of the data at hand, unless others are named."""
+"""Parts of a run from the configuration: prompts of the data at hand, data that do not fit are refused early."""
 
+from types import SimpleNamespace
+
+import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from sjd2_lightning.cli.build import build_prompts
+from sjd2_lightning.cli.build import build_data, build_prompts
 from sjd2_lightning.cli.prepare import main as prepare
 from sjd2_lightning.config.reading import conf_dir, train_config
+from sjd2_lightning.data.index import Shard, ShardIndex, ShardMeta
+from tests.tools.configurations import put_named_files, typed
 
 
 def texts(*overrides: str) -> list[str]:
@@ -22,7 +27,8 @@ def test_own_pictures_bring_their_prompts(tmp_path, capsys):
         (photos / f"p{number}.txt").write_text(f"picture {number}\n")
     out = tmp_path / "shards"
     prepare(["folder", "--input", str(photos), "--out", str(out), "--val-share", "0.5", "--workers", "1"])
-    *_, command = capsys.readouterr().out.strip().splitlines()
+    *_, command, kept = capsys.readouterr().out.strip().splitlines()
+    assert kept == "kept 12 of 12 samples"
     told = f"sjd2 train data=raw data.data_dir={out} data.prompt_file={out / 'prompts.json'}"
     assert command == f"train on them: {told}"
     own = texts(*told.split()[2:])
@@ -36,3 +42,19 @@ def test_own_pictures_bring_their_prompts(tmp_path, capsys):
     emoji = texts()
     assert not set(emoji) & set(own)
     assert texts(f"data.data_dir={out}") == emoji, "the embedded set is built there, and has its own names"
+
+
+def test_codes_of_another_tokenizer_are_refused_before_loggers_are_made(tmp_path, monkeypatch):
+    put_named_files(tmp_path, monkeypatch)
+    config = typed("train", "data=shards", "data.data_dir=mine")
+    for split in ("train", "val"):
+        folder = tmp_path / "mine/codes" / split
+        folder.mkdir(parents=True)
+        (folder / "a.tar").touch()
+        meta = ShardMeta("codes", split, "folder", 16, 16, "", "", num_codes=512, tokenizer_hash="a" * 64)
+        ShardIndex(folder, meta, (Shard("a.tar", "", 0, 20),)).save(folder)
+    backbone = SimpleNamespace(num_codes=512, image_tokenizer=SimpleNamespace(identity="a" * 64))
+    assert build_data(config, backbone).index("val").num_samples == 20
+    backbone.image_tokenizer.identity = "b" * 64
+    with pytest.raises(ValueError, match="made with image tokenizer aaaaaaaaaaaa, the model has bbbb"):
+        build_data(config, backbone)

@@ -11,14 +11,16 @@ DEMO_TRAIN_ARGS ?=
 DEMO_EVAL_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+PLAY_ARGS ?=
 SCREENSHOT_PAGE ?= outputs/demo/report.html
+SCREENSHOT_PLAY ?= --prompt "grinning face" experiment=demo
 
 # Nothing but the set-up uses the network, unless the user says otherwise.
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-slow test-browser screenshot docs bench lint format clean
+.PHONY: help setup lock demo play test test-slow test-browser screenshot docs bench lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,12 +59,16 @@ test: $(STAMP)  ## run the default tier of the tests
 test-slow: $(STAMP)  ## run the tests that decode or train for minutes
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
 
-test-browser: $(STAMP)  ## open a report's page in headless Chromium; screenshots in outputs/browser
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/laws/test_browser.py $(PYTEST_ARGS)
+play: $(STAMP)  ## type a prompt and watch it being decoded, in a browser
+	$(BIN)/sjd2 play $(PLAY_ARGS)
 
-# Needs Chromium, and a report: make demo writes this one.
-screenshot: $(STAMP)  ## take the README's picture of a page, docs/images/report.png
+test-browser: $(STAMP)  ## open a report's page and that of sjd2 play in headless Chromium; screenshots in outputs/browser
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/laws $(PYTEST_ARGS)
+
+# Needs Chromium, and a report and a model: make demo writes these.
+screenshot: $(STAMP)  ## take the README's pictures of pages, docs/images/report.png and play.png
 	$(BIN)/python -m tests.tools.browser $(SCREENSHOT_PAGE) docs/images/report.png
+	$(BIN)/python -m tests.tools.play_page docs/images/play.png $(SCREENSHOT_PLAY)
 
 # The variable silences an advertisement of mkdocs-material.
 docs: $(STAMP)  ## build the documentation site into outputs/site

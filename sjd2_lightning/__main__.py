@@ -10,15 +10,19 @@ import sys
 
 from sjd2_lightning import __version__
 from sjd2_lightning.run.processes import HANDED_DOWN, started_by_lightning
+from sjd2_lightning.run.stages import speak, stage
 
 # command: (module whose `main` runs it, what it does)
 COMMANDS = {
+    "generate": ("cli.generate", 'draw pictures: sjd2 generate "red heart" -n 4 --compare ar'),
     "train": ("cli.train", "fine-tune a model: sjd2 train model=tiny trainer.max_steps=100"),
     "evaluate": ("cli.evaluate", "compare decoding methods: sjd2 evaluate compare=[ar,sjd2] num_prompts=16"),
+    "play": ("cli.play", "type a prompt and watch it being decoded, in a browser: sjd2 play"),
     "prepare": ("cli.prepare", "make shards of captioned pictures: sjd2 prepare folder --input photos"),
     "convert": ("models.convert", "bring released Lumina-mGPT weights into this layout"),
     "pairs": ("cli.pairs", "count which codes stand side by side, for methods.sjd2.pairs.table"),
     "teacher": ("cli.teacher", "let a model draw the images of a data set, for distillation"),
+    "doctor": ("cli.doctor", "what this machine can do, which models are ready, how to get the others"),
     "publish": ("report.wandb_report", "publish a finished evaluation as a W&B Report"),
 }
 
@@ -45,12 +49,15 @@ def main(arguments: list[str] | None = None) -> None:
         hint = f"did you mean `sjd2 {close[0]}`?" if close else f"commands: {', '.join(COMMANDS)}"
         print(f"sjd2: there is no command {name!r}; {hint}", file=sys.stderr)
         sys.exit(2)
-    module = importlib.import_module(f"sjd2_lightning.{COMMANDS[name][0]}")
+    place = f"sjd2_lightning.{COMMANDS[name][0]}"
     if name in ("train", "evaluate"):  # Hydra reads its overrides from the command line itself
         sys.argv[1:] = rest
-        module.main()
-    else:
-        module.main(rest)
+        importlib.import_module(place).main()
+        return
+    speak()
+    with stage("loading libraries"):
+        module = importlib.import_module(place)
+    module.main(rest)
 
 
 def usage() -> str:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.decoding.loop import decoder_of
 from sjd2_lightning.evaluation.auto_window import WINDOWS, WindowChoice, resolve_windows, with_windows
-from sjd2_lightning.evaluation.compare import decode_methods, run_identity
+from sjd2_lightning.evaluation.compare import check_run, decode_methods, run_identity
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
 from sjd2_lightning.evaluation.references import ReferenceSet
@@ -31,6 +31,8 @@ from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mod
 from sjd2_lightning.report.figures import acceptance_histogram, image_grid, save_figure
 from sjd2_lightning.report.wandb_log import media_row, scalar_row
 from sjd2_lightning.run.files import write_whole
+from sjd2_lightning.run.harmless import harmless
+from sjd2_lightning.run.stages import stage
 
 
 class SamplingCallback(Callback):
@@ -60,7 +62,8 @@ class SamplingCallback(Callback):
 
     Raises:
         ValueError: unusable prompts, methods or numbers; at `setup`, a module without `backbone` and
-            `image_layout`, or a `WeightAveraging` callback in front of this one.
+            `image_layout`, a prompt that its model cannot decode, or a `WeightAveraging` callback in front
+            of this one.
     """
 
     def __init__(
@@ -102,11 +105,13 @@ class SamplingCallback(Callback):
         self._previous: tuple[str, RecordStore] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses a set-up that would decode other weights than those being validated."""
+        """Refuses a set-up that would decode other weights than those being validated, or cannot decode."""
         if not isinstance(getattr(pl_module, "backbone", None), Backbone):
             raise ValueError(
                 f"SamplingCallback needs a module with a `backbone`; {type(pl_module).__name__} has none"
             )
+        module: Any = pl_module
+        check_run(module.backbone, self.methods, self.prompts, module.image_layout, self.batch_size)
         callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
         before = callbacks[: callbacks.index(self)] if self in callbacks else []
         if any(isinstance(callback, WeightAveraging) for callback in before):
@@ -145,7 +150,10 @@ class SamplingCallback(Callback):
         assert row is not None
         pl_module.log_dict(row, logger=False, sync_dist=trainer.world_size > 1)
         if result is not None:
-            self._write_and_log(trainer, result, row)
+            with stage("writing the samples"):
+                with harmless(f"writing {self.out_dir}"):
+                    self._write(trainer, result, row)
+                self._log(trainer, result, row)
 
     def _decode_and_measure(self, trainer: Trainer, pl_module: LightningModule) -> EvaluationResult | None:
         """The result; None on ranks other than 0."""
@@ -187,11 +195,13 @@ class SamplingCallback(Callback):
         self._previous = (decoded.store.identity["weights"], decoded.store)
         # 4. numbers, on rank 0
         if self._meter is None:
-            self._meter = QualityMeter(self.metrics, self.reference)
+            with stage("measuring the real images"):
+                self._meter = QualityMeter(self.metrics, self.reference)
         self._meter.forget_images()
-        return measure_methods(
-            decoded.store, self.methods, prompts, self._meter, ties=decoded.ties, flops=decoded.flops
-        )
+        with stage("measuring the samples"):
+            return measure_methods(
+                decoded.store, self.methods, prompts, self._meter, ties=decoded.ties, flops=decoded.flops
+            )
 
     def _reuse_baseline(
         self, backbone: Backbone, layout: ImageLayout, prompts: Sequence[PromptItem], folder: Path
@@ -208,7 +218,7 @@ class SamplingCallback(Callback):
     def _windows_row(self) -> dict[str, float]:
         return {f"val/window_{name}": float(choice.window) for name, choice in self._choices.items()}
 
-    def _write_and_log(self, trainer: Trainer, result: EvaluationResult, row: Mapping[str, float]) -> None:
+    def _write(self, trainer: Trainer, result: EvaluationResult, row: Mapping[str, float]) -> None:
         step, folder = trainer.global_step, result.store.folder
         save_figure(image_grid(result, self.num_shown), folder / "grid.png")
         save_figure(acceptance_histogram(list(result.methods.values())), folder / "acceptance.png")
@@ -219,13 +229,17 @@ class SamplingCallback(Callback):
             lists["windows"] = {name: choice.summary() for name, choice in self._choices.items()}
         _append_line(self.out_dir / "metrics.jsonl", {**line, **lists})
         _append_csv(self.out_dir / "metrics.csv", line)
+
+    def _log(self, trainer: Trainer, result: EvaluationResult, row: Mapping[str, float]) -> None:
+        step = trainer.global_step
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                media = media_row(result, num_prompts=self.num_shown) | self._windows_row()
-                # Not by `log_metrics`: numbers and images must be in one row.
-                logger.experiment.log({**media, "trainer/global_step": step}, step=step)
-            else:
-                logger.log_metrics(dict(row), step)
+            with harmless(f"logging samples by {type(logger).__name__}"):
+                if isinstance(logger, WandbLogger):
+                    media = media_row(result, num_prompts=self.num_shown) | self._windows_row()
+                    # Not by `log_metrics`: numbers and images must be in one row.
+                    logger.experiment.log({**media, "trainer/global_step": step}, step=step)
+                else:
+                    logger.log_metrics(dict(row), step)
 
 
 def _append_line(path: Path, entry: Mapping[str, Any]) -> None:

@@ -230,3 +230,20 @@ def test_a_chosen_window_is_logged_and_kept_over_resumption(tmp_path, monkeypatc
     monkeypatch.setattr(callbacks, "resolve_windows", None)  # it would be called to choose again
     fit(tmp_path / "again", Module(), again)
     assert again.methods == callback.methods
+
+
+def test_a_model_whose_numbers_are_not_finite_ends_the_validation(tmp_path):
+    module = Module()
+    with torch.no_grad():
+        module.backbone.trunk.layers[0].mlp.up_proj.weight[2, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"not finite at slot 0.*the weight \S*up_proj"):
+        fit(tmp_path, module, sampling(tmp_path))
+    assert not (tmp_path / "samples" / "metrics.jsonl").exists()
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_training(tmp_path):
+    module = Module()
+    callback = sampling(tmp_path, prompts=[*PROMPTS[:2], PromptItem("long", "cat " * 240, 1)])
+    with pytest.raises(ValueError, match="prompt 3 of 3, 'long', cannot be decoded"):
+        fit(tmp_path, module, callback)
+    assert not module.draws

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -38,6 +37,7 @@ from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.small import build_tiny
 from sjd2_lightning.run.stages import stage
+from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
 from sjd2_lightning.training.module import SJD2Module
 from sjd2_lightning.training.recipes.clip import ClipModule, EmojiPairs
@@ -90,7 +90,8 @@ def build_backbone(
     """
     if model.scratch is not None:
         sizes = model.scratch.model_dump() | {"image_tokenizer": shipped(model.scratch.image_tokenizer)}
-        return build_tiny(captions, **sizes)
+        with stage("making a new model"):
+            return build_tiny(captions, **sizes)
     if model.init == "random_tiny" and path in (None, shipped(model.path)):
         backbone = build_shrunken(model.family)
     else:
@@ -144,16 +145,18 @@ def load_trained(backbone: Backbone, ckpt_path: str | Path) -> None:
     """Puts the weights of a Lightning checkpoint of fine-tuning into a backbone.
 
     Raises:
-        ValueError: the file is no such checkpoint, or of another model.
+        ValueError: the file is no such checkpoint, damaged, or of another model.
     """
+    if Path(ckpt_path).is_dir():
+        raise ValueError(f"ckpt_path={ckpt_path}: it is sharded; evaluate the exported folder, weights=...")
     try:
-        state = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
+        state = VerifiedCheckpointIO().load_checkpoint(ckpt_path)["state_dict"]
         prefix = "backbone."
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         if has_adapter(backbone):  # its checkpoints hold nothing else
             state = {**backbone.state_dict(), **state}
         backbone.load_state_dict(state)
-    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError) as error:
         raise ValueError(
             f"ckpt_path={ckpt_path}: this is no checkpoint of the model in model.path ({error})"
         ) from error

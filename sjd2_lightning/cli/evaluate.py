@@ -13,6 +13,8 @@ from sjd2_lightning.cli.launch import launch
 from sjd2_lightning.config.groups import shipped
 from sjd2_lightning.config.reading import evaluate_config, save_config
 from sjd2_lightning.config.runs import EvaluateConfig
+from sjd2_lightning.run.harmless import harmless
+from sjd2_lightning.run.owner import owned
 from sjd2_lightning.run.stages import stage
 
 if TYPE_CHECKING:
@@ -46,9 +48,17 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: the configuration has problems (all of them, before anything is loaded).
-        ValueError: weights, prompts or the folder of images cannot be used.
+        ValueError: weights, prompts or the folder of images cannot be used, or another process evaluates
+            in `run_dir`.
     """
     config = evaluate_config(cfg)
+    check_mode(config)
+    with owned(Path(config.run_dir), "evaluate"):
+        return evaluate_owned(config)
+
+
+def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
+    """See `evaluate`: no other evaluation writes in the run's folder."""
     run_dir = Path(config.run_dir)
     weights = weights_folder(config)
 
@@ -68,10 +78,13 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    prompts = chosen_prompts(config)
+    with stage("reading the prompts"):
+        prompts = chosen_prompts(config)
     backbone = decoding_backbone(config.model, weights, config.ckpt_path, device)
     layout = backbone.layout(*config.model.image_size)
     methods, windows = chosen_methods(config, backbone, prompts, layout)
+    with stage("loading what measures, and real images"):
+        metrics, reference = build_metrics(config, device), build_reference(config)
     result = evaluate_methods(
         backbone,
         methods,
@@ -79,8 +92,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         layout,
         run_dir,
         batch_size=config.batch_size,
-        metrics=build_metrics(config, device),
-        reference=build_reference(config),
+        metrics=metrics,
+        reference=reference,
         image_tokenizer=image_tokenizer_of(backbone),
         warm_up=config.warm_up,
         replace=config.replace_images,
@@ -108,9 +121,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             page_prompts=config.report.num_images,
             page_megabytes=config.report.page_megabytes,
         )
-    publish(config, result, provenance, files)
-    export(config, result)
-    show(config, result, weights, files)
+    hand_out(config, result, weights, provenance, files)
     return report_object(result, provenance, observations)
 
 
@@ -119,12 +130,16 @@ def chosen_methods(
 ) -> tuple[dict[str, DecodingConfig], dict[str, WindowChoice]]:
     """The methods to compare, a window of `auto` replaced by the one that is fastest here, and why it is."""
     from sjd2_lightning.evaluation.auto_window import resolve_windows
+    from sjd2_lightning.evaluation.compare import check_run
     from sjd2_lightning.models.backbone import evaluation_mode
 
+    methods = {name: config.methods[name] for name in config.compare}
+    # windows are chosen by decoding: what cannot be decoded is refused before
+    check_run(backbone, methods, prompts, layout, config.batch_size)
     with evaluation_mode(backbone):
         return resolve_windows(
             backbone,
-            {name: config.methods[name] for name in config.compare},
+            methods,
             prompts[: config.batch_size],
             layout,
             windows=config.auto_window.windows,
@@ -145,6 +160,21 @@ def chosen_prompts(config: EvaluateConfig) -> list[PromptItem]:
     else:
         found = build_prompts(config, config.num_prompts)
     return repeat_prompts(found, config.samples_per_prompt)
+
+
+def hand_out(
+    config: EvaluateConfig,
+    result: EvaluationResult,
+    weights: Path,
+    provenance: dict[str, Any],
+    files: ReportFiles,
+) -> None:
+    """Everything behind the report: folders of the benchmark, W&B, the table on the screen."""
+    with stage("laying out images for the benchmark"):
+        export(config, result)
+    with stage("logging to W&B"), harmless("logging to W&B"):
+        publish(config, result, provenance, files)
+    show(config, result, weights, files)
 
 
 def export(config: EvaluateConfig, result: EvaluationResult) -> None:
@@ -176,6 +206,14 @@ def pick_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_mode(config: EvaluateConfig) -> None:
+    """Refuses a `WANDB_MODE` that is none before anything is decoded."""
+    from sjd2_lightning.report.wandb_log import wandb_mode
+
+    if config.logger.wandb is not None:
+        wandb_mode(config.logger.wandb.mode)
 
 
 def publish(

@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sjd2_lightning.config.reading import ALLOWED_TARGETS, conf_dir
+from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.processes import HANDED_DOWN, started_by_lightning
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def launch(script: str, job: Callable[[DictConfig], object]) -> None:
             else:
                 job(cfg)
 
+    logging.raiseExceptions = False  # a line that a full disk does not take is not worth a traceback each
     # whatever a library asks for, no file of this process is unpickled
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     if started_by_lightning():
@@ -130,12 +132,26 @@ def _run_in_sweep(job: Callable[[DictConfig], object], cfg: DictConfig, folder: 
     except Exception as error:  # whatever stops one run, the others go on
         log.error("this run of the sweep failed", exc_info=not isinstance(error, ValueError))
         message = " ".join(str(error).split()) or type(error).__name__
-    write_job(folder, list(HydraConfig.get().overrides.task), outcome, message)
+    with harmless(f"noting the run in {folder} for the sweep's report"):
+        write_job(folder, list(HydraConfig.get().overrides.task), outcome, message)
 
 
 def _fail(message: str) -> int:
     print(message, file=sys.stderr)
     return 2
+
+
+def composed(script: str, overrides: list[str]) -> DictConfig:
+    """The configuration as the command line composes it, for commands that Hydra does not run.
+
+    Raises:
+        ValueError: an override is wrong; the message names the key, and a close one.
+    """
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose(script, overrides)
+    except HydraException as error:
+        raise ValueError(_with_suggestion(script, error)) from error
 
 
 def _with_suggestion(script: str, error: HydraException) -> str:

@@ -11,12 +11,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.reading import read_all
 from sjd2_lightning.decoding.variants.pairs import PairTable
+from sjd2_lightning.run.stages import counted, speak, stage
 
 
 def count_pairs(folder: Path) -> Tensor:
@@ -30,9 +30,11 @@ def count_pairs(folder: Path) -> Tensor:
     num_codes = index.meta.num_codes
     assert num_codes is not None  # of codes it is known
     counts = torch.zeros(num_codes * num_codes, dtype=torch.float64)
-    for sample in track(read_all(folder), "images", total=index.num_samples):
-        pairs = sample.image_ids[:, :-1].long() * num_codes + sample.image_ids[:, 1:].long()
-        counts += torch.bincount(pairs.flatten(), minlength=len(counts))
+    with counted("counting pairs", index.num_samples, "images") as advance:
+        for sample in read_all(folder):
+            pairs = sample.image_ids[:, :-1].long() * num_codes + sample.image_ids[:, 1:].long()
+            counts += torch.bincount(pairs.flatten(), minlength=len(counts))
+            advance(1)
     return counts.view(num_codes, num_codes)
 
 
@@ -53,12 +55,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--prior", type=float, default=20.0, help="pairs that say nothing, a code (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
+    speak()
     try:
         counts = count_pairs(options.shards)
     except ValueError as error:
         parser.exit(1, f"{error}\n")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    PairTable.of_counts(counts, options.rank, options.prior).save(options.out)
+    with stage("making the table"):
+        PairTable.of_counts(counts, options.rank, options.prior).save(options.out)
     print(f"{options.out}: {int(counts.sum()):,} pairs; decode with decoding.pairs.table={options.out}")
 
 

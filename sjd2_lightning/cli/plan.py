@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.pretrained import PretrainedBackbone, VocabularyBackbone
 from sjd2_lightning.models.registry import family_of
-from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK, missing_weights
+from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK, missing_weights, read_json
 
 _GIB = 2**30
 
@@ -213,6 +212,8 @@ def plan_run(
     saved = (folder / BACKBONE_FILE).is_file() or family == "chameleon"
     weights = folder / trunk if saved else folder
     assumed = not (weights / "config.json").is_file()
+    if not assumed:
+        read_json(weights / "config.json")
     config = _known_config(adapter, size) if assumed else adapter.MODEL.config_class.from_pretrained(weights)
     with torch.device("meta"):
         model = adapter.MODEL(config)
@@ -282,7 +283,7 @@ def _downsample(folder: Path, config: Any) -> int:
     """Pixels a code covers; the image tokenizer of a saved Chameleon lies beside its trunk."""
     own = folder / TOKENIZER / "config.json"
     if own.is_file():
-        fields = json.loads(own.read_text())
+        fields = read_json(own)
         patch = round((fields["in_channels"] / 3) ** 0.5)
         return patch * 2 ** (len(fields["block_out_channels"]) - 1)
     return 2 ** (len(config.vq_config.channel_multiplier) - 1)

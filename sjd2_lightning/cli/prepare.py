@@ -23,6 +23,7 @@ from sjd2_lightning.data.sources.folder import folder_records
 from sjd2_lightning.data.sources.parquet import block_of, read_cell, table_records
 from sjd2_lightning.data.sources.record import FilePictures, Reader, Record, chosen_records, read_stretch
 from sjd2_lightning.data.sources.tars import tar_records
+from sjd2_lightning.run.stages import speak, stage
 
 SPLITS = {"both": ("train", "val"), "train": ("train",), "val": ("val",)}
 NUM_PROMPTS = 5000  # as many as are ever measured
@@ -42,10 +43,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: prepare a data set and say what is there."""
     parser = build_parser()
     options = parser.parse_args(arguments)
+    speak()
     options.name = options.name or (options.input.resolve().name if options.input else options.source)
     options.out = options.out or Path("data") / options.name
     try:
-        coder = load_coder(options)
+        with stage("loading the image tokenizer"):
+            coder = load_coder(options)
         if options.source == EMOJI:
             indexes = prepare_emoji(
                 options.out,
@@ -112,7 +115,8 @@ def prepare_source(options: argparse.Namespace, coder: Coder | None) -> dict[str
     """Shards of what a source lists, by "<kind>/<split>"."""
     if options.input is None:
         raise ValueError(f"the source `{options.source}` needs --input")
-    records, read = list_records(options)
+    with stage("listing the pictures"):
+        records, read = list_records(options)
     root = str(options.input if options.input.is_dir() else options.input.parent)
     block = block_of if options.source == "hf" else None
     share = options.val_share if options.split == "both" else float(options.split == "val")

@@ -10,6 +10,7 @@ shards are kept when the command is stopped, and the same command goes on.
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from rich.progress import track
 
 from sjd2_lightning.data.build import replace_folder
+from sjd2_lightning.data.datamodule import CaptionLimit
 from sjd2_lightning.data.index import INDEX_NAME, Shard, ShardIndex
 from sjd2_lightning.data.reading import Sample, read_all
 from sjd2_lightning.data.writing import SampleFields, write_shard
@@ -28,6 +29,9 @@ from sjd2_lightning.evaluation.prompts import seed_of
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import FAMILIES, load_backbone
 from sjd2_lightning.run.files import sha256_of_file, sha256_of_json
+from sjd2_lightning.run.stages import Advance, counted, speak, stage
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,18 @@ class Drawing:
 
 
 def drawn_samples(
-    backbone: Backbone, samples: Sequence[Sample], how: Drawing, pixels: tuple[int, int]
+    backbone: Backbone, samples: Sequence[Sample], how: Drawing, pixels: tuple[int, int], advance: Advance
 ) -> Iterator[SampleFields]:
-    """The samples with images drawn for their captions; each says in `drawn` whether it was."""
+    """The samples with images drawn for their captions; each says in `drawn` whether it was.
+
+    A caption that is longer than the teacher's positions keeps its own image.
+    """
     layout = backbone.layout(*pixels)
+    limit = CaptionLimit(backbone, layout)
     config = DecodingConfig("ar", window=1, sampling=how.sampling)
     rest = iter(samples)
     while group := list(islice(rest, how.batch)):
-        asked = [sample for sample in group if not how.keeps(sample.key)]
+        asked = [s for s in group if not how.keeps(s.key) and not _told(limit(s.caption), s.key)]
         images: dict[str, torch.Tensor] = {}
         if asked:
             seeds = [seed_of(sample.key, how.seed) for sample in asked]
@@ -87,6 +95,14 @@ def drawn_samples(
                 "drawn": sample.key in images,
                 "image_ids": images.get(sample.key, sample.image_ids).numpy(),
             }
+        advance(len(group))
+
+
+def _told(problem: str, key: str) -> str:
+    """The problem, which is logged too; "" if there is none."""
+    if problem:
+        log.warning("%s keeps its own image: its caption has %s", key, problem)
+    return problem
 
 
 def draw_shards(backbone: Backbone, weights: Path, real: ShardIndex, out: Path, how: Drawing) -> ShardIndex:
@@ -108,7 +124,8 @@ def draw_shards(backbone: Backbone, weights: Path, real: ShardIndex, out: Path, 
     assert isinstance(folder, Path)  # `real_images` takes local folders, and sizes that are known
     assert pixels is not None
     files = sorted(path for path in weights.rglob("*") if path.is_file())
-    teacher = [[str(path.relative_to(weights)), sha256_of_file(path)] for path in files]
+    with stage("identifying the weights"):
+        teacher = [[str(path.relative_to(weights)), sha256_of_file(path)] for path in files]
     made_from = sha256_of_json([real.meta.inputs_hash, teacher, repr(replace(how, batch=0))])
     meta = replace(real.meta, source=f"{real.meta.source}, drawn by a teacher", inputs_hash=made_from)
     building = out / ".train-building"
@@ -117,11 +134,13 @@ def draw_shards(backbone: Backbone, weights: Path, real: ShardIndex, out: Path, 
     num_done = sum(shard.num_samples for shard in done)
     rest = islice(read_all(folder), num_done, num_samples)
     starts = range(num_done, num_samples, how.samples_per_shard)
-    for number, _ in enumerate(track(starts, "shards"), len(done)):
-        chosen = list(islice(rest, how.samples_per_shard))
-        path = building / f"train-{number:05d}.tar"
-        done.append(write_shard(path, drawn_samples(backbone, chosen, how, pixels), meta))
-        ShardIndex(building, meta, tuple(done)).save(building)
+    with counted("drawing", num_samples, "images") as advance:
+        advance(num_done)
+        for number, _ in enumerate(starts, len(done)):
+            chosen = list(islice(rest, how.samples_per_shard))
+            path = building / f"train-{number:05d}.tar"
+            done.append(write_shard(path, drawn_samples(backbone, chosen, how, pixels, advance), meta))
+            ShardIndex(building, meta, tuple(done)).save(building)
     if (out / "val").exists():
         shutil.rmtree(out / "val")
     shutil.copytree(folder.parent / "val", out / "val")
@@ -189,6 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--samples-per-shard", type=int, default=256, metavar="N", help="(default: 256)")
     add("--seed", type=int, default=0, metavar="N", help="decides images, with their keys (0)")
     asked = parser.parse_args(arguments)
+    speak()
     how = Drawing(
         Sampling(asked.temperature, guidance_scale=asked.guidance_scale),
         asked.seed,
@@ -200,8 +220,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if found := how.problems():
             raise ValueError("; ".join(found))
-        real = real_images(asked.shards, asked.out)  # before the weights are read
-        backbone = load_backbone(asked.family, asked.weights).eval().to(asked.device)
+        with stage("checking the shards"):
+            real = real_images(asked.shards, asked.out)  # before the weights are read
+        with stage("loading the weights"):
+            backbone = load_backbone(asked.family, asked.weights).eval().to(asked.device)
         index = draw_shards(backbone, asked.weights, real, asked.out, how)
     except (ValueError, OSError) as error:  # OSError: a full disk; finished shards are kept
         parser.exit(1, f"{error}\n")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,9 @@ from omegaconf import DictConfig
 from sjd2_lightning.cli.launch import launch
 from sjd2_lightning.config.reading import save_config, train_config
 from sjd2_lightning.config.runs import TrainConfig
+from sjd2_lightning.run.owner import owned
 from sjd2_lightning.run.processes import is_first_process
+from sjd2_lightning.run.stages import is_watched, stage
 
 if TYPE_CHECKING:
     import lightning as L
@@ -35,45 +36,72 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Raises:
         ConfigError: the configuration has problems (all of them, before anything is loaded).
-        ValueError: weights, data or the checkpoint to go on from cannot be used.
+        ValueError: weights, data or the checkpoint to go on from cannot be used, or another process trains
+            in `run_dir`.
     """
     if cfg.print_plan:
         from sjd2_lightning.cli.plan import show_plan
 
         return show_plan(cfg)
     config = train_config(cfg)
+    with owned(Path(config.run_dir), "train"):
+        return train_owned(config)
+
+
+def train_owned(config: TrainConfig) -> dict[str, float]:
+    """See `train`: no other process writes in the run's folder."""
     run_dir = Path(config.run_dir)
     if is_first_process():
         save_config(config, run_dir / "train.yaml")
-    ckpt_path = resume_path(config.ckpt_path, run_dir)
+    with stage("looking for checkpoints"):
+        ckpt_path = resume_path(config.ckpt_path, run_dir)
+    with stage("loading libraries"):
+        import lightning as L
 
-    import lightning as L
+        from sjd2_lightning.cli.build import build_task, export_model
+        from sjd2_lightning.cli.trainer import (
+            build_callbacks,
+            build_loggers,
+            build_trainer,
+            finish_loggers,
+            quiet_lightning,
+        )
+        from sjd2_lightning.run.files import remove_unfinished
 
-    from sjd2_lightning.cli.build import build_task, export_model
-    from sjd2_lightning.cli.trainer import build_callbacks, build_loggers, build_trainer, finish_loggers
-    from sjd2_lightning.run.files import remove_unfinished
-
-    logging.getLogger("lightning").handlers.clear()  # Hydra's root logger prints these lines already
-    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")  # Lightning's own
-    # image tokenizers and what else is not trained, on purpose
-    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
+    quiet_lightning()
     L.seed_everything(config.seed, workers=True)
     if is_first_process():
         remove_unfinished(run_dir)
-    module, data = build_task(config)
-    loggers = build_loggers(config)
+    with stage("building the model"):
+        module, data = build_task(config)
+    with stage("starting loggers"):
+        loggers = build_loggers(config)
     try:
-        trainer = build_trainer(config, module, loggers, build_callbacks(config, module, bool(loggers)))
-        start = start_metrics(trainer, module, data) if config.validate_first and ckpt_path is None else {}
-        trainer.fit(module, data, ckpt_path=ckpt_path)
+        with stage("loading what measures, and real images"):
+            callbacks = build_callbacks(config, module, bool(loggers))
+        trainer = build_trainer(config, module, loggers, callbacks)
+        start: dict[str, float] = {}
+        if config.validate_first and ckpt_path is None:
+            with under_way_if_unseen(config, trainer, "validating before training"):
+                start = start_metrics(trainer, module, data)
+        with under_way_if_unseen(config, trainer, "training"):
+            trainer.fit(module, data, ckpt_path=ckpt_path)
         metrics = start | {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         if not config.trainer.fast_dev_run:
             export_model(config, module, trainer)
     finally:
-        finish_loggers(loggers)
+        with stage("ending loggers"):
+            finish_loggers(loggers)
     if trainer.is_global_zero:
         show(config, metrics)
     return metrics
+
+
+def under_way_if_unseen(config: TrainConfig, trainer: L.Trainer, name: str) -> AbstractContextManager[None]:
+    """A stage with the number of steps; where a bar of Lightning's is seen, the bar is enough."""
+    if config.callbacks.progress_bar is not None and is_watched():
+        return nullcontext()
+    return stage(name, lambda: f"step {trainer.global_step} of {trainer.max_steps}".removesuffix(" of -1"))
 
 
 def start_metrics(
@@ -92,7 +120,7 @@ def resume_path(ckpt_path: str | None, run_dir: Path) -> Path | None:
     """
     if ckpt_path is None:
         return None
-    from sjd2_lightning.training.checkpoints import newest_sound_checkpoint
+    from sjd2_lightning.training.checkpoints import newest_first, newest_sound_checkpoint
 
     if ckpt_path not in ("auto", "last"):
         return Path(ckpt_path)
@@ -100,7 +128,7 @@ def resume_path(ckpt_path: str | None, run_dir: Path) -> Path | None:
         return own
     if ckpt_path == "auto":
         return None
-    found = sorted(run_dir.parent.glob("*/checkpoints/last.ckpt"), key=lambda path: -path.stat().st_mtime)
+    found = newest_first(run_dir.parent.glob("*/checkpoints/last.ckpt"))
     others = (newest_sound_checkpoint(path.parent) for path in found)
     if other := next((path for path in others if path is not None), None):
         return other

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import secrets
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from sjd2_lightning.config.groups import WandbConfig
 from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.report import wandb_log
 from sjd2_lightning.run.files import write_whole
+from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.processes import is_first_process
 from sjd2_lightning.run.provenance import redact
 from sjd2_lightning.training.guards import NonFiniteGuard, TrainingWatch
@@ -44,6 +45,19 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
 log = logging.getLogger(__name__)
+
+
+def quiet_lightning() -> None:
+    """Each line of Lightning once, and none of what is its own business or is meant here."""
+    logging.getLogger("lightning").handlers.clear()  # Hydra's root logger prints these lines already
+    for message in (
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
+        r"Found \d+ module\(s\) in eval mode",  # image tokenizers and what else is not trained, on purpose
+        r"Checkpoint directory .* exists and is not empty",  # the run's own: it goes on
+        # of one epoch; the interval is counted through all of them
+        r"The number of training batches \(\d+\) is smaller than the logging interval",
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def build_trainer(
@@ -147,10 +161,25 @@ class StepLogger(WandbLogger):
     """
 
     @rank_zero_only
+    @harmless("logging to W&B")
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """One row for each step."""
         step = max(step or 0, self.experiment.step)
         self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
+
+
+class Table(CSVLogger):
+    """A CSV file, whose full disk does not end the run."""
+
+    @harmless("writing csv/*/metrics.csv")
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Notes a row."""
+        super().log_metrics(metrics, step)
+
+    @harmless("writing csv/*/metrics.csv")
+    def save(self) -> None:
+        """Writes what was noted."""
+        super().save()
 
 
 def build_loggers(config: TrainConfig) -> list[Logger]:
@@ -158,7 +187,12 @@ def build_loggers(config: TrainConfig) -> list[Logger]:
     if config.trainer.fast_dev_run:
         return []
     # A version for every start: going on with a run must not delete what it logged before.
-    found: list[Logger] = [CSVLogger(config.run_dir, name="csv")] if config.logger.csv else []
+    found: list[Logger] = []
+    if config.logger.csv:
+        with harmless(f"making {config.run_dir}/csv"):
+            table = Table(config.run_dir, name="csv")
+            _ = table.experiment  # makes the folder
+            found.append(table)
     if config.logger.wandb is not None and is_first_process():
         run_dir = Path(config.run_dir)
         values = redact(config.model_dump(mode="json"))
@@ -184,9 +218,7 @@ def start_wandb(config: WandbConfig, folder: Path, values: dict[str, Any], run_i
     Raises:
         ValueError: WANDB_MODE holds an unknown mode.
     """
-    mode = os.environ.get("WANDB_MODE") or config.mode
-    if mode not in ("online", "offline", "disabled"):
-        raise ValueError(f"WANDB_MODE={mode} is unknown; use online, offline or disabled")
+    mode = wandb_log.wandb_mode(config.mode)
     if mode == "disabled":
         return None
     settings = config.model_dump(include={"project", "entity", "name", "group", "tags"})
@@ -199,9 +231,9 @@ def finish_loggers(loggers: Sequence[Logger]) -> None:
     """Ends W&B runs, also after an error, and says how to send those that were kept offline."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            run = logger.experiment
-            folder = Path(run.dir).parent
-            run.finish()
-            if run.offline:  # all parts together: W&B puts them in order
-                parts = sorted(map(str, folder.parent.glob(f"offline-run-*-{run.id}")))
-                log.info("W&B run kept offline; send it with: wandb sync %s", " ".join(parts))
+            with harmless("ending the W&B run"):
+                run = logger.experiment
+                folder = wandb_log.finish_run(run)
+                if folder is not None and run.offline:  # all parts together: W&B puts them in order
+                    parts = sorted(map(str, Path(folder).parent.glob(f"offline-run-*-{run.id}")))
+                    log.info("W&B run kept offline; send it with: wandb sync %s", " ".join(parts))

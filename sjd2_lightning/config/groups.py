@@ -221,6 +221,19 @@ class ScratchConfig(Group):
         return found
 
 
+class ModelSampling(Group):
+    """What a model draws best with: the defaults of `decoding.sampling`; see `decoding.law.Sampling`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    guidance_scale: float
+
+    def problems(self) -> list[str]:
+        """Those of the same values in `decoding.sampling`."""
+        return Sampling(**self.model_dump()).problems()
+
+
 class ModelConfig(Group):
     """The backbone: its family, where its weights are, what of it trains, and the size of the images."""
 
@@ -239,6 +252,7 @@ class ModelConfig(Group):
     image_size: tuple[Count, Count]
     peft: Literal["lora"] | None
     lora: LoraSettings
+    sampling: ModelSampling
     adapter: str | None
     activation_checkpointing: bool
     scratch: ScratchConfig | None

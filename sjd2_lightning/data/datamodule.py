@@ -15,16 +15,53 @@ from sjd2_lightning.data import DataConfig
 from sjd2_lightning.data.index import INDEX_NAME, ShardIndex
 from sjd2_lightning.data.loader import Batch, CodeDataset, CodeLoader, PictureBatch
 from sjd2_lightning.data.places import Place, place
+from sjd2_lightning.data.reading import any_caption
 from sjd2_lightning.data.sources.emoji import SOURCE as EMOJI
 from sjd2_lightning.data.sources.emoji import prepare_emoji
 from sjd2_lightning.data.sources.scene_shards import SOURCE as SCENES
 from sjd2_lightning.data.sources.scene_shards import prepare_scenes
 from sjd2_lightning.data.sources.scenes import Variety
+from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 
 __all__ = ["Batch", "CodeDataModule", "PictureBatch"]
 
 logger = logging.getLogger(__name__)
+
+
+_MOST_TOKENS = (
+    12  # of a byte: a token has a byte at least, and no Unicode normalisation (UAX 15) makes more of one
+)
+
+
+class CaptionLimit:
+    """Says of a caption what makes it too long for a model and the image behind it.
+
+    Args:
+        backbone: the model, of which only layouts and ids are kept.
+        layout: layout of the images.
+
+    Raises:
+        ValueError: the image and the template alone are too long.
+    """
+
+    def __init__(self, backbone: Backbone, layout: ImageLayout) -> None:
+        self.backbone, self.layout = backbone.without_weights(), layout
+        self.num_positions = backbone.num_positions
+        least = backbone.prompt_ids("a", layout)
+        if layout.num_slots + len(least) > self.num_positions:
+            raise ValueError(
+                f"images of {layout.pixels[1]}x{layout.pixels[0]} pixels take {layout.num_slots:,} tokens, "
+                f"the template {len(least)}, and the model has {self.num_positions:,} positions; set a "
+                "smaller model.image_size"
+            )
+        self.sure = (self.num_positions - layout.num_slots - len(least)) // _MOST_TOKENS
+
+    def __call__(self, caption: str) -> str:
+        """What the caption has too much of; "" if it fits."""
+        if len(caption.encode()) <= self.sure:
+            return ""
+        return self.backbone.excess(self.backbone.prompt_ids(caption, self.layout), self.layout)
 
 
 class CodeDataModule(L.LightningDataModule):
@@ -166,6 +203,9 @@ class CodeDataModule(L.LightningDataModule):
         return self._loader("val", self.config.val_batch_size)
 
     def _loader(self, split: str, batch_size: int, **options: Any) -> CodeLoader:
+        module = getattr(self.trainer, "lightning_module", None)
+        backbone, layout = getattr(module, "backbone", None), getattr(module, "image_layout", None)
+        limit = CaptionLimit(backbone, layout) if isinstance(backbone, Backbone) and layout else any_caption
         dataset = CodeDataset(
             self.index(split),
             batch_size=batch_size,
@@ -175,6 +215,7 @@ class CodeDataModule(L.LightningDataModule):
             world_size=self.trainer.world_size if self.trainer else 1,
             shuffle_buffer=self.config.shuffle_buffer,
             max_bad_samples=self.config.max_bad_samples,
+            limit=limit,
             **options,
         )
         return CodeLoader(dataset, self.config.num_workers, pin_memory=torch.cuda.is_available())

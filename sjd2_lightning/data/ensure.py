@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sjd2_lightning.data.build import (
     BATCH_PIXELS,
@@ -35,6 +34,7 @@ from sjd2_lightning.data.build import (
 from sjd2_lightning.data.index import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardMeta
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.run.files import sha256_of_json
+from sjd2_lightning.run.stages import counted, stage
 
 
 class StoppedError(RuntimeError):
@@ -66,21 +66,20 @@ def build_folder(
     """
     if complete_build(build):
         return put_in_place(build)
-    made = start_build(build)
+    with stage("checking what is to be built"):
+        made = start_build(build)
     todo = [number for number in range(build.num_shards) if number not in made]
     allowed = max_bad_share * len(build.pictures.records)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show_progress) as progress:
-        label = f"{build.meta.kind}/{build.meta.split}"
-        task = progress.add_task(label, total=len(build.pictures.records))
-        progress.advance(task, sum(_num_records(build, number) for number in made))
+    label = f"{build.meta.kind}/{build.meta.split}"
+    with counted(label, len(build.pictures.records), "samples", show_progress) as tick:
+        tick(sum(_num_records(build, number) for number in made))
         num_skipped = 0
 
         def check(one: Made) -> None:
             nonlocal num_skipped
             num_skipped += len(one.skipped)
             if num_skipped:
-                progress.update(task, description=f"{label}, {num_skipped} unusable")
+                tick(0, f"{num_skipped} unusable")
             if num_skipped > allowed:
                 key, reason = one.skipped[-1]
                 raise ValueError(
@@ -90,9 +89,6 @@ def build_folder(
 
         for one in made.values():
             check(one)
-
-        def tick(count: int) -> None:
-            progress.advance(task, count)
 
         run = _in_workers(build, todo, num_workers, device, tick) if num_workers else None
         for number, one in run or _here(build, todo, device, tick):
@@ -278,10 +274,12 @@ def ensure_shards(wanted: Wanted, show_progress: bool = True, **options: Any) ->
         if batch is None:
             factor = 16 if coder and coder.device == "cuda" else 1
             batch = max(1, factor * BATCH_PIXELS // (wanted.size[0] * wanted.size[1]))
+        with stage("listing the pictures"):
+            pictures = wanted.pictures()
         build = Build(
             folder,
             meta,
-            wanted.pictures(),
+            pictures,
             coder.tokenizer if coder else None,
             wanted.samples_per_shard,
             batch,
@@ -327,5 +325,6 @@ def _locked(out_dir: Path) -> Iterator[None]:
     """One process builds at a time; others wait and then find fresh shards."""
     out_dir.mkdir(parents=True, exist_ok=True)
     with (out_dir / ".prepare.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # the kernel lets go of it when this process and its forks end
+        with stage(f"waiting for another process that prepares {out_dir}"):
+            fcntl.flock(stream, fcntl.LOCK_EX)  # the kernel lets go of it when this process and its forks end
         yield

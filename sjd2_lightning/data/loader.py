@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from random import Random
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from sjd2_lightning.data.reading import (
     RawSample,
     SkipLog,
     SkippedSample,
+    any_caption,
     make_pipeline,
 )
 
@@ -69,6 +71,7 @@ class CodeDataset(IterableDataset):  # type: ignore[type-arg]
         shuffle_buffer: samples among which a worker draws its next one.
         max_bad_samples: unusable samples after which a worker gives up.
         num_samples: use only the first so many samples of the index; None for all.
+        limit: from a caption to what makes it too long for the model; "" = nothing. Others take its place.
 
     Raises:
         ValueError: there are too few samples for the batch size and number of ranks.
@@ -87,7 +90,9 @@ class CodeDataset(IterableDataset):  # type: ignore[type-arg]
         max_bad_samples: int = 10,
         num_samples: int | None = None,
         drop_last: bool | None = None,
+        limit: Callable[[str], str] = any_caption,
     ) -> None:
+        self.limit = limit
         self.index, self.train, self.seed = index, train, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.shuffle_buffer, self.max_bad_samples = shuffle_buffer, max_bad_samples
@@ -128,10 +133,10 @@ class CodeDataset(IterableDataset):  # type: ignore[type-arg]
             offset = rng.randrange(sum(self.counts))
         segments = plan.segments(mine, order, self.counts, offset)
         buffer = self.shuffle_buffer if self.train else 0
-        for lap in range(self.max_bad_samples + 1):
+        for lap in itertools.count():
             rng = _rng(self.seed, self.epoch, self.rank, worker, lap)
             any_usable = False
-            for sample in make_pipeline(self.index, segments, log, buffer, rng):
+            for sample in make_pipeline(self.index, segments, log, buffer, rng, self.limit):
                 if log.num_samples > self.max_bad_samples:
                     return
                 any_usable = True
@@ -154,6 +159,7 @@ class CodeLoader:
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.num_skipped = 0
+        self.too_long: list[SkippedSample] = []  # captions that were left out in this epoch
         self._epoch = self._num_consumed = 0
         self._next_epoch = self._next_start = 0
         self._reported: set[SkippedSample] = set()
@@ -177,7 +183,7 @@ class CodeLoader:
         self._epoch, self._num_consumed = self._next_epoch, self._next_start
         self._next_epoch, self._next_start = self._epoch + 1, 0
         self.data.epoch, self.data.start_batch = self._epoch, self._num_consumed
-        self.num_skipped = 0
+        self.num_skipped, self.too_long = 0, []
         loader = DataLoader(
             self.data,
             batch_size=None,
@@ -185,10 +191,21 @@ class CodeLoader:
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # of its own: the global one must not depend on how often we start
         )
-        for batch, skipped in loader:
-            self._count(skipped, gave_up=batch is None)
-            self._num_consumed += 1
-            yield batch
+        try:
+            for batch, skipped in loader:
+                self._count(skipped, gave_up=batch is None)
+                self._num_consumed += 1
+                yield batch
+        finally:  # also where training ends inside an epoch
+            if self.too_long:
+                logger.warning(
+                    "%d sample(s) of %s left out in epoch %d and replaced by others: their captions are "
+                    "too long for the model; the first is %s",
+                    len(self.too_long),
+                    self.data.index.folder,
+                    self._epoch,
+                    self.too_long[0],
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the current epoch stands."""
@@ -221,6 +238,8 @@ class CodeLoader:
         }
 
     def _count(self, skipped: Sequence[SkippedSample], gave_up: bool) -> None:
+        self.too_long += [item for item in skipped if not item.damaged]
+        skipped = [item for item in skipped if item.damaged]
         for item in skipped:
             self.num_skipped += item.num_samples
             if item not in self._reported:
@@ -231,6 +250,11 @@ class CodeLoader:
                     self.data.index.folder,
                     item,
                 )
+        if gave_up and self.too_long and not self.num_skipped:
+            raise BadDataError(
+                f"all captions of a part of {self.data.index.folder} are too long for the model, e.g. "
+                f"{self.too_long[0]}; shorten them, or train at a smaller model.image_size"
+            )
         if gave_up or self.num_skipped > self.data.max_bad_samples:
             example = f", e.g. {skipped[-1]}" if skipped else ""
             raise BadDataError(

@@ -1,6 +1,8 @@
 """The old address of `sjd2 pairs`, for one release."""
 
-from sjd2_lightning.cli.pairs import main
+import sys
+
+from sjd2_lightning.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    main(["pairs", *sys.argv[1:]])

@@ -1,6 +1,8 @@
 """The old address of `sjd2 prepare`, for one release."""
 
-from sjd2_lightning.cli.prepare import main
+import sys
+
+from sjd2_lightning.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    main(["prepare", *sys.argv[1:]])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from random import Random
 from typing import Any, BinaryIO, NamedTuple
@@ -51,19 +51,20 @@ AnySample = Sample | RawSample
 
 
 class SkippedSample(NamedTuple):
-    """A sample, or a run of samples, that could not be used, and why."""
+    """A sample, or a run of samples, that could not be used, and why: damaged, or too long for a model."""
 
     shard: str
     key: str
     reason: str
     num_samples: int = 1
+    damaged: bool = True
 
     def __str__(self) -> str:
         return f"{self.shard}: {self.key}: {self.reason}"
 
 
 class SkipLog:
-    """The samples one reader skipped, each counted once however often it is met."""
+    """The samples one reader skipped, each met often and kept once; `num_samples` counts damaged ones."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[str, str]] = set()
@@ -75,12 +76,17 @@ class SkipLog:
         if (skipped.shard, skipped.key) not in self._seen:
             self._seen.add((skipped.shard, skipped.key))
             self._new.append(skipped)
-            self.num_samples += skipped.num_samples
+            self.num_samples += skipped.num_samples * skipped.damaged
 
     def drain(self) -> tuple[SkippedSample, ...]:
         """What was recorded since the last call."""
         new, self._new = tuple(self._new), []
         return new
+
+
+def any_caption(caption: str) -> str:
+    """What is wrong with a caption where all are welcome: nothing."""
+    return ""
 
 
 def make_pipeline(
@@ -89,6 +95,7 @@ def make_pipeline(
     log: SkipLog,
     shuffle_buffer: int = 0,
     rng: Random | None = None,
+    limit: Callable[[str], str] = any_caption,
 ) -> Iterable[Any]:
     """The samples of some segments of an index, checked, optionally shuffled through a buffer.
 
@@ -98,6 +105,7 @@ def make_pipeline(
         log: where skipped samples are recorded.
         shuffle_buffer: samples among which the next one is drawn; 0 keeps the order.
         rng: source of the shuffle; required with a buffer.
+        limit: from a caption to what makes it too long; "" = nothing.
 
     Returns:
         An iterable of `Sample` (kind "codes") or `RawSample` (kind "raw").
@@ -105,7 +113,7 @@ def make_pipeline(
 
     def read() -> Iterator[AnySample]:
         for segment in segments:
-            yield from _read_segment(index, segment, log)
+            yield from _read_segment(index, segment, log, limit)
 
     stages: list[Any] = [read]
     if shuffle_buffer > 1:
@@ -132,7 +140,9 @@ def read_all(folder: str | Place, max_bad_samples: int = 0) -> Iterator[Any]:
         )
 
 
-def _read_segment(index: ShardIndex, segment: Segment, log: SkipLog) -> Iterator[AnySample]:
+def _read_segment(
+    index: ShardIndex, segment: Segment, log: SkipLog, limit: Callable[[str], str]
+) -> Iterator[AnySample]:
     """Samples start..stop-1 of a shard; what the tar no longer holds is recorded as skipped."""
     path = index.folder / index.shards[segment.shard].name
     num_read, last_key, error = 0, "the start of the shard", "the archive ends early"
@@ -151,7 +161,10 @@ def _read_segment(index: ShardIndex, segment: Segment, log: SkipLog) -> Iterator
                 except ValueError as problem:
                     log.add(SkippedSample(path.name, key, str(problem)))
                 else:
-                    yield sample
+                    if excess := limit(sample.caption):
+                        log.add(SkippedSample(path.name, key, f"its caption has {excess}", damaged=False))
+                    else:
+                        yield sample
     except OSError as problem:
         error = f"{type(problem).__name__}: {problem}"
     if num_read < segment.stop:

@@ -14,6 +14,7 @@ The words of this room:
     iteration   one forward pass of the loop, and what follows from it
     law         the probabilities of all codes in a slot, given what was fed to its left
     scores      the unnormalised logarithms of the laws
+    lawless     without a law: scores hold NaN or +inf, or ban every code; decoding ends with an error
     rule        what says which drafts stand; its verdict is on every slot, as if all slots to its left stood
     stand       a draft stands if the rule accepts it; those at the left that do are the run
     commit      write a slot for good: the run, and the slot behind it

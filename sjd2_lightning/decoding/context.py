@@ -15,6 +15,8 @@ from sjd2_lightning.decoding.state import Prompts
 from sjd2_lightning.masks import Visible
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, Trunk, by_row, right_aligned
 
+_SHOWN = 40  # letters of a prompt that an error repeats
+
 
 class Shape(NamedTuple):
     """What the host says of a pass: its tensors have the same shapes wherever these numbers are the same.
@@ -184,12 +186,19 @@ def prompt_token_ids(
         guidance_scale: 1 is no guidance.
 
     Raises:
-        ValueError: for an empty prompt, or guidance with a model that has no unconditional prompt.
+        ValueError: for an empty prompt, one that is longer than the model's positions, or guidance with a
+            model that has no unconditional prompt.
     """
     rows = [backbone.prompt_ids(*one) for one in zip(prompts, layouts, strict=True)]
+    for prompt, ids, layout in zip(prompts, rows, layouts, strict=True):
+        if excess := backbone.excess(ids, layout):
+            raise ValueError(f"the prompt {prompt[:_SHOWN]!r} has {excess}")
     if guidance_scale == 1:
         return rows
     empty = [backbone.unconditional_ids(*one) for one in zip(layouts, rows, strict=True)]
+    for ids, layout in zip(empty, layouts, strict=True):
+        if excess := backbone.excess(ids, layout):
+            raise ValueError(f"the unconditional context of guidance has {excess}: see model.unconditional")
     if not all(empty):
         raise ValueError(
             f"sampling.guidance_scale is {guidance_scale}, but the backbone has no unconditional prompt: set "

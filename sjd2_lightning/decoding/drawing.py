@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.context import Context, Shape
 from sjd2_lightning.decoding.engine import Engine, Graphs, Progress
+from sjd2_lightning.decoding.law import without_law
 from sjd2_lightning.decoding.method import Method
 from sjd2_lightning.decoding.output import DecodeOutput, DecodeStats
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, Trunk
@@ -50,7 +51,7 @@ class Batch:
         layouts: Sequence[ImageLayout],
         kept: Batch | None = None,
     ) -> None:
-        self.config, self.engine = config, engine
+        self.backbone, self.config, self.engine = backbone, config, engine
         self.method = Method(config, backbone.slot_table(), backbone.num_codes)
         self.one_pass = self.method.one_pass
         side = self.method.levels.timestep_tokens()
@@ -112,13 +113,18 @@ class Batch:
         return [row for row, head in enumerate(self.progress.heads) if head < self.ends[row]]
 
     def drop_finished(self) -> bool:
-        """Lets finished rows leave, if they are enough; returns whether any rows are left."""
+        """Lets finished rows leave, if they are enough; returns whether any rows are left.
+
+        Raises:
+            ValueError: the logits of a row were not finite.
+        """
         going = self.unfinished()
         num_rows = len(self.ends)
         stay = self.engine.rows(len(going)) if going else 0
         if going and (self.config.window_shape or num_rows - stay < LEAVE_SHARE * num_rows):
             return True
         self.progress.settle(range(num_rows))
+        self._check_laws()
         going = self.unfinished()
         self.slot_ids[self.state.image] = self.state.tokens
         self.committed[self.state.image] = self.state.committed
@@ -132,6 +138,16 @@ class Batch:
         self.ends = [self.ends[row] for row in rows]
         self.progress.settle(rows)
         return True
+
+    def _check_laws(self) -> None:
+        rows = zip(self.state.image.tolist(), self.state.lawless.tolist(), strict=True)
+        if wrong := [row for row in rows if row[1] < self.state.tokens.shape[1]]:
+            image, slot = min(wrong)
+            raise without_law(
+                self.backbone,
+                f"at slot {slot} of image {image} of {len(self.layouts)} that {self.config.method} draws in "
+                f"{str(self.cache.keys[0].dtype).removeprefix('torch.')}",
+            )
 
     def output(self) -> DecodeOutput:
         """What `decode` returns, once no row is left."""

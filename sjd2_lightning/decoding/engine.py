@@ -60,6 +60,10 @@ class Engine(NamedTuple):
         lag = _LAG if on_gpu else 0
         return cls(compiled, config.invariant, captured, lag, _COLUMNS if static else 1, flex)
 
+    def watched(self) -> Engine:
+        """The engine for passes that are looked at one by one: none captured, and the host waits for each."""
+        return self._replace(captured=False, lag=0)
+
     def prompt_columns(self, num: int) -> int:
         """Number of columns of prompts of at most `num` tokens: batches of one number share their shapes."""
         return _multiple(num, 64 if self.columns > 1 else 1)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from sjd2_lightning.noise import unknown_choices
 
@@ -68,6 +68,8 @@ def guided(
 ) -> Float[Tensor, "B *slots K"]:
     """Classifier-free guidance `u + s (c - u)` on logits of stacked rows: conditional, then unconditional.
 
+    A code that both sides ban, by -inf, stays banned.
+
     Args:
         logits: (2B, ..., K); with a scale of 1 (B, ..., K), which are returned as they are.
         guidance_scale: one number, or (B, ...) one a slot.
@@ -77,21 +79,24 @@ def guided(
     """
     if isinstance(guidance_scale, Tensor):
         conditional, unconditional = logits.float().chunk(2)
-        return unconditional + guidance_scale[..., None] * (conditional - unconditional)
-    if guidance_scale == 1:
+        mixed = unconditional + guidance_scale[..., None] * (conditional - unconditional)
+    elif guidance_scale == 1:
         return logits.float()
-    conditional, unconditional = logits.float().chunk(2)
-    return torch.add(unconditional, conditional - unconditional, alpha=guidance_scale)
+    else:
+        conditional, unconditional = logits.float().chunk(2)
+        mixed = torch.add(unconditional, conditional - unconditional, alpha=guidance_scale)
+    return mixed.masked_fill_(torch.maximum(conditional, unconditional) == -torch.inf, -torch.inf)
 
 
 def log_law(logits: Float[Tensor, "*slots K"], sampling: Sampling) -> Float[Tensor, "*slots K"]:
     """Unnormalised log-probabilities (..., K) float32 after temperature, top-k, top-p; -inf where cut off.
 
-    Ties at the top-k threshold are all kept. Greedy leaves the first maximum.
+    Ties at the top-k threshold are all kept. Greedy leaves the first maximum. Where a logit is NaN or +inf,
+    or all are -inf, the largest score is not finite either, see `has_law`.
     """
     if sampling.temperature == 0:
-        best = logits.argmax(-1, keepdim=True)
-        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
+        most, best = logits.max(-1, keepdim=True)
+        return torch.full_like(logits, -torch.inf).scatter(-1, best, most - most)  # 0, or NaN
     scores = logits if sampling.temperature == 1 else logits / sampling.temperature
     if 0 < sampling.top_k < scores.shape[-1]:
         # the k-th largest value by selection: nothing is sorted
@@ -105,10 +110,37 @@ def log_law(logits: Float[Tensor, "*slots K"], sampling: Sampling) -> Float[Tens
     return scores
 
 
+def has_law(log: Float[Tensor, "*slots K"]) -> Bool[Tensor, "*slots"]:
+    """Whether scores (..., K) say a law: none is NaN or +inf, and one at least is more than -inf."""
+    return log.amax(-1).isfinite()
+
+
+def without_law(model: nn.Module, where: str) -> ValueError:
+    """The error of logits that say no law, with its cause as far as the model's weights show it.
+
+    Args:
+        model: the model whose logits they are.
+        where: place of the logits and the type of their numbers.
+    """
+    hurt = [
+        name
+        for name, value in model.named_parameters()
+        # a tensor of torchao's has no such test
+        if type(value) is nn.Parameter and type(value.data) is Tensor and not bool(value.isfinite().all())
+    ]
+    cause = "the weights are finite, so numbers overflow on their way: try model.dtype=bfloat16 or float32"
+    if hurt:
+        more = f" and {len(hurt) - 1} more" if len(hurt) > 1 else ""
+        again = "get the weights again, or try model.dtype=float32"
+        cause = f"the weight {hurt[0]}{more} holds NaN or infinity: {again}"
+    return ValueError(f"the logits are not finite {where}: {cause}")
+
+
 def draw(probs: Float[Tensor, "*slots K"], uniform: Float[Tensor, "*slots"]) -> Int[Tensor, "*slots"]:
     """Codes (...,) drawn from weights (..., K) by inversion of the cumulative sum.
 
-    Weights need not be normalised; codes of weight zero are never drawn.
+    Weights need not be normalised; codes of weight zero are never drawn. Where they are NaN, which ends a
+    decoding with an error, any code.
 
     Args:
         probs: non-negative weights with a positive sum.
@@ -118,7 +150,7 @@ def draw(probs: Float[Tensor, "*slots K"], uniform: Float[Tensor, "*slots"]) -> 
     total = sums[..., -1:].contiguous()
     # below the total, onto which rounding may push it: the sum that first exceeds it is of a code with weight
     target = torch.minimum(uniform[..., None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(sums, target, right=True).squeeze(-1)
+    return torch.searchsorted(sums, target, right=True).squeeze(-1).clamp_max(probs.shape[-1] - 1)
 
 
 def residual(

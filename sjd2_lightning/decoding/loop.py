@@ -39,6 +39,7 @@ def iterate(batch: Batch, shape: Shape, observer: Observer | None = None) -> Non
     slots = window.slots()
     # 1. one forward pass over the window, and a verdict on every slot, as if all slots to its left stood
     this = method.one_pass(batch.context, window, slots, shape)
+    window.note_lawless(slots, this.scores)  # the host looks when images are finished
     # 2. the longest run that stands is committed, and the slot behind it, judged on its true prefix too
     committed = (this.run + 1).minimum(state.end - state.head)
     if observer is not None:
@@ -88,8 +89,8 @@ class Decoder:
         """Draws one image a prompt; see `decode`."""
         layouts = _checked(prompts, seeds, config, layout)
         engine = Engine.of(config, self.backbone.device)
-        if observer is not None:  # it looks at every pass: none is captured, and the host waits for each
-            engine = engine._replace(captured=False, lag=0)
+        if observer is not None:
+            engine = engine.watched()
         batch = self.begin(prompts, seeds, config, layouts, engine)
         while batch.drop_finished():
             start_iteration(batch, observer)
@@ -159,8 +160,9 @@ def decode(
         observer: called after each forward pass.
 
     Raises:
-        ValueError: before the first forward, for bad values, an empty prompt, lists of unequal length, an
-            engine that the device cannot run, or a batch that does not fit its memory.
+        ValueError: before the first forward, for bad values, an empty prompt or one that is longer than the
+            model's positions, lists of unequal length, an engine that the device cannot run, or a batch that
+            does not fit its memory; after the last one of an image, if some logits were not finite.
     """
     return decoder_of(backbone)(prompts, seeds, config, layout, observer)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sjd2_lightning.decoding.law import Sampling, log_law
+from sjd2_lightning.decoding.law import Sampling, has_law, log_law, without_law
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, slot_keys, stream
 from sjd2_lightning.masks import attention_mask
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
@@ -34,6 +34,9 @@ def decode_reference(
 
     Args:
         num_slots: stop after so many slots; all by default.
+
+    Raises:
+        ValueError: the logits are not finite.
     """
     contexts = [backbone.prompt_ids(prompt, layout)]
     if sampling.guidance_scale != 1:
@@ -47,7 +50,12 @@ def decode_reference(
         logits = torch.cat([_next_logits(backbone, ids, slots) for ids in contexts])
         scale = scales[slot] if len(contexts) == 2 else 1.0
         conditional, unconditional = logits[0], logits[-1]
-        scores = log_law(unconditional + scale * (conditional - unconditional), sampling)
+        mixed = unconditional + scale * (conditional - unconditional)
+        banned = (conditional == -torch.inf) & (unconditional == -torch.inf)
+        scores = log_law(mixed.masked_fill(banned, -torch.inf), sampling)
+        if not has_law(scores):
+            dtype = str(conditional.dtype).removeprefix("torch.")
+            raise without_law(backbone, f"at slot {slot} of the image, in {dtype}")
         key = stream(slot_keys(torch.tensor(seed), torch.tensor(slot)), Purpose.GUMBEL).to(scores.device)
         slots.append(int((scores + gumbel(key, backbone.num_codes)).argmax()))
     return torch.tensor(slots)

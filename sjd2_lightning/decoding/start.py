@@ -71,6 +71,7 @@ class SlotSource:
             tokens=random.where(forced < 0, forced),
             is_code=forced < 0,
             levels=torch.where(forced < 0, self.config.num_levels, 0),
+            lawless=torch.full_like(zeros, num_columns),
             noisy=self._noisy(seeds, slots) if "noisy" in self.keeps else None,
             gumbel=self._kept_gumbel(seeds, slots) if "gumbel" in self.keeps else None,
             draft_probs=self._flat(rows) if "draft_probs" in self.keeps else None,

@@ -77,6 +77,7 @@ class State(Rows):
         tokens: (R, N) slot ids: committed tokens, then drafts.
         is_code: (R, N) True = a code is drawn here; False = structural, the draft is the token.
         levels: (R, N) noise levels.
+        lawless: (R,) the first slot that a pass found no law for, see `law.has_law`; N = none.
         noisy: (R, N, D) normalised noisy embeddings.
         gumbel: (R, N, K) the slots' own Gumbel noise; None also where it is drawn anew in each pass.
         draft_probs: (R, W, K) laws that the drafts of the window were drawn from.
@@ -94,6 +95,7 @@ class State(Rows):
     tokens: Tensor
     is_code: Tensor
     levels: Tensor
+    lawless: Tensor
     noisy: Tensor | None = None
     gumbel: Tensor | None = None
     draft_probs: Tensor | None = None

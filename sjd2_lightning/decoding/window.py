@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sjd2_lightning.decoding.law import has_law
 from sjd2_lightning.decoding.randomness import Purpose, slot_keys, stream, uniform
 from sjd2_lightning.decoding.rules import Scores, Slots, Verdict
 from sjd2_lightning.decoding.start import SlotSource
@@ -67,6 +68,13 @@ class Window:
             noisy = self.source.levels.embeddings(slots.noisy[:, :-1])
             drafts.copy_(noisy.where(slots.levels[:, :-1, None] > 0, drafts))
         return index, embeddings
+
+    def note_lawless(self, slots: Slots, scores: Scores) -> None:
+        """Notes the first slot, if any, whose scores say no law; a structural slot needs none."""
+        state = self.state
+        wrong = slots.is_code & ~has_law(scores.log)
+        first = self.index.where(wrong, state.tokens.shape[1]).amin(1)
+        torch.minimum(state.lawless, first, out=state.lawless)
 
     def renew(self, slots: Slots, drafts: Tensor, scores: Scores) -> None:
         """Puts the next drafts (R, W) in place, and makes noisy slots one level cleaner."""

@@ -7,20 +7,18 @@ Ranks share the prompts.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from sjd2_lightning import __version__
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
+from sjd2_lightning.decoding.context import prompt_token_ids
 from sjd2_lightning.evaluation.flops import decoding_flops
 from sjd2_lightning.evaluation.jobs import (
-    OnBatch,
     decode_jobs,
     decode_unrecorded,
     explained_by_ties,
@@ -49,7 +47,7 @@ from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.run.files import remove_leftovers, sha256_of_json
 from sjd2_lightning.run.processes import current_rank, wait_for_all
 from sjd2_lightning.run.provenance import is_weights_hash, weights_hash, weights_sha256
-from sjd2_lightning.run.stages import stage
+from sjd2_lightning.run.stages import counted, stage
 
 _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 
@@ -119,7 +117,8 @@ def evaluate_methods(
             )
     check_run(backbone, methods, prompts, layout, batch_size)
     # Real images are read before decoding: an unreadable one must not stop a run after hours.
-    meter = QualityMeter(metrics or QualityMetrics(), reference) if current_rank()[0] == 0 else None
+    with stage("measuring the real images"):
+        meter = QualityMeter(metrics or QualityMetrics(), reference) if current_rank()[0] == 0 else None
     decoded = decode_methods(
         backbone,
         methods,
@@ -134,8 +133,9 @@ def evaluate_methods(
     )
     if decoded is None or meter is None:
         return None
-    rows = measure_references(meter, prompts, image_tokenizer)
-    return measure_methods(decoded.store, methods, prompts, meter, rows, decoded.ties, decoded.flops)
+    with stage("measuring the images"):
+        rows = measure_references(meter, prompts, image_tokenizer)
+        return measure_methods(decoded.store, methods, prompts, meter, rows, decoded.ties, decoded.flops)
 
 
 def decode_methods(
@@ -173,8 +173,15 @@ def decode_methods(
     with evaluation_mode(backbone):
         if warm_up:
             decode_unrecorded(backbone, methods, jobs, layout)
-        with _progress(progress and rank == 0 and bool(jobs), num_images) as on_batch:
-            decode_jobs(backbone, methods, jobs, layout, store, on_batch=on_batch)
+        with counted("decoding", num_images, "images", progress and bool(jobs)) as advance:
+            decode_jobs(
+                backbone,
+                methods,
+                jobs,
+                layout,
+                store,
+                on_batch=lambda method, num_decoded: advance(num_decoded, method),
+            )
     collect_on_rank_zero(store, rank, world_size)
     if rank != 0:
         return None
@@ -219,7 +226,8 @@ def check_run(
     """Refuses what would fail in the middle of a run.
 
     Raises:
-        ValueError: no or unusable methods, prompts or batch size.
+        ValueError: no or unusable methods, prompts or batch size; of prompts the first one is named that is
+            longer than the model's positions.
     """
     if not methods:
         raise ValueError("there are no methods; give at least one, for example ar")
@@ -235,11 +243,13 @@ def check_run(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     check_prompts(prompts)
-    for item in prompts:
+    scale = max(config.sampling.guidance_scale for config in methods.values())
+    for number, item in enumerate(prompts, start=1):
         try:
-            backbone.prompt_ids(item.prompt, layout)
+            prompt_token_ids(backbone, [item.prompt], [layout], scale)
         except ValueError as error:
-            raise ValueError(f"prompt {item.key!r} cannot be decoded: {error}") from error
+            place = f"prompt {number} of {len(prompts)}, {item.key!r}"
+            raise ValueError(f"{place}, cannot be decoded: {error}") from error
 
 
 def _ties(
@@ -257,27 +267,3 @@ def _ties(
         for name, config in methods.items()
         if name != BASELINE and config.acceptance == "replay" and config.sampling == baseline.sampling
     }
-
-
-@contextmanager
-def _progress(shown: bool, num_images: int) -> Iterator[OnBatch]:
-    columns = (
-        TextColumn("decoding {task.fields[method]:<12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with ExitStack() as waiting, Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task("decoding", total=num_images, method="", rate="")
-        if shown and not bar.console.is_terminal:  # a bar in a log file says nothing before its end
-            waiting.enter_context(
-                stage("decoding", lambda: f"{bar.tasks[0].completed:.0f} of {num_images} images")
-            )
-
-        def advance(method: str, num_decoded: int) -> None:
-            speed = bar.tasks[0].speed
-            rate = f"{speed:.2f} images/s" if speed else ""
-            bar.update(task, advance=num_decoded, method=method, rate=rate)
-
-        yield advance

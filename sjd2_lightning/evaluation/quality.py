@@ -18,7 +18,14 @@ from sjd2_lightning.data.pictures import LazyImages
 from sjd2_lightning.evaluation.references import ReferenceSet
 from sjd2_lightning.metrics.alignment import CLIPScorer, own_scores, scores_of_others
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
-from sjd2_lightning.metrics.features import FeatureExtractor, FeatureSet, cached_features, extract_features
+from sjd2_lightning.metrics.features import (
+    FeatureExtractor,
+    FeatureSet,
+    cached_features,
+    check_rows,
+    extract_features,
+    feature_rows,
+)
 from sjd2_lightning.metrics.fidelity import frechet_result, kid_result, manifold_results
 from sjd2_lightning.run.provenance import weights_hash
 
@@ -83,7 +90,11 @@ class QualityMeter:
         self._measured.clear()
 
     def measure(self, images: Sequence[Tensor], captions: Sequence[str]) -> Quality:
-        """Quality of uint8 images (h, w, 3) with their captions; "" where no caption is known."""
+        """Quality of uint8 images (h, w, 3) with their captions; "" where no caption is known.
+
+        Raises:
+            ValueError: a feature or an embedding is not finite; the message names the set and the image.
+        """
         keys = [_content(image) for image in images]
         content = hashlib.sha256(b"".join(keys) + "\n".join(captions).encode()).digest()
         if content not in self._measured:
@@ -98,7 +109,13 @@ class QualityMeter:
             if reference is None or len(images) < _MIN_IMAGES:
                 continue
             rows = self._features[place](images, keys)
-            generated = FeatureSet(extractor.name, extractor.preprocessing, rows, self._weights[place])
+            generated = FeatureSet(
+                extractor.name,
+                extractor.preprocessing,
+                rows,
+                self._weights[place],
+                of="the images to be measured",
+            )
             suffix = f"_{extractor.name}" if place else ""
             resamples = self.metrics.num_distance_resamples
             measured[f"fd{suffix}"] = frechet_result(generated, reference, resamples)
@@ -117,10 +134,15 @@ class QualityMeter:
         if clip is None or self._embeddings is None or not all(captions):
             return {}, ()
         embedded, texts = self._embeddings(images, keys), clip.embed_captions(captions)
+        check_rows(embedded, f"CLIP {clip.name} of the images to be measured")
+        check_rows(texts, f"CLIP {clip.name} of the captions")
         matched = own_scores(embedded, texts).numpy()
         weights = f" (weights {self._clip_weights[:12]})" if self._clip_weights else ""
         protocol = f"open_clip {clip.name}{weights}, the resize of that model"
         resamples = self.metrics.num_resamples
+        num_cut = clip.num_cut(captions)
+        prompts = "1 prompt" if num_cut == 1 else f"{num_cut} prompts"
+        flags = (f"{prompts} cut by CLIP, which reads {clip.context} tokens",) if num_cut else ()
         measured = {"clip_score": mean_result(clip.metric_name, matched, protocol, resamples)}
         if len(set(captions)) > 1:
             shuffled = scores_of_others(embedded, texts, captions).numpy()
@@ -129,6 +151,7 @@ class QualityMeter:
             measured["clip_score_shuffled"] = mean_result(name, shuffled, against, resamples)
             name = f"{clip.metric_name}_matched_minus_shuffled"
             measured["clip_gain"] = paired_difference(name, matched, shuffled, against, resamples)
+        measured = {name: replace(result, flags=flags) for name, result in measured.items()}
         return measured, tuple(matched.tolist())
 
     def _reference_features(
@@ -138,9 +161,11 @@ class QualityMeter:
             return None
         if self.metrics.cache_dir is not None:
             folder = self.metrics.cache_dir
-            found = cached_features(extractor, reference.images, folder, weights=weights)
+            found = cached_features(
+                extractor, reference.images, folder, weights=weights, of="the reference images"
+            )
         else:
-            found = extract_features(extractor, reference.images, weights=weights)
+            found = extract_features(extractor, reference.images, weights=weights, of="the reference images")
         return replace(found, images_sha256=reference.identity)
 
 
@@ -169,4 +194,4 @@ def _weights_sha256(module: object) -> str:
 
 
 def _rows_of(extractor: FeatureExtractor) -> Callable[[Sequence[Tensor]], Tensor]:
-    return lambda images: extract_features(extractor, images).features
+    return lambda images: feature_rows(extractor, images)

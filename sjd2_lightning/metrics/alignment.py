@@ -7,6 +7,7 @@ Source: Hessel et al. 2021 (CLIPScore), with the factor 100 that the text-to-ima
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ class CLIPScorer:
         self.preprocess = preprocess
         self.tokenize = tokenize
         self.name = name
+        # tokens that the text encoder reads at most, 0 where the tokenizer does not say
+        self.context = int(getattr(tokenize, "context_length", None) or 0)
+        self._control = _control_names(tokenize)
 
     @property
     def metric_name(self) -> str:
@@ -66,12 +70,38 @@ class CLIPScorer:
 
     @torch.no_grad()
     def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Unit embeddings (N, D) of captions."""
+        """Unit embeddings (N, D) of captions, in which names of control tokens are words like others."""
         parts = []
         for start in range(0, len(captions), batch_size):
-            ids = self.tokenize(list(captions[start : start + batch_size]))
+            ids = self.tokenize(self._as_text(captions[start : start + batch_size]))
             parts.append(self.model.encode_text(ids.to(self.device), normalize=True))
         return torch.cat(parts).float().cpu()
+
+    def num_cut(self, captions: Sequence[str]) -> int:
+        """Number of different captions that are longer than the text encoder reads."""
+        if not self.context:
+            return 0
+        tokenize: Any = self.tokenize
+        # what is cut here has more tokens there, whatever the tokenizer adds at the end
+        longer = self.context + 8
+        pad = tokenize([""], context_length=longer)[0, -2]
+        texts = self._as_text(list(dict.fromkeys(captions)))
+        here, there = (
+            (tokenize(texts, context_length=length) != pad).sum(1) for length in (self.context, longer)
+        )
+        return int((here < there).sum())
+
+    def _as_text(self, captions: Sequence[str]) -> list[str]:
+        """The captions, with a space inside each name of a control token."""
+        return [self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text) for text in captions]
+
+
+def _control_names(tokenize: Any) -> re.Pattern[str]:
+    """What the control tokens of a tokenizer of open_clip are called: its own kind's, or transformers'."""
+    names = set(getattr(getattr(tokenize, "tokenizer", None), "all_special_tokens", ()))
+    names |= {tokenize.decoder[token] for token in getattr(tokenize, "all_special_ids", ())}
+    names = {name for name in names if len(name) > 1}
+    return re.compile("|".join(map(re.escape, sorted(names, reverse=True))) or r"(?!)", re.IGNORECASE)
 
 
 def own_scores(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from sjd2_lightning.run.files import write_whole
+from sjd2_lightning.run.harmless import harmless
 
 Images = Tensor | Sequence[Tensor]  # uint8, (N, h, w, 3) or N times (h, w, 3)
 INCEPTION_FILE = "inception-2015-12-05.pt"
@@ -58,10 +59,11 @@ class FeatureStatistics:
         """Statistics of features (N, d).
 
         Raises:
-            ValueError: fewer than two images.
+            ValueError: fewer than two images, or a feature that is not finite.
         """
         if len(features) < 2:
             raise ValueError(f"a covariance needs at least 2 images; got {len(features)}")
+        check_rows(features, "features")
         return cls(features.double().mean(0), features.double().T.cov(), len(features))
 
     @cached_property
@@ -69,6 +71,19 @@ class FeatureStatistics:
         """Symmetric root (d, d) of the covariance; takes seconds for d = 1280, so it is kept."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def check_rows(rows: Tensor, what: str) -> None:
+    """Refuses numbers (N, d) of N images or captions that are not finite; `what` says whose they are.
+
+    Raises:
+        ValueError: naming the first one.
+    """
+    if wrong := (~rows.isfinite().all(1)).nonzero().flatten().tolist():
+        raise ValueError(
+            f"{what}: number {wrong[0] + 1} of {len(rows)} is not finite ({len(wrong)} such): look at it, "
+            "and at the weights of the network"
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,10 @@ class FeatureSet:
         features: (N, dim) float32 on the CPU.
         weights: sha256 of the extractor's weights; "" where unknown.
         images_sha256: sha256 of the images; "" where unknown.
+        of: which images they are, for errors.
+
+    Raises:
+        ValueError: a feature is not finite.
     """
 
     extractor: str
@@ -87,6 +106,10 @@ class FeatureSet:
     features: Tensor
     weights: str = ""
     images_sha256: str = ""
+    of: str = "images"
+
+    def __post_init__(self) -> None:
+        check_rows(self.features, f"features of {self.of} by {self.extractor}")
 
     @property
     def num_images(self) -> int:
@@ -211,12 +234,8 @@ def load_feature_extractor(
     raise ValueError(f"unknown feature extractor {name!r}; choose {known}")
 
 
-def extract_features(
-    extractor: FeatureExtractor, images: Images, batch_size: int = 32, weights: str = ""
-) -> FeatureSet:
-    """Features of uint8 images, (N, h, w, 3) or N times (h, w, 3), read `batch_size` at a time.
-
-    `weights` is the sha256 of the extractor's weights, where it is known.
+def feature_rows(extractor: FeatureExtractor, images: Images, batch_size: int = 32) -> Tensor:
+    """Features (N, dim) of uint8 images, (N, h, w, 3) or N times (h, w, 3), read `batch_size` at a time.
 
     Raises:
         ValueError: there is no image, or one is not uint8 with three channels.
@@ -224,7 +243,23 @@ def extract_features(
     if len(images) == 0:
         raise ValueError("no images to extract features from; check the folder or the number of prompts")
     parts = [extractor(images[i : i + batch_size]).cpu() for i in range(0, len(images), batch_size)]
-    return FeatureSet(extractor.name, extractor.preprocessing, torch.cat(parts), weights)
+    return torch.cat(parts)
+
+
+def extract_features(
+    extractor: FeatureExtractor,
+    images: Images,
+    batch_size: int = 32,
+    weights: str = "",
+    of: str = "images",
+) -> FeatureSet:
+    """`feature_rows` as a set; `weights` is the sha256 of the extractor's weights, where it is known.
+
+    Raises:
+        ValueError: those of `feature_rows` and of `FeatureSet`.
+    """
+    rows = feature_rows(extractor, images, batch_size)
+    return FeatureSet(extractor.name, extractor.preprocessing, rows, weights, of=of)
 
 
 def cached_features(
@@ -233,22 +268,23 @@ def cached_features(
     cache_dir: str | Path,
     batch_size: int = 32,
     weights: str = "",
+    of: str = "images",
 ) -> FeatureSet:
     """`extract_features`, kept in `cache_dir` under a hash of everything that decides them.
 
     That is the images' bytes and order, the extractor, its weights and its preprocessing: changed images
-    never get old features. An unreadable file is written anew.
+    never get old features. A file that is unreadable, or holds what is not finite, is written anew; a folder
+    that cannot be written to keeps none.
     """
     path = Path(cache_dir) / f"{extractor.name}-{_content_hash(extractor, images, weights)}.safetensors"
-    if path.is_file():
-        try:
-            kept = safetensors.load_file(path)["features"]
-        except (SafetensorError, KeyError):
-            pass
-        else:
-            return FeatureSet(extractor.name, extractor.preprocessing, kept, weights)
-    found = extract_features(extractor, images, batch_size, weights)
-    write_whole(path, safetensors.save({"features": found.features.contiguous()}))
+    try:
+        kept = safetensors.load_file(path)["features"]
+        return FeatureSet(extractor.name, extractor.preprocessing, kept, weights, of=of)
+    except (SafetensorError, KeyError, OSError, ValueError):
+        pass
+    found = extract_features(extractor, images, batch_size, weights, of)
+    with harmless(f"keeping features in metrics.cache_dir={cache_dir}"):
+        write_whole(path, safetensors.save({"features": found.features.contiguous()}))
     return found
 
 
@@ -271,6 +307,9 @@ def _checked_image(image: Tensor, number: int) -> np.ndarray:
 
 def _download_inception(folder: Path) -> None:
     # clean-fid writes the file in place, so a broken download would look like the weights from then on.
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"metrics.inception_dir={folder} cannot be written to: {error}") from error
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         Path(check_download_inception(temporary)).replace(folder / INCEPTION_FILE)

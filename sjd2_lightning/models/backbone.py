@@ -7,6 +7,8 @@ vocabulary, and `slot_ids` what fills a slot of the image sequence: codes 0..K-1
 
 from __future__ import annotations
 
+import copy
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,10 +84,12 @@ class Backbone(nn.Module, ABC):
     Attributes:
         num_codes: K, size of the image vocabulary.
         hidden_size: D, width of an embedding.
+        num_positions: positions that the model was made for; without a limit, more than any sequence has.
     """
 
     num_codes: int
     hidden_size: int
+    num_positions: int = sys.maxsize
     decoder: Any = None  # what decoding keeps of this model; see `decoding.loop.decoder_of`
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,7 +101,10 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def prompt_ids(self, prompt: str, layout: ImageLayout) -> list[int]:
-        """Token ids of everything in front of the first slot; raises ValueError for an empty prompt."""
+        """Token ids of everything in front of the first slot; raises ValueError for an empty prompt.
+
+        Needs no weights: see `without_weights`.
+        """
 
     @abstractmethod
     def unconditional_ids(self, layout: ImageLayout, prompt_ids: Sequence[int] = ()) -> list[int]:
@@ -140,6 +147,21 @@ class Backbone(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def excess(self, ids: Sequence[int], layout: ImageLayout) -> str:
+        """Why token ids in front of the first slot are too many; "" if they and the image fit the model."""
+        if len(ids) + layout.num_slots <= self.num_positions:
+            return ""
+        return (
+            f"{len(ids):,} tokens with its template, and the model has {self.num_positions:,} positions, "
+            f"{layout.num_slots:,} of them for the image; shorten it"
+        )
+
+    def without_weights(self) -> Backbone:
+        """A copy that knows layouts and ids alone, for a process that only counts tokens."""
+        light = copy.copy(self)
+        light._modules, light._parameters, light._buffers = {}, {}, {}
+        return light
 
     def decoding_trunk(self, compiled: bool, invariant: bool, flex: bool = False) -> Trunk:
         """What runs the trunk while decoding; models whose layers can be called one by one have their own.

@@ -12,7 +12,7 @@ from transformers import ChameleonForConditionalGeneration, PreTrainedTokenizerF
 
 from sjd2_lightning.models.backbone import ImageLayout, rows_with_newlines
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer, load_image_tokenizer
-from sjd2_lightning.models.pretrained import PromptTokens, VocabularyBackbone
+from sjd2_lightning.models.pretrained import PROMPT, PromptTokens, VocabularyBackbone
 from sjd2_lightning.models.weights import TOKENIZER, LoadOptions, load_parts
 
 
@@ -96,8 +96,13 @@ class ChameleonBackbone(VocabularyBackbone):
 
     def _sequence(self, prompt: str, layout: ImageLayout) -> list[int]:
         height, width = layout.pixels
-        text = self.tokens.template.format(width=width, height=height, prompt=prompt)
-        return [self.tokens.bos, *self.text_ids(text), self.tokens.separator, *self._start(layout)]
+        parts = [part.format(width=width, height=height) for part in self.tokens.template.split(PROMPT)]
+        return [
+            self.tokens.bos,
+            *self.text_ids(parts, prompt),
+            self.tokens.separator,
+            *self._start(layout),
+        ]
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         super().save(folder, dtype)
@@ -128,5 +133,5 @@ def load_chameleon(
     model, text, fields = load_parts(
         ChameleonForConditionalGeneration, folder, trunk, "chameleon", options, ("model.vqmodel.",)
     )
-    tokens = options.tokens(ChameleonTokens(), fields)
+    tokens = options.tokens(ChameleonTokens(), fields, folder)
     return ChameleonBackbone(model, text, load_image_tokenizer(folder / TOKENIZER), tokens)

@@ -1,8 +1,6 @@
 """Brings a released Lumina-mGPT and Meta's image tokenizer into one folder.
 
-Shard by shard, so that no more than one shard lies in memory. `manifest.json`
-says what each file was made of; files whose source has not changed are left
-alone, so a conversion that was cut off goes on.
+One shard at a time lies in memory; by `manifest.json` what was cut off goes on.
 """
 
 from __future__ import annotations
@@ -21,15 +19,27 @@ from typing import Any
 
 import torch
 from diffusers import VQModel
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from sjd2_lightning.models.chameleon import LUMINA_MGPT
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer
-from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK
+from sjd2_lightning.models.weights import (
+    BACKBONE_FILE,
+    INDEX,
+    TEXT,
+    TOKENIZER,
+    TRUNK,
+    check_once,
+    damage,
+    finite,
+    indexed_files,
+    open_weights,
+    read_json,
+)
 from sjd2_lightning.run.files import sha256_of_file, whole_file, write_whole
+from sjd2_lightning.run.stages import speak, stage
 
 _IN_RESNET = {"nin_shortcut": "conv_shortcut"}
 _IN_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -51,11 +61,9 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read safely ({str(error).splitlines()[0]}): it holds more than tensors, or is "
-            "damaged; get the original file again"
-        ) from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        why = damage(Path(path)) or f"{str(error).splitlines()[0]}: it holds more than tensors, or is damaged"
+        raise ValueError(f"{path} cannot be read safely ({why}); get the original file again") from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if state is None or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no dictionary of tensors")
@@ -141,13 +149,36 @@ def vq_from_taming(state: Mapping[str, Tensor]) -> VQModel:
 MANIFEST = "manifest.json"
 VQ_PREFIX = "model.vqmodel."
 _BUFFERS = (".rotary_emb.inv_freq",)  # computed, not loaded; older checkpoints hold them
+_PICKLE_INDEX = "pytorch_model.bin.index.json"
+# what training leaves beside a model's weights, and the copy in another layout that some releases have
+_NO_WEIGHTS = (
+    "adapter_model.*",
+    "consolidated*",
+    "training_args.*",
+    "optimizer*",
+    "scheduler*",
+    "scaler*",
+    "rng_state*",
+)
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """Weight files of a folder, safetensors before pickles; raises ValueError if there are none."""
-    for pattern in ("*.safetensors", "*.bin"):
-        if found := sorted(folder.glob(pattern)):
+    """Weight files of a folder, safetensors before pickles: those that its index names, else all of a model.
+
+    Raises:
+        ValueError: there are none, or one that the index names is missing.
+    """
+    for pattern, index in (("*.safetensors", folder / INDEX), ("*.bin", folder / _PICKLE_INDEX)):
+        found = sorted(
+            path for path in folder.glob(pattern) if not any(path.match(other) for other in _NO_WEIGHTS)
+        )
+        if found and index.is_file():
+            named = indexed_files(index)
+            if missing := [path.name for path in named if not path.is_file()]:
+                raise ValueError(f"{index} names {', '.join(missing)}, not there: download the folder again")
+            return named
+        if found:
             return found
     raise ValueError(f"--trunk {folder}: there are no *.safetensors and no *.bin")
 
@@ -157,7 +188,7 @@ def read_shard(path: Path) -> Iterator[tuple[str, Tensor]]:
     if path.suffix == ".bin":
         yield from read_pickle(path).items()
         return
-    with safe_open(path, framework="pt") as file:
+    with open_weights(path) as file:
         for name in file.keys():  # noqa: SIM118  no dictionary
             yield name, file.get_tensor(name)
 
@@ -166,7 +197,7 @@ def names_of(path: Path) -> list[str]:
     """Names of the tensors in a weight file."""
     if path.suffix == ".bin":
         return list(read_pickle(path))
-    with safe_open(path, framework="pt") as file:
+    with open_weights(path) as file:
         return list(file.keys())
 
 
@@ -195,11 +226,11 @@ def trunk_config(trunk: Path, text: Path) -> dict[str, Any]:
     path = trunk / "config.json"
     if not path.is_file():
         raise ValueError(f"--trunk {trunk}: config.json is missing")
-    config = json.loads(path.read_text())
+    config = read_json(path)
     if "chameleon" not in str(config.get("model_type", "")):
         raise ValueError(f"{path} is of a model of type {config.get('model_type')!r}, not of a Chameleon")
     if not config.get("vocabulary_map"):
-        vocabulary = json.loads((text / "tokenizer.json").read_text())["model"]["vocab"]
+        vocabulary = read_json(text / "tokenizer.json").get("model", {}).get("vocab", {})
         names = {name: token for name, token in vocabulary.items() if name.startswith("IMGIMG")}
         if not names:
             raise ValueError(
@@ -220,16 +251,16 @@ def check_names(found: set[str], wanted: set[str], where: str) -> None:
 
 
 class Writer:
-    """Files of the converted folder, each written in one go and noted in the manifest with its source."""
+    """Files of the converted folder, each written in one go and noted in the manifest; `made` are new."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out
+        self.out, self.made = out, list[str]()
         out.mkdir(parents=True, exist_ok=True)
         path = out / MANIFEST
-        self.files: dict[str, Any] = json.loads(path.read_text())["files"] if path.is_file() else {}
+        self.files: dict[str, Any] = read_json(path)["files"] if path.is_file() else {}
 
-    def write(self, name: str, source: str, make: Callable[[Path], object]) -> bool:
-        """Makes a file unless it is there and was made of the same source; says whether it made it.
+    def write(self, name: str, source: str, make: Callable[[Path], object]) -> None:
+        """Makes a file unless it is there and was made of the same source.
 
         Args:
             name: relative to the folder.
@@ -239,12 +270,12 @@ class Writer:
         path = self.out / name
         noted = self.files.get(name)
         if noted and noted["source"] == source and path.is_file() and path.stat().st_size == noted["bytes"]:
-            return False
+            return
         with whole_file(path) as part:
             make(part)
         self.files[name] = {"source": source, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         write_whole(self.out / MANIFEST, json.dumps({"files": self.files}, indent=2, sort_keys=True) + "\n")
-        return True
+        self.made.append(name)
 
 
 def convert(trunk: Path, vqgan: Path, out: Path, text: Path | None = None) -> list[str]:
@@ -260,7 +291,8 @@ def convert(trunk: Path, vqgan: Path, out: Path, text: Path | None = None) -> li
         Names of the files that were made; empty if everything was there.
 
     Raises:
-        ValueError: before anything is written, if a file is missing or weights are unknown or missing.
+        ValueError: before anything is written, if a file is missing or weights are unknown or missing; of a
+            weight that is not finite, before its shard is.
     """
     text = text or trunk
     for needed in (text / "tokenizer.json", vqgan):
@@ -275,6 +307,8 @@ def convert(trunk: Path, vqgan: Path, out: Path, text: Path | None = None) -> li
             .items()
         }
     state = read_pickle(vqgan)
+    for name, value in generator_weights(state).items():
+        finite(name, value, vqgan)
     vq = vq_from_taming(state)
     encoder = {
         VQ_PREFIX + name: value.contiguous()
@@ -283,10 +317,13 @@ def convert(trunk: Path, vqgan: Path, out: Path, text: Path | None = None) -> li
     }
     shards = shards_of(trunk)
     names = {shard: [name for name in names_of(shard) if not name.endswith(_BUFFERS)] for shard in shards}
+    check_once(names)
     own = {name for found in names.values() for name in found if not name.startswith(VQ_PREFIX)}
     check_names(own, {name for name in shapes if not name.startswith(VQ_PREFIX)}, str(trunk))
     check_names(set(encoder), {name for name in shapes if name.startswith(VQ_PREFIX)}, str(vqgan))
-    return _write(Writer(out), fields, shapes, names, encoder, vq, vqgan, text)
+    writer = Writer(out)
+    _write(writer, fields, shapes, names, encoder, vq, vqgan, text)
+    return writer.made
 
 
 def _write(
@@ -298,12 +335,8 @@ def _write(
     vq: Any,
     vqgan: Path,
     text: Path,
-) -> list[str]:
-    made: list[str] = []
-
-    def write(name: str, source: str, make: Callable[[Path], object]) -> None:
-        if writer.write(name, source, make):
-            made.append(name)
+) -> None:
+    write = writer.write
 
     def write_json(name: str, content: object) -> None:
         source = json.dumps(content, indent=2, sort_keys=True) + "\n"
@@ -318,14 +351,14 @@ def _write(
         def save(path: Path, shard: Path = shard, kept: list[str] = kept) -> None:
             weights = encoder.items() if shard == vqgan else read_shard(shard)
             tensors = {
-                weight: expanded(weight, value, shapes[weight]).contiguous()
+                weight: expanded(weight, finite(weight, value, shard), shapes[weight]).contiguous()
                 for weight, value in weights
                 if weight in kept
             }
             save_file(tensors, path, {"format": "pt"})
 
         write(f"{TRUNK}/{name}", sha256_of_file(shard), save)
-    write_json(f"{TRUNK}/model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(f"{TRUNK}/{INDEX}", {"metadata": {}, "weight_map": weight_map})
     write_json(f"{TRUNK}/config.json", fields)
     for file in (text / name for name in _TEXT_FILES):
         if file.is_file():
@@ -338,32 +371,26 @@ def _write(
 
     write(f"{TOKENIZER}/diffusion_pytorch_model.safetensors", sha256_of_file(vqgan), save_tokenizer)
     write_json(BACKBONE_FILE, {"family": "chameleon", **asdict(LUMINA_MGPT)})
-    return made
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `sjd2 convert`."""
     parser = argparse.ArgumentParser(
         prog="sjd2 convert",
-        usage="%(prog)s --trunk FOLDER --vqgan FILE --out FOLDER [--text FOLDER]",
         description=__doc__,
-        epilog="example:\n  sjd2 convert --trunk weights/original/lumina_mgpt_7b_768 \\\n"
-        "      --vqgan weights/original/vqgan.ckpt --out weights/lumina_mgpt_7b_768",
+        epilog="example:\n  sjd2 convert --trunk Lumina-mGPT-7B-768 --vqgan vqgan.ckpt --out weights/mine",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--trunk", type=Path, metavar="FOLDER", required=True, help="folder of the released Lumina-mGPT"
-    )
-    parser.add_argument("--vqgan", type=Path, metavar="FILE", required=True, help="Meta's vqgan.ckpt")
-    parser.add_argument(
-        "--text", type=Path, metavar="FOLDER", help="folder with tokenizer.json, if it is not in --trunk"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", required=True, help="the new folder, for model.path"
-    )
+    add = partial(parser.add_argument, type=Path)
+    add("--trunk", metavar="FOLDER", required=True, help="folder of the released Lumina-mGPT")
+    add("--vqgan", metavar="FILE", required=True, help="Meta's vqgan.ckpt")
+    add("--text", metavar="FOLDER", help="folder with tokenizer.json, if it is not in --trunk")
+    add("--out", metavar="FOLDER", required=True, help="the new folder, for model.path")
     asked = parser.parse_args(arguments)
+    speak()
     try:
-        made = convert(asked.trunk, asked.vqgan, asked.out, asked.text)
+        with stage(f"converting {asked.trunk}"):
+            made = convert(asked.trunk, asked.vqgan, asked.out, asked.text)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     print(f"{asked.out}: {', '.join(made) if made else 'nothing to do'}")

@@ -80,17 +80,17 @@ class Emu3Backbone(VocabularyBackbone):
     def prompt_ids(self, prompt: str, layout: ImageLayout) -> list[int]:
         if not prompt.strip():
             raise ValueError("empty prompt: give at least one word")
-        return self._sequence(prompt + self.tokens.positive, layout)
+        return self._sequence(self.text_ids(["", self.tokens.positive], prompt), layout)
 
     def unconditional_ids(self, layout: ImageLayout, prompt_ids: Sequence[int] = ()) -> list[int]:
         negative = self.tokens.unconditional == "negative"
-        return self._sequence(self.tokens.negative if negative else "", layout)
+        return self._sequence(self.text_ids([self.tokens.negative if negative else ""]), layout)
 
-    def _sequence(self, text: str, layout: ImageLayout) -> list[int]:
+    def _sequence(self, text_ids: Sequence[int], layout: ImageLayout) -> list[int]:
         t = self.tokens
         # the parts are put into ids apart, as special tokens between them cut the text anyway
-        size = self.text_ids(f"{layout.height}*{layout.width}")
-        return [t.bos, *self.text_ids(text), t.boi, *size, t.img]
+        size = self.text_ids([f"{layout.height}*{layout.width}"])
+        return [t.bos, *text_ids, t.boi, *size, t.img]
 
 
 def load_emu3(folder: str | Path, trunk: str = "trunk", options: LoadOptions | None = None) -> Emu3Backbone:
@@ -106,7 +106,7 @@ def load_emu3(folder: str | Path, trunk: str = "trunk", options: LoadOptions | N
     """
     options = options or LoadOptions()
     model, text, fields = load_parts(Emu3ForConditionalGeneration, Path(folder), trunk, "emu3", options)
-    return Emu3Backbone(model, text, options.tokens(Emu3Tokens(), fields))
+    return Emu3Backbone(model, text, options.tokens(Emu3Tokens(), fields, folder))
 
 
 class Emu3Tokenizer(InnerTokenizer):

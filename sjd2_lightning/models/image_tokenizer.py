@@ -17,6 +17,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sjd2_lightning.models.weights import finite, open_weights, read_json
 from sjd2_lightning.run.stages import stage
 
 
@@ -41,16 +42,26 @@ def to_uint8(images: Tensor) -> Tensor:
     Raises:
         ValueError: if a value is not finite or lies outside [0, 1] by more than rounding.
     """
-    if not torch.isfinite(images).all() or images.min() < -1e-3 or images.max() > 1 + 1e-3:
-        raise ValueError("images must be finite and lie in [0, 1]; clamp what the image decoder returns")
+    if wrong := (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist():
+        raise ValueError(
+            f"the pixels of image {wrong[0] + 1} of {len(images)} are not finite: weights of the image "
+            "decoder hold NaN or infinity, or its numbers overflow; get the weights again"
+        )
+    if images.min() < -1e-3 or images.max() > 1 + 1e-3:
+        raise ValueError("images must lie in [0, 1]; clamp what the image decoder returns")
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def weights_identity(module: nn.Module, prefix: bytes = b"") -> str:
-    """Hash of a module's weights, the same in every precision that holds them exactly."""
+    """Hash of a module's weights, the same in every precision that holds them exactly.
+
+    Raises:
+        ValueError: a weight is not finite: codes made with it would all be one.
+    """
     digest = hashlib.sha256(prefix)
     with stage("identifying the image tokenizer"):
         for name, value in sorted(module.state_dict().items()):
+            finite(name, value, "the image tokenizer")
             digest.update(name.encode())
             digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -148,7 +159,7 @@ def load_image_tokenizer(folder: str | Path) -> VQImageTokenizer:
     """The tokenizer in a local ``diffusers`` folder (config.json + safetensors), in fp32 and eval mode.
 
     Raises:
-        ValueError: if the folder holds no VQModel.
+        ValueError: if the folder holds no VQModel, or one of broken files or of weights that are not finite.
     """
     folder = Path(folder)
     weights = folder / "diffusion_pytorch_model.safetensors"
@@ -157,15 +168,25 @@ def load_image_tokenizer(folder: str | Path) -> VQImageTokenizer:
             f"no image tokenizer in {folder}: {weights.name} is missing; "
             "train the tiny one with `python train.py experiment=tiny_tokenizer`"
         )
-    vq = VQModel.from_pretrained(
-        folder,
-        torch_dtype=torch.float32,
-        use_safetensors=True,
-        local_files_only=True,
-        low_cpu_mem_usage=False,  # needs a further package, and saves nothing at this size
-    )
+    with open_weights(weights):
+        pass
+    try:
+        for name in ("config.json", _SETTINGS):
+            if (folder / name).is_file():
+                read_json(folder / name)
+        vq = VQModel.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,  # needs a further package, and saves nothing at this size
+        )
+    except Exception as error:  # diffusers has many kinds
+        raise ValueError(f"the image tokenizer in {folder} cannot be read: {error}") from error
+    for name, value in vq.state_dict().items():
+        finite(name, value, weights)
     settings = folder / _SETTINGS
-    isolate = json.loads(settings.read_text())["isolate_patches"] if settings.is_file() else False
+    isolate = bool(read_json(settings).get("isolate_patches")) if settings.is_file() else False
     return VQImageTokenizer(vq, isolate).eval().requires_grad_(False)
 
 

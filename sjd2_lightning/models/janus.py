@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.models.image_tokenizer import InnerTokenizer
-from sjd2_lightning.models.pretrained import PretrainedBackbone, PromptTokens
-from sjd2_lightning.models.weights import LoadOptions, load_parts
+from sjd2_lightning.models.pretrained import PROMPT, PretrainedBackbone, PromptTokens
+from sjd2_lightning.models.weights import LoadOptions, load_parts, read_json
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ class JanusBackbone(PretrainedBackbone):
     def prompt_ids(self, prompt: str, layout: ImageLayout) -> list[int]:
         if not prompt.strip():
             raise ValueError("empty prompt: give at least one word")
-        text = self.tokens.template.format(prompt=prompt)
-        return [self.tokens.bos, *self.text_ids(text), self.tokens.boi]
+        parts = [part.format() for part in self.tokens.template.split(PROMPT)]
+        return [self.tokens.bos, *self.text_ids(parts, prompt), self.tokens.boi]
 
     def unconditional_ids(self, layout: ImageLayout, prompt_ids: Sequence[int] = ()) -> list[int]:
         padded = self.tokens.unconditional == "padded"
@@ -86,8 +85,8 @@ class JanusBackbone(PretrainedBackbone):
         return [self.tokens.bos, *[self.tokens.pad] * between, self.tokens.boi]
 
     def slot_table(self) -> Tensor:
-        codes = self.model.model.generation_embeddings.weight
-        return self.model.model.generation_aligner(codes)
+        codes = torch.arange(self.num_codes, device=self.device)
+        return self.model.model.generation_aligner(self.model.model.generation_embeddings(codes))
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         return self.model.model.generation_head(hidden)
@@ -107,7 +106,7 @@ def load_janus(folder: str | Path, trunk: str = "trunk", options: LoadOptions | 
     folder = Path(folder)
     options = options or LoadOptions()
     model, text, fields = load_parts(JanusForConditionalGeneration, folder, trunk, "janus", options)
-    return JanusBackbone(model, text, options.tokens(JanusTokens(), fields or _released_ids(folder)))
+    return JanusBackbone(model, text, options.tokens(JanusTokens(), fields or _released_ids(folder), folder))
 
 
 def _released_ids(folder: Path) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def _released_ids(folder: Path) -> dict[str, Any]:
     The file is read here, since `GenerationConfig` drops its `generation_kwargs`.
     """
     path = folder / "generation_config.json"
-    fields = json.loads(path.read_text()) if path.is_file() else {}
+    fields = read_json(path) if path.is_file() else {}
     ids = {"bos": fields.get("bos_token_id"), "pad": fields.get("pad_token_id")}
     if unknown := [f"{name}_token_id" for name, value in ids.items() if value is None]:
         raise ValueError(f"{path} does not say {', '.join(unknown)}: get the file of the released model")

@@ -1,20 +1,26 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on a backbone's trunk, through peft.
+"""Adapters through peft: new low-rank ones (LoRA, arXiv 2106.09685) on a trunk, and saved ones of any kind.
 
-The adapter is put into the model's own linear layers, so that nothing else needs to know of it. On disk it is
-a peft folder: `PeftModel.from_pretrained(model, folder)` reads it without this package.
+The adapter is put into the model's own layers, so that nothing else needs to know of it, and is merged into
+plain weights by peft. On disk it is a peft folder: `PeftModel.from_pretrained(model, folder)` reads it
+without this package.
 """
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-_WEIGHTS = "adapter_model.safetensors"
+from sjd2_lightning.models.weights import finite, open_weights, read_json
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of names in peft's folders
 
 
@@ -86,42 +92,138 @@ def save_adapter(model: Any, folder: str | Path) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Puts a saved adapter into a model, to be used or trained on; everything else is frozen.
+    """Puts a saved adapter of any kind that peft can merge into a model, to be used or trained on.
+
+    Everything else is frozen.
 
     Raises:
-        ValueError: if the folder holds no adapter, or one of another model.
+        ValueError: if the folder holds no adapter, one of another model, one that peft cannot put into it
+            or one that could not be merged into plain weights after training.
     """
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     folder = Path(folder)
-    for name in ("adapter_config.json", _WEIGHTS):
+    for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(
                 f"model.adapter={folder}: {name} is missing; give a folder that training exported"
             )
-    config = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = False
-    state = {name.removeprefix(_PREFIX): value for name, value in load_file(folder / _WEIGHTS).items()}
-    inject_adapter_in_model(config, model.requires_grad_(False))
-    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    result = set_peft_model_state_dict(model, state)
+    read_json(folder / _CONFIG)
+    with open_weights(folder / _WEIGHTS) as file:
+        state = {
+            name.removeprefix(_PREFIX): finite(name, file.get_tensor(name), folder / _WEIGHTS)
+            for name in file.keys()  # noqa: SIM118  no dictionary
+        }
+    plain = set(model.state_dict())
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = False
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        inject_adapter_in_model(config, model.requires_grad_(False))
+        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        result = set_peft_model_state_dict(model, state)
+    except Exception as error:  # each kind of peft's has its own
+        if "size mismatch" in str(error):
+            raise ValueError(_foreign(folder)) from error
+        raise ValueError(f"model.adapter={folder}: peft cannot put it into this model: {error}") from error
     if result.unexpected_keys or wanted & set(result.missing_keys):
-        raise ValueError(f"model.adapter={folder}: this adapter is of another model or other sizes")
+        raise ValueError(_foreign(folder))
+    if problem := _merge_problem(model, plain):
+        raise ValueError(
+            f"model.adapter={folder}: {problem}, so what is trained of this {kind} could not be exported; "
+            "merge it with its own tool first, or take an adapter of another kind"
+        )
+
+
+def _foreign(folder: Path) -> str:
+    return f"model.adapter={folder}: this adapter is of another model or other sizes"
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model with its adapter added to the weights, under the model's own names."""
-    if not has_adapter(model):
-        return model.state_dict()
-    from peft.tuners.lora import LoraLayer
+    """The state of a model with its adapter merged into the weights by peft, under the model's own names."""
+    adapted = _adapted(model)
+    state = {name: value for name, value in model.state_dict().items() if not _inside(name, adapted)}
+    for name, module in adapted.items():
+        state |= {f"{name}.{own}": value for own, value in _merged(module).state_dict().items()}
+    return state
 
-    deltas = {
-        f"{name}.base_layer.weight": module.get_delta_weight("default")
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-    return {
-        name.replace(".base_layer.", "."): value + deltas[name].to(value.dtype) if name in deltas else value
-        for name, value in model.state_dict().items()
-        if ".lora_" not in name
-    }
+
+def layers_alike(layers: Iterable[nn.Module]) -> bool:
+    """Whether layers differ by the values of their weights alone: an adapter may change some of them only."""
+    kinds = set()
+    for layer in layers:
+        shapes = [(name, tuple(value.shape)) for name, value in layer.named_parameters()]
+        factors = [repr(getattr(part, "scaling", None)) for part in layer.modules()]
+        kinds.add(repr((shapes, factors)))
+    return len(kinds) <= 1
+
+
+def _adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """What peft put around modules of a model, by name; not what lies inside such a module."""
+    if not has_adapter(model):
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not _inside(name, found):
+            found[name] = module
+    return found
+
+
+def _inside(name: str, modules: dict[str, nn.Module]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in modules for end in range(1, len(parts)))
+
+
+@torch.no_grad()
+def _merged(module: Any) -> nn.Module:
+    """The plain module that peft makes of one with an adapter; the latter is left as it is."""
+    own = copy.deepcopy(module)
+    if hasattr(own, "unload_and_optionally_merge_module"):
+        return own.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+    own.merge(safe_merge=True)
+    return own.get_base_layer()
+
+
+@torch.no_grad()
+def _merge_problem(model: nn.Module, plain: set[str]) -> str:
+    """Why the adapter cannot become plain weights of the names `plain`; "" if it can.
+
+    Of each kind of module one is merged and held against itself.
+    """
+    adapted, kinds = _adapted(model), set()
+    names = {name for name in model.state_dict() if not _inside(name, adapted)}
+    for name, module in adapted.items():
+        try:
+            merged = _merged(module) if type(module) not in kinds else _base(module)
+            names |= {f"{name}.{own}" for own in merged.state_dict()}
+            if type(module) not in kinds and not _same(copy.deepcopy(module).eval(), merged.eval()):
+                return f"peft's merge of {name} gives another layer"
+        except Exception as error:  # each kind of peft's has its own
+            return f"peft cannot merge {name} ({type(error).__name__}: {error})"
+        kinds.add(type(module))
+    if names != plain:
+        return f"it changes the model's structure ({len(names ^ plain)} weights more or fewer)"
+    return ""
+
+
+def _base(module: Any) -> nn.Module:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module.original_module
+
+
+def _same(adapted: nn.Module, merged: nn.Module) -> bool:
+    """Whether both give the same for a few inputs; linear maps and embeddings are asked, others are not."""
+    weight = getattr(merged, "weight", None)
+    if isinstance(merged, nn.Embedding):
+        given: Tensor = torch.arange(min(64, merged.num_embeddings), device=merged.weight.device)
+    elif isinstance(merged, nn.Linear):
+        rng = torch.Generator().manual_seed(0)
+        given = torch.randn(4, merged.in_features, generator=rng).to(merged.weight)
+    else:
+        return True
+    assert weight is not None
+    wanted, found = adapted(given).float(), merged(given).float()
+    tolerance = 1e-3 if weight.dtype == torch.float32 else 0.05
+    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())

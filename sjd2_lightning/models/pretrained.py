@@ -24,13 +24,15 @@ from sjd2_lightning.models.lora import (
     LoraSettings,
     add_lora,
     has_adapter,
+    layers_alike,
     load_adapter,
     merged_state,
     save_adapter,
 )
-from sjd2_lightning.models.trunk import InvariantTrunk, LayeredTrunk
+from sjd2_lightning.models.trunk import InvariantTrunk, LayeredTrunk, cache_argument
 from sjd2_lightning.models.weights import ADAPTER, BACKBONE_FILE, TEXT, TRUNK
 
+PROMPT = "{prompt}"  # place of a user's words in a template
 _FP8_CARDS = (8, 9)  # compute capability
 
 
@@ -51,6 +53,16 @@ class PromptTokens:
         if self.unconditional not in self.CONTEXTS:
             raise ValueError(
                 f"model.unconditional={self.unconditional}: must be one of {', '.join(self.CONTEXTS)}"
+            )
+        template = getattr(self, "template", PROMPT)
+        try:
+            usable = PROMPT in template and bool(template.format(width=1, height=1, prompt="a"))
+        except (KeyError, IndexError, ValueError):
+            usable = False
+        if not usable:
+            raise ValueError(
+                f"{BACKBONE_FILE}: template={template!r} must hold {PROMPT}, and in braces nothing else but "
+                "width and height"
             )
 
 
@@ -82,13 +94,16 @@ class PretrainedBackbone(Backbone):
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
         self._tokens = tokens
+        self._control = frozenset(text_tokenizer.added_tokens_decoder)
         if isinstance(image_tokenizer, nn.Module):
             image_tokenizer.requires_grad_(False)
         for part in self.UNTRAINED:
             model.get_submodule(part).requires_grad_(False)
+        self._cache_name = cache_argument(self.trunk)
         self.quantized: str | None = None  # what `quantize` was asked for
         self.num_codes = image_tokenizer.num_codes
         self.hidden_size = model.config.get_text_config().hidden_size
+        self.num_positions = model.config.get_text_config().max_position_embeddings
         self.train(model.training)
 
     @property
@@ -107,7 +122,9 @@ class PretrainedBackbone(Backbone):
 
     def checkpoint_activations(self) -> None:
         """Keeps only layer inputs for the backward pass and computes the rest again, in train mode."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it: 5.24 says `activation_`
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def add_lora(self, settings: LoraSettings, folder: str | Path | None = None) -> None:
         """Trains a low-rank adapter of the trunk instead of the model's weights.
@@ -182,8 +199,8 @@ class PretrainedBackbone(Backbone):
             inputs_embeds=embeddings,
             position_ids=position_ids,
             attention_mask=additive(attention_mask, embeddings.dtype),
-            past_key_values=cache,
             use_cache=False,
+            **{self._cache_name: cache},
         ).last_hidden_state
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
@@ -200,16 +217,56 @@ class PretrainedBackbone(Backbone):
         )
 
     def decoding_trunk(self, compiled: bool, invariant: bool, flex: bool = False) -> Trunk:
+        alike = layers_alike(self.trunk.layers)
+        if invariant and not alike:
+            raise ValueError(
+                "decoding.invariant=true: the adapter changes the trunk's layers in different ways; set it "
+                "to false, or evaluate the exported folder, where it is merged"
+            )
         if invariant:
             return InvariantTrunk(self)
-        return LayeredTrunk(self, flex) if compiled else super().decoding_trunk(compiled, invariant)
+        return LayeredTrunk(self, flex) if compiled and alike else super().decoding_trunk(False, invariant)
 
     def decode_images(self, image_ids: Tensor) -> Tensor:
         return self.image_tokenizer.decode(image_ids)
 
-    def text_ids(self, text: str) -> list[int]:
-        """Token ids of a text as it is, without the tokens that a tokenizer adds by itself."""
-        return self.text_tokenizer.encode(text, add_special_tokens=False)
+    def text_ids(self, template: Sequence[str], prompt: str = "") -> list[int]:
+        """Token ids of a text, without the tokens that a tokenizer adds by itself.
+
+        Names of control tokens count in the template; in the prompt, which a user wrote, they are letters.
+
+        Args:
+            template: parts of the text; the prompt stands between any two.
+            prompt: words of a user.
+        """
+        text = prompt.join(template)
+        found = self.text_tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        control = [
+            (token_id, start, end)
+            for token_id, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True)
+            if token_id in self._control
+        ]
+        places = _places_of(prompt, template)
+        kept = [one for one in control if not any(one[1] < end and start < one[2] for start, end in places)]
+        if len(kept) == len(control):
+            return found["input_ids"]
+        ids, done = [], 0
+        for token_id, start, end in kept:
+            ids += [*self._letters(text[done:start]), token_id]
+            done = end
+        return ids + self._letters(text[done:])
+
+    def _letters(self, text: str) -> list[int]:
+        """Token ids of a text without control tokens: what the tokenizer does between two of them."""
+        tokenizer = self.text_tokenizer.backend_tokenizer
+        if tokenizer.normalizer is not None:
+            text = tokenizer.normalizer.normalize_str(text)
+        words = [text] if text else []
+        if tokenizer.pre_tokenizer is not None:
+            words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in tokenizer.model.tokenize(word)]
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes weights and everything needed to load them again into a local folder.
@@ -229,6 +286,14 @@ class PretrainedBackbone(Backbone):
         self.text_tokenizer.save_pretrained(folder / TEXT)
         fields = json.dumps({"family": self.FAMILY, **asdict(self._tokens)}, indent=2)
         (folder / BACKBONE_FILE).write_text(fields)
+
+
+def _places_of(prompt: str, template: Sequence[str]) -> list[tuple[int, int]]:
+    """Start and end of each prompt in the text that a template makes with it."""
+    starts = [
+        sum(map(len, template[:number])) + (number - 1) * len(prompt) for number in range(1, len(template))
+    ]
+    return [(start, start + len(prompt)) for start in starts]
 
 
 class VocabularyBackbone(PretrainedBackbone):
@@ -268,12 +333,15 @@ class VocabularyBackbone(PretrainedBackbone):
         self._columns_in_order = torch.equal(ids, in_order)
 
     def slot_table(self) -> Tensor:
-        return F.embedding(self.slot_token_ids, self.trunk.get_input_embeddings().weight)
+        return self.embed_tokens(self.slot_token_ids)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        # only the rows of codes: everything else would be masked anyway, and they are a fraction of the head
-        rows = self.model.lm_head.weight.narrow(0, self._first_code, self._num_rows)
-        logits = F.linear(hidden, rows)
+        head = self.model.lm_head
+        if isinstance(head, nn.Linear):
+            # the rows of codes alone: all else would be masked anyway, and they are a fraction of the head
+            logits = F.linear(hidden, head.weight.narrow(0, self._first_code, self._num_rows))
+        else:  # with an adapter, which is part of it
+            logits = head(hidden).narrow(-1, self._first_code, self._num_rows)
         if self._columns_in_order:
             return logits
         return logits.index_select(-1, self.slot_token_ids[: self.num_codes] - self._first_code)

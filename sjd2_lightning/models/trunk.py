@@ -38,9 +38,7 @@ class LayeredTrunk(Trunk):
         self.attention = FLEX if flex and self.head_size >= SMALLEST_HEAD else DENSE
         self.template = self.template_of(trunk.layers[0])
         self.groups = self.template.self_attn.num_key_value_groups
-        # transformers renames the argument: 5.24 says `cache`
-        names = inspect.signature(self.template.forward).parameters
-        self.cache_name = "cache" if "cache" in names else "past_key_values"
+        self.cache_name = cache_argument(self.template)
         self.layer: Any = self.one_layer
         self.norm: nn.Module = trunk.norm
         self.weights: list[dict[str, Tensor]] = []
@@ -128,6 +126,11 @@ class InvariantTrunk(LayeredTrunk):
 
     def mask(self, visible: Visible, cache: KVCache, dtype: torch.dtype) -> Any:
         return visible.filled()
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What a trunk or layer of transformers calls its cache: `past_key_values` became `cache` in 5.24."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def weights_of(layer: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -91,11 +91,30 @@ class Trajectory:
         return self.committed - self.settled
 
 
+class Moment(NamedTuple):
+    """The C codes of an image after one pass, in raster order.
+
+    Attributes:
+        guesses: (C,) as a row of `Trajectory.guesses`.
+        levels: (C,) as a row of `Trajectory.levels`.
+        num_committed: codes committed so far.
+    """
+
+    guesses: np.ndarray
+    levels: np.ndarray
+    num_committed: int
+
+
 class TrajectoryObserver:
-    """Observer of `decode` for one image: keeps guesses and levels of each pass, on the CPU."""
+    """Observer of `decode` for one image: keeps guesses and levels of each pass, on the CPU.
+
+    Another thread may ask for moments while passes go on.
+    """
 
     def __init__(self, layout: ImageLayout) -> None:
         self.layout = layout
+        self._codes = layout.code_slots.numpy()
+        self._done: list[int] = []  # committed tokens
         self._slots: list[tuple[int, int, list[int], list[int]]] = []
 
     def __call__(self, iteration: Iteration) -> None:
@@ -103,25 +122,31 @@ class TrajectoryObserver:
         if iteration.rows.tolist() != [0]:
             raise ValueError("a trajectory shows one image; decode a single prompt")
         head, count = int(iteration.heads[0]), int(iteration.num_committed[0])
-        self._slots.append((head, count, iteration.tokens[0].tolist(), iteration.levels[0].tolist()))
+        tokens = iteration.tokens[0].tolist()
+        self._done += tokens[:count]  # before the pass can be asked for
+        self._slots.append((head, count, tokens, iteration.levels[0].tolist()))
+
+    @property
+    def num_passes(self) -> int:
+        return len(self._slots)
+
+    def moment(self, place: int) -> Moment:
+        """The image after pass `place`, from 0."""
+        head, count, tokens, noise = self._slots[place]
+        guesses = np.full(self.layout.num_slots, OUTSIDE)
+        levels = np.full_like(guesses, OUTSIDE)
+        end = min(head + len(tokens), len(guesses))
+        guesses[:head] = self._done[:head]
+        guesses[head:end] = tokens[: end - head]
+        levels[head:end] = noise[: end - head]
+        num_committed = int((self._codes < head + count).sum())
+        return Moment(guesses[self._codes], levels[self._codes], num_committed)
 
     def trajectory(self, item: PromptItem, method: str) -> Trajectory:
         """The trajectory of all passes so far."""
-        num_slots, codes = self.layout.num_slots, self.layout.code_slots.numpy()
-        guesses = np.full((len(self._slots), num_slots), OUTSIDE)
-        levels = np.full_like(guesses, OUTSIDE)
-        done = np.full(num_slots, OUTSIDE)
-        ends = np.zeros(len(self._slots), dtype=int)
-        for place, (head, count, tokens, noise) in enumerate(self._slots):
-            end = min(head + len(tokens), num_slots)
-            guesses[place] = done
-            guesses[place, head:end] = tokens[: end - head]
-            levels[place, head:end] = noise[: end - head]
-            done[head : head + count] = tokens[:count]
-            ends[place] = head + count
-        num_committed = (codes < ends[:, None]).sum(1)
+        guesses, levels, num_committed = zip(*map(self.moment, range(self.num_passes)), strict=True)
         size = (self.layout.height, self.layout.width)
-        return Trajectory(item, method, guesses[:, codes], levels[:, codes], num_committed, size)
+        return Trajectory(item, method, np.stack(guesses), np.stack(levels), np.array(num_committed), size)
 
 
 def trace(

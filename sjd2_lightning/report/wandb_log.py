@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import wandb
+from wandb.env import CACHE_DIR, DATA_DIR, get_cache_dir
 
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.metrics.fidelity import MANIFOLD
 from sjd2_lightning.report.figures import acceptance_maps, figure_pixels, image_grid
+from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.provenance import redact
 
 INIT_TIMEOUT_S = 15
+# a server that is gone would be waited for without end; what was not sent is kept
+FINISH_TIMEOUT_S = 300
 _MAX_TABLE_ROWS = 100
 _OF_FEATURES = ("fd", "kid", *MANIFOLD)
 _MODES = ("online", "offline", "disabled")
@@ -89,16 +93,12 @@ def log_to_wandb(
         pictures: further PNG files by log key.
 
     Returns:
-        The folder of the run's files; None when disabled.
+        The folder of the run's files; None when disabled, or when W&B cannot run here.
 
     Raises:
         ValueError: the mode is unknown.
     """
-    mode = os.environ.get("WANDB_MODE") or mode
-    if mode not in _MODES:
-        raise ValueError(f"W&B mode {mode!r} is unknown; choose one of {', '.join(_MODES)}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    mode = wandb_mode(mode)
     settings: dict[str, Any] = {
         "dir": str(folder),
         "project": project,
@@ -110,38 +110,84 @@ def log_to_wandb(
         "job_type": "evaluate",
     }
     run = start_run(mode, settings)
-    try:
+    if run is None:
+        return None
+    with harmless(f"logging to W&B in {folder}"):
         further = {f"eval/{key}": wandb.Image(str(path)) for key, path in (pictures or {}).items()}
         run.log(media_row(result, prefix="eval/") | further)
         for key, value in scalar_row(result, prefix="eval/").items():
             run.summary[key] = value
-        return None if run.disabled else str(Path(run.dir).parent)
-    finally:
+    return finish_run(run)
+
+
+def wandb_mode(mode: str) -> str:
+    """The mode to run in: `WANDB_MODE`, or else the given one.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    asked = os.environ.get("WANDB_MODE")
+    if (asked or mode) not in _MODES:
+        name = f"WANDB_MODE={asked}" if asked else f"logger.wandb.mode={mode}"
+        raise ValueError(f"{name} is unknown; use one of {', '.join(_MODES)}")
+    return asked or mode
+
+
+def finish_run(run: Any) -> str | None:
+    """Ends a run; the folder of its files, None where there is none."""
+    with harmless("ending the W&B run"):
         run.finish()
+    return None if run.disabled else str(Path(run.dir).parent)
 
 
 _stays_offline = False
+_data_dir = ""  # what `_stage_inside` has set
 
 
 def start_run(mode: str, settings: dict[str, Any]) -> Any:
-    """A W&B run; where going online fails, it is kept offline, with one warning.
+    """A W&B run; where going online fails, it is kept offline, with one warning. None where W&B cannot run.
 
     Going online is tried once a process: a sweep without network waits for the server once.
     """
+    run = None
+    with harmless(f"starting W&B in {settings['dir']}"):
+        Path(settings["dir"]).mkdir(parents=True, exist_ok=True)
+        _leave_home(Path(settings["dir"]))
+        run = _started(mode, settings)
+        if not run.disabled:
+            _stage_inside(Path(run.dir).parent)
+    return run
+
+
+def _leave_home(folder: Path) -> None:
+    """W&B's own log goes into a run's folder where there is no home for it; it would be printed else."""
+    try:
+        get_cache_dir().mkdir(parents=True, exist_ok=True)
+    except OSError:
+        os.environ[CACHE_DIR] = str(folder.resolve() / "wandb" / "cache")
+
+
+def _stage_inside(run_folder: Path) -> None:
+    """Pictures of tables are staged with the run, not below HOME: its folder is whole, and all that grows."""
+    global _data_dir
+    if os.environ.get(DATA_DIR, _data_dir) == _data_dir:  # the user's own place stays
+        os.environ[DATA_DIR] = _data_dir = str(run_folder.resolve() / "staging")
+
+
+def _started(mode: str, settings: dict[str, Any]) -> Any:
     global _stays_offline
     if mode == "online" and not _stays_offline:
         reason = "nobody is logged in (`wandb login`)"
         try:
             if wandb.login(prompt=False):  # asks the server about the key, so it too may fail
-                return wandb.init(
-                    mode="online", settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S), **settings
-                )
+                limits = wandb.Settings(init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S)
+                return wandb.init(mode="online", settings=limits, **settings)
         except (wandb.errors.Error, OSError) as error:
             reason = f"the server cannot be used ({error})"
         warnings.warn(
             f"W&B stays offline: {reason}. "
             f"Send the run later with `wandb sync {settings['dir']}/wandb/offline-run-*`",
-            stacklevel=3,
+            stacklevel=5,
         )
         _stays_offline = True
     return wandb.init(mode="disabled" if mode == "disabled" else "offline", **settings)

@@ -19,6 +19,7 @@ from typing import Any
 import wandb
 
 from sjd2_lightning.report.wandb_log import log_suffixes
+from sjd2_lightning.run.stages import speak, stage
 
 _MEDIA = ("images", "passes", "cost", "settling")
 _NEEDS_EXTRA = (
@@ -141,10 +142,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--entity", help="team or user (default: the account's own)")
     parser.add_argument("--run", default="", help="id of the run that holds the images")
     options = parser.parse_args(arguments)
+    speak()
+    to = {"project": options.project, "entity": options.entity, "run_id": options.run}
     try:
-        print(
-            publish_report(options.folder, project=options.project, entity=options.entity, run_id=options.run)
-        )
+        with stage("publishing"):
+            url = publish_report(options.folder, **to)
+        print(url)
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

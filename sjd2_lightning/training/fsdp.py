@@ -5,7 +5,6 @@ Around Lightning's `ModelParallelStrategy` and torch's distributed checkpoints.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sjd2_lightning.run.files import TEMPORARY, fsync_below, remove
-from sjd2_lightning.training.checkpoints import check_sharded, only_plain_values
+from sjd2_lightning.training.checkpoints import check_sharded, only_plain_values, write_sums
 from sjd2_lightning.training.module import SJD2Module
 
 _OLD = f".old{TEMPORARY}"
@@ -73,6 +72,7 @@ class ShardedStrategy(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, temporary, storage_options)
             self.barrier()
             if self.global_rank == 0:
+                write_sums(temporary)
                 fsync_below(temporary)
                 if path.exists():  # a folder cannot take the place of one that is not empty
                     path.rename(old)
@@ -95,14 +95,9 @@ class ShardedStrategy(ModelParallelStrategy):
         try:
             with only_plain_values():
                 return super().load_checkpoint(checkpoint_path, weights_only=True)
-        except (
-            RuntimeError,
-            OSError,
-            pickle.UnpicklingError,
-            CheckpointException,
-        ) as error:
+        except (Exception, CheckpointException) as error:  # a damaged index makes torch raise anything
             raise ValueError(
-                f"checkpoint {checkpoint_path} cannot be read: {str(error).splitlines()[0]}; "
+                f"checkpoint {checkpoint_path} cannot be read: {(str(error).splitlines() or [''])[0]}; "
                 "go on from another one in its folder"
             ) from error
 

@@ -101,7 +101,8 @@ class TrainingWatch(Callback):
             pl_module.log("train/loss_spikes", self.num_spikes)
         skipped = getattr(trainer.train_dataloader, "num_skipped", None)
         if skipped is not None:
-            pl_module.log("train/skipped_samples", float(skipped))
+            too_long = len(getattr(trainer.train_dataloader, "too_long", ()))
+            pl_module.log("train/skipped_samples", float(skipped + too_long))
 
     @property
     def num_spikes(self) -> Tensor:

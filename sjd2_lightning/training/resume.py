@@ -262,7 +262,7 @@ class SaveOnTermination(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         if self.path is not None:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)  # the default, but said in the log
 
     def _take(self, number: int, handler: Callable[[int, FrameType | None], Any]) -> None:
         try:

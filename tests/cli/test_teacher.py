@@ -78,7 +78,7 @@ def test_images_are_what_decoding_gives(backbone, source, tmp_path):
 def test_mixed_labels_keep_real_images(backbone, source, tmp_path):
     how = drawing(real_share=0.5)
     real = list(read_all(source / "train"))
-    fields = list(drawn_samples(backbone, real, how, PIXELS))
+    fields = list(drawn_samples(backbone, real, how, PIXELS, lambda count, note="": None))
     kept = {sample["key"] for sample in fields if not sample["drawn"]}
     assert kept == {sample.key for sample in real if how.keeps(sample.key)}
     assert 0 < len(kept) < NUM_SAMPLES
@@ -196,3 +196,21 @@ def test_a_full_disk_is_one_sentence(backbone, source, tmp_path, capsys, monkeyp
         main([str(source), str(tmp_path / "out"), "--weights", str(backbone.folder)])
     assert stopped.value.code == 1
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_teacher_whose_numbers_are_not_finite_draws_nothing(source, tmp_path):
+    broken = tiny_chameleon(7, seed=2, scale=0.7).eval()
+    with torch.no_grad():
+        broken.trunk.layers[0].mlp.up_proj.weight[2, 3] = torch.nan
+    samples = list(read_all(source / "train"))[:4]
+    with pytest.raises(ValueError, match=r"not finite at slot 0.*the weight \S*up_proj"):
+        next(drawn_samples(broken, samples, drawing(), PIXELS))
+
+
+def test_a_caption_that_is_too_long_keeps_its_own_image(backbone, source, caplog):
+    first, *others = list(read_all(source / "train"))[:3]
+    long = others[0]._replace(caption="cat " * 244)  # 8 slots, 5 tokens of the template, 256 positions
+    found = list(drawn_samples(backbone, [first, long, others[1]], drawing(), PIXELS))
+    assert [sample["drawn"] for sample in found] == [True, False, True]
+    assert torch.equal(torch.from_numpy(found[1]["image_ids"]), long.image_ids)
+    assert f"{long.key} keeps its own image: its caption has 249 tokens" in caplog.text

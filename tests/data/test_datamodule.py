@@ -7,15 +7,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from sjd2_lightning.data import DataConfig, ensure
-from sjd2_lightning.data.datamodule import Batch, CodeDataModule
-from sjd2_lightning.data.index import ShardIndex
-from tests.tools.shards import GreyTokenizer, WriteCodes
+from sjd2_lightning.data.datamodule import Batch, CaptionLimit, CodeDataModule
+from sjd2_lightning.data.index import ShardIndex, ShardMeta
+from sjd2_lightning.models.chameleon import ChameleonBackbone
+from tests.tools.shards import GreyTokenizer, WriteCodes, write_shards
+from tests.tools.tiny_backbones import tiny_chameleon
 
 
 class Recorder(L.LightningModule):
@@ -181,3 +184,63 @@ def test_fresh_shards_need_no_writable_disk(tmp_path: Path, monkeypatch: pytest.
     data.prepare_data()
     monkeypatch.setattr(ensure, "_locked", lambda folder: pytest.fail("tried to write"))
     data.prepare_data()
+
+
+class Reader(Recorder):
+    """A recorder whose backbone has 256 positions: 7 slots, 5 tokens of the template, 244 words."""
+
+    def __init__(self, backbone: ChameleonBackbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.image_layout = backbone.layout(4, 6)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert all(len(caption.split()) <= 244 for caption in batch.captions)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("max_steps", [-1, 3])
+def test_captions_too_long_for_the_model_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, num_workers: int, max_steps: int
+) -> None:
+    backbone = tiny_chameleon(512)
+    tokenizer = backbone.image_tokenizer.identity
+    for split in ("train", "val"):
+        meta = ShardMeta("codes", split, "made up", 2, 3, "nobody", "hash", 512, tokenizer)
+        samples = (
+            {"key": f"k{i}", "caption": "cat " * (245 - bool(i % 3)), "image_ids": np.full((2, 3), i)}
+            for i in range(24)
+        )
+        write_shards(samples, tmp_path / "codes" / split, 8, meta)
+    data = CodeDataModule(
+        DataConfig(str(tmp_path), batch_size=4, num_workers=num_workers, shuffle_buffer=4, max_bad_samples=0)
+    )
+    model = Reader(backbone)
+    options = {"max_epochs": 1, "max_steps": max_steps, "limit_val_batches": 0}
+    with caplog.at_level("WARNING", logger="sjd2_lightning"):
+        trainer(tmp_path, **options).fit(model, data)
+    seen = [key for keys in model.seen for key in keys]
+    assert len(model.seen) == (6 if max_steps == -1 else 3), "an epoch has the batches that it had"
+    assert not [key for key in seen if int(key[1:]) % 3 == 0]
+    lines = [record.getMessage() for record in caplog.records if "too long for the model" in record.message]
+    assert len(lines) == 1
+    assert "its caption has 250 tokens with its template, and the model has 256 positions" in lines[0]
+    if max_steps == -1:
+        assert set(seen) == {f"k{i}" for i in range(24) if i % 3}
+        assert lines[0].startswith("8 sample(s)")
+
+
+def test_images_that_fill_the_positions_alone_are_refused(data_dir: Path) -> None:
+    backbone = tiny_chameleon(512)
+    backbone.num_positions = 11
+    with pytest.raises(ValueError, match=r"take 7 tokens, the template 6, and the model has 11 positions"):
+        CaptionLimit(backbone, backbone.layout(4, 6))
+
+
+def test_short_captions_are_not_counted_in_tokens() -> None:
+    backbone = tiny_chameleon(512)
+    limit = CaptionLimit(backbone, backbone.layout(4, 6))
+    limit.backbone.prompt_ids = None  # a call of it would be an error
+    assert limit("a red cat") == ""

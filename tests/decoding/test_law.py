@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from sjd2_lightning.decoding.law import Sampling, draw, guided, log_law, residual
+from sjd2_lightning.decoding.law import Sampling, draw, guided, has_law, log_law, residual
 from tests.tools.enumeration import code_law, slot_scale
 
 
@@ -128,3 +128,27 @@ def test_a_small_difference_of_laws_is_seen_by_the_test_of_draws():
     counts = draw(weights.expand(60_000, 3), torch.rand(60_000, generator=rng)).bincount().numpy()
     assert stats.chisquare(counts, 60_000 * np.array([0.2, 0.3, 0.5])).pvalue > 1e-6
     assert stats.chisquare(counts, 60_000 * np.array([0.22, 0.28, 0.5])).pvalue < 1e-12
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0), Sampling(0.5, 2), Sampling(top_p=0.5)], ids=str
+)
+def test_what_is_no_law_is_seen_through_every_cut(sampling):
+    nan, inf = torch.nan, torch.inf
+    rows = [[0, 1, 2], [-inf, 1, 2], [-inf, -inf, 0], [nan, 1, 2], [0, 1, inf], [-inf] * 3, [inf, -inf, nan]]
+    found = has_law(log_law(torch.tensor(rows).float(), sampling))
+    assert found.tolist() == [True, True, True, False, False, False, False]
+
+
+def test_guidance_keeps_a_banned_code_banned():
+    logits = torch.tensor([[0.0, -torch.inf, 1.0], [0.5, -torch.inf, 0.0]])
+    for scale in (3.0, 0.0, torch.tensor([3.0])):
+        mixed = guided(logits, scale)
+        assert mixed[0, 1] == -torch.inf
+        assert mixed[0, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("uniform", [1e-9, 0.5, 1 - 1e-7])
+def test_a_draw_from_nan_is_still_a_code(uniform):
+    drawn = draw(torch.full((2, 5), torch.nan), torch.full((2,), uniform))
+    assert ((drawn >= 0) & (drawn < 5)).all()

@@ -270,3 +270,17 @@ def test_each_bad_value_is_one_error_before_any_forward(changes, named):
         decode(backbone, ["p1"], [0], replace(good, **changes), backbone.layout(2, 2))
     assert len(replace(good, **changes).problems()) == 1
     assert str(error.value) == f"decoding.{replace(good, **changes).problems()[0]}"
+
+
+def test_prompts_beyond_the_model_s_positions_are_refused_before_any_forward():
+    backbone = tiny_chameleon(7)
+    layout, config = backbone.layout(6, 4), RULES["ar"]  # 8 slots, 5 tokens of the template
+    assert decode(backbone, ["cat " * 243], [0], config, layout).image_ids.shape == (1, 3, 2)
+    with patch.object(type(backbone), "forward", side_effect=AssertionError("a forward pass")):
+        with pytest.raises(
+            ValueError, match=r"the prompt 'cat cat .*' has 249 tokens .* 256 positions, 8 of"
+        ):
+            decode(backbone, ["red cat", "cat " * 244], [0, 1], config, layout)
+        backbone.unconditional_ids = lambda layout, ids=(): [0] * 249
+        with pytest.raises(ValueError, match="unconditional context of guidance has 249 tokens"):
+            decode(backbone, ["red cat"], [0], replace(config, sampling=GUIDED), layout)

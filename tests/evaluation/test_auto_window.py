@@ -15,7 +15,7 @@ from sjd2_lightning.evaluation.auto_window import (
     resolve_windows,
     runs_of,
 )
-from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, small_backbone
+from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, broken_backbone, small_backbone
 
 TEXTS = [item.prompt for item in PROMPTS[:3]]
 SJD2 = replace(METHODS["sjd2"], sampling=Sampling(guidance_scale=2.0))
@@ -121,3 +121,9 @@ def test_methods_get_windows_and_a_continued_run_keeps_them(backbone, clock, tmp
 def test_a_chosen_window_is_a_method_like_any_other(backbone, clock):
     choice = choose_window(backbone, SJD2, TEXTS, range(3), backbone.layout(SIDE, SIDE), windows=(2, 8))
     assert DecodingConfig("sjd2", choice.window, 1).problems() == []
+
+
+def test_no_window_is_chosen_for_a_model_whose_numbers_are_not_finite():
+    backbone = broken_backbone()
+    with pytest.raises(ValueError, match=r"not finite at slot 0.*the weight \S*up_proj"):
+        choose_window(backbone, SJD2, TEXTS, [1, 2, 3], backbone.layout(SIDE, SIDE), (4,), repeats=1)

@@ -19,10 +19,12 @@ from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.evaluation.quality import QualityMeter
 from sjd2_lightning.evaluation.results import measure_methods, speedup
 from sjd2_lightning.evaluation.store import RecordStore
+from sjd2_lightning.run import stages
 from tests.tools.small_evaluation import (
     METHODS,
     PROMPTS,
     SIDE,
+    broken_backbone,
     evaluate,
     metrics,
     numbers,
@@ -220,15 +222,12 @@ def test_bad_input_is_one_error_before_anything_is_written(tmp_path, change, mes
     assert not (tmp_path / "out").exists()
 
 
-def test_a_prompt_the_model_refuses_is_named(tmp_path, monkeypatch):
-    backbone = small_backbone()
-
-    def refuse(prompt, layout):
-        raise ValueError("too long")
-
-    monkeypatch.setattr(backbone, "prompt_ids", refuse)
-    with pytest.raises(ValueError, match="prompt 'p0' cannot be decoded: too long"):
-        evaluate(tmp_path / "out", backbone)
+def test_a_prompt_the_model_refuses_is_named(tmp_path):
+    prompts = [*PROMPTS[:2], PromptItem("long", "cat " * 240, 1)]  # 5 tokens of the template, 19 of the image
+    named = r"prompt 3 of 3, 'long', .*: the prompt 'cat .*' has 245 tokens .* 256 positions, 19 of them"
+    with pytest.raises(ValueError, match=named):
+        evaluate(tmp_path / "out", prompts=prompts)
+    assert not (tmp_path / "out").exists()
 
 
 def broken_store(result, folder):
@@ -380,7 +379,14 @@ def test_unusable_input_is_found_before_the_folder_is_claimed(tmp_path):
     assert started == [1]
 
 
-def test_progress_bar_counts_images(tmp_path, capsys):
+def test_progress_bar_counts_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stages, "is_watched", lambda: True)
     evaluate(tmp_path, prompts=PROMPTS[:2], methods={"sjd": METHODS["sjd"]}, progress=True)
     assert "2/2" in capsys.readouterr().out
     assert json.loads((tmp_path / "run.json").read_text())["identity"]["methods"].keys() == {"sjd"}
+
+
+def test_nothing_is_reported_of_a_model_whose_numbers_are_not_finite(tmp_path):
+    with pytest.raises(ValueError, match=r"not finite at slot 0.*the weight \S*up_proj"):
+        evaluate(tmp_path, broken_backbone())
+    assert not list(tmp_path.rglob("*.png"))

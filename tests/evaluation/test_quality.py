@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
-from sjd2_lightning.metrics.alignment import own_scores
+from sjd2_lightning.metrics.alignment import CLIPScorer, own_scores
 from sjd2_lightning.metrics.features import extract_features
 from sjd2_lightning.metrics.fidelity import frechet_result
 from tests.tools.small_evaluation import Colours, fake_clip, reference_set
@@ -130,3 +130,77 @@ def test_reference_features_are_kept_on_disk(tmp_path):
         extractor = Counting()
         QualityMeter(QualityMetrics([extractor], cache_dir=tmp_path), reference_set())
         assert len(extractor.seen) == count
+
+
+class Black(Colours):
+    """Features that are not finite of an image whose first pixel is black."""
+
+    def __call__(self, images):
+        rows = super().__call__(images)
+        rows[[number for number, image in enumerate(images) if not image[0, 0].any()], 2] = torch.nan
+        return rows
+
+
+def test_numbers_that_are_not_finite_name_their_set_and_image(tmp_path):
+    images, reference = (
+        [torch.full((8, 8, 3), value, dtype=torch.uint8) for value in (9, 9, 7, 8)],
+        reference_set(),
+    )
+    images += pictures(2)
+    meter = QualityMeter(QualityMetrics([Black()], num_distance_resamples=5), reference)
+    meter.measure(images[:3], CAPTIONS[:3])
+    images[4][0, 0] = 0
+    with pytest.raises(ValueError, match="images to be measured by Colours: number 5 of 6"):
+        meter.measure(images, [*CAPTIONS, "a", "b"])
+    reference.images[7, 0, 0] = 0
+    for settings in ({}, {"cache_dir": tmp_path}):
+        with pytest.raises(ValueError, match="the reference images by Colours: number 8 of 12"):
+            QualityMeter(QualityMetrics([Black()], **settings), reference)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["image", "text"])
+def test_embeddings_that_are_not_finite_are_refused(part):
+    clip = fake_clip()
+    encode = getattr(clip.model, f"encode_{part}")
+
+    def broken(values, normalize):
+        rows = encode(values, normalize)
+        rows[1] = torch.inf
+        return rows
+
+    setattr(clip.model, f"encode_{part}", broken)
+    meter = QualityMeter(QualityMetrics(clip=clip), None)
+    with pytest.raises(ValueError, match=r"CLIP fake of the (images|captions).* number 2 of 4"):
+        meter.measure(pictures(), CAPTIONS)
+
+
+def test_prompts_that_clip_cuts_are_flagged():
+    clip = fake_clip()
+
+    def tokenize(texts, context_length=4):
+        rows = [[len(word) for word in text.split()][:context_length] for text in texts]
+        return torch.tensor([row + [0] * (context_length - len(row)) for row in rows])
+
+    tokenize.context_length = 4
+    scorer = CLIPScorer(Widened(clip.model), clip.preprocess, tokenize, "short")
+    meter = QualityMeter(QualityMetrics([Colours()], scorer, 10, 5), reference_set())
+    measured = meter.measure(pictures(), ["a b c d", "a b c d e", "a", "a b c d e"]).measured
+    for name in ("clip_score", "clip_score_shuffled", "clip_gain"):
+        assert measured[name].flags == ("1 prompt cut by CLIP, which reads 4 tokens",)
+    assert not [flag for flag in measured["fd"].flags if "cut" in flag]
+    assert not meter.measure(pictures(), CAPTIONS[:1] * 4).measured["clip_score"].flags
+
+
+class Widened(torch.nn.Module):
+    """A model whose texts have four numbers; its images get a fourth."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def encode_image(self, images, normalize):
+        return torch.nn.functional.pad(self.model.encode_image(images, normalize), (0, 1))
+
+    def encode_text(self, ids, normalize):
+        return self.model.encode_text(ids, normalize)

@@ -50,7 +50,7 @@ def test_a_misspelt_command_is_named(capsys):
     with pytest.raises(SystemExit) as end:
         table.main(["x"])
     assert end.value.code == 2
-    assert "commands: train, evaluate" in capsys.readouterr().err
+    assert "commands: generate, train, evaluate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", OWN_PARSER)

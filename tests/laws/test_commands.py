@@ -155,7 +155,7 @@ def test_the_checkpoint_to_go_on_from(tmp_path):
     for age, name in enumerate(("old", "older")):
         path = tmp_path / name / "checkpoints" / "last.ckpt"
         path.parent.mkdir(parents=True)
-        torch.save({}, path)
+        torch.save({"state_dict": {}, "global_step": 0}, path)
         os.utime(path, (1000 - age, 1000 - age))
     assert resume_path("last", tmp_path / "new") == tmp_path / "old" / "checkpoints" / "last.ckpt"
     assert resume_path("last", tmp_path / "older") == tmp_path / "older" / "checkpoints" / "last.ckpt"

@@ -177,3 +177,23 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path):
 def test_bad_images_are_named(scorer, pairs):
     with pytest.raises(ValueError, match="uint8"):
         scorer.embed_images(pairs[0].float())
+
+
+@pytest.mark.parametrize("fits", [14, 75, 23])
+def test_captions_that_clip_cuts_are_counted(scorer, fits):
+    """Tokens beside start and end; the shipped CLIP's tokenizer is transformers' and adds an end alone."""
+    clip = {
+        14: scorer,
+        75: CLIPScorer(scorer.model, scorer.preprocess, open_clip.get_tokenizer("ViT-B-32"), "one"),
+        23: load_clip_scorer("weights/tiny/clip"),
+    }[fits]
+    captions = ["cat", "cat " * fits, "cat " * (fits + 1), "cat " * 300, "cat " * 300]
+    assert clip.num_cut(captions) == 2
+    assert clip.num_cut(captions[:2]) == 0
+
+
+@pytest.mark.parametrize("end", ["</s>", "<s>", "<end_of_text>", "<END_OF_TEXT>", "<start_of_text>"])
+def test_words_of_a_caption_are_no_control_tokens(scorer, end):
+    for clip in (scorer, load_clip_scorer("weights/tiny/clip")):
+        one, other = clip.embed_captions([f"a {end} cat", f"a {end} dog"])
+        assert (one - other).abs().max() > 1e-3, "what stands behind it is read"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cleanfid.resize import make_resizer
+from safetensors import torch as safetensors
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -18,6 +19,7 @@ from sjd2_lightning.metrics.features import (
     load_feature_extractor,
 )
 from sjd2_lightning.metrics.fidelity import frechet_result, kid_result
+from sjd2_lightning.run import harmless
 
 NUM = 24
 
@@ -208,3 +210,22 @@ def test_bad_images_and_names_are_named(effnet):
         extract_features(effnet, [])
     with pytest.raises(ValueError, match="choose EffNetLite0"):
         load_feature_extractor("vgg")
+
+
+@pytest.mark.parametrize("place", ["file/below", "file", "/dev/null/x"])
+def test_a_cache_that_cannot_be_written_to_keeps_nothing_and_says_so(tmp_path, caplog, monkeypatch, place):
+    monkeypatch.setattr(harmless, "_said", set())
+    (tmp_path / "file").write_text("no folder")
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    found = cached_features(MeanColour(), images, tmp_path / place)
+    assert torch.equal(found.features, MeanColour()(images))
+    assert f"keeping features in metrics.cache_dir={tmp_path / place} failed" in caplog.text
+
+
+def test_cached_features_that_are_not_finite_are_made_anew(emoji_images, tmp_path):
+    extractor, images = MeanColour(), emoji_images[:3]
+    found = cached_features(extractor, images, tmp_path).features
+    (path,) = tmp_path.iterdir()
+    safetensors.save_file({"features": found * torch.nan}, path)
+    assert torch.equal(cached_features(extractor, images, tmp_path).features, found)
+    assert extractor.num_seen == 6

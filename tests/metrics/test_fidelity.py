@@ -283,3 +283,13 @@ def test_what_cannot_be_measured_is_refused():
     other = FeatureSet("Other", "resize", x)
     with pytest.raises(ValueError, match="one extractor"):
         manifold_results(FeatureSet("EffNetLite0", "resize", x), other, 2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_refused(value):
+    features = draw(12, 6, 0)
+    features[4, 1] = value
+    with pytest.raises(ValueError, match="features of images by EffNetLite0: number 5 of 12"):
+        named(features)
+    with pytest.raises(ValueError, match="number 5 of 12"):
+        distance(draw(12, 6, 1), features)

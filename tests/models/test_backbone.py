@@ -1,11 +1,13 @@
 """The cached, windowed forward of a real trunk equals the full one, rejected drafts and all."""
 
+import pickle
+
 import pytest
 import torch
 
 from sjd2_lightning.masks import attention_mask
 from sjd2_lightning.models.backbone import KVCache, right_aligned, rows_with_newlines
-from tests.tools.tiny_backbones import tiny_chameleon
+from tests.tools.tiny_backbones import strong_table, tiny_chameleon
 
 
 def _forward(backbone, ids, columns, first, cache=None, num_visible=None):
@@ -137,3 +139,26 @@ def test_ragged_rows_align_at_their_right_ends():
     ids, starts = right_aligned([[5]], pad_to=4)
     assert ids.tolist() == [[0, 0, 0, 5]]
     assert starts.tolist() == [3]
+
+
+def test_prompt_and_image_share_the_positions():
+    backbone = tiny_chameleon(7)
+    layout = backbone.layout(6, 4)  # 8 slots
+    assert backbone.num_positions == 256
+    assert not backbone.excess(range(248), layout)
+    assert "249 tokens with its template, and the model has 256 positions, 8 of them" in backbone.excess(
+        range(249), layout
+    )
+    assert not strong_table(3).excess(range(10**6), layout), "a model without a limit"
+
+
+def test_ids_need_no_weights():
+    backbone = tiny_chameleon(7)
+    light, layout = backbone.without_weights(), backbone.layout(6, 4)
+    assert not list(light.state_dict())
+    assert light.prompt_ids("red cat", layout) == backbone.prompt_ids("red cat", layout)
+    assert light.num_positions == backbone.num_positions
+    again = pickle.dumps(light)
+    assert len(again) < len(pickle.dumps(backbone))
+    assert pickle.loads(again).prompt_ids("red cat", layout) == backbone.prompt_ids("red cat", layout)
+    assert list(backbone.state_dict()), "the model itself keeps them"

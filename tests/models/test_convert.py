@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from sjd2_lightning.models.chameleon import LUMINA_MGPT
-from sjd2_lightning.models.convert import MANIFEST, convert, read_pickle, vq_from_taming
+from sjd2_lightning.models.convert import MANIFEST, convert, main, read_pickle, vq_from_taming
 from sjd2_lightning.models.registry import load_backbone
 from sjd2_lightning.models.small import byte_tokenizer, code_name
 
@@ -240,6 +240,107 @@ def test_unknown_and_missing_weights_of_the_tokenizer_are_named(original, lost, 
         state[extra] = torch.zeros(1)
     with pytest.raises(ValueError, match=message):
         vq_from_taming(state)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_named(original, tmp_path, value):
+    folder = copy_of(original[1], tmp_path)
+    shard = folder / "model-00002-of-00002.safetensors"
+    state = load_file(shard)
+    name = sorted(state)[2]
+    state[name].flatten()[-1] = value
+    replace(shard, state)
+    with pytest.raises(
+        ValueError, match=rf"00002-of-00002\.safetensors: the weight {name} holds NaN or infinity"
+    ):
+        convert(folder, folder / "vqgan.ckpt", tmp_path / "out")
+    assert not (tmp_path / "out" / "trunk" / "model-00002-of-00003.safetensors").exists()
+    taming = read_pickle(folder / "vqgan.ckpt")
+    taming["decoder.conv_in.bias"][0] = value
+    torch.save(taming, tmp_path / "hurt.ckpt")
+    with pytest.raises(ValueError, match=r"hurt\.ckpt: the weight decoder\.conv_in\.bias holds"):
+        convert(folder, tmp_path / "hurt.ckpt", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def with_index(folder) -> None:
+    """Writes the index of the two shards."""
+    shards = sorted(folder.glob("model-*.safetensors"))
+    weight_map = {name: path.name for path in shards for name in load_file(path)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_what_is_no_part_of_the_model_is_not_read(original, converted, tmp_path, indexed):
+    folder = copy_of(original[1], tmp_path)
+    if indexed:
+        with_index(folder)
+        save_file({"lm_head.weight": torch.zeros(9100, 16)}, folder / "zz_old.safetensors")
+    for name in ("adapter_model.safetensors", "consolidated.00.safetensors"):
+        save_file({"lm_head.weight": torch.zeros(9100, 16)}, folder / name)
+    for name in ("training_args.bin", "optimizer.bin"):
+        torch.save({"lm_head.weight": torch.zeros(2)}, folder / name)
+    convert(folder, folder / "vqgan.ckpt", tmp_path / "out")
+    paths = sorted((tmp_path / "out" / "trunk").glob("*.safetensors"))
+    assert [path.name for path in paths] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    for path in paths:
+        wanted = load_file(converted[0] / "trunk" / path.name)
+        assert all(torch.equal(value, wanted[name]) for name, value in load_file(path).items())
+
+
+def test_pickles_are_read_by_their_index_too(original, converted, tmp_path):
+    folder = copy_of(original[1], tmp_path)
+    weight_map = {}
+    for number, path in enumerate(sorted(folder.glob("*.safetensors"))):
+        name = f"pytorch_model-{number}.bin"
+        torch.save(load_file(path), folder / name)
+        weight_map |= dict.fromkeys(load_file(path), name)
+        path.unlink()
+    torch.save({"lm_head.weight": torch.zeros(9100, 16)}, folder / "old.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    convert(folder, folder / "vqgan.ckpt", tmp_path / "out")
+    found = load_backbone("chameleon", tmp_path / "out").model.lm_head.weight
+    assert torch.equal(found, original[0].lm_head.weight)
+
+
+def test_a_weight_in_two_files_and_files_that_are_not_there_are_named(original, tmp_path):
+    folder = copy_of(original[1], tmp_path)
+    save_file({"lm_head.weight": torch.zeros(9100, 16)}, folder / "zz_old.safetensors")
+    with pytest.raises(
+        ValueError, match=r"model-\d+-of-00002\.safetensors and zz_old\.\w+ both hold lm_head"
+    ):
+        convert(folder, folder / "vqgan.ckpt", tmp_path / "out")
+    (folder / "zz_old.safetensors").unlink()
+    with_index(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"index\.json names model-00002-of-00002\.safetensors, not there"):
+        convert(folder, folder / "vqgan.ckpt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<html></html>", None]
+)
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00002.safetensors", "vqgan.ckpt", "config.json", "tokenizer.json"]
+)
+def test_broken_files_are_named_by_the_command(original, tmp_path, capsys, name, content):
+    folder = copy_of(original[1], tmp_path)
+    whole = (folder / name).read_bytes()
+    (folder / name).unlink()
+    (folder / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    if name == "tokenizer.json":  # read where the configuration does not name the codes
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(config | {"vocabulary_map": None}))
+    words = ["--trunk", str(folder), "--vqgan", str(folder / "vqgan.ckpt"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert name in said
+    assert "again" in said
+    assert not (tmp_path / "out").exists()
 
 
 class Opener:

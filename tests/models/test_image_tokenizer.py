@@ -105,6 +105,21 @@ def test_bytes_of_images():
     assert to_uint8(images).shape == (1, 2, 2, 3)
     assert to_uint8(images)[0, 0, 0].tolist() == [0, 128, 255]
     assert to_uint8(images + 1e-4)[0, 0, 0].tolist() == [0, 128, 255]
-    for wrong in (1.5, -0.5, float("nan")):
+    for wrong in (1.5, -0.5):
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
             to_uint8(torch.full((1, 3, 2, 2), wrong))
+    for wrong in (torch.nan, torch.inf):
+        pictures = images.repeat(3, 1, 1, 1)
+        pictures[1, 2, 0, 1] = wrong
+        with pytest.raises(ValueError, match="pixels of image 2 of 3 are not finite"):
+            to_uint8(pictures)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_have_no_identity(value):
+    """And so make no shards: every picture would get one code."""
+    hurt = tiny_image_tokenizer(num_codes=9, patch=4)
+    with torch.no_grad():
+        hurt.vq.encoder.conv_in.bias[1] = value
+    with pytest.raises(ValueError, match=r"image tokenizer: the weight encoder\.conv_in\.bias holds NaN"):
+        _ = hurt.identity

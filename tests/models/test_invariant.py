@@ -16,6 +16,7 @@ from sjd2_lightning.masks import Visible, additive
 from sjd2_lightning.models import invariant
 from sjd2_lightning.models.chameleon import load_chameleon
 from sjd2_lightning.models.small import shrunken_chameleon, shrunken_emu3, shrunken_janus
+from sjd2_lightning.models.trunk import cache_argument
 from tests.tools.source import REPO
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,7 +36,7 @@ def hidden_states(trunk, layers, embeddings, columns, first, cache, num_visible,
     mask = additive(visible.dense(num_visible), embeddings.dtype) if plain else visible
     x = embeddings
     for layer in layers[:-1]:
-        out = layer(x, attention_mask=mask, position_embeddings=places, past_key_values=cache)
+        out = layer(x, attention_mask=mask, position_embeddings=places, **{cache_argument(layer): cache})
         x = out[0] if isinstance(out, tuple) else out
     return layers[-1](x)
 

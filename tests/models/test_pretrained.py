@@ -6,13 +6,16 @@ import sys
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from torch import nn
 
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.loop import decode
 from sjd2_lightning.models.emu3 import Emu3Tokens, load_emu3
+from sjd2_lightning.models.janus import JanusBackbone
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
+from sjd2_lightning.models.small import byte_tokenizer
 from sjd2_lightning.models.weights import LoadOptions, WeightsSource
 from sjd2_lightning.run.provenance import weights_hash
 from tests.tools.conformance import image_token_ids
@@ -77,6 +80,63 @@ def test_janus(backbones):
     ids = backbone.prompt_ids("a cat", layout)
     assert ids == [100000, *letters(backbone, "<|User|>: a cat\n\n<|Assistant|>:"), 100016]
     assert backbone.unconditional_ids(layout, ids) == [100000, *[100002] * (len(ids) - 2), 100016]
+
+
+ORDINARY = (
+    "a cat",
+    "  two  spaces ",
+    "São Tomé, 日本?",
+    "5 < 6 and <b>bold</b>",
+    "line\nbreak",
+    "<s",
+    "{prompt}",
+)
+
+
+def around(backbone, layout) -> list[int]:
+    """Ids of the template without a prompt: what is left if those of the words are taken out."""
+    return [token for token in backbone.prompt_ids("¤", layout) if token not in letters(backbone, "¤")]
+
+
+@pytest.mark.parametrize("family", ["chameleon", "emu3", "janus", "shipped"])
+def test_words_of_a_prompt_are_never_control_tokens(backbones, family):
+    backbone = load_backbone("chameleon", "weights/tiny") if family == "shipped" else backbones[family]
+    layout, control = backbone.layout(64, 64), backbone.text_tokenizer.added_tokens_decoder
+    template = around(backbone, layout)
+    assert set(template) & set(control), "the template has control tokens of its own"
+    for token in [*control.values()][:12] + [*control.values()][-9:]:
+        for prompt in (f"was {token.content}red{token.content} now", token.content, f"a{token.content}"):
+            ids = backbone.prompt_ids(prompt, layout)
+            assert [one for one in ids if one in control] == [one for one in template if one in control]
+            start = next(place for place, one in enumerate(ids) if one not in control)
+            assert prompt in backbone.text_tokenizer.decode(ids[start:])
+            assert backbone.prompt_ids("a cat", layout) != ids
+
+
+@pytest.mark.parametrize("family", ["chameleon", "emu3", "janus", "shipped"])
+def test_ids_of_ordinary_prompts_are_those_of_the_tokenizer_and_of_its_letters(backbones, family):
+    backbone = load_backbone("chameleon", "weights/tiny") if family == "shipped" else backbones[family]
+    for prompt in ORDINARY:
+        wanted = letters(backbone, f"of {prompt}, best")
+        assert backbone.text_ids(["of ", ", best"], prompt) == wanted
+        assert backbone._letters(f"of {prompt}, best") == wanted
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_control_tokens_of_a_template_stay_where_a_prompt_names_them_too(backbones, special, normalized):
+    """DeepSeek's `<|User|>` is an added token that is not called special."""
+    model, tokens = backbones["janus"].model, backbones["janus"].tokens
+    text = byte_tokenizer(1000, {"<s>": tokens.bos})
+    marks = ["<|User|>", "<|Assistant|>"]
+    text.add_tokens([AddedToken(mark, special=special, normalized=normalized, rstrip=True) for mark in marks])
+    backbone = JanusBackbone(model, text, tokens)
+    user, assistant = text.convert_tokens_to_ids(marks)
+    layout = backbone.layout(64, 64)
+    for prompt in ("a cat", "a <|User|> cat", "<|Assistant|>:\n\n<|User|>", "<|Assistant|>"):
+        ids = backbone.prompt_ids(prompt, layout)
+        words = backbone._letters(f": {prompt}\n\n")
+        assert ids == [tokens.bos, user, *words, assistant, *letters(backbone, ":"), tokens.boi]
 
 
 @pytest.mark.parametrize("family", ["chameleon", "janus"])

@@ -1,10 +1,12 @@
 """Weights & Biases: an offline run holds everything, online falls back, disabled does nothing."""
 
 import json
+import logging
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import wandb
@@ -13,7 +15,7 @@ from sjd2_lightning.report import wandb_log
 from sjd2_lightning.report.wandb_log import log_to_wandb, media_row, scalar_row
 from tests.tools.small_evaluation import METHODS, PROMPTS
 from tests.tools.source import REPO
-from tests.tools.wandb_files import offline_run
+from tests.tools.wandb_files import offline_run, staged_files
 
 
 def test_keys_of_the_faster_method_are_plain(result):
@@ -48,7 +50,7 @@ def test_disabled_and_unknown_modes(result, provenance, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert log_to_wandb(result, provenance, tmp_path) is None
     monkeypatch.delenv("WANDB_MODE")
-    with pytest.raises(ValueError, match="mode 'on' is unknown"):
+    with pytest.raises(ValueError, match=r"logger\.wandb\.mode=on is unknown"):
         log_to_wandb(result, provenance, tmp_path, mode="on")
 
 
@@ -71,6 +73,58 @@ def test_online_falls_back_with_one_warning(monkeypatch, tmp_path, logged_in):
     assert calls == once
     wandb_log.start_run("online", {"dir": str(tmp_path)})  # the next run of a sweep does not wait again
     assert calls == [*once, "offline"]
+
+
+def test_a_run_without_a_home_is_whole_in_its_folder(result, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/dev/null/x")
+    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
+    for name in ("first", "second"):  # of a sweep
+        folder = Path(log_to_wandb(result, {}, tmp_path / name))
+        offline_run(tmp_path / name)  # waits for its end
+        (path,) = folder.glob("*.wandb")
+        staged = staged_files(path)
+        assert len(staged) > len(PROMPTS), "the table's pictures"
+        assert all(place.is_relative_to(folder) and place.stat().st_size for place in staged)
+
+
+def test_a_place_that_the_user_names_stays(result, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "mine"))
+    log_to_wandb(result, {}, tmp_path / "run")
+    assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "mine")
+    assert any((tmp_path / "mine").rglob("tmp*"))
+
+
+def test_a_disk_of_wandb_that_is_full_is_said_once(result, caplog, small_disk, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # as the commands do: lines of W&B's own log
+    (small_disk / "filler").write_bytes(bytes(1_000_000))
+    assert log_to_wandb(result, {}, small_disk) is not None
+    assert log_to_wandb(result, {}, small_disk) is not None
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == len(set(said)) <= 2
+    assert all("No space left" in line for line in said)
+    assert "logging to W&B in" in said[0]
+
+
+class Broken:
+    """A run whose every use fails."""
+
+    disabled, offline, dir = False, True, "gone/files"
+
+    def __getattr__(self, name):
+        raise OSError(28, f"No space left on device, {name}")
+
+
+@pytest.mark.parametrize("error", [OSError("full"), wandb.errors.UsageError("no"), RuntimeError("broken")])
+def test_wandb_that_cannot_start_or_end_stops_nothing(result, tmp_path, monkeypatch, caplog, error):
+    def init(**settings):
+        raise error
+
+    monkeypatch.setattr(wandb_log.wandb, "init", init)
+    assert log_to_wandb(result, {}, tmp_path) is None
+    assert f"starting W&B in {tmp_path} failed; the run goes on without it: {error}" in caplog.text
+    monkeypatch.setattr(wandb_log.wandb, "init", lambda **settings: Broken())
+    assert log_to_wandb(result, {}, tmp_path / "other") == "gone"
+    assert caplog.text.count("No space left on device, log") == 1
 
 
 UNREACHABLE = """

@@ -4,7 +4,7 @@ import time
 import pytest
 
 from sjd2_lightning.run import stages
-from sjd2_lightning.run.stages import stage
+from sjd2_lightning.run.stages import counted, speak, stage
 
 
 @pytest.fixture
@@ -42,3 +42,34 @@ def test_a_stage_that_fails_is_silent_afterwards(lines):
         raise ValueError("broken")
     time.sleep(0.2)
     assert not lines()
+
+
+def test_of_stages_inside_one_another_the_innermost_speaks(lines):
+    with stage("training"):
+        with stage("validating"):
+            time.sleep(0.2)
+        assert set(lines()) == {"validating: 0 s so far"}
+        time.sleep(0.2)
+    assert lines()[-1] == "training: 0 s so far"
+
+
+def test_a_count_is_a_bar_on_a_terminal_and_lines_elsewhere(lines, monkeypatch, capsys):
+    with counted("reading", 3, "files") as advance:
+        advance(2, "of twelve")
+        time.sleep(0.2)
+    assert set(lines()) == {"reading: 0 s so far, 2 of 3 files of twelve"}
+    assert "files" not in capsys.readouterr().out
+    monkeypatch.setattr(stages, "is_watched", lambda: True)
+    with counted("reading", 3, "files") as advance:
+        advance(3)
+    assert "3/3" in capsys.readouterr().out
+
+
+def test_a_command_without_hydra_speaks(monkeypatch, capsys):
+    own = logging.getLogger("sjd2_lightning")
+    monkeypatch.setattr(own, "handlers", [])
+    monkeypatch.setattr(own, "level", own.level)
+    speak()
+    speak()
+    stages.log.info("a line")
+    assert capsys.readouterr().err == "a line\n"

@@ -122,3 +122,11 @@ def evaluate(
     result = evaluate_methods(backbone, prompts=prompts, out_dir=folder, **settings)
     assert result is not None
     return result
+
+
+def broken_backbone() -> ChameleonBackbone:
+    """The small model with one weight that is NaN."""
+    backbone = small_backbone()
+    with torch.no_grad():
+        backbone.trunk.layers[0].mlp.up_proj.weight[2, 3] = torch.nan
+    return backbone

@@ -22,6 +22,12 @@ def offline_run(folder: Path, timeout_s: float = 30) -> tuple[list[dict[str, Any
     return run_file(path, timeout_s)
 
 
+def staged_files(path: Path) -> list[Path]:
+    """Where a run's file says that the content of its artifacts lies: what sending the run reads."""
+    records = [record for record in _records(path.read_bytes()) if record.HasField("artifact")]
+    return [Path(entry.local_path) for record in records for entry in record.artifact.manifest.contents]
+
+
 def run_file(path: Path, timeout_s: float = 30) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """As `offline_run`, of one of the files that belong to a run."""
     deadline = time.monotonic() + timeout_s

@@ -97,18 +97,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of one mebibyte; needs a root that may mount."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("no file system can be mounted here")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
 def test_a_disk_that_fills_up_leaves_the_old_checkpoint(small_disk):
     path = small_disk / "last.ckpt"
     IO.save_checkpoint(STATE, path)

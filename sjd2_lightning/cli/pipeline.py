@@ -1,0 +1,172 @@
+"""From a prompt to a picture in Python: a model with the settings that `evaluate.py` would have.
+
+>>> from sjd2_lightning import Pipeline
+>>> pipeline = Pipeline.load()  # the shipped model; or a folder that training exported, or a name on the hub
+>>> drawn = pipeline("red heart", seed=7)
+>>> drawn.images[0].save("heart.png")
+>>> print(drawn.passes, drawn.tokens_a_pass)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from PIL import Image
+
+from sjd2_lightning.cli.build import decoding_backbone
+from sjd2_lightning.cli.evaluate import pick_device, weights_folder
+from sjd2_lightning.config.groups import did_you_mean, shipped
+from sjd2_lightning.config.reading import ConfigError, conf_dir, evaluate_config
+from sjd2_lightning.config.runs import EvaluateConfig
+from sjd2_lightning.decoding import DecodeOutput, Observer, decode
+from sjd2_lightning.metrics.efficiency import timed
+from sjd2_lightning.models.backbone import Backbone
+from sjd2_lightning.models.image_tokenizer import to_uint8
+from sjd2_lightning.models.weights import ADAPTER_FILE, BACKBONE_FILE, WeightsSource
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures, with what drawing them cost.
+
+    Attributes:
+        images: one picture a prompt.
+        prompts: their texts.
+        seeds: their seeds.
+        output: their tokens and counts.
+        seconds: time of decoding and of the pixels.
+    """
+
+    images: tuple[Image.Image, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    output: DecodeOutput
+    seconds: float
+
+    @property
+    def passes(self) -> list[int]:
+        """Forward passes of each picture."""
+        return self.output.stats.nfe.tolist()
+
+    @property
+    def tokens_a_pass(self) -> list[float]:
+        """Tokens that a pass committed on average, for each picture."""
+        return self.output.stats.step_compression.tolist()
+
+
+class Pipeline:
+    """A model that draws by any of the methods of its configuration.
+
+    Args:
+        backbone: the model.
+        config: the settings, as those of an evaluation.
+        weights: where its weights are from.
+    """
+
+    def __init__(self, backbone: Backbone, config: EvaluateConfig, weights: str) -> None:
+        self.backbone, self.config, self.weights = backbone.eval(), config, weights
+        self.layout = backbone.layout(*config.model.image_size)
+
+    @classmethod
+    def load(cls, source: str | Path | None = None, *keys: str) -> Pipeline:
+        """The shipped model, or another one.
+
+        Args:
+            source: folder that training exported, folder of a low-rank adapter, or name of a repository on
+                the hub that holds one of them; None is what `model` says, which is the shipped model.
+            keys: keys of `evaluate.py`, such as "model=lumina_mgpt" or "decoding.sampling.temperature=0.7".
+
+        Raises:
+            ConfigError: a key that does not exist, or a bad value.
+            ValueError: weights that are missing or damaged; the message says how to get them.
+        """
+        return cls.of(evaluation_settings([*(_keys_of(source) if source is not None else ()), *keys]))
+
+    @classmethod
+    def of(cls, config: EvaluateConfig) -> Pipeline:
+        """The model of a configuration; raises ValueError for weights that are missing or damaged."""
+        folder, device = weights_folder(config), pick_device(config.device)
+        backbone = decoding_backbone(config.model, folder, config.ckpt_path, device)
+        is_own = config.weights == "model" or folder == shipped(config.model.path)
+        named = config.model.path if is_own else str(folder)  # not where an installed package lies
+        return cls(backbone, config, config.ckpt_path or config.model.adapter or named)
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        seed: int | Sequence[int] = 0,
+        method: str = "sjd2",
+        observer: Observer | None = None,
+    ) -> Drawn:
+        """Draws one picture a prompt.
+
+        Args:
+            prompts: one text, or several that are drawn together.
+            seed: seed of the first picture, those behind it have the next ones; or one for each.
+            method: name in `methods`; "ar" is token by token.
+            observer: called after each forward pass.
+
+        Raises:
+            ValueError: for an unknown method, an empty prompt, or as many seeds as there are not prompts.
+        """
+        texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        seeds = tuple(range(seed, seed + len(texts))) if isinstance(seed, int) else tuple(seed)
+        check_method(self.config, method)
+
+        @torch.inference_mode()
+        def draw() -> tuple[DecodeOutput, tuple[Image.Image, ...]]:
+            output = decode(self.backbone, texts, seeds, self.config.methods[method], self.layout, observer)
+            pixels = to_uint8(self.backbone.decode_images(output.image_ids))
+            return output, tuple(Image.fromarray(each.numpy()) for each in pixels)
+
+        (output, images), seconds = timed(draw, self.backbone.device)
+        return Drawn(images, texts, seeds, output, seconds)
+
+
+def check_method(config: EvaluateConfig, method: str) -> None:
+    """Raises ValueError for a name that is not in `methods`."""
+    if method not in config.methods:
+        raise ValueError(f"method {method!r}: {did_you_mean(method, list(config.methods))}")
+
+
+def evaluation_settings(keys: Sequence[str]) -> EvaluateConfig:
+    """The configuration of `evaluate.py` with these keys; raises ConfigError."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            cfg = compose("evaluate", list(keys))
+        except HydraException as error:
+            raise ConfigError([" ".join(str(error).split())]) from error
+    return evaluate_config(cfg)
+
+
+def _keys_of(source: str | Path) -> list[str]:
+    """Keys that choose what lies in a folder or on the hub."""
+    folder = WeightsSource(source, hub_id=str(source), local_files_only=False).folder()
+    if (folder / ADAPTER_FILE).is_file():
+        return [f"model.adapter={_quoted(folder)}"]
+    if not (folder / BACKBONE_FILE).is_file():
+        raise ValueError(
+            f"{source}: there is neither {BACKBONE_FILE} nor {ADAPTER_FILE}; give a folder that training "
+            "exported or an adapter, or choose a released model by the key model="
+        )
+    return [f"model.family={_family_in(folder)}", f"weights={_quoted(folder)}"]
+
+
+def _quoted(path: Path) -> str:
+    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _family_in(folder: Path) -> str:
+    """The family that `backbone.json` names; raises ValueError for a damaged one."""
+    path = folder / BACKBONE_FILE
+    try:
+        return str(json.loads(path.read_text())["family"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} names no family ({error}); export the model again") from error

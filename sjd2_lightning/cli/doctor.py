@@ -1,6 +1,4 @@
-"""Says what this machine can do, which models are ready, and the command that gets what is missing.
-
-    sjd2 doctor
+"""Says what this machine can do, which models are ready, and how to get the rest.
 
 Loads no weights, opens no connection, and changes nothing.
 """
@@ -44,7 +42,10 @@ class Finding(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     argparse.ArgumentParser(
-        prog="sjd2 doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="sjd2 doctor",
+        description=__doc__,
+        epilog="example:\n  sjd2 doctor",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(arguments)
     for title, findings in (("machine", machine()), ("tools", tools()), ("models", models())):
         print(title)

@@ -1,10 +1,7 @@
 """Draws pictures from prompts and writes them as PNG files.
 
-    sjd2 generate "red heart" -n 4
-    sjd2 generate "red heart" "sleepy face" --method sjd2 --compare ar --seed 7
-    sjd2 generate --file prompts.txt weights=outputs/demo/model decoding.sampling.temperature=0.7
-
-KEY=VALUE are the keys of `sjd2 evaluate`. Each PNG holds its prompt, seed and settings as text.
+KEY=VALUE are the keys of `sjd2 evaluate`. Each PNG holds its prompt, seed and
+settings as text.
 """
 
 from __future__ import annotations
@@ -46,7 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sjd2 generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="sjd2 generate",
+        description=__doc__,
+        epilog='examples:\n  sjd2 generate "red heart" -n 4\n'
+        '  sjd2 generate "red heart" "sleepy face" --method sjd2 --compare ar --seed 7\n'
+        "  sjd2 generate --file prompts.txt weights=outputs/demo/model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="PROMPT | KEY=VALUE", help="texts, and keys of evaluate")
     parser.add_argument("--file", type=Path, help="prompts: .txt, .json or .tar, see docs/evaluation.md")

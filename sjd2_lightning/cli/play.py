@@ -1,11 +1,8 @@
-"""A page on this machine: type a prompt, and watch plain decoding and a faster method draw it side by side.
+"""A page on this machine: type a prompt, watch two methods draw it side by side.
 
-    sjd2 play                                    the shipped model, or what `sjd2 train` exported last
-    sjd2 play experiment=demo                    the model of `make demo`
-    sjd2 play model=janus_pro methods.sjd2.window=64
-
-KEY=VALUE are the keys of `sjd2 evaluate` that say what decodes: model, weights, ckpt_path, methods, decoding,
-device, data.prompt_file (the prompts to begin with). Ctrl-C ends it.
+KEY=VALUE are the keys of `sjd2 evaluate` that say what decodes: model, weights,
+ckpt_path, methods, decoding, device, data.prompt_file (the prompts to begin
+with). Ctrl-C ends it.
 """
 
 from __future__ import annotations
@@ -38,12 +35,15 @@ _WARM_PASSES = 3
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="sjd2 play", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="sjd2 play",
+        description=__doc__,
+        epilog="examples:\n  sjd2 play                    the last export, else the shipped model\n"
+        "  sjd2 play experiment=demo    the model of `make demo`\n"
+        "  sjd2 play model=janus_pro methods.sjd2.window=64",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of conf/evaluate.yaml")
-    parser.add_argument(
-        "--port", type=int, help="port on 127.0.0.1 (default: the first free one from 7860 on)"
-    )
+    parser.add_argument("--port", type=int, help="port on 127.0.0.1 (default: the first free from 7860)")
     parser.add_argument("--no-browser", action="store_true", help="print the address and open no browser")
     parser.add_argument(
         "--share", action="store_true", help="open a public link too, through Gradio's servers"

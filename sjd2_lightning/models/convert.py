@@ -1,8 +1,6 @@
 """Brings a released Lumina-mGPT and Meta's image tokenizer into one folder.
 
-Shard by shard, so that no more than one shard lies in memory. `manifest.json`
-says what each file was made of; files whose source has not changed are left
-alone, so a conversion that was cut off goes on.
+One shard at a time lies in memory; by `manifest.json` what was cut off goes on.
 """
 
 from __future__ import annotations
@@ -290,22 +288,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `sjd2 convert`."""
     parser = argparse.ArgumentParser(
         prog="sjd2 convert",
-        usage="%(prog)s --trunk FOLDER --vqgan FILE --out FOLDER [--text FOLDER]",
         description=__doc__,
-        epilog="example:\n  sjd2 convert --trunk weights/original/lumina_mgpt_7b_768 \\\n"
-        "      --vqgan weights/original/vqgan.ckpt --out weights/lumina_mgpt_7b_768",
+        epilog="example:\n  sjd2 convert --trunk Lumina-mGPT-7B-768 --vqgan vqgan.ckpt --out weights/mine",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--trunk", type=Path, metavar="FOLDER", required=True, help="folder of the released Lumina-mGPT"
-    )
-    parser.add_argument("--vqgan", type=Path, metavar="FILE", required=True, help="Meta's vqgan.ckpt")
-    parser.add_argument(
-        "--text", type=Path, metavar="FOLDER", help="folder with tokenizer.json, if it is not in --trunk"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", required=True, help="the new folder, for model.path"
-    )
+    add = partial(parser.add_argument, type=Path)
+    add("--trunk", metavar="FOLDER", required=True, help="folder of the released Lumina-mGPT")
+    add("--vqgan", metavar="FILE", required=True, help="Meta's vqgan.ckpt")
+    add("--text", metavar="FOLDER", help="folder with tokenizer.json, if it is not in --trunk")
+    add("--out", metavar="FOLDER", required=True, help="the new folder, for model.path")
     asked = parser.parse_args(arguments)
     speak()
     try:

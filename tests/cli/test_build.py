@@ -1,4 +1,4 @@
-"""Parts of a run from the configuration: prompts of the data at hand, data that do not fit are refused early."""
+"""Parts of a run from the configuration: prompts of the data at hand, data that do not fit."""
 
 from types import SimpleNamespace
 

@@ -15,7 +15,7 @@ from tests.tools.source import REPO
 DOCUMENTS = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/LOG.md"),
     *("docs/evaluation.md", "docs/gpu.md", "docs/play.md", "docs/data.md", "docs/models.md"),
-    *("docs/scaling.md", "docs/training.md"),
+    *("docs/scaling.md", "docs/training.md", "docs/reference/configuration.md"),
     *("docs/index.md", "docs/first-steps.md", "docs/glossary.md", "docs/tutorials/own-pictures.md"),
     *(f"docs/how-to/{name}.md" for name in ("sweeps", "large-model", "resume", "wandb", "gpu")),
 ]
@@ -108,7 +108,9 @@ def test_documented_overrides_compose(root, overrides):
 
 
 def test_configuration_groups_exist():
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", TEXT["README.md"].partition("| group |")[2], re.M)
+    rows = re.findall(
+        r"^\| (`\w+`(?:, `\w+`)*) \|", TEXT["docs/reference/configuration.md"].partition("| group |")[2], re.M
+    )
     groups = {name for row in rows for name in re.findall(r"\w+", row)}
     assert groups == {path.name for path in (REPO / "conf").iterdir() if path.is_dir()}
 

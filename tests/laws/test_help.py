@@ -39,7 +39,7 @@ def test_help_fits_a_screen_and_has_an_example(name, shown):
     lines = shown(name).rstrip().splitlines()
     assert 5 < len(lines) <= MOST_LINES
     assert max(map(len, lines)) <= MOST_COLUMNS
-    examples = [line for line in lines if line.startswith(f"  sjd2 {name} ")]
+    examples = [line for line in lines if line.startswith(f"  sjd2 {name}")]
     assert len(examples) >= 1
 
 

@@ -1,6 +1,7 @@
 """The documentation site builds without warnings, links lead somewhere, and no host is asked for anything."""
 
 import re
+import time
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from docs.site import configuration
 from docs.site.commands import help_of
 from sjd2_lightning import __main__ as table
+from tests.tools.browser import chromium
 from tests.tools.source import REPO
 
 # Configurations in which groups that are null otherwise have their keys.
@@ -89,6 +91,19 @@ def test_nothing_is_loaded_from_another_host(site):
     assert "mermaid" not in "".join(path.read_text() for path in site.rglob("*.html")), (
         "drawn by a script of a host"
     )
+
+
+@pytest.mark.browser
+def test_a_browser_asks_no_host_and_reports_nothing(site):
+    """Scripts may load more than a page names."""
+    with chromium() as driver:
+        for name in ("index", "reference/configuration"):
+            driver.get(f"file://{site}/{name}.html")
+            time.sleep(1)
+            asked = driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+            assert asked
+            assert not [address for address in asked if not address.startswith(("file:", "data:"))]
+            assert driver.get_log("browser") == []
 
 
 def test_a_page_that_loads_from_a_host_is_seen(tmp_path):

@@ -44,6 +44,7 @@ OTHER_WORDS = {
     **dict.fromkeys(("model_path", "weights_path", "pretrained"), ("model.path", "weights")),
     **dict.fromkeys(("methods", "sampler", "samplers"), ("compare",)),
     **dict.fromkeys(("cfg", "cfg_scale", "guidance"), ("decoding.sampling.guidance_scale",)),
+    **{name: (f"decoding.sampling.{name}",) for name in ("temperature", "top_k", "top_p", "guidance_scale")},
     **dict.fromkeys(("levels", "num_inference_steps"), ("decoding.num_levels",)),
     **dict.fromkeys(("rank", "lora_rank", "r"), ("model.lora.rank",)),
     **dict.fromkeys(("ema",), ("callbacks.ema_decay",)),

@@ -79,6 +79,7 @@ def owned(folder: Path, command: str) -> Iterator[None]:
     if not is_first_process():
         yield
         return
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path, own = folder / f".{command}.lock", Owner.current()
     lock = FileLock(path, timeout=0, fallback_to_soft=False)  # forked children do not keep it
@@ -96,6 +97,10 @@ def owned(folder: Path, command: str) -> Iterator[None]:
         if Owner.read(path) == own:
             path.unlink(missing_ok=True)
         lock.release()
+        if is_new:
+            with suppress(OSError):  # a run that wrote nothing leaves nothing
+                path.unlink(missing_ok=True)
+                folder.rmdir()
 
 
 def _refusal(folder: Path, command: str, owner: Owner | None) -> str:

@@ -8,7 +8,6 @@ import torch
 
 import sjd2_lightning
 from sjd2_lightning.cli.pipeline import Pipeline
-from sjd2_lightning.config.reading import ConfigError
 from sjd2_lightning.decoding import decode
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.registry import load_backbone
@@ -71,7 +70,7 @@ def test_shipped_weights_are_named_without_a_place(pipeline):
 def test_bad_input_is_named(pipeline, tmp_path):
     with pytest.raises(ValueError, match="method 'sjd3': did you mean `sjd`"):
         pipeline("cat", method="sjd3")
-    with pytest.raises(ConfigError, match="modl"):
+    with pytest.raises(ValueError, match="modl: unknown key; did you mean `model`"):
         Pipeline.load(None, "modl=tiny")
     with pytest.raises(ValueError, match=r"neither backbone\.json nor adapter_config\.json"):
         Pipeline.load(tmp_path)

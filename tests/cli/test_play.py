@@ -41,7 +41,7 @@ def test_without_gradio_one_line_says_how_to_get_it(capsys, monkeypatch):
         ("decoding.windw=3", "decoding.windw: unknown key; did you mean `decoding.window`"),
         ("decoding.window=none", "decoding.window='none': must be"),
         ("weights=nowhere", "weights=nowhere: there is no backbone.json"),
-        ("model=unknown", "Could not find 'model/unknown'"),
+        ("model=unknown", "model=unknown: no such choice; known here: emu3"),
     ],
 )
 def test_a_wrong_key_is_named_before_anything_is_loaded(capsys, monkeypatch, override, expected):

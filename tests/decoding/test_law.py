@@ -118,7 +118,7 @@ def test_bad_values_are_all_named():
     assert [key for key in ("temperature", "top_k", "top_p", "guidance_scale") if key in " ".join(found)]
     assert len(found) == 4
     [line] = Sampling(guidance_start=0.5, guidance_end=0.5).problems()
-    assert line.startswith("guidance_start=0.5: must satisfy")
+    assert line.startswith("guidance_end=0.5: must be greater than guidance_start")
     assert not Sampling(temperature=0, top_p=1).problems()
 
 

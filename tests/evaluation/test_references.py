@@ -270,5 +270,5 @@ def test_what_lacks_is_one_clear_error(tmp_path):
 def test_problems_of_a_protocol_start_with_their_keys(tmp_path):
     assert tiny_coco(tmp_path).problems() == []
     found = CocoProtocol("", tmp_path / "gone.json", tmp_path / "gone", 0).problems()
-    assert [re.split("[=:]", line)[0] for line in found] == ["name", "num_images", "annotations", "images"]
+    assert [re.split("[=:]", line)[0] for line in found] == ["num_images", "name", "annotations", "images"]
     assert "unpack COCO's archives" in found[2]

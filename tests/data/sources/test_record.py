@@ -263,7 +263,7 @@ def test_command_line_from_folder_to_samples(
     run(*options, "--model-family", "chameleon", "--model-path", tiny_weights, "--attribution", "mine")
     printed = capsys.readouterr().out
     assert "unusable pictures left out" in printed
-    assert f"python train.py data=shards data.data_dir={out}" in printed
+    assert f"sjd2 train data=shards data.data_dir={out} data.prompt_file={out / 'prompts.json'}" in printed
     samples = {}
     for split in ("train", "val"):
         index = ShardIndex.load(out / "codes" / split)

@@ -139,7 +139,8 @@ def test_data_scenes_is_a_choice_of_the_configuration() -> None:
 @pytest.mark.parametrize("name", ["scenes_tokenizer", "scenes_decoder", "scenes_base"])
 def test_the_recipes_of_scenes_compose(name: str) -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        options = ["model.scratch.image_tokenizer=weights/tiny/tokenizer"] if name == "scenes_base" else []
+        key = {"scenes_base": "model.scratch.image_tokenizer", "scenes_decoder": "tokenizer.start"}.get(name)
+        options = [f"{key}=weights/tiny/tokenizer"] if key else []  # what the recipe before leaves
         config = train_config(compose("train", [f"experiment={name}", *options]))
     assert config.data.source == "scenes"
     assert config.data.aligned

@@ -147,8 +147,11 @@ def _prompt_problems(config: SharedConfig, key: str, num_prompts: int | None) ->
     try:
         build_prompts(config, num_prompts)
     except (ValueError, OSError) as error:
-        file = config.data.prompt_file
-        yield f"{f'data.prompt_file={file}' if file else f'{key}={num_prompts}'}: {error}"
+        data, protocol = config.data, config.metrics.protocol
+        source = (
+            f"{key}={num_prompts}" if data.prompt_file is None else f"data.prompt_file={data.prompt_file}"
+        )
+        yield f"{source if protocol is None else f'metrics.protocol={protocol.name}'}: {error}"
     folder = config.data.reference_dir
     if folder is not None and config.metrics.features:
         num_files = sum(path.is_file() for path in Path(folder).rglob("*"))

@@ -43,6 +43,7 @@ ALLOWED_TARGETS = frozenset(
 
 KeyPath = tuple[str | int, ...]
 _INTERPOLATED = re.compile(r"\$\{(?P<plain>[\w.]+)\}|\$\{either:\$\{(?P<first>[\w.]+)\},.*\}")
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
 Config = TypeVar("Config", bound=SharedConfig)
@@ -123,14 +124,13 @@ def _unresolved(error: OmegaConfBaseException, written: Any) -> str:
     for part in key.split(".") if node is None else ():
         node = written if node is None else node
         node = node.get(part) if isinstance(node, dict) else None
-    names = _INTERPOLATED.fullmatch(node) if isinstance(node, str) else None
-    if names is not None:
-        node, path = written, list[str]()
-        for part in str(names["plain"] or names["first"]).split("."):
-            if not isinstance(node, dict):
-                return f"{'.'.join(path)}={_shown(node)}: must be a group of keys"
+    for name in _REFERENCE.findall(node) if isinstance(node, str) else ():
+        place, path = written, list[str]()
+        for part in name.split("."):
+            if not isinstance(place, dict):
+                return f"{'.'.join(path)}={_shown(place)}: must be a group of keys"
             path.append(part)
-            node = node.get(part)
+            place = place.get(part)
     reason = str(error).split("\n", 1)[0].rpartition("while resolving interpolation: ")[2].strip('"')
     return f"{key}: {reason}; give the value itself, or set what it refers to"
 

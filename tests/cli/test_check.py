@@ -23,6 +23,7 @@ from sjd2_lightning.config.runs import EvaluateConfig, TrainConfig
 from sjd2_lightning.data.index import Shard, ShardIndex, ShardMeta
 from sjd2_lightning.training.checkpoints import progress_of
 from sjd2_lightning.training.optimizer import build_optimizer, warmup_cosine
+from tests.evaluation.test_references import tiny_coco
 from tests.tools.configurations import composed, put_named_files, typed
 
 BAD = (None, "", [], {}, -1, 0, 10**30, 1e300, math.nan, "nonsense", True, [[1]], {"a": 1}, "${oc.env:NOPE}")
@@ -33,7 +34,12 @@ ROOTS = {
     "train, tokenizer": ("train", "experiment=tiny_tokenizer"),
     "train, base": ("train", "experiment=tiny_base"),
     "evaluate": ("evaluate",),
-    "evaluate, coco": ("evaluate", "metrics=coco2017_5k", "metrics.allow_download=true"),
+    "evaluate, coco": (
+        "evaluate",
+        "metrics=coco2017_5k",
+        "metrics.allow_download=true",
+        "metrics.protocol.num_images=3",
+    ),
 }
 FURTHER = {"train, clip": "clip", "train, tokenizer": "tokenizer", "train, base": "model.scratch"}
 FURTHER |= {"evaluate, coco": "metrics.protocol"}
@@ -44,6 +50,8 @@ _METHODS = ("methods.ar.", "methods.sjd2.", "methods.sjd2_exact.")  # the others
 def named_files(tmp_path, monkeypatch):
     """What a shipped configuration names is there, scorer and tokenizer of captions included."""
     put_named_files(tmp_path, monkeypatch)
+    shutil.rmtree(tmp_path / "data/coco")
+    tiny_coco(tmp_path / "data/coco")
     (tmp_path / "weights/tiny/clip/open_clip_model.safetensors").touch()
     (tmp_path / "weights/tiny/text").mkdir()
     (tmp_path / "weights/tiny/text/tokenizer.json").write_text("{}")
@@ -144,6 +152,7 @@ def test_every_key_with_every_bad_value(part):
         ("train", "decoding.window", [], "decoding.window=[]: must be a whole number or must be 'auto'"),
         ("train", "noise.process.t_min", -1, "noise.process.t_min=-1.0: must lie in (0, 1)"),
         ("train", "noise.process", [], "noise.process=[]: must be a group of keys"),
+        ("train", "model", [], "model=[]: must be a group of keys"),
         ("train", "optimizer.lr", 1e300, "optimizer.lr=1e+300: must be at most 100"),
         ("train", "optimizer.weight_decay", 1e300, "optimizer.weight_decay=1e+300: must be at most 1000"),
         ("train", "trainer.strategy", "dpp", "trainer.strategy=dpp: no such strategy; did you mean `ddp`?"),

@@ -140,9 +140,9 @@ class Batch:
         return True
 
     def _check_laws(self) -> None:
-        rows = zip(self.state.image.tolist(), self.state.lawless.tolist(), strict=True)
-        if wrong := [row for row in rows if row[1] < self.state.tokens.shape[1]]:
-            image, slot = min(wrong)
+        lawless = self.progress.lawless
+        if wrong := [row for row, slot in enumerate(lawless) if slot < self.state.tokens.shape[1]]:
+            image, slot = min((int(self.state.image[row]), lawless[row]) for row in wrong)
             raise without_law(
                 self.backbone,
                 f"at slot {slot} of image {image} of {len(self.layouts)} that {self.config.method} draws in "

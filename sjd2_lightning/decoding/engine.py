@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -95,17 +96,24 @@ class Progress:
     def __init__(self, lag: int, num_rows: int) -> None:
         self.lag = lag
         self.heads, self.uncached = [0] * num_rows, [0] * num_rows
+        self.lawless = [sys.maxsize] * num_rows
         self.coming: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
-    def started(self, head: Tensor, uncached: Tensor) -> None:
-        """Called behind each pass with heads (R,) and committed slots that the cache lacks (R,)."""
-        both = torch.stack([head, uncached])
+    def started(self, head: Tensor, uncached: Tensor, lawless: Tensor) -> None:
+        """Called behind each pass with what the host is to know.
+
+        Args:
+            head: (R,) heads.
+            uncached: (R,) committed slots that the cache lacks.
+            lawless: (R,) first slots without a law.
+        """
+        facts = torch.stack([head, uncached, lawless])
         event = None
-        if both.is_cuda:
-            host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-            both, event = host.copy_(both, non_blocking=True), torch.cuda.Event()
+        if facts.is_cuda:
+            host = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True)
+            facts, event = host.copy_(facts, non_blocking=True), torch.cuda.Event()
             event.record()
-        self.coming.append((both, event))
+        self.coming.append((facts, event))
         self._read(self.lag)
 
     def settle(self, rows: Sequence[int]) -> None:
@@ -113,6 +121,7 @@ class Progress:
         self._read(0)
         self.heads = [self.heads[row] for row in rows]
         self.uncached = [self.uncached[row] for row in rows]
+        self.lawless = [self.lawless[row] for row in rows]
 
     def most(self, size: int) -> int:
         """The furthest head that a row may have: what is on its way commits at most `size` slots a pass."""
@@ -123,7 +132,7 @@ class Progress:
             values, event = self.coming.popleft()
             if event is not None:
                 event.synchronize()
-            self.heads, self.uncached = values.tolist()
+            self.heads, self.uncached, self.lawless = values.tolist()
 
 
 class Graphs:

@@ -57,7 +57,7 @@ def iterate(batch: Batch, shape: Shape, observer: Observer | None = None) -> Non
 def start_iteration(batch: Batch, observer: Observer | None = None) -> None:
     """Starts one iteration of a batch, as its engine says; the host learns later how far the rows are."""
     batch.run(partial(iterate, batch, observer=observer), batch.shape())
-    batch.progress.started(batch.state.head, batch.state.uncached)
+    batch.progress.started(batch.state.head, batch.state.uncached, batch.state.lawless)
 
 
 class Decoder:

@@ -150,7 +150,7 @@ def test_only_training_captions_lose_tokens_and_never_their_end(text_dir):
 
 def test_settings_that_do_not_fit_are_named_together(text_dir, tmp_path):
     wrong = {"patch_size": 7, "text_width": 40, "patch_dropout": 1.5}
-    with pytest.raises(ValueError, match=r"text_width=40: .*patch_dropout=1\.5: .*patch_size=7: ") as raised:
+    with pytest.raises(ValueError, match=r"patch_dropout=1\.5: .*text_width=40: .*patch_size=7: ") as raised:
         clip(text_dir, **wrong)
     assert "vision_width" not in str(raised.value)
     with pytest.raises(ValueError, match=r"no tokenizer\.json in text_dir"):

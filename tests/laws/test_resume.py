@@ -72,7 +72,7 @@ def test_going_on_twice_at_ends_of_epochs(folder, tmp_path):
         return run([*places(folder, tmp_path / name), *settings, *overrides])[0]
 
     def saved(name: str, step: int) -> str:
-        (path,) = (tmp_path / name / "checkpoints").glob(f"epoch=*-step={step}.ckpt")
+        (path,) = (tmp_path / name / "checkpoints").glob(f"epoch_*-step_{step}.ckpt")
         return f"ckpt_path='{path}'"
 
     start("first", "trainer.max_steps=1")  # what is imported late draws random numbers

@@ -88,13 +88,15 @@ def test_nothing_is_left_behind(tmp_path):
             assert json.loads((tmp_path / "run" / ".train.lock").read_text())["pid"] == os.getpid()
         assert not list(tmp_path.iterdir()), "a folder that was made for nothing goes too"
     with pytest.raises(KeyError), owned(tmp_path / "run", "train"):
-        (tmp_path / "run" / "file").touch()
         raise KeyError
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["file"]
-    (tmp_path / "mine").mkdir()
-    with owned(tmp_path / "mine", "train"):
-        pass
+    assert not list(tmp_path.iterdir())
+    for name in ("mine", "written"):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        with owned(tmp_path / name, "train"):
+            (tmp_path / "written").mkdir(exist_ok=True)
+            (tmp_path / "written" / "file").touch()
     assert not list((tmp_path / "mine").iterdir()), "a folder that was there stays"
+    assert [path.name for path in (tmp_path / "written").iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("arguments", [(), ("child",)], ids=["alone", "a child of it lives on"])

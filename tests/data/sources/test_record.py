@@ -277,7 +277,10 @@ def test_command_line_from_folder_to_samples(
     assert sorted(prompts) == sorted(s.caption for s in read_all(out / "codes" / "val"))
     run(*options, "--split", "train")
     assert ShardIndex.load(out / "raw" / "train").num_samples == 12
-    assert f"sjd2 train data=raw data.data_dir={out} data.prompt_file={out / 'prompts.json'}" in capsys.readouterr().out
+    assert (
+        f"sjd2 train data=raw data.data_dir={out} data.prompt_file={out / 'prompts.json'}"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,8 @@ def _unresolved(error: OmegaConfBaseException, written: Any) -> str:
                 return f"{'.'.join(path)}={_shown(place)}: must be a group of keys"
             path.append(part)
             place = place.get(part)
+        if isinstance(place, str) and "${" in place:  # the fault of what it refers to
+            key = name
     reason = str(error).split("\n", 1)[0].rpartition("while resolving interpolation: ")[2].strip('"')
     return f"{key}: {reason}; give the value itself, or set what it refers to"
 

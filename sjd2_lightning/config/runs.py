@@ -112,7 +112,7 @@ class SharedConfig(Group):
         return found
 
     def _problems_of_methods(self) -> list[str]:
-        """Of those that are compared: the others need not suit the rest of the configuration."""
+        """Of those that are compared; values of the others need not suit each other."""
         found = [
             f"compare: unknown method {name!r}; {did_you_mean(name, list(self.methods))}"
             for name in self.compare
@@ -120,6 +120,10 @@ class SharedConfig(Group):
         ]
         compared = {name: self.methods[name] for name in self.compare if name in self.methods}
         found += [f"methods.{name}.{line}" for name, method in compared.items() for line in method.problems()]
+        others = {name: method for name, method in self.methods.items() if name not in compared}
+        found += [
+            f"methods.{name}.{line}" for name, method in others.items() for line in method.out_of_bounds()
+        ]
         baseline = compared.get(BASELINE)
         its = {} if baseline is None else _shared_values(baseline)
         for name, method in compared.items():

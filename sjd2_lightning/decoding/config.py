@@ -14,6 +14,7 @@ BASELINE = "ar"  # the method that others are compared with
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
 WITH_TREE = ("replay", "exact")  # rules that know what becomes of a draft's siblings
 LOSSLESS = ("replay", "exact", "match")
+_PARTS = ("sampling", "tree", "groups", "pairs", "noise")  # fields that are groups of values
 REPEATED = ("repeat_left", "repeat_above")  # first drafts that repeat a neighbour
 MOST_SLOTS = 2**16  # of a window: more than any known image has
 
@@ -155,10 +156,14 @@ class DecodingConfig:
         """Whether samples follow the law of autoregression with the loaded weights."""
         return self.acceptance in LOSSLESS
 
+    def out_of_bounds(self) -> list[str]:
+        """Values that no method can have, a line each, starting with the key."""
+        found = [f"{part}.{line}" for part in _PARTS for line in wrong_values(getattr(self, part))]
+        return found + wrong_values(self)
+
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
-        parts = ("sampling", "tree", "groups", "pairs", "noise")
-        found = [f"{part}.{line}" for part in parts for line in getattr(self, part).problems()]
+        found = [f"{part}.{line}" for part in _PARTS for line in getattr(self, part).problems()]
         found += wrong_values(self)
         if self.window != "auto" and 0 != self.window_shape < self.window:
             found.append(

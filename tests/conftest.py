@@ -4,9 +4,12 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
+
+from tests.tools.browser import chromium, programs
 
 # Before torch is imported: more threads than cores make small models slower, and no test may reach a network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -51,3 +54,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("no file system can be mounted here")
     yield place
     subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A session of headless Chromium, for the tests of one file."""
+    try:
+        programs()
+    except LookupError as missing:
+        pytest.fail(str(missing), pytrace=False)
+    with chromium() as session:
+        yield session

@@ -1,15 +1,13 @@
 """The page in headless Chromium: it loads without errors, its controls work, it fits every screen."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sjd2_lightning.report.observe import observe
 from sjd2_lightning.report.write import write_report
 from sjd2_lightning.run.provenance import collect_provenance
-from tests.tools.browser import chromium, emulate, programs, screenshot
+from tests.tools.browser import emulate, screenshot
 from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, evaluate, small_backbone
 from tests.tools.source import REPO
 
@@ -31,16 +29,6 @@ def page(tmp_path_factory) -> Path:
         cost_windows=(1, 4),
     )
     return write_report(result, provenance, seen, tmp_path_factory.mktemp("page")).html
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    try:
-        programs()
-    except LookupError as missing:
-        pytest.fail(str(missing), pytrace=False)
-    with chromium() as session:
-        yield session
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from sjd2_lightning.models.registry import load_backbone
 from sjd2_lightning.playground.offer import Offer
 from sjd2_lightning.playground.player import Player
 from sjd2_lightning.playground.race import Runner
-from tests.tools.browser import chromium, emulate, programs, screenshot
+from tests.tools.browser import emulate, screenshot
 from tests.tools.play_page import SHOWN, drawn, methods, say, wait_for
 from tests.tools.source import REPO
 
@@ -42,16 +42,6 @@ def page(tiny_weights) -> Iterator[SimpleNamespace]:
     yield SimpleNamespace(address=address, player=player, blocks=blocks, offer=offer)
     blocks.close()
     player.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    try:
-        programs()
-    except LookupError as missing:
-        pytest.fail(str(missing), pytrace=False)
-    with chromium() as session:
-        yield session
 
 
 @pytest.fixture

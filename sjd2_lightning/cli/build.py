@@ -41,18 +41,14 @@ from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
 from sjd2_lightning.training.module import SJD2Module
 from sjd2_lightning.training.recipes.clip import ClipModule, EmojiPairs
-from sjd2_lightning.training.recipes.tokenizer import PictureData, TokenizerModule
 
 _HELD_OUT_PROMPTS = 64
 _NUM_CAPTIONS = 5000  # of scenes, enough to hold every word often
 
 
 def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataModule]:
-    """The module and the data of `task`."""
+    """The module and the data of `task`, which trains a network."""
     side, data = config.model.image_size[0], config.data
-    if config.task == "tokenizer" and config.tokenizer is not None:
-        tokenizer = TokenizerModule(config.tokenizer, config.optimizer.lr, recipe_dir(config))
-        return tokenizer, PictureData(data, side, config.seed)
     if config.task == "clip" and config.clip is not None:
         clip = ClipModule(
             replace(config.clip, text_dir=str(shipped(config.clip.text_dir))),

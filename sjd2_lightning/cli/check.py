@@ -263,9 +263,10 @@ def logged_names(config: TrainConfig) -> list[str]:
     from sjd2_lightning.report.wandb_log import sampled_names
     from sjd2_lightning.training.module import SJD2Module
     from sjd2_lightning.training.recipes.clip import ClipModule
-    from sjd2_lightning.training.recipes.tokenizer import TokenizerModule
 
-    module: Any = {"finetune": SJD2Module, "tokenizer": TokenizerModule, "clip": ClipModule}[config.task]
+    if config.task == "tokenizer":
+        return []
+    module: Any = SJD2Module if config.task == "finetune" else ClipModule
     names = [*module.LOGGED]
     if config.callbacks.sampling is not None and config.task == "finetune":
         metrics = config.metrics

@@ -242,7 +242,7 @@ def load_coder(options: argparse.Namespace) -> Coder | None:
     """The image tokenizer that is asked for; None asks for raw shards."""
     from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
     from sjd2_lightning.models.registry import build_shrunken, load_backbone
-    from sjd2_lightning.models.weights import TOKENIZER
+    from sjd2_lightning.models.weights import TOKENIZER, has_image_tokenizer
 
     tokenizer: ImageTokenizer
     if options.tokenizer is not None:
@@ -258,7 +258,7 @@ def load_coder(options: argparse.Namespace) -> Coder | None:
         name = f"{options.model_family} in {options.model_path}"
         folder = shipped(options.model_path)
         alone = folder / TOKENIZER
-        if (alone / "config.json").is_file():  # beside the trunk, which need not be read then
+        if has_image_tokenizer(alone):  # beside the trunk, which need not be read then
             tokenizer = load_image_tokenizer(alone)
         else:
             tokenizer = load_backbone(options.model_family, folder).image_tokenizer

@@ -82,7 +82,7 @@ def train_owned(config: TrainConfig) -> dict[str, float]:
     with stage("loading libraries"):
         import lightning as L
 
-        from sjd2_lightning.cli.build import build_task, export_model
+        from sjd2_lightning.cli.build import build_task, export_model, recipe_dir
         from sjd2_lightning.cli.trainer import (
             build_callbacks,
             build_loggers,
@@ -90,8 +90,13 @@ def train_owned(config: TrainConfig) -> dict[str, float]:
             finish_loggers,
             quiet_lightning,
         )
+        from sjd2_lightning.data.sources.scenes import Variety
         from sjd2_lightning.run.files import remove_unfinished
+        from sjd2_lightning.training.recipes.codebook import make_tokenizer
 
+    if config.task == "tokenizer" and config.tokenizer is not None:
+        variety = Variety(config.data.num_nouns, config.data.aligned)
+        return make_tokenizer(config.tokenizer, variety, recipe_dir(config))
     quiet_lightning()
     L.seed_everything(config.seed, workers=True)
     if is_first_process():

@@ -19,7 +19,7 @@ from sjd2_lightning.decoding.config import MOST_SLOTS
 from sjd2_lightning.decoding.law import Sampling
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.registry import FAMILIES
-from sjd2_lightning.models.weights import TRUNK, WeightsSource
+from sjd2_lightning.models.weights import TRUNK, WeightsSource, has_image_tokenizer
 from sjd2_lightning.run.values import MOST
 
 Count = Annotated[int, Field(ge=1, le=MOST)]
@@ -259,10 +259,10 @@ class ScratchConfig(Group):
         found = []
         if self.hidden_size % self.num_heads:
             found.append(f"hidden_size={self.hidden_size}: must be a multiple of num_heads={self.num_heads}")
-        if not (shipped(self.image_tokenizer) / "config.json").is_file():
+        if not has_image_tokenizer(shipped(self.image_tokenizer)):
             found.append(
                 f"image_tokenizer={self.image_tokenizer}: there is no image tokenizer; train it with "
-                "`python train.py experiment=tiny_tokenizer`"
+                "`python train.py experiment=scenes_tokenizer`"
             )
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from sjd2_lightning.run.stages import stage
 
 log = logging.getLogger(__name__)
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # The environment of one run, as Lightning's launcher and ours leave it; a sweep's next run must not find it.
 _OF_A_RUN = (
     HANDED_DOWN,
@@ -105,6 +107,8 @@ def refusal(script: str, error: Exception) -> str | None:
     if isinstance(error, OmegaConfBaseException):
         key = f"{error.full_key}: " if error.full_key else ""
         return one_line(f"The configuration has a problem: {key}{str(error).splitlines()[0]}")
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:  # wherever Python noticed it
+        return f"{error}: what was finished is kept; make room, and start the command again"
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     is_ours = raised_in.is_relative_to(Path(__file__).resolve().parents[1])
     if is_ours and isinstance(error, ValueError | FloatingPointError | OSError):

@@ -197,7 +197,9 @@ def build_loggers(config: TrainConfig) -> list[Logger]:
         run_dir = Path(config.run_dir)
         values = redact(config.model_dump(mode="json"))
         settings = config.logger.wandb.model_copy(update={"tags": config.wandb_tags})
-        run = start_wandb(settings, run_dir, values, wandb_id(run_dir, config.ckpt_path))
+        run = None
+        with harmless(f"starting W&B in {run_dir}", OSError):
+            run = start_wandb(settings, run_dir, values, wandb_id(run_dir, config.ckpt_path))
         if run is not None:
             found.append(StepLogger(experiment=run, save_dir=config.run_dir))
     return found

@@ -75,6 +75,12 @@ def html_page(
     )
 
 
+def prompts_page(result: EvaluationResult, num_prompts: int = 100, max_megabytes: float = 12.0) -> str:
+    """A page of the prompts alone, with each method's image, passes and score; limits as `html_page`'s."""
+    shown = _prompts(result, num_prompts, 1e6 * max_megabytes)
+    return render("prompts.html", "Prompts", methods=list(result.methods), prompts=shown)
+
+
 def _prompts(result: EvaluationResult, num_prompts: int, room: float) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for place, item in enumerate(result.prompts[:num_prompts]):

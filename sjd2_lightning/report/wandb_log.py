@@ -1,4 +1,4 @@
-"""An evaluation in Weights & Biases: numbers, images, histograms and a table of prompts, in one step."""
+"""An evaluation in Weights & Biases: numbers, images, histograms and a page of prompts, in one step."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 import wandb
-from wandb.env import CACHE_DIR, DATA_DIR, get_cache_dir
+from wandb.env import CACHE_DIR, get_cache_dir
 
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.metrics.fidelity import MANIFOLD
 from sjd2_lightning.report.figures import acceptance_maps, figure_pixels, image_grid
+from sjd2_lightning.report.page import prompts_page
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.provenance import redact
 
 INIT_TIMEOUT_S = 15
 # a server that is gone would be waited for without end; what was not sent is kept
 FINISH_TIMEOUT_S = 300
-_MAX_TABLE_ROWS = 100
 _OF_FEATURES = ("fd", "kid", *MANIFOLD)
 _MODES = ("online", "offline", "disabled")
 
@@ -67,7 +67,7 @@ def log_suffixes(names: Sequence[str]) -> dict[str, str]:
 
 
 def media_row(result: EvaluationResult, prefix: str = "val/", num_prompts: int = 8) -> dict[str, Any]:
-    """Numbers, image grid, acceptance histograms, maps of passes and the table, for one call of `run.log`.
+    """Numbers, image grid, histograms, maps of passes and the page of prompts, for one call of `run.log`.
 
     One call, because W&B drops what is logged to a step that it has left.
     """
@@ -76,7 +76,8 @@ def media_row(result: EvaluationResult, prefix: str = "val/", num_prompts: int =
     row[f"{prefix}passes"] = wandb.Image(figure_pixels(acceptance_maps(result, min(num_prompts, 6))))
     for name, method in result.methods.items():
         row[f"{prefix}acceptance/{name}"] = _wandb_histogram(method)
-    row[f"{prefix}prompts"] = _table(result)
+    # no wandb.Table: its pictures are named by absolute path, so a copy of an offline run could not send them
+    row[f"{prefix}prompts"] = wandb.Html(prompts_page(result), False, data_is_not_path=True)
     return row
 
 
@@ -155,7 +156,6 @@ def finish_run(run: Any) -> str | None:
 
 
 _stays_offline = False
-_data_dir = ""  # what `_stage_inside` has set
 
 
 def start_run(mode: str, settings: dict[str, Any]) -> Any:
@@ -168,8 +168,6 @@ def start_run(mode: str, settings: dict[str, Any]) -> Any:
         Path(settings["dir"]).mkdir(parents=True, exist_ok=True)
         _leave_home(Path(settings["dir"]))
         run = _started(mode, settings)
-        if not run.disabled:
-            _stage_inside(Path(run.dir).parent)
     return run
 
 
@@ -179,13 +177,6 @@ def _leave_home(folder: Path) -> None:
         get_cache_dir().mkdir(parents=True, exist_ok=True)
     except OSError:
         os.environ[CACHE_DIR] = str(folder.resolve() / "wandb" / "cache")
-
-
-def _stage_inside(run_folder: Path) -> None:
-    """Pictures of tables are staged with the run, not below HOME: its folder is whole, and all that grows."""
-    global _data_dir
-    if os.environ.get(DATA_DIR, _data_dir) == _data_dir:  # the user's own place stays
-        os.environ[DATA_DIR] = _data_dir = str(run_folder.resolve() / "staging")
 
 
 def _started(mode: str, settings: dict[str, Any]) -> Any:
@@ -210,20 +201,3 @@ def _started(mode: str, settings: dict[str, Any]) -> Any:
 def _wandb_histogram(method: MethodResult) -> wandb.Histogram:
     counts = np.array(method.acceptance_counts[1:] or (0,))
     return wandb.Histogram(np_histogram=(counts, np.arange(len(counts) + 1) + 0.5))
-
-
-def _table(result: EvaluationResult) -> wandb.Table:
-    methods = list(result.methods.values())
-    columns = ["key", "prompt", "seed"]
-    for method in methods:
-        columns += [f"{method.name} {part}" for part in ("image", "nfe", "tokens / pass", "CLIP score")]
-    table = wandb.Table(columns=columns)
-    for place, item in enumerate(result.prompts[:_MAX_TABLE_ROWS]):
-        row: list[Any] = [item.key, item.prompt, item.seed]
-        for method in methods:
-            record = method.records[place]
-            score = method.clip_scores[place] if method.clip_scores else None
-            image = wandb.Image(str(result.store.image_path(record)))
-            row += [image, record.nfe, record.num_generated / record.nfe, score]
-        table.add_data(*row)
-    return table

@@ -166,7 +166,7 @@ def load_image_tokenizer(folder: str | Path) -> VQImageTokenizer:
     if not weights.is_file():
         raise ValueError(
             f"no image tokenizer in {folder}: {weights.name} is missing; "
-            "train the tiny one with `python train.py experiment=tiny_tokenizer`"
+            "train the tiny one with `sjd2 train experiment=tiny_tokenizer`"
         )
     with open_weights(weights):
         pass

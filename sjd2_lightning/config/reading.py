@@ -26,7 +26,7 @@ from sjd2_lightning.run.processes import run_id
 OmegaConf.register_new_resolver("run_id", lambda: run_id(), use_cache=True, replace=True)
 # `${dry_run:${model.init},a,b}` in conf: a for a dry run on random weights, else b
 OmegaConf.register_new_resolver("dry_run", lambda init, a, b: a if init == "random_tiny" else b, replace=True)
-# `${if_emoji:${data.prepare},${data.source},${data.reference_dir},a}` in conf/metrics: a where what is measured are
+# `${if_emoji:${data.prepare},${data.source},${data.reference_dir},a}` in conf/metrics: a where pictures are
 # embedded emoji, else null: what has seen emoji alone says nothing about other pictures
 OmegaConf.register_new_resolver(
     "if_emoji",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import transformers
 
 from sjd2_lightning.config.groups import ModelConfig, shipped
 from sjd2_lightning.config.runs import SharedConfig, TrainConfig
@@ -37,6 +39,8 @@ from sjd2_lightning.models.lora import has_adapter
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.small import build_tiny
+from sjd2_lightning.models.weights import SETTINGS_FILE
+from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.stages import stage
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
@@ -98,6 +102,7 @@ def build_backbone(
     else:
         source = replace(model.source, path=path or model.source.path)
         dtype = getattr(torch, model.dtype)
+        transformers.utils.logging.disable_progress_bar()  # the stage speaks where it takes long
         with stage("loading the weights"):
             backbone = load_backbone(
                 model.family, source, model.trunk, dtype, model.load_onto, model.unconditional
@@ -317,3 +322,5 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
     dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
     with stage(f"writing the weights to {config.export_dir}"):
         backbone.save(config.export_dir, dtype)
+        settings = {"image_size": config.model.image_size, "sampling": config.model.sampling.model_dump()}
+        write_whole(Path(config.export_dir) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")

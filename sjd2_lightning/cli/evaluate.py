@@ -214,7 +214,9 @@ def weights_name(config: EvaluateConfig, weights: Path) -> str:
     """What the measured weights are called: their place, or that they are random."""
     name = config.model.random_name
     if not name:
-        return str(config.ckpt_path or weights)
+        # not where an installed package lies
+        own = config.model.path if weights == shipped(config.model.path) else weights
+        return str(config.ckpt_path or own)
     if config.ckpt_path is None and weights == shipped(config.model.path):
         return name
     return f"{config.ckpt_path or weights}, trained from {name}"

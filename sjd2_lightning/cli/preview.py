@@ -38,20 +38,23 @@ class PictureProgress(Progress):
 
     def __init__(self, console: Console) -> None:
         self.picture: Segments | None = None
-        super().__init__(console=console, transient=True, disable=not console.is_terminal)
-
-    @property
-    def has_room(self) -> bool:
-        """Whether the terminal has the colours and the size for a picture."""
-        console = self.console
         wide, high = console.size
         fits = wide >= _SMALLEST[0] and high >= _SMALLEST[1]
-        return console.is_terminal and fits and console.color_system in _COLOURS
+        # whether the terminal has the colours and the size for a picture
+        self.has_room = console.is_terminal and fits and console.color_system in _COLOURS
+        # a thread that drew a picture of a thousand characters ten times a second would slow the decoding
+        super().__init__(
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            auto_refresh=not self.has_room,
+        )
 
     def show(self, picture: np.ndarray) -> None:
-        """Puts a picture (h, w, 4) uint8 under the bar."""
+        """Puts a picture (h, w, 4) uint8 under the bar, and draws both."""
         wide, high = self.console.size
         self.picture = half_blocks(picture, wide, 2 * (high - _BESIDE))
+        self.refresh()
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """What Rich draws."""

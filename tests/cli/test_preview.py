@@ -77,7 +77,6 @@ def test_frames_are_drawn_now_and_then_and_their_time_is_known():
         show = progress.show
         progress.show = lambda picture: (shown.append(picture), show(picture))
         decode(backbone, ["red cat"], [7], METHODS["sjd2"], layout, preview)
-        progress.refresh()
     assert 1 < len(shown) < preview.seen.num_passes
     assert shown[0].shape == (*layout.pixels, 4)
     assert preview.seconds == pytest.approx(0.06 * (preview.seen.num_passes + len(shown)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import transformers
 
 from sjd2_lightning.config.groups import ModelConfig, shipped
 from sjd2_lightning.config.runs import SharedConfig, TrainConfig
 from sjd2_lightning.data import DataConfig
 from sjd2_lightning.data.datamodule import CodeDataModule
-from sjd2_lightning.data.index import PROMPTS_NAME
+from sjd2_lightning.data.index import HELD_OUT_NAME, PROMPTS_NAME
 from sjd2_lightning.data.sources.coco import coco_items
+from sjd2_lightning.data.sources.emoji import SOURCE as EMOJI
 from sjd2_lightning.data.sources.emoji import load_emoji_index
 from sjd2_lightning.data.sources.scene_shards import SOURCE as SCENES
 from sjd2_lightning.data.sources.scenes import Variety, training_scene
@@ -36,6 +39,8 @@ from sjd2_lightning.models.lora import has_adapter
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.small import build_tiny
+from sjd2_lightning.models.weights import SETTINGS_FILE
+from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.stages import stage
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
@@ -93,6 +98,7 @@ def build_backbone(
     else:
         source = replace(model.source, path=path or model.source.path)
         dtype = getattr(torch, model.dtype)
+        transformers.utils.logging.disable_progress_bar()  # the stage speaks where it takes long
         with stage("loading the weights"):
             backbone = load_backbone(
                 model.family, source, model.trunk, dtype, model.load_onto, model.unconditional
@@ -192,9 +198,19 @@ def image_tokenizer_of(backbone: Backbone) -> ImageTokenizer | None:
     return getattr(backbone, "image_tokenizer", None)
 
 
-def build_metrics(config: SharedConfig, device: str | torch.device = "cpu") -> QualityMetrics:
-    """What images are measured with."""
+def build_metrics(
+    config: SharedConfig, reference: ReferenceSet | None, num_prompts: int, device: str | torch.device = "cpu"
+) -> QualityMetrics:
+    """What images are measured with: of the metrics that were asked for, those that say something here.
+
+    Args:
+        config: what is asked for.
+        reference: real images, from `build_reference`.
+        num_prompts: number of images that are measured.
+        device: where the scorers go.
+    """
     metrics = config.metrics
+    few = num_of_distances(reference, num_prompts) < metrics.min_images
     clip = None
     if metrics.clip is not None:
         clip = load_clip_scorer(
@@ -203,7 +219,7 @@ def build_metrics(config: SharedConfig, device: str | torch.device = "cpu") -> Q
     return QualityMetrics(
         extractors=[
             load_feature_extractor(name, device, metrics.inception_dir, metrics.allow_download)
-            for name in metrics.features
+            for name in (() if few else metrics.features)
         ],
         clip=clip,
         num_resamples=metrics.num_resamples,
@@ -214,7 +230,10 @@ def build_metrics(config: SharedConfig, device: str | torch.device = "cpu") -> Q
 
 
 def build_reference(config: SharedConfig) -> ReferenceSet | None:
-    """Real images for the distances; None where no features are asked for."""
+    """Real images of the data at hand; None where no features are asked for, or there are none.
+
+    They are those of `metrics.protocol`, of `data.reference_dir`, of own shards, or of the embedded emoji.
+    """
     if not config.metrics.features:
         return None
     if config.metrics.protocol is not None:
@@ -223,7 +242,41 @@ def build_reference(config: SharedConfig) -> ReferenceSet | None:
     height, width = config.model.image_size
     if config.data.reference_dir is not None:
         return image_folder(config.data.reference_dir, (height, width))
-    return held_out_emoji(height)
+    own = Path(config.data.data_dir) / HELD_OUT_NAME
+    if not config.data.prepare and own.is_dir():
+        return image_folder(own, (height, width))
+    return held_out_emoji(height) if config.data.prepare and config.data.source == EMOJI else None
+
+
+def num_of_distances(reference: ReferenceSet | None, num_prompts: int) -> int:
+    """Number of images that a distance between real and drawn ones would be of."""
+    return min(0 if reference is None else reference.num_images, num_prompts)
+
+
+def left_out(config: SharedConfig, reference: ReferenceSet | None, num_prompts: int) -> Iterator[str]:
+    """A sentence for each kind of score that says nothing here, with what would change that.
+
+    Silent where nothing was asked for (`metrics=none`). Arguments are those of `build_metrics`.
+    """
+    metrics, data = config.metrics, config.data
+    if not metrics.features:
+        return
+    if metrics.clip is None:
+        yield (
+            "no CLIP score: the shipped scorer has seen emoji alone; metrics.clip=hf-hub:OWNER/MODEL, or the "
+            "folder of one, scores other pictures"
+        )
+    num = num_of_distances(reference, num_prompts)
+    if reference is None:
+        yield "no distances: no real pictures are known for these data; give a folder, data.reference_dir"
+    elif num < metrics.min_images:
+        yield (
+            f"no distances: {num} pictures are too few, and metrics.min_images={metrics.min_images} are "
+            f"asked for ({num_prompts} drawn, {reference.num_images} real)"
+        )
+    has_own = data.prompt_file is not None or (Path(data.data_dir) / PROMPTS_NAME).is_file()
+    if not data.prepare and metrics.protocol is None and not has_own:
+        yield "the prompts are names of emoji, which these data need not know; give yours, data.prompt_file"
 
 
 def build_prompts(config: SharedConfig, num_prompts: int | None) -> list[PromptItem]:
@@ -265,3 +318,5 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
     dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
     with stage(f"writing the weights to {config.export_dir}"):
         backbone.save(config.export_dir, dtype)
+        settings = {"image_size": config.model.image_size, "sampling": config.model.sampling.model_dump()}
+        write_whole(Path(config.export_dir) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")

@@ -271,7 +271,9 @@ def logged_names(config: TrainConfig) -> list[str]:
     if config.callbacks.sampling is not None and config.task == "finetune":
         metrics = config.metrics
         clip = metrics.clip is not None
-        names += sampled_names(config.compare, metrics.features, clip, metrics.nearest_k is not None)
+        few = config.callbacks.sampling.num_prompts < metrics.min_images
+        features = () if few else metrics.features
+        names += sampled_names(config.compare, features, clip, metrics.nearest_k is not None)
     return names
 
 

@@ -77,6 +77,7 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
             build_reference,
             decoding_backbone,
             image_tokenizer_of,
+            left_out,
         )
         from sjd2_lightning.evaluation.compare import evaluate_methods
         from sjd2_lightning.report.observe import observe
@@ -91,7 +92,7 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
     layout = backbone.layout(*config.model.image_size)
     methods, windows = chosen_methods(config, backbone, prompts, layout)
     with stage("loading what measures"):
-        metrics = build_metrics(config, device)
+        metrics = build_metrics(config, reference, len(prompts), device)
     result = evaluate_methods(
         backbone,
         methods,
@@ -109,6 +110,8 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
     if result is None:  # rank 0 reports
         return {}
     result = with_word_of_random_weights(result, config, weights)
+    said = tuple(left_out(config, reference, len(prompts)))
+    result = replace(result, warnings=(*result.warnings, *said))
     provenance = collect_provenance(
         backbone,
         redact(config.model_dump(mode="json")),
@@ -211,7 +214,9 @@ def weights_name(config: EvaluateConfig, weights: Path) -> str:
     """What the measured weights are called: their place, or that they are random."""
     name = config.model.random_name
     if not name:
-        return str(config.ckpt_path or weights)
+        # not where an installed package lies
+        own = config.model.path if weights == shipped(config.model.path) else weights
+        return str(config.ckpt_path or own)
     if config.ckpt_path is None and weights == shipped(config.model.path):
         return name
     return f"{config.ckpt_path or weights}, trained from {name}"

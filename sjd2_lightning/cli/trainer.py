@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sjd2_lightning.callbacks import SamplingCallback
-from sjd2_lightning.cli.build import build_metrics, build_prompts, build_reference
+from sjd2_lightning.cli.build import build_metrics, build_prompts, build_reference, left_out
 from sjd2_lightning.config.groups import WandbConfig
 from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.report import wandb_log
@@ -120,15 +120,18 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: 
     if wanted.sampling is not None and sharded:
         log.warning("trainer.strategy=fsdp: nothing is decoded during validation, which needs whole weights")
     if wanted.sampling is not None and isinstance(module, SJD2Module) and not sharded:
+        prompts, reference = build_prompts(config, wanted.sampling.num_prompts), build_reference(config)
+        for sentence in left_out(config, reference, len(prompts)):
+            log.info("samples of validations: %s", sentence)
         found.append(
             SamplingCallback(
-                build_prompts(config, wanted.sampling.num_prompts),
+                prompts,
                 {name: config.methods[name] for name in config.compare},
                 Path(config.run_dir) / "samples",
                 every_n_validations=wanted.sampling.every_n_validations,
                 batch_size=wanted.sampling.batch_size,
-                metrics=build_metrics(config),
-                reference=build_reference(config),
+                metrics=build_metrics(config, reference, len(prompts)),
+                reference=reference,
                 windows=config.auto_window.windows,
             )
         )

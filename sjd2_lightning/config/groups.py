@@ -159,6 +159,7 @@ class MetricsConfig(Group):
     clip_pretrained: str | None
     num_resamples: Annotated[int, Field(ge=1, le=10**6)]
     num_distance_resamples: Annotated[int, Field(ge=0, le=10**5)]
+    min_images: Annotated[int, Field(ge=2, le=MOST)]
     nearest_k: Count | None
     protocol: Annotated[CocoProtocol, AfterValidator(sound)] | None
     cache_dir: str | None
@@ -169,7 +170,7 @@ class MetricsConfig(Group):
         if is_folder and not shipped(str(self.clip)).is_dir():
             return [
                 f"clip={self.clip}: there is no such folder; train it with "
-                "`python train.py experiment=tiny_clip`, or set clip to null"
+                "`sjd2 train experiment=tiny_clip`, or set clip to null"
             ]
         return []
 
@@ -262,7 +263,7 @@ class ScratchConfig(Group):
         if not has_image_tokenizer(shipped(self.image_tokenizer)):
             found.append(
                 f"image_tokenizer={self.image_tokenizer}: there is no image tokenizer; train it with "
-                "`python train.py experiment=scenes_tokenizer`"
+                "`sjd2 train experiment=scenes_tokenizer`"
             )
         return found
 

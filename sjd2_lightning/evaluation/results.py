@@ -142,7 +142,7 @@ def measure_references(
 
     They show the scale: what no method can beat, and what degraded images score.
     """
-    if meter.reference is None:
+    if meter.reference is None or not (meter.metrics.extractors or meter.metrics.clip):
         return {}
     subset = meter.reference.matching(prompts)
     return {

@@ -130,7 +130,6 @@ def test_option_list_is_not_empty():
         ("evaluate", ["decoding.sampling.top_p=0"], "decoding.sampling.top_p=0.0: must lie in (0, 1]"),
         ("evaluate", ["methods.sjd.num_levels=2"], "methods.sjd.method=sjd: has no noise"),
         ("evaluate", ["data.prompt_file=gone.txt"], "data.prompt_file=gone.txt: there is no such file"),
-        ("evaluate", ["num_prompts=1"], "num_prompts=1: distances need at least 2 images"),
         (
             "evaluate",
             ["metrics=coco2017_5k", "metrics.protocol.images=gone"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from sjd2_lightning.metrics.fidelity import MANIFOLD
 from sjd2_lightning.report.figures import acceptance_maps, figure_pixels, image_grid
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.provenance import redact
+
+log = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 15
 # a server that is gone would be waited for without end; what was not sent is kept
@@ -194,8 +197,10 @@ def _started(mode: str, settings: dict[str, Any]) -> Any:
         reason = "nobody is logged in (`wandb login`)"
         try:
             if wandb.login(prompt=False):  # asks the server about the key, so it too may fail
-                limits = wandb.Settings(init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S)
-                return wandb.init(mode="online", settings=limits, **settings)
+                limits = {"init_timeout": INIT_TIMEOUT_S, "finish_timeout": FINISH_TIMEOUT_S}
+                run = wandb.init(mode="online", settings=wandb.Settings(silent=True, **limits), **settings)
+                log.info("W&B run: %s", run.url)
+                return run
         except (wandb.errors.Error, OSError) as error:
             reason = f"the server cannot be used ({error})"
         warnings.warn(
@@ -204,7 +209,9 @@ def _started(mode: str, settings: dict[str, Any]) -> Any:
             stacklevel=5,
         )
         _stays_offline = True
-    return wandb.init(mode="disabled" if mode == "disabled" else "offline", **settings)
+    # silent: where the run lies and how to send it is said at its end, without advertisements
+    quiet = wandb.Settings(silent=True)
+    return wandb.init(mode="disabled" if mode == "disabled" else "offline", settings=quiet, **settings)
 
 
 def _wandb_histogram(method: MethodResult) -> wandb.Histogram:

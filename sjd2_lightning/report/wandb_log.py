@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,16 @@ log = logging.getLogger(__name__)
 INIT_TIMEOUT_S = 15
 # a server that is gone would be waited for without end; what was not sent is kept
 FINISH_TIMEOUT_S = 300
+# What the table of runs shows of a number: its best value beside the last one, as `val/loss_clean.min`.
+SUMMARY = {
+    "train/loss": "min,last",
+    "val/loss_clean": "min,last",
+    "val/loss_high": "min,last",
+    "val/step_compression": "max,last",
+    "val/speedup": "max,last",
+    "eval/step_compression": "last",
+    "eval/speedup": "last",
+}
 _MAX_TABLE_ROWS = 100
 _OF_FEATURES = ("fd", "kid", *MANIFOLD)
 _MODES = ("online", "offline", "disabled")
@@ -36,17 +46,28 @@ def scalar_row(result: EvaluationResult, prefix: str = "val/") -> dict[str, floa
     Keys of the first method that is not the baseline are plain, such as `val/nfe` and `val/fd_EffNetLite0`;
     those of the others end in the method's name, such as `val/nfe_ar`.
     """
-    row = {}
+    return {f"{prefix}{key}{suffix}": value for suffix, key, value in _numbers(result)}
+
+
+def sectioned_row(result: EvaluationResult, section: str = "val") -> dict[str, float]:
+    """`scalar_row` as W&B gets it, which draws a section of charts for each word in front of a `/`.
+
+    The first method that is not the baseline has the section, such as `val/nfe`; each other method has one of
+    its own, such as `val_ar/nfe`.
+    """
+    return {f"{section}{suffix}/{key}": value for suffix, key, value in _numbers(result)}
+
+
+def _numbers(result: EvaluationResult) -> Iterator[tuple[str, str, float]]:
+    """End of the method's log keys, name and value of every number."""
     suffixes = log_suffixes(list(result.methods))
     for name, method in result.methods.items():
-        suffix = suffixes[name]
         for key, measure in method.measured.items():
             # Distances carry their extractor in the name; scores carry their scorer only in the report.
             log_key = measure.name if key.partition("_")[0] in _OF_FEATURES else key
-            row[f"{prefix}{log_key}{suffix}"] = measure.value
+            yield suffixes[name], log_key, measure.value
         if method.equal_to_ar is not None and name != BASELINE:
-            row[f"{prefix}equal_to_ar{suffix}"] = method.equal_to_ar
-    return row
+            yield suffixes[name], "equal_to_ar", method.equal_to_ar
 
 
 def sampled_names(
@@ -69,17 +90,17 @@ def log_suffixes(names: Sequence[str]) -> dict[str, str]:
     return {name: "" if name == main else f"_{name}" for name in names}
 
 
-def media_row(result: EvaluationResult, prefix: str = "val/", num_prompts: int = 8) -> dict[str, Any]:
+def media_row(result: EvaluationResult, section: str = "val", num_prompts: int = 8) -> dict[str, Any]:
     """Numbers, image grid, acceptance histograms, maps of passes and the table, for one call of `run.log`.
 
     One call, because W&B drops what is logged to a step that it has left.
     """
-    row: dict[str, Any] = dict(scalar_row(result, prefix))
-    row[f"{prefix}images"] = wandb.Image(figure_pixels(image_grid(result, num_prompts)))
-    row[f"{prefix}passes"] = wandb.Image(figure_pixels(acceptance_maps(result, min(num_prompts, 6))))
+    row: dict[str, Any] = dict(sectioned_row(result, section))
+    row[f"{section}/images"] = wandb.Image(figure_pixels(image_grid(result, num_prompts)))
+    row[f"{section}/passes"] = wandb.Image(figure_pixels(acceptance_maps(result, min(num_prompts, 6))))
     for name, method in result.methods.items():
-        row[f"{prefix}acceptance/{name}"] = _wandb_histogram(method)
-    row[f"{prefix}prompts"] = _table(result)
+        row[f"{section}_acceptance/{name}"] = _wandb_histogram(method)
+    row[f"{section}/prompts"] = _table(result)
     return row
 
 
@@ -131,9 +152,7 @@ def log_to_wandb(
         return None
     with harmless(f"logging to W&B in {folder}"):
         further = {f"eval/{key}": wandb.Image(str(path)) for key, path in (pictures or {}).items()}
-        run.log(media_row(result, prefix="eval/") | further)
-        for key, value in scalar_row(result, prefix="eval/").items():
-            run.summary[key] = value
+        run.log(media_row(result, "eval") | further)
     return finish_run(run)
 
 
@@ -173,6 +192,8 @@ def start_run(mode: str, settings: dict[str, Any]) -> Any:
         run = _started(mode, settings)
         if not run.disabled:
             _stage_inside(Path(run.dir).parent)
+            for name, summary in SUMMARY.items():
+                run.define_metric(name, summary=summary)
     return run
 
 

@@ -42,7 +42,8 @@ class SamplingCallback(Callback):
     Files: `metrics.jsonl` and `metrics.csv` get one line a validation; `step_<n>/` gets images, records,
     `grid.png` and `acceptance.png`. Log keys: numbers of the first method that is not the baseline are plain
     (`val/nfe`, `val/fd_EffNetLite0`), those of the others end in the method's name (`val/nfe_ar`). W&B gets
-    numbers and images in one row, other loggers the numbers.
+    numbers and images in one row, each other method in a section of its own (`val_ar/nfe`); other loggers
+    the numbers.
 
     Ranks share the decoding. It runs in eval mode, with averaged weights if a `WeightAveraging` callback
     comes later in the list, and leaves modes and global random states unchanged. The baseline's images are

@@ -107,8 +107,8 @@ def test_everything_is_logged_in_the_step_it_belongs_to(tmp_path, monkeypatch):
     assert [row["trainer/global_step"] for row in rows] == [2, 4]
     for row in rows:
         assert row["val/images"]["_type"] == "image-file"
-        assert row["val/acceptance/ar"]["_type"] == "histogram"
-        assert {"val/speedup", "val/fd_Colours", "val/clip_score", "val/prompts"} <= set(row)
+        assert row["val_acceptance/ar"]["_type"] == "histogram"
+        assert {"val_ar/nfe", "val/speedup", "val/fd_Colours", "val/clip_score", "val/prompts"} <= set(row)
 
 
 @pytest.mark.parametrize("what", ["write_whole", "RecordStore"])

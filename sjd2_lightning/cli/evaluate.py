@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHIPPED_MODEL = "weights/tiny"
-TABLE_WIDTH = 140  # columns; a narrower terminal folds lines instead of losing figures
 EXPORTS = "outputs/train/*/model/backbone.json"  # what plain `python train.py` leaves; sweeps lie deeper
 
 
@@ -296,8 +295,7 @@ def show(config: EvaluateConfig, result: EvaluationResult, weights: Path, files:
     from sjd2_lightning.report.table import console_table
 
     console = Console()
-    console.width = max(console.width, TABLE_WIDTH)
-    console.print(console_table(result))
+    console.print(console_table(result, console.width))
     for warning in result.warnings:
         console.print(f"[yellow]{warning}[/yellow]")
     for name, place in {

@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 def quiet_lightning() -> None:
     """Each line of Lightning once, and none of what is its own business or is meant here."""
     logging.getLogger("lightning").handlers.clear()  # Hydra's root logger prints these lines already
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_says_something)
     for message in (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
         r"Found \d+ module\(s\) in eval mode",  # image tokenizers and what else is not trained, on purpose
@@ -58,6 +59,11 @@ def quiet_lightning() -> None:
         r"The number of training batches \(\d+\) is smaller than the logging interval",
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning is neither an advertisement nor an argument of its own trainer."""
+    return not record.getMessage().startswith(("💡", "`Trainer(limit_", "TPU available: False"))
 
 
 def build_trainer(

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.evaluation.quality import Quality, QualityMeter
-from sjd2_lightning.evaluation.references import reference_rows
+from sjd2_lightning.evaluation.references import ReferenceSet, reference_rows
 from sjd2_lightning.evaluation.store import ImageRecord, RecordStore
 from sjd2_lightning.metrics.bootstrap import (
     Interval,
@@ -69,7 +70,7 @@ class EvaluationResult:
         prompts: prompts in their order.
         warnings: sentences that a reader needs before the numbers.
         store: records and images.
-        reference_name, reference_identity: name and sha256 of the real images; None without a reference.
+        reference: the real images; None without them.
     """
 
     methods: dict[str, MethodResult]
@@ -77,8 +78,22 @@ class EvaluationResult:
     prompts: tuple[PromptItem, ...]
     warnings: tuple[str, ...]
     store: RecordStore
-    reference_name: str | None
-    reference_identity: str | None
+    reference: ReferenceSet | None
+
+    @property
+    def reference_name(self) -> str | None:
+        return self.reference.name if self.reference else None
+
+    @property
+    def reference_identity(self) -> str | None:
+        """sha256 of the real images."""
+        return self.reference.identity if self.reference else None
+
+    def real_image(self, key: str) -> Tensor | None:
+        """The real picture of a prompt (h, w, 3) uint8; None where there is none."""
+        if self.reference is None or key not in self.reference.keys:
+            return None
+        return self.reference.images[self.reference.keys.index(key)]
 
 
 def measure_methods(
@@ -130,8 +145,7 @@ def measure_methods(
         prompts=tuple(prompts),
         warnings=(*_protocol_warnings(meter, len(prompts)), *_warnings(results, ties)),
         store=store,
-        reference_name=meter.reference.name if meter.reference else None,
-        reference_identity=meter.reference.identity if meter.reference else None,
+        reference=meter.reference,
     )
 
 

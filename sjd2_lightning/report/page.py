@@ -11,10 +11,19 @@ from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.evaluation.store import ImageRecord
 from sjd2_lightning.report.cost import method_costs
 from sjd2_lightning.report.figures import cost_chart, heat_map_png, settling_curve, settling_map
-from sjd2_lightning.report.html import data_uri, embedded_image, figure_svg, method_colour, render
+from sjd2_lightning.report.html import (
+    data_uri,
+    embedded_image,
+    embedded_pixels,
+    figure_svg,
+    method_colour,
+    render,
+)
+from sjd2_lightning.report.likeness import best_known, has_real_pictures
 from sjd2_lightning.report.observe import Observations, Replay, Trajectory, settling, sprite
-from sjd2_lightning.report.table import columns, headline, rows
+from sjd2_lightning.report.table import columns, headline, headline_missing, rows
 
+_NUM_OPEN = 8  # prompts whose images are seen before anybody asks for more
 _LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -42,11 +51,16 @@ def html_page(
     replays = _replays(result, seen.replays)
     room = 1e6 * max_megabytes - sum(len(entry["sprite"]) for shown in replays for entry in shown["methods"])
     shown = _prompts(result, num_prompts, room)
+    has_real = has_real_pictures(result)
     costs = method_costs(result)
     return render(
         "page.html",
         title=title,
         headline=headline(result),
+        headline_missing=headline_missing(result),
+        has_real=int(has_real),
+        num_open=_NUM_OPEN,
+        order_note=" Those most like their real pictures come first." if has_real else "",
         places=places,
         columns=columns(result),
         rows=rows(result),
@@ -83,15 +97,25 @@ def prompts_page(result: EvaluationResult, num_prompts: int = 100, max_megabytes
 
 def _prompts(result: EvaluationResult, num_prompts: int, room: float) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for place, item in enumerate(result.prompts[:num_prompts]):
+    for place in best_known(result)[:num_prompts]:
+        item = result.prompts[place]
+        real = result.real_image(item.key)
         images = [_image(result, method, place) for method in result.methods.values()]
-        room -= sum(len(image["picture"]) + len(image["map"]) for image in images)
+        picture = "" if real is None else embedded_pixels(real.numpy())
+        room -= len(picture) + sum(len(image["picture"]) + len(image["map"]) for image in images)
         if room < 0 and found:
             break
         records = [method.records[place] for method in result.methods.values()]
         equal = [[_percent_equal(a, b) for b in records] for a in records]
         found.append(
-            {"caption": item.prompt, "key": item.key, "seed": item.seed, "images": images, "equal": equal}
+            {
+                "caption": item.prompt,
+                "key": item.key,
+                "seed": item.seed,
+                "images": images,
+                "equal": equal,
+                "real": picture,
+            }
         )
     return found
 
@@ -193,7 +217,8 @@ def _bars(method: MethodResult) -> dict[str, Any]:
         for n, count in enumerate(counts)
         if n
     ]
-    return {"method": method.name, "mean": method.measured["step_compression"].value, "bars": bars}
+    mean = method.measured["step_compression"].value
+    return {"method": method.name, "mean": mean, "bars": bars, "most": most / total}
 
 
 def _protocols(result: EvaluationResult) -> list[tuple[str, str]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,21 @@ from sjd2_lightning.report.page import prompts_page
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.provenance import redact
 
+log = logging.getLogger(__name__)
+
 INIT_TIMEOUT_S = 15
 # a server that is gone would be waited for without end; what was not sent is kept
 FINISH_TIMEOUT_S = 300
+# What the table of runs shows of a number: its best value beside the last one, as `val/loss_clean.min`.
+SUMMARY = {
+    "train/loss": "min,last",
+    "val/loss_clean": "min,last",
+    "val/loss_high": "min,last",
+    "val/step_compression": "max,last",
+    "val/speedup": "max,last",
+    "eval/step_compression": "last",
+    "eval/speedup": "last",
+}
 _OF_FEATURES = ("fd", "kid", *MANIFOLD)
 _MODES = ("online", "offline", "disabled")
 
@@ -33,17 +46,28 @@ def scalar_row(result: EvaluationResult, prefix: str = "val/") -> dict[str, floa
     Keys of the first method that is not the baseline are plain, such as `val/nfe` and `val/fd_EffNetLite0`;
     those of the others end in the method's name, such as `val/nfe_ar`.
     """
-    row = {}
+    return {f"{prefix}{key}{suffix}": value for suffix, key, value in _numbers(result)}
+
+
+def sectioned_row(result: EvaluationResult, section: str = "val") -> dict[str, float]:
+    """`scalar_row` as W&B gets it, which draws a section of charts for each word in front of a `/`.
+
+    The first method that is not the baseline has the section, such as `val/nfe`; each other method has one of
+    its own, such as `val_ar/nfe`.
+    """
+    return {f"{section}{suffix}/{key}": value for suffix, key, value in _numbers(result)}
+
+
+def _numbers(result: EvaluationResult) -> Iterator[tuple[str, str, float]]:
+    """End of the method's log keys, name and value of every number."""
     suffixes = log_suffixes(list(result.methods))
     for name, method in result.methods.items():
-        suffix = suffixes[name]
         for key, measure in method.measured.items():
             # Distances carry their extractor in the name; scores carry their scorer only in the report.
             log_key = measure.name if key.partition("_")[0] in _OF_FEATURES else key
-            row[f"{prefix}{log_key}{suffix}"] = measure.value
+            yield suffixes[name], log_key, measure.value
         if method.equal_to_ar is not None and name != BASELINE:
-            row[f"{prefix}equal_to_ar{suffix}"] = method.equal_to_ar
-    return row
+            yield suffixes[name], "equal_to_ar", method.equal_to_ar
 
 
 def sampled_names(
@@ -66,18 +90,18 @@ def log_suffixes(names: Sequence[str]) -> dict[str, str]:
     return {name: "" if name == main else f"_{name}" for name in names}
 
 
-def media_row(result: EvaluationResult, prefix: str = "val/", num_prompts: int = 8) -> dict[str, Any]:
-    """Numbers, image grid, histograms, maps of passes and the page of prompts, for one call of `run.log`.
+def media_row(result: EvaluationResult, section: str = "val", num_prompts: int = 8) -> dict[str, Any]:
+    """Numbers, image grid, acceptance histograms, maps of passes and the page of prompts, for one call of `run.log`.
 
     One call, because W&B drops what is logged to a step that it has left.
     """
-    row: dict[str, Any] = dict(scalar_row(result, prefix))
-    row[f"{prefix}images"] = wandb.Image(figure_pixels(image_grid(result, num_prompts)))
-    row[f"{prefix}passes"] = wandb.Image(figure_pixels(acceptance_maps(result, min(num_prompts, 6))))
+    row: dict[str, Any] = dict(sectioned_row(result, section))
+    row[f"{section}/images"] = wandb.Image(figure_pixels(image_grid(result, num_prompts)))
+    row[f"{section}/passes"] = wandb.Image(figure_pixels(acceptance_maps(result, min(num_prompts, 6))))
     for name, method in result.methods.items():
-        row[f"{prefix}acceptance/{name}"] = _wandb_histogram(method)
+        row[f"{section}_acceptance/{name}"] = _wandb_histogram(method)
     # no wandb.Table: its pictures are named by absolute path, so a copy of an offline run could not send them
-    row[f"{prefix}prompts"] = wandb.Html(prompts_page(result), False, data_is_not_path=True)
+    row[f"{section}/prompts"] = wandb.Html(prompts_page(result), False, data_is_not_path=True)
     return row
 
 
@@ -129,9 +153,7 @@ def log_to_wandb(
         return None
     with harmless(f"logging to W&B in {folder}"):
         further = {f"eval/{key}": wandb.Image(str(path)) for key, path in (pictures or {}).items()}
-        run.log(media_row(result, prefix="eval/") | further)
-        for key, value in scalar_row(result, prefix="eval/").items():
-            run.summary[key] = value
+        run.log(media_row(result, "eval") | further)
     return finish_run(run)
 
 
@@ -168,6 +190,9 @@ def start_run(mode: str, settings: dict[str, Any]) -> Any:
         Path(settings["dir"]).mkdir(parents=True, exist_ok=True)
         _leave_home(Path(settings["dir"]))
         run = _started(mode, settings)
+        if not run.disabled:
+            for name, summary in SUMMARY.items():
+                run.define_metric(name, summary=summary)
     return run
 
 
@@ -185,8 +210,10 @@ def _started(mode: str, settings: dict[str, Any]) -> Any:
         reason = "nobody is logged in (`wandb login`)"
         try:
             if wandb.login(prompt=False):  # asks the server about the key, so it too may fail
-                limits = wandb.Settings(init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S)
-                return wandb.init(mode="online", settings=limits, **settings)
+                limits = {"init_timeout": INIT_TIMEOUT_S, "finish_timeout": FINISH_TIMEOUT_S}
+                run = wandb.init(mode="online", settings=wandb.Settings(silent=True, **limits), **settings)
+                log.info("W&B run: %s", run.url)
+                return run
         except (wandb.errors.Error, OSError) as error:
             reason = f"the server cannot be used ({error})"
         warnings.warn(
@@ -195,7 +222,9 @@ def _started(mode: str, settings: dict[str, Any]) -> Any:
             stacklevel=5,
         )
         _stays_offline = True
-    return wandb.init(mode="disabled" if mode == "disabled" else "offline", **settings)
+    # silent: where the run lies and how to send it is said at its end, without advertisements
+    quiet = wandb.Settings(silent=True)
+    return wandb.init(mode="disabled" if mode == "disabled" else "offline", settings=quiet, **settings)
 
 
 def _wandb_histogram(method: MethodResult) -> wandb.Histogram:

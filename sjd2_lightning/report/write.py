@@ -24,7 +24,7 @@ from sjd2_lightning.report.figures import (
 )
 from sjd2_lightning.report.observe import Observations, settling
 from sjd2_lightning.report.page import html_page
-from sjd2_lightning.report.table import MISSING, headline, markdown_lines, markdown_table
+from sjd2_lightning.report.table import MISSING, headline, headline_missing, markdown_lines, markdown_table
 from sjd2_lightning.run.files import write_whole
 
 # Numbers that every method has in report.json; null where one could not be measured.
@@ -180,7 +180,8 @@ def _finite(value: float) -> float | None:
 def _markdown(result: EvaluationResult, provenance: Mapping[str, Any], seen: Observations) -> str:
     git, hardware = provenance.get("git", {}), provenance.get("hardware", {})
     best = headline(result)
-    lines = ["# Decoding methods", "", *((best.sentence, "") if best else ()), markdown_table(result)]
+    said = f"{best.sentence} {best.numbers_line}" if best else headline_missing(result)
+    lines = ["# Decoding methods", "", *((said, "") if said else ()), markdown_table(result)]
     lines += ["In brackets: 95 % bootstrap intervals. `report.html` beside this file shows more.", ""]
     lines += [f"- {warning}" for warning in result.warnings]
     lines += ["", "![images](figures/grid.png)", "", "## Cost of a pass", ""]

@@ -15,7 +15,7 @@ from sjd2_lightning.report import wandb_log
 from sjd2_lightning.report.wandb_log import log_to_wandb, media_row, scalar_row
 from tests.tools.small_evaluation import METHODS, PROMPTS
 from tests.tools.source import REPO
-from tests.tools.wandb_files import named_files, offline_run
+from tests.tools.wandb_files import named_files, offline_run, summaries
 
 
 def test_keys_of_the_faster_method_are_plain(result):
@@ -35,9 +35,13 @@ def test_offline_run_holds_every_figure_and_image_in_one_step(result, provenance
     assert wandb.run is None
     rows, config = offline_run(tmp_path)
     (row,) = [row for row in rows if "eval/nfe" in row]
-    assert set(media_row(result, "eval/")) <= set(row)
+    assert set(media_row(result, "eval")) <= set(row)
+    assert row["eval_ar/nfe"] == result.methods["ar"].measured["nfe"].value
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert summaries(path)["eval/speedup"] == {"last"}
+    assert summaries(path)["val/loss_clean"] == {"min", "last"}
     assert row["eval/images"]["_type"] == row["eval/passes"]["_type"] == "image-file"
-    assert row["eval/acceptance/sjd2"]["_type"] == "histogram"
+    assert row["eval_acceptance/sjd2"]["_type"] == "histogram"
     assert row["eval/prompts"]["_type"] == "html-file"
     assert config["config"]["window"] == 6
     assert "s3cr3t" not in json.dumps(config)
@@ -164,6 +168,6 @@ def test_a_server_that_never_answers_costs_under_30_s_once_and_loses_nothing(tmp
     for run in ("first", "second"):
         rows, _ = offline_run(tmp_path / run)
         (row,) = [row for row in rows if "eval/nfe" in row]
-        assert {"eval/images", "eval/passes", "eval/prompts", "eval/acceptance/sjd", "eval/speedup"} <= set(
+        assert {"eval/images", "eval/passes", "eval/prompts", "eval_acceptance/sjd", "eval/speedup"} <= set(
             row
         )

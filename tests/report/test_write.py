@@ -66,7 +66,7 @@ def test_what_could_not_be_measured_is_null(result, provenance):
 def test_tables(result):
     keys = [column.key for column in columns(result)]
     assert keys == [
-        "nfe", "step_compression", "speedup", "seconds_per_image", "clip_score", "clip_gain", "fd", "kid"
+        "nfe", "step_compression", "speedup", "seconds_per_image", "kid", "clip_score", "clip_gain", "fd"
     ]  # fmt: skip
     lines = markdown_table(result).splitlines()
     assert len(lines) == 2 + len(METHODS) + 4
@@ -75,12 +75,30 @@ def test_tables(result):
     assert lines[2].startswith("| ar | replay | – |")
     assert "| sjd2 | replay | 100 % |" in lines[4]
     assert "paper (lossy)" in lines[5]
-    console = Console(width=110, file=io.StringIO())
+
+
+def printed(result, width):
+    console = Console(width=width, file=io.StringIO())
     with console.capture() as captured:
-        console.print(console_table(result))
-    text = captured.get()
-    assert "sjd2_paper" in text
-    assert "[" in text  # intervals are not taken for markup
+        console.print(console_table(result, width))
+    return captured.get()
+
+
+def test_the_table_fits_a_terminal_of_80_columns_and_fills_a_wider_one(result):
+    assert [column.key for column in columns(result) if column.is_first] == [
+        "nfe", "step_compression", "speedup", "seconds_per_image", "kid"
+    ]  # fmt: skip
+    narrow, wide = printed(result, 80), printed(result, 160)
+    for text, width in ((narrow, 80), (wide, 160)):
+        assert max(map(len, text.splitlines())) <= width
+        assert "[" in text  # intervals are not taken for markup
+        for name in METHODS:
+            assert any(line.split()[:1] == [name] for line in text.splitlines())
+    assert all(word in narrow for word in ("= ar", "passes", "speedup", "KID"))
+    assert "more on" in narrow
+    assert "FD" not in narrow
+    assert "FD" in wide
+    assert "more on" not in wide
 
 
 def test_nearly_equal_is_not_shown_as_equal(result):
@@ -147,7 +165,9 @@ def test_page_is_whole_and_needs_no_network(files, result):
     page.feed(text)
     assert page.open == []
     assert all(link.startswith("data:") for link in page.links)
-    assert page.tags.count("img") == 2 * len(METHODS) * len(PROMPTS) + 2  # the last two are filled by choice
+    # images and maps, real pictures, and two that are filled by choice
+    assert page.tags.count("img") == (2 * len(METHODS) + 1) * len(PROMPTS) + 2
+    assert "What the words mean" in text
     assert page.tags.count("script") == 2  # the data, and the script whose hash the policy names
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
@@ -156,7 +176,7 @@ def test_page_is_whole_and_needs_no_network(files, result):
 
 def test_prompts_are_text_not_markup(result, provenance):
     prompts = (dataclasses.replace(PROMPTS[0], prompt="<script>alert(1)</script>"), *PROMPTS[1:])
-    text = html_page(dataclasses.replace(result, prompts=prompts), provenance, num_prompts=2)
+    text = html_page(dataclasses.replace(result, prompts=prompts, reference=None), provenance, num_prompts=2)
     assert "alert(1)</script>" not in text
     assert "&lt;script&gt;" in text
     assert "\\u003cscript\\u003e" in text  # in the data of the page's script

@@ -35,6 +35,16 @@ def named_files(path: Path) -> list[Path]:
     return found
 
 
+def summaries(path: Path) -> dict[str, set[str]]:
+    """Which values of each defined number a run's table shows."""
+    kinds = ("min", "max", "mean", "best", "last")
+    return {
+        record.metric.name: {kind for kind in kinds if getattr(record.metric.summary, kind)}
+        for record in _records(path.read_bytes())
+        if record.HasField("metric")
+    }
+
+
 def run_file(path: Path, timeout_s: float = 30) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """As `offline_run`, of one of the files that belong to a run."""
     deadline = time.monotonic() + timeout_s

@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 from transformers.models.chameleon.modeling_chameleon import ChameleonLayerNorm, ChameleonRMSNorm
 from transformers.models.emu3.modeling_emu3 import Emu3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from sjd2_lightning.masks import Visible
 
@@ -285,6 +286,7 @@ _STANDS_FOR: dict[type[nn.Module], type[_Invariant]] = {
     ChameleonRMSNorm: _RMSNorm,
     Emu3RMSNorm: _RMSNorm,
     LlamaRMSNorm: _RMSNorm,
+    Qwen2RMSNorm: _RMSNorm,
     nn.LayerNorm: _LayerNorm,
     ChameleonLayerNorm: _HeadNorm,
 }
@@ -297,7 +299,7 @@ def invariant_copy(module: nn.Module) -> nn.Module:
     `torch.func.functional_call` takes any layer's parameters. Its `attention_mask` is a `Visible`.
 
     Args:
-        module: a layer, or part of one, of Chameleon, Emu3 or Llama, low-rank adapters included.
+        module: a layer, or part of one, of Chameleon, Emu3, Llama or Qwen2, low-rank adapters included.
 
     Raises:
         ValueError: for a part with parameters that is not known to be invariant.

@@ -44,8 +44,20 @@ def _janus() -> Family:
     return Family(JanusBackbone, load_janus, shrunken_janus, JanusTokens.CONTEXTS)
 
 
+def _simple_ar() -> Family:
+    from sjd2_lightning.models.shrunken import shrunken_simple_ar
+    from sjd2_lightning.models.simple_ar import SimpleARBackbone, SimpleARTokens, load_simple_ar
+
+    return Family(SimpleARBackbone, load_simple_ar, shrunken_simple_ar, SimpleARTokens.CONTEXTS)
+
+
 # imported when asked for: names are checked before anything that takes seconds is loaded
-FAMILIES: dict[str, Callable[[], Family]] = {"chameleon": _chameleon, "emu3": _emu3, "janus": _janus}
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "chameleon": _chameleon,
+    "emu3": _emu3,
+    "janus": _janus,
+    "simple_ar": _simple_ar,
+}
 
 
 def family_of(name: str) -> Family:

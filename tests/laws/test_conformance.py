@@ -51,7 +51,8 @@ def vocabulary_case(backbone, logits_of_ids, sizes, refused, greedy=None) -> Cas
         slots = layout.slot_ids(image_ids)[0].tolist()
         return logits_of(prompt_ids, slots)[len(prompt_ids) - 1 + layout.code_slots]
 
-    return Case(backbone, sizes, refused, True, teacher, greedy or token_loop(backbone, logits_of))
+    greedy = greedy or token_loop(backbone, logits_of)
+    return Case(backbone, sizes, refused, backbone.NEWLINE, teacher, greedy)
 
 
 def chameleon_case(backbone, sizes, refused) -> Case:
@@ -65,13 +66,14 @@ def chameleon_case(backbone, sizes, refused) -> Case:
     return vocabulary_case(backbone, logits_of_ids, sizes, refused)
 
 
-def emu3_case(backbone) -> Case:
-    """`generate` with the published constraint: codes within rows, then the end of a line."""
+def generate_case(backbone, sizes, refused) -> Case:
+    """`generate` with the published constraint: codes within rows, then the end of a line, if any."""
 
     def greedy(prompt: str, layout: ImageLayout, scale: float) -> Tensor:
         prompt_ids = backbone.prompt_ids(prompt, layout)
         empty = backbone.unconditional_ids(layout, prompt_ids)
-        allowed = [backbone.slot_token_ids[:-1].tolist(), [backbone.tokens.newline]]
+        codes = backbone.slot_token_ids[: backbone.num_codes].tolist()
+        allowed = [codes, backbone.slot_token_ids[backbone.num_codes :].tolist()]
         ids = torch.tensor([prompt_ids])
         drawn = backbone.model.generate(
             ids,
@@ -87,7 +89,7 @@ def emu3_case(backbone) -> Case:
     def logits_of_ids(ids: Tensor) -> Tensor:
         return backbone.model(input_ids=ids, use_cache=False).logits[0]
 
-    return vocabulary_case(backbone, logits_of_ids, [(16, 24), (8, 8), (24, 16)], [(0, 8), (20, 16)], greedy)
+    return vocabulary_case(backbone, logits_of_ids, sizes, refused, greedy)
 
 
 def janus_case(backbone) -> Case:
@@ -118,7 +120,11 @@ def case_of(name: str) -> Case:
         backbone.model.get_submodule(part).requires_grad_(False)
     if name == "chameleon":
         return chameleon_case(backbone, [(32, 64), (32, 32), (96, 32)], [(40, 64), (-32, 32)])
-    return {"emu3": emu3_case, "janus": janus_case}[name](backbone)
+    if name == "emu3":
+        return generate_case(backbone, [(16, 24), (8, 8), (24, 16)], [(0, 8), (20, 16)])
+    if name == "simple_ar":
+        return generate_case(backbone, [(48, 48), (16, 16), (32, 32)], [(48, 32), (0, 0), (40, 40)])
+    return janus_case(backbone)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -1,0 +1,87 @@
+"""Releases of further families made small: see `small`, whose ways they share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from sjd2_lightning.models.simple_ar import (
+    DOWNSAMPLE,
+    NUM_CODES,
+    CosmosTokenizer,
+    SimpleARBackbone,
+    SimpleARTokens,
+)
+from sjd2_lightning.models.small import SIZES, byte_tokenizer, random_weights
+
+_CONTROL = ("<|t2i|>", "<|i2t|>", "<|soi|>", "<|vtokens|>", "<|t2v|>", "<|v2t|>", "<|sov|>")
+_LEVELS = (8, 8, 8, 5, 5, 5)  # of Cosmos' scalar quantisation: their product is the number of codes
+
+
+class _Frames(nn.Module):
+    """Half of a tokenizer with Cosmos' codes: a frame's patches to the digits of a code, or back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        levels = torch.tensor(_LEVELS)
+        self.levels = nn.Buffer(levels)
+        self.worth = nn.Buffer(NUM_CODES // levels.cumprod(0))  # of a digit
+
+
+class _Encoder(_Frames):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, len(_LEVELS), 16, 16)
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        levels = self.levels.view(1, -1, 1, 1)
+        shares = torch.sigmoid(4 * self.patch(frames[:, :, 0]))
+        digits = torch.minimum((shares * levels).long(), levels - 1)
+        return (digits * self.worth.view(1, -1, 1, 1)).sum(1)[:, None], shares
+
+
+class _Decoder(_Frames):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(len(_LEVELS), 3 * 16 * 16, 1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        digits = codes // self.worth.view(1, -1, 1, 1) % self.levels.view(1, -1, 1, 1)
+        shares = digits.to(self.patch.weight) / self.levels.view(1, -1, 1, 1)
+        return torch.tanh(F.pixel_shuffle(self.patch(shares), 16))[:, :, None]
+
+
+def shrunken_cosmos(dtype: torch.dtype = torch.float32) -> CosmosTokenizer:
+    """Two programs in TorchScript with the inputs and outputs of Cosmos', random weights of a type."""
+    assert DOWNSAMPLE == 16
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
+        parts = [
+            torch.jit.trace(_Encoder().to(dtype).eval(), torch.zeros(1, 3, 1, 32, 32, dtype=dtype)),
+            torch.jit.trace(_Decoder().to(dtype).eval(), torch.zeros(1, 1, 2, 2, dtype=torch.long)),
+        ]
+    return CosmosTokenizer(*parts).eval()
+
+
+def shrunken_simple_ar(seed: int = 0, sizes: Mapping[str, int] = SIZES) -> SimpleARBackbone:
+    """SimpleAR's layout: squares of multiples of 16 pixels, a code covers 16.
+
+    Args:
+        seed: seed of the weights.
+        sizes: sizes of the trunk, by the names of `SIZES`.
+    """
+    torch.manual_seed(seed)
+    tokens = SimpleARTokens()
+    text = byte_tokenizer(1000, {name: 151665 + place for place, name in enumerate(_CONTROL)})
+    config = Qwen2Config(
+        **{**sizes, "num_key_value_heads": max(1, sizes["num_key_value_heads"] // 2)},
+        vocab_size=tokens.first_code + NUM_CODES,
+        tie_word_embeddings=True,
+    )
+    model = random_weights(Qwen2ForCausalLM, config)
+    return SimpleARBackbone(model, text, shrunken_cosmos(), tokens)

@@ -121,7 +121,7 @@ class Pipeline:
         @torch.inference_mode()
         def draw() -> tuple[DecodeOutput, tuple[Image.Image, ...]]:
             output = decode(self.backbone, texts, seeds, self.config.methods[method], self.layout, observer)
-            pixels = to_uint8(self.backbone.decode_images(output.image_ids))
+            pixels = to_uint8(self.backbone.decode_images(output.image_ids, self.layout))
             return output, tuple(Image.fromarray(each.numpy()) for each in pixels)
 
         (output, images), seconds = timed(draw, self.backbone.device)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sjd2_lightning.masks import additive
-from sjd2_lightning.models.backbone import Backbone, KVCache, Trunk
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, Trunk
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.models.lora import (
     LoraSettings,
@@ -249,7 +249,7 @@ class PretrainedBackbone(Backbone):
             return InvariantTrunk(self)
         return LayeredTrunk(self, flex) if compiled and alike else super().decoding_trunk(False, invariant)
 
-    def decode_images(self, image_ids: Tensor) -> Tensor:
+    def decode_images(self, image_ids: Tensor, layout: ImageLayout | None = None) -> Tensor:
         return self.image_tokenizer.decode(image_ids)
 
     def text_ids(self, template: Sequence[str], prompt: str = "") -> list[int]:

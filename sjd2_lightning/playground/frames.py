@@ -59,7 +59,7 @@ def draw(backbone: Backbone, moments: Sequence[Moment | None], layout: ImageLayo
         return [np.zeros((height, width, 4), np.uint8) for _ in moments]
     codes = [_filled(moment.guesses) for moment in known]
     grids = torch.from_numpy(np.stack(codes)).view(-1, layout.height, layout.width)
-    images = iter(to_uint8(backbone.decode_images(grids.to(backbone.device))).numpy())
+    images = iter(to_uint8(backbone.decode_images(grids.to(backbone.device), layout)).numpy())
     found = []
     for moment in moments:
         if moment is None:

@@ -238,7 +238,7 @@ def plan_run(
     """
     adapter = family_of(family).adapter
     saved = (folder / BACKBONE_FILE).is_file() or family == "chameleon"
-    weights = folder / trunk if saved else folder
+    weights = folder / (trunk if saved else adapter.PLACES[0])
     assumed = not (weights / "config.json").is_file()
     if not assumed:
         read_json(weights / "config.json")
@@ -259,16 +259,16 @@ def plan_run(
         _training(config, parameters["total"], trained, slots, codes, settings),
         _training(config, parameters["total"], in_adapter, slots, codes, settings),
         _decoding(config, parameters, slots, codes, settings),
-        missing_files(folder, weights, saved, adapter.FILES),
+        missing_files(folder, weights, saved, adapter),
         assumed,
     )
 
 
-def missing_files(folder: Path, weights: Path, saved: bool, extra: tuple[str, ...] = ()) -> list[str]:
+def missing_files(folder: Path, weights: Path, saved: bool, adapter: type[PretrainedBackbone]) -> list[str]:
     """Paths of the files that a backbone folder lacks."""
     found = [weights / name for name in missing_weights(weights)]
-    wanted = [(folder / TEXT if saved else folder) / "tokenizer.json"]
-    wanted += [folder / BACKBONE_FILE] if saved else [folder / name for name in extra]
+    wanted = [folder / (TEXT if saved else adapter.PLACES[1]) / "tokenizer.json"]
+    wanted += [folder / BACKBONE_FILE] if saved else [folder / name for name in adapter.FILES]
     if weights.name == TRUNK:
         wanted.append(folder / TOKENIZER / "diffusion_pytorch_model.safetensors")
     return [str(path) for path in [*found, *(path for path in wanted if not path.is_file())]]

@@ -34,7 +34,8 @@ def codes_of(model: ModelConfig) -> Codes | None:
     elif model.init == "pretrained":
         folder = model.source.path
         saved = (Path(folder) / BACKBONE_FILE).is_file()
-        own, trunk = (Path(folder) / TOKENIZER, Path(folder) / model.trunk) if saved else (None, Path(folder))
+        plain = Path(folder) / adapter.PLACES[0]
+        own, trunk = (Path(folder) / TOKENIZER, Path(folder) / model.trunk) if saved else (None, plain)
     try:
         if own is not None and (own / "config.json").is_file():
             fields = read_json(own / "config.json")

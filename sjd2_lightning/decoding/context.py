@@ -106,7 +106,9 @@ class Context:
             embeddings.unflatten(0, rows).transpose(0, 1).contiguous(),
             first.view(rows).T.contiguous(),
             by_row(layouts, lambda layout: self._scales(layout, num_slots)).to(device),
-            by_row(layouts, lambda layout: layout.positions(num_slots)).to(device) if layouts[0].axes else None,
+            by_row(layouts, lambda layout: layout.distances(num_slots)).to(device)
+            if layouts[0].axes
+            else None,
         )
         self._prefill(torch.cat([timestep_tokens.expand(len(ids), -1, -1), embeddings], dim=1), first)
 

@@ -11,9 +11,7 @@ from sjd2_lightning.masks import attention_mask
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, position_ids
 
 
-def _next_logits(
-    backbone: Backbone, layout: ImageLayout, prompt_ids: list[int], slots: list[int]
-) -> Tensor:
+def _next_logits(backbone: Backbone, layout: ImageLayout, prompt_ids: list[int], slots: list[int]) -> Tensor:
     ids, length = torch.tensor([prompt_ids], device=backbone.device), len(prompt_ids)
     embeddings = backbone.embed_prompts(ids, torch.zeros_like(ids[:, 0]))
     drawn = backbone.slot_table()[torch.tensor(slots, dtype=torch.long, device=backbone.device)]
@@ -21,9 +19,7 @@ def _next_logits(
     columns = torch.arange(embeddings.shape[1], device=backbone.device)[None]
     clean = torch.zeros_like(columns)
     mask = attention_mask(columns, clean, clean[:, 0], columns.shape[1])
-    distances = layout.positions(layout.num_slots)
-    if distances is not None:
-        distances = distances.to(backbone.device)[None]
+    distances = layout.distances(layout.num_slots).to(backbone.device)[None] if layout.axes else None
     lengths = torch.full_like(clean[:, 0], length)
     positions = position_ids(columns - length, lengths, distances, backbone.from_image)
     return backbone.image_logits(backbone(embeddings, positions, mask)[:, -1])

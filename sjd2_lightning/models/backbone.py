@@ -48,10 +48,8 @@ class ImageLayout:
         """(height, width) of the image in codes."""
         return self.grids[-1] if self.grids else (self.height, self.width)
 
-    def positions(self, num: int) -> Tensor | None:
-        """(A, num) distances of slots on each axis; right of the image that of the last. None: one axis."""
-        if not self.axes:
-            return None
+    def distances(self, num: int) -> Tensor:
+        """(A, num) distances of slots on each of several axes; right of the image that of the last slot."""
         own = torch.tensor(self.axes)
         return torch.cat([own, own[:, -1:].expand(-1, num)], dim=1)[:, :num]
 
@@ -98,7 +96,7 @@ def position_ids(
     Args:
         slots: (B, L) slots; those below 0 are tokens of the prompt, -1 its last.
         lengths: (B,) number of tokens of each row's prompt.
-        distances: (B, A, N) of slots, see `ImageLayout.positions`; None counts on.
+        distances: (B, A, N) of slots, see `ImageLayout.distances`; None counts on.
         from_image: position 0 is that of the first slot, and those of prompts are below 0; False: it is that
             of the prompt's first token.
     """
@@ -195,7 +193,7 @@ class Backbone(nn.Module, ABC):
 
         Args:
             image_ids: codes.
-            layout: of the images; needed where their codes lie in one row, see `ImageLayout.grids`.
+            layout: layout of the images; needed where their codes lie in one row, see `ImageLayout.grids`.
         """
 
     @abstractmethod

@@ -51,12 +51,20 @@ def _simple_ar() -> Family:
     return Family(SimpleARBackbone, load_simple_ar, shrunken_simple_ar, SimpleARTokens.CONTEXTS)
 
 
+def _glm_image() -> Family:
+    from sjd2_lightning.models.glm_image import GlmImageBackbone, GlmImageTokens, load_glm_image
+    from sjd2_lightning.models.shrunken import shrunken_glm_image
+
+    return Family(GlmImageBackbone, load_glm_image, shrunken_glm_image, GlmImageTokens.CONTEXTS)
+
+
 # imported when asked for: names are checked before anything that takes seconds is loaded
 FAMILIES: dict[str, Callable[[], Family]] = {
     "chameleon": _chameleon,
     "emu3": _emu3,
     "janus": _janus,
     "simple_ar": _simple_ar,
+    "glm_image": _glm_image,
 }
 
 

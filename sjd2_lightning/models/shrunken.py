@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import GlmImageConfig, GlmImageForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
+from sjd2_lightning.models.glm_image import GlmImageBackbone, GlmImageTokens
 from sjd2_lightning.models.simple_ar import (
     DOWNSAMPLE,
     NUM_CODES,
@@ -85,3 +86,39 @@ def shrunken_simple_ar(seed: int = 0, sizes: Mapping[str, int] = SIZES) -> Simpl
     )
     model = random_weights(Qwen2ForCausalLM, config)
     return SimpleARBackbone(model, text, shrunken_cosmos(), tokens)
+
+
+def shrunken_glm_image(seed: int = 0, sizes: Mapping[str, int] = SIZES) -> GlmImageBackbone:
+    """GLM-Image's layout: multiples of 32 pixels, a code covers 32; drafts have 2 x 2 codes, not 16 x 16.
+
+    Args:
+        seed: seed of the weights.
+        sizes: sizes of the trunk, by the names of `SIZES`.
+    """
+    torch.manual_seed(seed)
+    special = {"<|dit_token_16384|>": 16384, "<|dit_token_16385|>": 16385, "<sop>": 167845, "<eop>": 167846}
+    head = max(16, sizes["hidden_size"] // sizes["num_attention_heads"])
+    axis = head // 4 // 3  # half of a head is rotated, in pairs that the three axes share
+    config = GlmImageConfig(
+        text_config={
+            **sizes,
+            "head_dim": head,
+            "num_key_value_heads": max(1, sizes["num_key_value_heads"] // 2),
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [head // 4 - 2 * axis, axis, axis],
+            },
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "intermediate_size": 16,
+            "image_size": 64,
+        },
+        vq_config={"embed_dim": 8, "latent_channels": 16},
+    )
+    model = random_weights(GlmImageForConditionalGeneration, config)
+    return GlmImageBackbone(model, byte_tokenizer(20000, special), GlmImageTokens(draft_side=2))

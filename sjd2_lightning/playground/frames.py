@@ -66,8 +66,9 @@ def draw(backbone: Backbone, moments: Sequence[Moment | None], layout: ImageLayo
             found.append(np.zeros((height, width, 4), np.uint8))
             continue
         image = next(images)
-        alpha = _opacity(moment).reshape(layout.height, layout.width)
-        scale = image.shape[0] // layout.height, image.shape[1] // layout.width
+        rows, columns = layout.grid
+        alpha = _opacity(moment)[-rows * columns :].reshape(rows, columns)
+        scale = image.shape[0] // rows, image.shape[1] // columns
         alpha = alpha.repeat(scale[0], 0).repeat(scale[1], 1)
         found.append(np.concatenate([image, alpha[..., None]], 2))
     return found

@@ -101,9 +101,7 @@ def trunk_input(
     mask = attention_mask(columns, levels, first, embeddings.shape[1])
     # timestep tokens and padding are where the prompt starts
     places = columns.maximum(first[:, None]) - num_side - prompt_len
-    distances = layout.positions(layout.num_slots)
-    if distances is not None:
-        distances = distances.to(device).expand(batch, -1, -1)
+    distances = layout.distances(layout.num_slots).to(device).expand(batch, -1, -1) if layout.axes else None
     positions = position_ids(places, prompt_len - starts, distances, backbone.from_image)
     return TrunkInput(embeddings, positions, mask, num_side, prompt_len)
 

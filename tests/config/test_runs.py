@@ -116,7 +116,7 @@ def test_rounded_weights_are_for_decoding_alone():
 
 
 @pytest.mark.parametrize(
-    "model", ["lumina_mgpt", "lumina_mgpt_1024", "emu3", "janus_pro", "simple_ar", "tiny"]
+    "model", ["lumina_mgpt", "lumina_mgpt_1024", "emu3", "janus_pro", "simple_ar", "glm_image", "tiny"]
 )
 def test_a_model_of_random_weights_alone_is_a_dry_run(model):
     config = typed("train", f"model={model}", "model.init=random_tiny")

@@ -1,7 +1,7 @@
 """Every family passes the conformance suite; what is particular to one is checked beside it."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from unittest.mock import patch
 
 import pytest
@@ -110,6 +110,49 @@ def janus_case(backbone) -> Case:
     return Case(backbone, [(64, 64)], [(64, 32), (384, 384)], False, teacher, token_loop(backbone, logits_of))
 
 
+def glm_image_case(backbone) -> Case:
+    """`generate` as diffusers' pipeline calls it; with guidance, which it lacks, the same trunk over ids."""
+    model, num_codes = backbone.model, backbone.num_codes
+
+    def grids_of(layout: ImageLayout) -> Tensor:
+        return torch.tensor([[1, *grid] for grid in layout.grids[::-1]])
+
+    def logits_of(layout: ImageLayout, prompt_ids: list[int], codes: list[int]) -> Tensor:
+        ids = torch.tensor([prompt_ids])
+        text, _ = model.model.get_rope_index(
+            ids, image_grid_thw=grids_of(layout), images_per_sample=torch.tensor([2])
+        )
+        drawn = model.model._cached_decode_position_ids[0, :, None, : len(codes)]
+        hidden = model.model.language_model(
+            input_ids=torch.tensor([prompt_ids + codes]),
+            position_ids=torch.cat([text, drawn], dim=-1),
+            use_cache=False,
+        )
+        return model.lm_head(hidden.last_hidden_state[0])[:, :num_codes]
+
+    def teacher(prompt_ids: list[int], image_ids: Tensor, layout: ImageLayout) -> Tensor:
+        return logits_of(layout, prompt_ids, image_ids.flatten().tolist()[:-1])[len(prompt_ids) - 1 :]
+
+    def greedy(prompt: str, layout: ImageLayout, scale: float) -> Tensor:
+        if scale != 1:
+            return token_loop(backbone, partial(logits_of, layout))(prompt, layout, scale)
+        ids = torch.tensor([backbone.prompt_ids(prompt, layout)])
+        drawn = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            image_grid_thw=grids_of(layout),
+            images_per_sample=torch.tensor([2]),
+            do_sample=False,
+            max_new_tokens=layout.num_slots,
+            prefix_allowed_tokens_fn=lambda *_: list(range(num_codes)),
+        )[0, ids.shape[1] :]
+        return drawn[None]
+
+    return Case(
+        backbone, [(64, 96), (32, 32), (96, 64)], [(0, 32), (48, 32), (32, 512)], False, teacher, greedy
+    )
+
+
 @cache
 def case_of(name: str) -> Case:
     """Each backbone is built once."""
@@ -124,7 +167,7 @@ def case_of(name: str) -> Case:
         return generate_case(backbone, [(16, 24), (8, 8), (24, 16)], [(0, 8), (20, 16)])
     if name == "simple_ar":
         return generate_case(backbone, [(48, 48), (16, 16), (32, 32)], [(48, 32), (0, 0), (40, 40)])
-    return janus_case(backbone)
+    return {"janus": janus_case, "glm_image": glm_image_case}[name](backbone)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

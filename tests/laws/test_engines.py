@@ -26,7 +26,13 @@ from sjd2_lightning.models.attention import (
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, strong_table, tiny_chameleon
 
 SAMPLING = Sampling(guidance_scale=2.0, top_k=5)
-FAMILY_SIZES = {"chameleon": (32, 64), "emu3": (16, 16), "janus": (64, 64), "simple_ar": (48, 48)}
+FAMILY_SIZES = {
+    "chameleon": (32, 64),
+    "emu3": (16, 16),
+    "janus": (64, 64),
+    "simple_ar": (48, 48),
+    "glm_image": (64, 96),
+}
 METHODS = {
     "ar": DecodingConfig("ar", window=1, sampling=SAMPLING),
     "sjd2 replay": DecodingConfig("sjd2", window=6, num_levels=2, sampling=SAMPLING),

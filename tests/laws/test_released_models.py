@@ -34,7 +34,7 @@ TRAINING = (
     "decoding.window=8",
 )
 
-DOCUMENTED = ("lumina_mgpt", "emu3", "janus_pro", "janus_pro_7b", "simple_ar", "simple_ar_1_5b")
+DOCUMENTED = ("lumina_mgpt", "emu3", "janus_pro", "janus_pro_7b", "simple_ar", "simple_ar_1_5b", "glm_image")
 FOLDERS = {
     "emu3": "emu3_gen",
     "simple_ar": "simple_ar/simplear_0.5B_rl",
@@ -63,6 +63,7 @@ def composed(tmp_path, monkeypatch):
         ("emu3", 16, "null"),
         ("janus_pro", 64, "lora"),
         ("simple_ar", 32, "lora"),
+        ("glm_image", 64, "lora"),
     ],
 )
 def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, peft):
@@ -109,6 +110,7 @@ def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, pe
         ("emu3", 8.8e9, 90 * 91 - 1),
         ("simple_ar", 0.55e9, 64 * 64),
         ("simple_ar_1_5b", 1.64e9, 64 * 64),
+        ("glm_image", 10.1e9, 16 * 16 + 32 * 32),
     ],
 )
 def test_the_plan_needs_no_weights(composed, capsys, model, parameters, tokens):

@@ -237,7 +237,7 @@ def plan_run(
         name: hub id and path, which say the size of a family of several without its config.json.
     """
     adapter = family_of(family).adapter
-    saved = (folder / BACKBONE_FILE).is_file() or family == "chameleon"
+    saved = (folder / BACKBONE_FILE).is_file() or adapter.CONVERTED
     weights = folder / (trunk if saved else adapter.PLACES[0])
     assumed = not (weights / "config.json").is_file()
     if not assumed:

@@ -82,6 +82,7 @@ class PretrainedBackbone(Backbone):
     UNTRAINED: ClassVar[tuple[str, ...]]  # parts of the model that drawing images from text does not use
     FILES: ClassVar[tuple[str, ...]] = ()  # of a plain Hugging Face folder, beside weights and tokenizer.json
     PLACES: ClassVar[tuple[str, str]] = ("", "")  # sub-folders of a release with weights and text tokenizer
+    CONVERTED: ClassVar[bool] = False  # whether a release is converted before it can be loaded
     GRIDS: ClassVar[int] = 1  # of codes in a sequence
     NEWLINE: ClassVar[bool] = False  # whether every row of codes but the last ends in one
 

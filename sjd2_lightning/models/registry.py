@@ -58,6 +58,13 @@ def _glm_image() -> Family:
     return Family(GlmImageBackbone, load_glm_image, shrunken_glm_image, GlmImageTokens.CONTEXTS)
 
 
+def _llamagen() -> Family:
+    from sjd2_lightning.models.llamagen import LlamaGenBackbone, LlamaGenTokens, load_llamagen
+    from sjd2_lightning.models.shrunken import shrunken_llamagen
+
+    return Family(LlamaGenBackbone, load_llamagen, shrunken_llamagen, LlamaGenTokens.CONTEXTS)
+
+
 # imported when asked for: names are checked before anything that takes seconds is loaded
 FAMILIES: dict[str, Callable[[], Family]] = {
     "chameleon": _chameleon,
@@ -65,6 +72,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "janus": _janus,
     "simple_ar": _simple_ar,
     "glm_image": _glm_image,
+    "llamagen": _llamagen,
 }
 
 

@@ -8,9 +8,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GlmImageConfig, GlmImageForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GlmImageConfig,
+    GlmImageForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 from sjd2_lightning.models.glm_image import GlmImageBackbone, GlmImageTokens
+from sjd2_lightning.models.llamagen import NUM_CODES as LLAMAGEN_CODES
+from sjd2_lightning.models.llamagen import LlamaGenBackbone, LlamaGenTokens
 from sjd2_lightning.models.simple_ar import (
     DOWNSAMPLE,
     NUM_CODES,
@@ -18,7 +29,7 @@ from sjd2_lightning.models.simple_ar import (
     SimpleARBackbone,
     SimpleARTokens,
 )
-from sjd2_lightning.models.small import SIZES, byte_tokenizer, random_weights
+from sjd2_lightning.models.small import SIZES, byte_tokenizer, random_weights, small_vq
 
 _CONTROL = ("<|t2i|>", "<|i2t|>", "<|soi|>", "<|vtokens|>", "<|t2v|>", "<|v2t|>", "<|sov|>")
 _LEVELS = (8, 8, 8, 5, 5, 5)  # of Cosmos' scalar quantisation: their product is the number of codes
@@ -122,3 +133,31 @@ def shrunken_glm_image(seed: int = 0, sizes: Mapping[str, int] = SIZES) -> GlmIm
     )
     model = random_weights(GlmImageForConditionalGeneration, config)
     return GlmImageBackbone(model, byte_tokenizer(20000, special), GlmImageTokens(draft_side=2))
+
+
+def shrunken_llamagen(
+    seed: int = 0, sizes: Mapping[str, int] = SIZES, side: int = 4, condition: str = "text"
+) -> LlamaGenBackbone:
+    """LlamaGen's layout; one size, by default 64 x 64 pixels, a code covers 16.
+
+    Args:
+        seed: seed of the weights.
+        sizes: sizes of the trunk, by the names of `SIZES`.
+        side: number of codes on a side of the image.
+        condition: "text" or "class", what it is drawn from.
+    """
+    torch.manual_seed(seed)
+    config = LlamaConfig(**sizes, vocab_size=LLAMAGEN_CODES, rms_norm_eps=1e-5)
+    model = random_weights(LlamaForCausalLM, config)
+    encoder = None
+    if condition == "text":
+        t5 = T5Config(
+            vocab_size=320, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+        )
+        encoder = random_weights(T5EncoderModel, t5)
+    text = byte_tokenizer(3, {"<pad>": 0, "</s>": 1, "<unk>": 2})
+    tokens = LlamaGenTokens(condition=condition, side=side)
+    backbone = LlamaGenBackbone(model, text, small_vq(LLAMAGEN_CODES, 4), tokens, encoder)
+    for tensor in (*backbone.prefix.parameters(), *backbone.prefix.buffers()):
+        nn.init.normal_(tensor, std=tensor.shape[1] ** -0.5 if condition == "text" else 1.0)
+    return backbone.eval()

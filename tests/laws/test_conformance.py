@@ -13,6 +13,7 @@ from sjd2_lightning.decoding import Sampling, decode
 from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.models.registry import FAMILIES, build_shrunken
 from tests.tools.conformance import AR, CHECKS, PROMPTS, Case, image_token_ids
+from tests.tools.plain_llamagen import plain_llamagen
 from tests.tools.tiny_backbones import tiny_chameleon
 
 
@@ -153,6 +154,17 @@ def glm_image_case(backbone) -> Case:
     )
 
 
+def llamagen_case(backbone) -> Case:
+    """The release in its own order of numbers, without cache, mask or positions of ours: see `plain_llamagen`."""
+
+    def teacher(prompt_ids: list[int], image_ids: Tensor, layout: ImageLayout) -> Tensor:
+        codes = image_ids.flatten().tolist()
+        return plain_llamagen(backbone, prompt_ids, codes[:-1])[len(prompt_ids) - 1 :]
+
+    draw = token_loop(backbone, partial(plain_llamagen, backbone))
+    return Case(backbone, [(64, 64)], [(64, 32), (128, 128)], False, teacher, draw)
+
+
 @cache
 def case_of(name: str) -> Case:
     """Each backbone is built once."""
@@ -167,7 +179,7 @@ def case_of(name: str) -> Case:
         return generate_case(backbone, [(16, 24), (8, 8), (24, 16)], [(0, 8), (20, 16)])
     if name == "simple_ar":
         return generate_case(backbone, [(48, 48), (16, 16), (32, 32)], [(48, 32), (0, 0), (40, 40)])
-    return {"janus": janus_case, "glm_image": glm_image_case}[name](backbone)
+    return {"janus": janus_case, "glm_image": glm_image_case, "llamagen": llamagen_case}[name](backbone)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -46,6 +46,7 @@ class Case:
         newline: whether rows end in one.
         teacher: logits (n, K) of the codes (1, H, W) behind a prompt, by transformers' own path over ids.
         greedy: codes (H, W) that transformers' own path draws greedily at a guidance scale.
+        prompts: two that it draws from, of different lengths where they have one.
     """
 
     backbone: PretrainedBackbone
@@ -54,6 +55,7 @@ class Case:
     newline: bool
     teacher: Callable[[list[int], Tensor, ImageLayout], Tensor]
     greedy: Callable[[str, ImageLayout, float], Tensor]
+    prompts: Sequence[str] = PROMPTS
 
     @property
     def small(self) -> ImageLayout:
@@ -97,13 +99,15 @@ def check_layouts(case: Case) -> None:
 def check_prompts(case: Case) -> None:
     """Prompts are told apart, and neither a prompt nor its unconditional twin leaves the vocabulary."""
     backbone, layout = case.backbone, case.small
-    vocabulary = backbone.trunk.get_input_embeddings().num_embeddings
-    rows = [backbone.prompt_ids(prompt, layout) for prompt in PROMPTS]
+    rows = [backbone.prompt_ids(prompt, layout) for prompt in case.prompts]
     assert rows[0] != rows[1]
-    assert backbone.prompt_ids(PROMPTS[0], layout) == rows[0]
+    assert backbone.prompt_ids(case.prompts[0], layout) == rows[0]
     for ids in (*rows, *(backbone.unconditional_ids(layout, row) for row in rows)):
         assert ids
-        assert 0 <= min(ids) <= max(ids) < vocabulary
+        assert min(ids) >= 0
+        ids = torch.tensor([ids])
+        fed = backbone.embed_prompts(ids, torch.zeros(1, dtype=torch.long))
+        assert fed.shape == (1, ids.shape[1], backbone.hidden_size)
     for empty in ("", "  \n"):
         with pytest.raises(ValueError, match="empty prompt"):
             backbone.prompt_ids(empty, layout)
@@ -155,7 +159,7 @@ def check_timestep_tokens(case: Case) -> None:
     levels[0, 1] = 2
     eps = torch.randn(1, codes[0].numel(), backbone.hidden_size, generator=torch.Generator().manual_seed(2))
     noise = NoisyCodes(levels, torch.tensor([0.0, 0.5, 1.0]), eps)
-    fed = trunk_input(backbone, [backbone.prompt_ids(PROMPTS[0], layout)], codes, layout, noise)
+    fed = trunk_input(backbone, [backbone.prompt_ids(case.prompts[0], layout)], codes, layout, noise)
     noisy_column = fed.num_side + fed.prompt_len + int(layout.code_slots[1])
 
     def hidden(embeddings: Tensor) -> Tensor:
@@ -176,8 +180,8 @@ def check_loss(case: Case) -> None:
     module = SJD2Module(
         backbone, TrainingNoise(enabled=False), OptimizerConfig(), layout.pixels, prompt_dropout=0.0
     )
-    batch = Batch(PROMPTS, case.codes(layout))
-    prompts = [backbone.prompt_ids(prompt, layout) for prompt in PROMPTS]
+    batch = Batch(case.prompts, case.codes(layout))
+    prompts = [backbone.prompt_ids(prompt, layout) for prompt in case.prompts]
     ours = module.losses(batch, prompts, None).per_token
     clean = NoisyCodes(
         torch.zeros(ours.shape, dtype=torch.long),
@@ -199,16 +203,16 @@ def check_replay(case: Case) -> None:
     sampling = Sampling(guidance_scale=3.0, top_k=2000)
     ties = NearTies()
     baseline = DecodingConfig("ar", window=1, sampling=sampling)
-    wanted = decode(backbone, PROMPTS, [5, 6], baseline, layout, ties).slot_ids
+    wanted = decode(backbone, case.prompts, [5, 6], baseline, layout, ties).slot_ids
     ends = [
         min((slot for image, slot in ties.slots if image == row), default=layout.num_slots)
-        for row in range(len(PROMPTS))
+        for row in range(len(case.prompts))
     ]
-    slow = decode_reference(backbone, PROMPTS[0], 5, sampling, layout)
+    slow = decode_reference(backbone, case.prompts[0], 5, sampling, layout)
     assert slow[: ends[0]].tolist() == wanted[0, : ends[0]].tolist()
     for method, levels in (("sjd", 0), ("sjd2", 2)):
         config = DecodingConfig(method, window=5, num_levels=levels, sampling=sampling)
-        output = decode(backbone, PROMPTS, [5, 6], config, layout)
+        output = decode(backbone, case.prompts, [5, 6], config, layout)
         for row, end in enumerate(ends):
             assert output.slot_ids[row, :end].tolist() == wanted[row, :end].tolist(), (method, row)
 
@@ -219,12 +223,12 @@ def check_replay_everywhere(case: Case) -> None:
     for scale in (1.0, 3.0):
         sampling = Sampling(guidance_scale=scale)
         ties = NearTies()
-        wanted = decode(backbone, PROMPTS, [5, 6], replace(AR, sampling=sampling), layout, ties).slot_ids
+        wanted = decode(backbone, case.prompts, [5, 6], replace(AR, sampling=sampling), layout, ties).slot_ids
         for number, config in enumerate(replaying_methods()):
             config = replace(config, sampling=sampling)
             rows = [0, 1] if number % 2 else [1]
             output = decode(
-                backbone, [PROMPTS[row] for row in rows], [5 + row for row in rows], config, layout
+                backbone, [case.prompts[row] for row in rows], [5 + row for row in rows], config, layout
             )
             for ours, row in zip(output.slot_ids, rows, strict=True):
                 end = min((slot for image, slot in ties.slots if image == row), default=layout.num_slots)
@@ -265,7 +269,7 @@ def check_sizes(case: Case) -> None:
     """A batch with all sizes that the backbone draws: every row is the image that its prompt gives alone."""
     backbone = case.backbone
     layouts = [backbone.layout(*size) for size in case.sizes]
-    prompts = [PROMPTS[row % 2] for row in range(2 * len(layouts))]
+    prompts = [case.prompts[row % 2] for row in range(2 * len(layouts))]
     layouts, seeds = [*layouts, *layouts[::-1]], list(range(2 * len(layouts)))
     sampling = Sampling(guidance_scale=3.0, top_k=2000)
     for base in (
@@ -285,8 +289,8 @@ def check_greedy(case: Case) -> None:
     """Greedy tokens are those of transformers' own path, with and without guidance."""
     for scale in (1.0, 3.0):
         config = DecodingConfig("ar", window=1, sampling=Sampling(temperature=0.0, guidance_scale=scale))
-        ours = decode(case.backbone, PROMPTS[:1], [0], config, case.small).image_ids[0]
-        assert torch.equal(ours, case.greedy(PROMPTS[0], case.small, scale))
+        ours = decode(case.backbone, case.prompts[:1], [0], config, case.small).image_ids[0]
+        assert torch.equal(ours, case.greedy(case.prompts[0], case.small, scale))
 
 
 def check_images(case: Case) -> None:
@@ -334,8 +338,8 @@ def check_folder(case: Case) -> None:
         assert not list(Path(folder).rglob("*.bin"))
     assert not any(module.training for module in again.modules())
     assert again.tokens == backbone.tokens
-    ids = backbone.prompt_ids(PROMPTS[0], layout)
-    assert again.prompt_ids(PROMPTS[0], layout) == ids
+    ids = backbone.prompt_ids(case.prompts[0], layout)
+    assert again.prompt_ids(case.prompts[0], layout) == ids
     assert again.unconditional_ids(layout, ids) == backbone.unconditional_ids(layout, ids)
     assert (other != backbone.tokens.unconditional) is (len(type(backbone.tokens).CONTEXTS) > 1)
     hidden = torch.randn(2, backbone.hidden_size, generator=torch.Generator().manual_seed(3))

@@ -159,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--name", help="name in the index (default: that of --input)")
     add("--attribution", default="", metavar="TEXT", help="licence line, kept in the index")
     add("--tokenizer", type=Path, metavar="FOLDER", help="image tokenizer in diffusers' layout")
-    add("--model-family", metavar="NAME", help="tokenizer of a model: chameleon, emu3 or janus")
+    add("--model-family", metavar="NAME", help="tokenizer of a model: chameleon, simple_ar, ...")
     add("--model-path", type=Path, metavar="FOLDER", help="its folder; random_tiny: a dry run")
     add("--image-size", type=int, nargs="+", metavar="N", help="height and width (64)")
     add("--size", dest="image_size", type=int, nargs="+", help=argparse.SUPPRESS)

@@ -296,6 +296,7 @@ class ModelConfig(Group):
     quantize: Literal["int8", "fp8"] | None
     load_onto: str | None
     unconditional: str | None
+    pixels: str | None
     image_size: tuple[Side, Side]
     peft: Literal["lora"] | None
     lora: Annotated[LoraSettings, AfterValidator(sound)]
@@ -321,6 +322,14 @@ class ModelConfig(Group):
         found = self._weights_problems() if self.init == "pretrained" and self.scratch is None else []
         if self.family not in FAMILIES:
             found.append(f"family={self.family}: no such family; {did_you_mean(self.family, list(FAMILIES))}")
+        if self.pixels is not None and self.family != "glm_image":
+            found.append(
+                f"pixels={self.pixels}: {self.family} has an image decoder of its own; set model.pixels=null"
+            )
+        elif self.pixels is not None and not (shipped(self.pixels) / "model_index.json").is_file():
+            found.append(
+                f"pixels={self.pixels}: there is no model_index.json; give a copy of zai-org/GLM-Image"
+            )
         try:
             torch.device(self.load_onto or "cpu")
         except RuntimeError:
@@ -345,7 +354,7 @@ class ModelConfig(Group):
             folder = self.source.folder()
         except ValueError as error:
             return [f"path={self.path}: {error}"]
-        if any((folder / name).is_file() for name in ("backbone.json", "config.json")):
+        if any((folder / name).is_file() for name in ("backbone.json", "config.json", "model_index.json")):
             if self.trunk == TRUNK or (folder / self.trunk).is_dir() or Path(self.trunk).is_dir():
                 return []
             return [f"trunk={self.trunk}: there is no such folder, in {folder} or elsewhere"]

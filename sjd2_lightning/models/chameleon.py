@@ -58,6 +58,7 @@ class ChameleonBackbone(VocabularyBackbone):
     MODEL = ChameleonForConditionalGeneration
     TRUNK_PATH = "model"
     UNTRAINED = ("model.vqmodel",)
+    CONVERTED = True
 
     def __init__(
         self,

@@ -36,6 +36,16 @@ class ImageTokenizer(Protocol):
     def decode(self, image_ids: Tensor) -> Tensor: ...
 
 
+def codes_shape(tokenizer: ImageTokenizer, height: int, width: int) -> tuple[int, int]:
+    """(H, W) of the codes of pictures of (height, width) pixels, multiples of the tokenizer's `downsample`.
+
+    A tokenizer whose codes are no grid of the picture says so by a method of this name.
+    """
+    own: Any = getattr(tokenizer, "codes_shape", None)
+    grid = (height // tokenizer.downsample, width // tokenizer.downsample)
+    return grid if own is None else own(*grid)
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [0, 1], (B, 3, h, w) float, as (B, h, w, 3) uint8 on the CPU.
 

@@ -226,13 +226,16 @@ def shown_passes(num_passes: int, num_frames: int) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def replay(backbone: Backbone, trajectory: Trajectory, num_frames: int) -> Replay:
+def replay(
+    backbone: Backbone, trajectory: Trajectory, num_frames: int, layout: ImageLayout | None = None
+) -> Replay:
     """Partial images of a trajectory; the commonest code fills what no pass has looked at yet.
 
     Args:
         backbone: model whose image decoder draws them.
         trajectory: a result of `trace`.
         num_frames: greatest number of images, 2 or more.
+        layout: layout of the image, see `Backbone.decode_images`.
     """
     passes = shown_passes(trajectory.num_passes, num_frames)
     codes = trajectory.guesses[list(passes)]
@@ -241,7 +244,7 @@ def replay(backbone: Backbone, trajectory: Trajectory, num_frames: int) -> Repla
     frames = [
         _small(image.numpy())
         for chunk in grids.split(_CHUNK)
-        for image in to_uint8(backbone.decode_images(chunk.to(backbone.device)))
+        for image in to_uint8(backbone.decode_images(chunk.to(backbone.device), layout))
     ]
     return Replay(trajectory, passes, np.stack(frames))
 
@@ -298,7 +301,7 @@ def observe(
         with stage("decoding again with an observer, for the report"):
             traced = trace(backbone, methods, prompts, layout)
         with stage("drawing partial images"):
-            replays = [replay(backbone, trajectory, num_frames) for trajectory in traced]
+            replays = [replay(backbone, trajectory, num_frames, layout) for trajectory in traced]
         with stage("timing single passes"):
             costs = measure_pass_costs(backbone, result, layout, cost_windows)
     return Observations(tuple(traced), tuple(replays), costs)

@@ -32,6 +32,8 @@ NAMED_FILES = (
     "weights/tiny/clip/open_clip_config.json",
     *(f"weights/lumina_mgpt_7b_{size}/backbone.json" for size in (512, 768, 1024)),
     *(f"weights/{name}/config.json" for name in ("emu3_gen", "janus_pro_1b", "janus_pro_7b")),
+    *(f"weights/simple_ar/simplear_{size}B_rl/config.json" for size in (0.5, 1.5)),
+    "weights/glm_image/model_index.json",
     "outputs/demo/model/backbone.json",
     "outputs/smoke/model/backbone.json",
     "outputs/study/small_base/model/backbone.json",

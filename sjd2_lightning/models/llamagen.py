@@ -170,8 +170,9 @@ class LlamaGenBackbone(PretrainedBackbone):
 
     def train(self, mode: bool = True) -> LlamaGenBackbone:
         super().train(mode)
-        if getattr(self, "text_encoder", None) is not None:
-            self.text_encoder.eval()
+        encoder = getattr(self, "text_encoder", None)
+        if encoder is not None:
+            encoder.eval()
         return self
 
     def layout(self, height: int, width: int) -> ImageLayout:
@@ -248,7 +249,7 @@ class LlamaGenBackbone(PretrainedBackbone):
 
 
 def cleaned(caption: str) -> str:
-    """A caption as T5 saw captions in training: the release's cleaning, as far as it touches plain captions."""
+    """A caption as T5 saw it in training: the release's cleaning, as far as it touches plain ones."""
     caption = re.sub(r"\bhttps?://\S+|\bwww\.\S+|<[^>]*>|@\w+\b", "", caption.lower())
     caption = re.sub(r"[\u02d7\u058a\u2010-\u2015\u2212\ufe58\ufe63\uff0d]+", "-", caption)
     caption = re.sub(r"[`´«»“”¨]", '"', caption)
@@ -294,6 +295,8 @@ def load_llamagen(
         except Exception as error:  # transformers has many kinds
             raise ValueError(f"no encoder of T5 in {folder / ENCODER} ({error}); {options.remedy}") from error
     images = load_image_tokenizer(folder / TOKENIZER)
+    if not isinstance(images, VQImageTokenizer):
+        raise ValueError(f"{folder / TOKENIZER} is no VQ model, which LlamaGen draws with; {options.remedy}")
     backbone = LlamaGenBackbone(model, text, images, tokens, encoder).eval()
     if not (folder / PREFIX).is_file():
         raise ValueError(f"no backbone in {folder}: {PREFIX} is missing; {options.remedy}")

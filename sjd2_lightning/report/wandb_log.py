@@ -91,7 +91,7 @@ def log_suffixes(names: Sequence[str]) -> dict[str, str]:
 
 
 def media_row(result: EvaluationResult, section: str = "val", num_prompts: int = 8) -> dict[str, Any]:
-    """Numbers, image grid, acceptance histograms, maps of passes and the page of prompts, for one call of `run.log`.
+    """Numbers, image grid, histograms, maps of passes and the page of prompts, for one call of `run.log`.
 
     One call, because W&B drops what is logged to a step that it has left.
     """

@@ -19,7 +19,7 @@ from sjd2_lightning.data.sources.coco import coco_items
 from sjd2_lightning.data.sources.emoji import load_emoji_index
 from sjd2_lightning.data.sources.scene_shards import SOURCE as SCENES
 from sjd2_lightning.data.sources.scenes import Variety, training_scene
-from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts, read_prompts, scene_prompts
+from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts, read_prompts
 from sjd2_lightning.evaluation.quality import QualityMetrics
 from sjd2_lightning.evaluation.references import (
     ReferenceSet,
@@ -28,6 +28,7 @@ from sjd2_lightning.evaluation.references import (
     held_out_emoji,
     image_folder,
 )
+from sjd2_lightning.evaluation.scene_judge import scene_judge, scene_prompts, scene_reference, with_asked
 from sjd2_lightning.metrics.alignment import load_clip_scorer
 from sjd2_lightning.metrics.features import load_feature_extractor
 from sjd2_lightning.models.backbone import Backbone
@@ -44,6 +45,7 @@ from sjd2_lightning.training.recipes.clip import ClipModule, EmojiPairs
 from sjd2_lightning.training.recipes.tokenizer import PictureData, TokenizerModule
 
 _HELD_OUT_PROMPTS = 64
+_REFERENCE_SCENES = 252  # real scenes for the distances, at least as many as there are prompts
 _NUM_CAPTIONS = 5000  # of scenes, enough to hold every word often
 
 
@@ -69,10 +71,15 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
 def captions_of(data: DataConfig) -> Iterator[str]:
     """What the text tokenizer of a new model learns: captions of the embedded set that `data` prepares."""
     if data.source == SCENES:
-        variety = Variety(data.num_nouns, data.aligned)
+        variety = variety_of(data)
         yield from (training_scene(0, index, variety).caption for index in range(_NUM_CAPTIONS))
     else:
         yield from (item.caption for item in load_emoji_index())
+
+
+def variety_of(data: DataConfig) -> Variety:
+    """How much the scenes of a configuration differ."""
+    return Variety(data.num_nouns, data.aligned)
 
 
 def build_backbone(
@@ -204,6 +211,8 @@ def build_metrics(config: SharedConfig, device: str | torch.device = "cpu") -> Q
         clip = load_clip_scorer(
             shipped(metrics.clip) if "/" in metrics.clip else metrics.clip, metrics.clip_pretrained, device
         )
+    height, width = config.model.image_size
+    has_judge = metrics.judge and config.data.source == SCENES and height == width
     return QualityMetrics(
         extractors=[
             load_feature_extractor(name, device, metrics.inception_dir, metrics.allow_download)
@@ -214,12 +223,19 @@ def build_metrics(config: SharedConfig, device: str | torch.device = "cpu") -> Q
         num_distance_resamples=metrics.num_distance_resamples,
         nearest_k=metrics.nearest_k,
         cache_dir=metrics.cache_dir,
+        judge=scene_judge(height) if has_judge else None,
     )
 
 
-def build_reference(config: SharedConfig) -> ReferenceSet | None:
-    """Real images for the distances; None where no features are asked for."""
-    if not config.metrics.features:
+def build_reference(config: SharedConfig, num_prompts: int = 0) -> ReferenceSet | None:
+    """Real images for distances and controls; None where speed alone is measured.
+
+    Args:
+        config: the configuration.
+        num_prompts: number of prompts; of scenes at least as many are painted.
+    """
+    metrics, is_scenes = config.metrics, config.data.source == SCENES
+    if not metrics.features and metrics.clip is None and not (metrics.judge and is_scenes):
         return None
     if config.metrics.protocol is not None:
         protocol = config.metrics.protocol
@@ -227,6 +243,9 @@ def build_reference(config: SharedConfig) -> ReferenceSet | None:
     height, width = config.model.image_size
     if config.data.reference_dir is not None:
         return image_folder(config.data.reference_dir, (height, width))
+    if is_scenes:
+        number = max(_REFERENCE_SCENES, num_prompts)
+        return scene_reference(height, number, config.seed, variety_of(config.data))
     return held_out_emoji(height)
 
 
@@ -237,14 +256,15 @@ def build_prompts(config: SharedConfig, num_prompts: int | None) -> list[PromptI
     """
     if config.metrics.protocol is not None:
         return coco_prompts(coco_items(config.metrics.protocol), config.seed)[:num_prompts]
+    path, is_scenes = config.data.prompt_file, config.data.source == SCENES
     own = Path(config.data.data_dir) / PROMPTS_NAME
-    if config.data.prompt_file is not None:
-        return read_prompts(config.data.prompt_file, config.seed)[:num_prompts]
-    if not config.data.prepare and own.is_file():  # an embedded set has its own names
-        return read_prompts(own, config.seed)[:num_prompts]
-    if config.data.source == SCENES:
-        variety = Variety(config.data.num_nouns, config.data.aligned)
-        return scene_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed, variety)
+    if path is None and not config.data.prepare and own.is_file():  # an embedded set has its own names
+        path = str(own)
+    if path is not None:
+        found = read_prompts(path, config.seed)[:num_prompts]
+        return with_asked(found) if is_scenes else found
+    if is_scenes:
+        return scene_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed, variety_of(config.data))
     return held_out_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed)
 
 

@@ -86,7 +86,8 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     with stage("reading the prompts and real images"):
-        prompts, reference = chosen_prompts(config), build_reference(config)
+        prompts = chosen_prompts(config)
+        reference = build_reference(config, len(prompts))
     backbone = decoding_backbone(config.model, weights, config.ckpt_path, device)
     layout = backbone.layout(*config.model.image_size)
     methods, windows = chosen_methods(config, backbone, prompts, layout)

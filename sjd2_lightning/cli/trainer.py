@@ -120,15 +120,16 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: 
     if wanted.sampling is not None and sharded:
         log.warning("trainer.strategy=fsdp: nothing is decoded during validation, which needs whole weights")
     if wanted.sampling is not None and isinstance(module, SJD2Module) and not sharded:
+        prompts = build_prompts(config, wanted.sampling.num_prompts)
         found.append(
             SamplingCallback(
-                build_prompts(config, wanted.sampling.num_prompts),
+                prompts,
                 {name: config.methods[name] for name in config.compare},
                 Path(config.run_dir) / "samples",
                 every_n_validations=wanted.sampling.every_n_validations,
                 batch_size=wanted.sampling.batch_size,
                 metrics=build_metrics(config),
-                reference=build_reference(config),
+                reference=build_reference(config, len(prompts)),
                 windows=config.auto_window.windows,
             )
         )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.table import Table
 
 from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.quality import judge_key
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.metrics.bootstrap import MetricResult
 from sjd2_lightning.metrics.fidelity import MANIFOLD
+from sjd2_lightning.metrics.judge import NAMES
 
 MISSING = "–"
 
@@ -45,6 +47,7 @@ class Row:
     is_reference: bool
 
 
+_CATEGORIES = ("single", "two", "three", "counting", "position", "ground", "size")
 _SPEED = (
     Column("nfe", "passes", 1),
     Column("step_compression", "tokens / pass", 2),
@@ -52,7 +55,14 @@ _SPEED = (
     Column("seconds_per_image", "s / image", 2),
     Column("peak_memory_gib", "GiB", 1),
 )
-_QUALITY = (("clip_score", 2), ("clip_gain", 2), ("fd", 1), ("kid", 3), *((name, 2) for name in MANIFOLD))
+_QUALITY = (
+    ("judge", 2),
+    ("clip_score", 2),
+    ("clip_gain", 2),
+    ("fd", 1),
+    ("kid", 3),
+    *((name, 2) for name in MANIFOLD),
+)
 _DISTANCES = {"fd_": 1, "kid_": 3, **{f"{name}_": 2 for name in MANIFOLD}}  # of further extractors
 
 
@@ -62,6 +72,7 @@ def columns(result: EvaluationResult) -> tuple[Column, ...]:
     for measured in _all_measured(result):
         names |= {key: measure.name for key, measure in measured.items() if key not in names}
     names["clip_gain"] = "CLIP gain" if "clip_gain" in names else ""
+    names["judge"] = "judged right" if "judge" in names else ""
     quality = [Column(key, names[key], decimals) for key, decimals in _QUALITY if names.get(key)]
     quality += [
         Column(key, name, decimals)
@@ -81,8 +92,7 @@ def rows(result: EvaluationResult) -> list[Row]:
         found.append(Row(name, acceptance_text(method), equal_text(method), method.num_images, cells, False))
     for name, (count, quality) in result.references.items():
         cells = tuple(cell(quality.measured, column) for column in shown)
-        title = "real" if name == "real" else f"real, {name.replace('_', ' ')}"
-        found.append(Row(title, MISSING, MISSING, count, cells, True))
+        found.append(Row(_title(name), MISSING, MISSING, count, cells, True))
     return found
 
 
@@ -97,6 +107,29 @@ def cell(measured: Mapping[str, MetricResult], column: Column) -> Cell:
         low, high = measure.interval
         interval = f"[{low:.{digits}f}, {high:.{digits}f}]"
     return Cell(f"{measure.value:.{digits}f}", interval)
+
+
+def judge_columns(result: EvaluationResult) -> tuple[Column, ...]:
+    """Columns of the judge's table: each category, all but names, and that less the baseline's."""
+    keys = {key for measured in _all_measured(result) for key in measured}
+    order = [judge_key(name) for name in (*_CATEGORIES, NAMES, "overall")]
+    found = [Column(key, key.removeprefix("judge_"), 2) for key in order if key in keys]
+    found = [column if column.key != "judge" else replace(column, heading="overall") for column in found]
+    less = Column("judge_minus_ar", f"overall less {BASELINE}", 2)
+    return (*found, *([less] if less.key in keys else []))
+
+
+def judge_rows(result: EvaluationResult) -> list[tuple[str, tuple[Cell, ...]]]:
+    """Names of methods and real sets, and their cells under `judge_columns`; nothing without a judge."""
+    shown = judge_columns(result)
+    measured = {name: method.measured for name, method in result.methods.items()}
+    measured |= {_title(name): quality.measured for name, (_, quality) in result.references.items()}
+    return [(name, tuple(cell(own, column) for column in shown)) for name, own in measured.items() if shown]
+
+
+def _title(name: str) -> str:
+    """What a set of real images is called."""
+    return "real" if name == "real" else f"real, {name.replace('_', ' ')}"
 
 
 def acceptance_text(method: MethodResult) -> str:
@@ -124,13 +157,18 @@ def baseline_note(result: EvaluationResult) -> str:
     return f"{BASELINE} {' and '.join(notes)}" if notes else ""
 
 
+def control_notes(result: EvaluationResult) -> list[str]:
+    """What the metrics that are shown have shown on real images."""
+    return [control.sentence for control in result.controls if control.passed]
+
+
 def console_table(result: EvaluationResult) -> Table:
     """The table for rich's console: value, and its interval on the line below."""
     counts = sorted({row.num_images for row in rows(result)})
     images = " or ".join(map(str, counts))
     caption = f"{images} images a row; in brackets: 95 % bootstrap intervals"
-    note = baseline_note(result)
-    table = Table(caption=f"{caption}\n{note}" if note else caption, padding=(0, 0, 0, 1))
+    notes = [caption, baseline_note(result), *control_notes(result)]
+    table = Table(caption="\n".join(filter(None, notes)), padding=(0, 0, 0, 1))
     table.add_column("method", no_wrap=True)
     table.add_column("accept")
     table.add_column("= ar", justify="right")

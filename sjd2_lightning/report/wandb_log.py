@@ -13,6 +13,7 @@ import wandb
 from wandb.env import CACHE_DIR, DATA_DIR, get_cache_dir
 
 from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.quality import judge_key
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.metrics.fidelity import MANIFOLD
 from sjd2_lightning.report.figures import acceptance_maps, figure_pixels, image_grid
@@ -47,16 +48,30 @@ def scalar_row(result: EvaluationResult, prefix: str = "val/") -> dict[str, floa
 
 
 def sampled_names(
-    methods: Sequence[str], extractors: Sequence[str], has_clip: bool, has_manifold: bool
+    methods: Sequence[str],
+    extractors: Sequence[str],
+    has_clip: bool,
+    has_manifold: bool,
+    judged: Sequence[str] = (),
 ) -> list[str]:
-    """Keys that `scalar_row` may give for methods, extractors of distances and a CLIP scorer."""
+    """Keys that `scalar_row` may give for methods, extractors of distances, a CLIP scorer and a judge.
+
+    Args:
+        methods: names of the methods.
+        extractors: names of the extractors.
+        has_clip: whether there is a scorer.
+        has_manifold: whether precision, recall, density and coverage are measured.
+        judged: categories of prompts that a judge reports.
+    """
     numbers = ["nfe", "step_compression", "seconds_per_image", "images_per_second", "flops_per_token"]
     numbers += ["peak_memory_gib", "window"]
     of_features = _OF_FEATURES if has_manifold else ("fd", "kid")
     numbers += [f"{name}_{extractor}" for extractor in extractors for name in of_features]
     if has_clip:
         numbers += ["clip_score", "clip_score_shuffled", "clip_gain"]
+    numbers += [judge_key(category) for category in judged]
     against = ["speedup", "equal_to_ar", "clip_score_minus_ar"] if BASELINE in methods else []
+    against += [f"{judge_key(category)}_minus_ar" for category in judged if against]
     return [f"val/{name}{suffix}" for suffix in log_suffixes(methods).values() for name in numbers + against]
 
 
@@ -216,7 +231,9 @@ def _table(result: EvaluationResult) -> wandb.Table:
     methods = list(result.methods.values())
     columns = ["key", "prompt", "seed"]
     for method in methods:
-        columns += [f"{method.name} {part}" for part in ("image", "nfe", "tokens / pass", "CLIP score")]
+        columns += [
+            f"{method.name} {part}" for part in ("image", "nfe", "tokens / pass", "CLIP score", "judge")
+        ]
     table = wandb.Table(columns=columns)
     for place, item in enumerate(result.prompts[:_MAX_TABLE_ROWS]):
         row: list[Any] = [item.key, item.prompt, item.seed]
@@ -224,6 +241,8 @@ def _table(result: EvaluationResult) -> wandb.Table:
             record = method.records[place]
             score = method.clip_scores[place] if method.clip_scores else None
             image = wandb.Image(str(result.store.image_path(record)))
-            row += [image, record.nfe, record.num_generated / record.nfe, score]
+            verdict = method.verdicts[place] if method.verdicts else None
+            judge = None if verdict is None else verdict.sentence
+            row += [image, record.nfe, record.num_generated / record.nfe, score, judge]
         table.add_data(*row)
     return table

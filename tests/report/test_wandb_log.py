@@ -40,7 +40,7 @@ def test_offline_run_holds_every_figure_and_image_in_one_step(result, provenance
     assert row["eval/acceptance/sjd2"]["_type"] == "histogram"
     assert (row["eval/prompts"]["nrows"], row["eval/prompts"]["ncols"]) == (
         len(PROMPTS),
-        3 + 4 * len(METHODS),
+        3 + 5 * len(METHODS),
     )
     assert config["config"]["window"] == 6
     assert "s3cr3t" not in json.dumps(config)

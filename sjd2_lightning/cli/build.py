@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -37,6 +38,7 @@ from sjd2_lightning.models.lora import has_adapter
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.small import build_tiny
+from sjd2_lightning.run.provenance import trainings_of, write_trainings
 from sjd2_lightning.run.stages import stage
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
@@ -289,3 +291,19 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
     dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
     with stage(f"writing the weights to {config.export_dir}"):
         backbone.save(config.export_dir, dtype)
+        write_trainings(config.export_dir, trainings_after(config, trainer.global_step))
+
+
+def trainings_after(config: TrainConfig, num_steps: int) -> list[dict[str, Any]]:
+    """The trainings that made the weights of a run, those before it included.
+
+    Args:
+        config: the run.
+        num_steps: number of its steps.
+    """
+    model = config.model
+    before: list[dict[str, Any]] = []
+    if not model.random_name:
+        unknown = {"weights": model.hub_id or model.path, "noise": None}
+        before = trainings_of(shipped(model.path)) or [unknown]
+    return [*before, {"data": config.data.data_dir, "steps": num_steps, "noise": asdict(config.noise)}]

@@ -263,6 +263,7 @@ def _callback_problems(config: TrainConfig) -> Iterator[str]:
 
 def logged_names(config: TrainConfig) -> list[str]:
     """Metrics that a training logs at every validation or step, by name."""
+    from sjd2_lightning.data.sources.scenes import PROMPT_CATEGORIES
     from sjd2_lightning.report.wandb_log import sampled_names
     from sjd2_lightning.training.module import SJD2Module
     from sjd2_lightning.training.recipes.clip import ClipModule
@@ -276,7 +277,9 @@ def logged_names(config: TrainConfig) -> list[str]:
         clip = metrics.clip is not None
         few = config.callbacks.sampling.num_prompts < metrics.min_images
         features = () if few else metrics.features
-        names += sampled_names(config.compare, features, clip, metrics.nearest_k is not None)
+        is_judged = metrics.judge and config.data.source == "scenes"
+        judged = ("overall", *PROMPT_CATEGORIES) if is_judged else ()
+        names += sampled_names(config.compare, features, clip, metrics.nearest_k is not None, judged)
     return names
 
 

@@ -126,7 +126,8 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: 
     if wanted.sampling is not None and sharded:
         log.warning("trainer.strategy=fsdp: nothing is decoded during validation, which needs whole weights")
     if wanted.sampling is not None and isinstance(module, SJD2Module) and not sharded:
-        prompts, reference = build_prompts(config, wanted.sampling.num_prompts), build_reference(config)
+        prompts = build_prompts(config, wanted.sampling.num_prompts)
+        reference = build_reference(config, len(prompts))
         for sentence in left_out(config, reference, len(prompts)):
             log.info("samples of validations: %s", sentence)
         found.append(

@@ -157,6 +157,7 @@ class MetricsConfig(Group):
     allow_download: bool
     clip: str | None
     clip_pretrained: str | None
+    judge: bool
     num_resamples: Annotated[int, Field(ge=1, le=10**6)]
     num_distance_resamples: Annotated[int, Field(ge=0, le=10**5)]
     min_images: Annotated[int, Field(ge=2, le=MOST)]

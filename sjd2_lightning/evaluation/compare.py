@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def run_identity(
         "weights": weights_hash(backbone),
         "device": backbone.device.type,
         "methods": {name: method_fields(config) for name, config in methods.items()},
-        "prompts": sha256_of_json([asdict(item) for item in prompts]),
+        "prompts": sha256_of_json([item.identity for item in prompts]),
         "pixels": list(layout.pixels),
         "batch_size": batch_size,
     }

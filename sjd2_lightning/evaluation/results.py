@@ -10,8 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
+from sjd2_lightning.evaluation.controls import Control
 from sjd2_lightning.evaluation.prompts import PromptItem
-from sjd2_lightning.evaluation.quality import Quality, QualityMeter
+from sjd2_lightning.evaluation.quality import Quality, QualityMeter, judged_less
 from sjd2_lightning.evaluation.references import ReferenceSet, reference_rows
 from sjd2_lightning.evaluation.store import ImageRecord, RecordStore
 from sjd2_lightning.metrics.bootstrap import (
@@ -22,6 +23,7 @@ from sjd2_lightning.metrics.bootstrap import (
     percentile_interval,
     ratio_of_totals,
 )
+from sjd2_lightning.metrics.judge import Verdict
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 
 
@@ -34,7 +36,8 @@ class MethodResult:
         config: what it decoded with.
         measured: nfe, step_compression, speedup, seconds_per_image, images_per_second, flops_per_token,
             peak_memory_gib, fd, kid, precision, recall, density, coverage, clip_score, clip_score_shuffled,
-            clip_gain, clip_score_minus_ar; what could not be measured is absent.
+            clip_gain, clip_score_minus_ar, judge and judge_<category>, and these with _minus_ar; what could
+            not be measured is absent.
         seconds_p95: 95th percentile of the seconds an image.
         acceptance_counts: entry n counts the forward passes that committed n slots.
         equal_to_ar: share of images whose codes equal the baseline's; None without a baseline.
@@ -42,6 +45,7 @@ class MethodResult:
             see `jobs.explained_by_ties`.
         records: records of all images, in the order of the prompts.
         clip_scores: CLIP score of each image, or empty.
+        verdicts: the judge's verdict of each image, or empty.
     """
 
     name: str
@@ -53,6 +57,7 @@ class MethodResult:
     near_ties: int
     records: tuple[ImageRecord, ...]
     clip_scores: tuple[float, ...]
+    verdicts: tuple[Verdict | None, ...] = ()
 
     @property
     def num_images(self) -> int:
@@ -71,6 +76,7 @@ class EvaluationResult:
         warnings: sentences that a reader needs before the numbers.
         store: records and images.
         reference: the real images; None without them.
+        controls: what judge and scorer showed on real images.
     """
 
     methods: dict[str, MethodResult]
@@ -79,6 +85,7 @@ class EvaluationResult:
     warnings: tuple[str, ...]
     store: RecordStore
     reference: ReferenceSet | None
+    controls: tuple[Control, ...] = ()
 
     @property
     def reference_name(self) -> str | None:
@@ -122,7 +129,9 @@ def measure_methods(
     records = records_by_method(store, methods, prompts)
     ties = ties or {}
     qualities = {
-        name: meter.measure(store.images(rows), [record.prompt for record in rows])
+        name: meter.measure(
+            store.images(rows), [record.prompt for record in rows], [item.asked for item in prompts]
+        )
         for name, rows in records.items()
     }
     resamples = meter.metrics.num_resamples
@@ -143,9 +152,14 @@ def measure_methods(
         methods=results,
         references=dict(references or {}),
         prompts=tuple(prompts),
-        warnings=(*_protocol_warnings(meter, len(prompts)), *_warnings(results, ties)),
+        warnings=(
+            *_protocol_warnings(meter, len(prompts)),
+            *(control.sentence for control in meter.controls if not control.passed),
+            *_warnings(results, ties),
+        ),
         store=store,
         reference=meter.reference,
+        controls=meter.controls,
     )
 
 
@@ -160,7 +174,7 @@ def measure_references(
         return {}
     subset = meter.reference.matching(prompts)
     return {
-        name: (subset.num_images, meter.measure(list(images), subset.captions))
+        name: (subset.num_images, meter.measure(list(images), subset.captions, subset.asked))
         for name, images in reference_rows(subset, image_tokenizer).items()
     }
 
@@ -213,6 +227,9 @@ def _method_result(
             measured["clip_score_minus_ar"] = paired_difference(
                 "clip_score_minus_ar", scores, baseline_scores, "paired by prompt and seed", num_resamples
             )
+        if name != BASELINE:
+            verdicts = qualities[name].verdicts, qualities[BASELINE].verdicts
+            measured |= judged_less(*verdicts, num_resamples)
     counts = Counter(count for record in own for count in record.accepted)
     return MethodResult(
         name=name,
@@ -224,6 +241,7 @@ def _method_result(
         near_ties=near_ties,
         records=tuple(own),
         clip_scores=qualities[name].clip_scores,
+        verdicts=qualities[name].verdicts,
     )
 
 

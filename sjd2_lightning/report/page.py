@@ -21,7 +21,15 @@ from sjd2_lightning.report.html import (
 )
 from sjd2_lightning.report.likeness import best_known, has_real_pictures
 from sjd2_lightning.report.observe import Observations, Replay, Trajectory, settling, sprite
-from sjd2_lightning.report.table import columns, headline, headline_missing, rows
+from sjd2_lightning.report.table import (
+    columns,
+    control_notes,
+    headline,
+    headline_missing,
+    judge_columns,
+    judge_rows,
+    rows,
+)
 
 _NUM_OPEN = 8  # prompts whose images are seen before anybody asks for more
 _LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -65,6 +73,9 @@ def html_page(
         columns=columns(result),
         rows=rows(result),
         warnings=result.warnings,
+        control_notes=control_notes(result),
+        judge_columns=judge_columns(result),
+        judge_rows=judge_rows(result),
         prompts=shown,
         num_prompts=len(result.prompts),
         replays=replays,
@@ -122,6 +133,7 @@ def _prompts(result: EvaluationResult, num_prompts: int, room: float) -> list[di
 
 def _image(result: EvaluationResult, method: MethodResult, place: int) -> dict[str, Any]:
     baseline, record = result.methods.get(BASELINE), method.records[place]
+    verdict = method.verdicts[place] if method.verdicts else None
     return {
         "method": method.name,
         "nfe": record.nfe,
@@ -130,6 +142,8 @@ def _image(result: EvaluationResult, method: MethodResult, place: int) -> dict[s
         "same": baseline is not None
         and method is not baseline
         and baseline.records[place].image_ids == record.image_ids,
+        "judge": None if verdict is None else verdict.sentence,
+        "right": verdict is not None and verdict.right,
         "picture": embedded_image(result.store.image_path(record)),
         "map": data_uri(heat_map_png(record)),
     }
@@ -144,7 +158,8 @@ def _percent_equal(own: ImageRecord, other: ImageRecord) -> int:
 def _script_data(prompt: Mapping[str, Any]) -> dict[str, Any]:
     """What the script needs of a prompt; it takes the images from the page."""
     images = [
-        {name: image[name] for name in ("nfe", "compression", "clip", "same")} for image in prompt["images"]
+        {name: image[name] for name in ("nfe", "compression", "clip", "judge", "same")}
+        for image in prompt["images"]
     ]
     return {"caption": prompt["caption"], "seed": prompt["seed"], "images": images, "equal": prompt["equal"]}
 

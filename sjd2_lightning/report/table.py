@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.quality import judge_key
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.metrics.bootstrap import MetricResult
 from sjd2_lightning.metrics.fidelity import MANIFOLD
+from sjd2_lightning.metrics.judge import NAMES
 
 MISSING = "–"
 
@@ -60,6 +62,7 @@ class Row:
     is_reference: bool
 
 
+_CATEGORIES = ("single", "two", "three", "counting", "position", "ground", "size")
 _SPEED = (
     Column("nfe", "passes", 1, "passes", True),
     Column("step_compression", "tokens / pass", 2, "tokens / pass", True),
@@ -67,12 +70,19 @@ _SPEED = (
     Column("seconds_per_image", "s / image", 2, "s / image", True),
     Column("peak_memory_gib", "GiB", 1, "GiB"),
 )
-_QUALITY = (("clip_score", 2), ("clip_gain", 2), ("fd", 1), ("kid", 3), *((name, 2) for name in MANIFOLD))
+_QUALITY = (
+    ("judge", 2),
+    ("clip_score", 2),
+    ("clip_gain", 2),
+    ("fd", 1),
+    ("kid", 3),
+    *((name, 2) for name in MANIFOLD),
+)
 _DISTANCES = {"fd_": 1, "kid_": 3, **{f"{name}_": 2 for name in MANIFOLD}}  # of further extractors
 # The one quality that is shown first: a distance sees the layout of a picture, a CLIP score may not.
-_FIRST_QUALITY = ("kid", "fd", "clip_gain", "clip_score")
+_FIRST_QUALITY = ("judge", "kid", "fd", "clip_gain", "clip_score")
 _SAID_TWICE = ("nfe", "seconds_per_image")  # whose intervals tokens a pass and speedup show as well
-_SHORT = {"fd": "FD", "kid": "KID", "clip_score": "CLIP score", "clip_gain": "CLIP gain"}
+_SHORT = {"judge": "right", "fd": "FD", "kid": "KID", "clip_score": "CLIP score", "clip_gain": "CLIP gain"}
 
 
 def columns(result: EvaluationResult) -> tuple[Column, ...]:
@@ -82,6 +92,7 @@ def columns(result: EvaluationResult) -> tuple[Column, ...]:
     for measured in _all_measured(result):
         names |= {key: measure.name for key, measure in measured.items() if key not in names}
     names["clip_gain"] = "CLIP gain" if "clip_gain" in names else ""
+    names["judge"] = "judged right" if "judge" in names else ""
     first = next((key for key in _FIRST_QUALITY if names.get(key)), None)
     quality = [
         Column(key, names[key], decimals, _SHORT.get(key, key), key == first)
@@ -107,8 +118,7 @@ def rows(result: EvaluationResult) -> list[Row]:
         found.append(Row(name, acceptance_text(method), equal_text(method), method.num_images, cells, False))
     for name, (count, quality) in result.references.items():
         cells = tuple(cell(quality.measured, column) for column in shown)
-        title = "real" if name == "real" else f"real, {name.replace('_', ' ')}"
-        found.append(Row(title, MISSING, MISSING, count, cells, True))
+        found.append(Row(_title(name), MISSING, MISSING, count, cells, True))
     return found
 
 
@@ -123,6 +133,30 @@ def cell(measured: Mapping[str, MetricResult], column: Column) -> Cell:
         low, high = measure.interval
         interval = f"[{low:.{digits}f}, {high:.{digits}f}]"
     return Cell(f"{measure.value:.{digits}f}", interval)
+
+
+def judge_columns(result: EvaluationResult) -> tuple[Column, ...]:
+    """Columns of the judge's table: each category, all but names, and that less the baseline's."""
+    keys = {key for measured in _all_measured(result) for key in measured}
+    order = [judge_key(name) for name in (*_CATEGORIES, NAMES, "overall")]
+    names = {key: key.removeprefix("judge_") for key in order if key in keys}
+    found = [Column(key, name, 2, name) for key, name in names.items()]
+    found = [column if column.key != "judge" else replace(column, heading="overall") for column in found]
+    less = Column("judge_minus_ar", f"overall less {BASELINE}", 2, f"less {BASELINE}")
+    return (*found, *([less] if less.key in keys else []))
+
+
+def judge_rows(result: EvaluationResult) -> list[tuple[str, tuple[Cell, ...]]]:
+    """Names of methods and real sets, and their cells under `judge_columns`; nothing without a judge."""
+    shown = judge_columns(result)
+    measured = {name: method.measured for name, method in result.methods.items()}
+    measured |= {_title(name): quality.measured for name, (_, quality) in result.references.items()}
+    return [(name, tuple(cell(own, column) for column in shown)) for name, own in measured.items() if shown]
+
+
+def _title(name: str) -> str:
+    """What a set of real images is called."""
+    return "real" if name == "real" else f"real, {name.replace('_', ' ')}"
 
 
 def acceptance_text(method: MethodResult) -> str:
@@ -150,6 +184,11 @@ def baseline_note(result: EvaluationResult) -> str:
     return f"{BASELINE} {' and '.join(notes)}" if notes else ""
 
 
+def control_notes(result: EvaluationResult) -> list[str]:
+    """What the metrics that are shown have shown on real images."""
+    return [control.sentence for control in result.controls if control.passed]
+
+
 def console_table(result: EvaluationResult, width: int = 80) -> Table:
     """The table for rich's console: what matters first, and as many columns as fit.
 
@@ -165,8 +204,8 @@ def console_table(result: EvaluationResult, width: int = 80) -> Table:
     images = " or ".join(map(str, sorted({row.num_images for row in rows(result)})))
     caption = f"{images} images a row; in brackets: 95 % bootstrap intervals"
     left_out = "; more on the page" if count < len(shown) else ""
-    note = baseline_note(result)
-    table.caption = f"{caption}{left_out}\n{note}" if note else f"{caption}{left_out}"
+    notes = [f"{caption}{left_out}", baseline_note(result), *control_notes(result)]
+    table.caption = "\n".join(filter(None, notes))
     return table
 
 

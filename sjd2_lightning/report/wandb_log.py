@@ -14,6 +14,7 @@ import wandb
 from wandb.env import CACHE_DIR, get_cache_dir
 
 from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.quality import judge_key
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.metrics.fidelity import MANIFOLD
 from sjd2_lightning.report.figures import acceptance_maps, figure_pixels, image_grid
@@ -71,16 +72,30 @@ def _numbers(result: EvaluationResult) -> Iterator[tuple[str, str, float]]:
 
 
 def sampled_names(
-    methods: Sequence[str], extractors: Sequence[str], has_clip: bool, has_manifold: bool
+    methods: Sequence[str],
+    extractors: Sequence[str],
+    has_clip: bool,
+    has_manifold: bool,
+    judged: Sequence[str] = (),
 ) -> list[str]:
-    """Keys that `scalar_row` may give for methods, extractors of distances and a CLIP scorer."""
+    """Keys that `scalar_row` may give for methods, extractors of distances, a CLIP scorer and a judge.
+
+    Args:
+        methods: names of the methods.
+        extractors: names of the extractors.
+        has_clip: whether there is a scorer.
+        has_manifold: whether precision, recall, density and coverage are measured.
+        judged: categories of prompts that a judge reports.
+    """
     numbers = ["nfe", "step_compression", "seconds_per_image", "images_per_second", "flops_per_token"]
     numbers += ["peak_memory_gib", "window"]
     of_features = _OF_FEATURES if has_manifold else ("fd", "kid")
     numbers += [f"{name}_{extractor}" for extractor in extractors for name in of_features]
     if has_clip:
         numbers += ["clip_score", "clip_score_shuffled", "clip_gain"]
+    numbers += [judge_key(category) for category in judged]
     against = ["speedup", "equal_to_ar", "clip_score_minus_ar"] if BASELINE in methods else []
+    against += [f"{judge_key(category)}_minus_ar" for category in judged if against]
     return [f"val/{name}{suffix}" for suffix in log_suffixes(methods).values() for name in numbers + against]
 
 

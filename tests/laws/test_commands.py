@@ -106,6 +106,7 @@ def test_fine_tuning_trains_exports_and_records(composed, tmp_path):
         "csv/version_0/metrics.csv",
         "checkpoints/last.ckpt",
         "model/backbone.json",
+        "model/trainings.json",
         "samples/metrics.jsonl",
     ):
         assert (run / name).is_file(), name

@@ -315,9 +315,10 @@ def list_records(options: argparse.Namespace) -> tuple[list[Record], Reader]:
 
 def load_coder(options: argparse.Namespace) -> Coder | None:
     """The image tokenizer that is asked for; None asks for raw shards."""
+    from sjd2_lightning.models.image_codes import has_image_tokenizer
     from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
     from sjd2_lightning.models.registry import build_shrunken, load_backbone
-    from sjd2_lightning.models.weights import TOKENIZER, has_image_tokenizer
+    from sjd2_lightning.models.weights import TOKENIZER
 
     tokenizer: ImageTokenizer
     if options.tokenizer is not None:

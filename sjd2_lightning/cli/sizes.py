@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sjd2_lightning.config.groups import ModelConfig, shipped
+from sjd2_lightning.models.image_codes import PATCH_SETTINGS, has_image_tokenizer
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import family_of
-from sjd2_lightning.models.weights import (
-    BACKBONE_FILE,
-    PATCH_SETTINGS,
-    TOKENIZER,
-    has_image_tokenizer,
-    read_json,
-)
+from sjd2_lightning.models.weights import BACKBONE_FILE, TOKENIZER, read_json
 
 
 @dataclass(frozen=True)

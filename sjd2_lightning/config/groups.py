@@ -17,9 +17,10 @@ from pydantic_core import PydanticCustomError
 from sjd2_lightning.data.sources.coco import CocoProtocol
 from sjd2_lightning.decoding.config import MOST_SLOTS
 from sjd2_lightning.decoding.law import Sampling
+from sjd2_lightning.models.image_codes import has_image_tokenizer
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.registry import FAMILIES
-from sjd2_lightning.models.weights import TRUNK, WeightsSource, has_image_tokenizer
+from sjd2_lightning.models.weights import TRUNK, WeightsSource
 from sjd2_lightning.run.values import MOST
 
 Count = Annotated[int, Field(ge=1, le=MOST)]

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from sjd2_lightning.models.weights import finite
 from sjd2_lightning.run.stages import stage
+
+PATCH_SETTINGS = "patch_tokenizer.json"  # of an image tokenizer whose codes are small pictures
+
+
+def has_image_tokenizer(folder: Path) -> bool:
+    """Whether an image tokenizer lies in a folder: small pictures or a VQModel."""
+    return any((folder / name).is_file() for name in (PATCH_SETTINGS, "config.json"))
 
 
 def weights_identity(module: nn.Module, prefix: bytes = b"") -> str:

@@ -16,9 +16,9 @@ from diffusers import VQModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sjd2_lightning.models.image_codes import check_image_ids, weights_identity
+from sjd2_lightning.models.image_codes import PATCH_SETTINGS, check_image_ids, weights_identity
 from sjd2_lightning.models.patch_tokenizer import PatchTokenizer, load_patch_tokenizer
-from sjd2_lightning.models.weights import PATCH_SETTINGS, finite, open_weights, read_json
+from sjd2_lightning.models.weights import finite, open_weights, read_json
 
 
 @runtime_checkable

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sjd2_lightning.models.image_codes import check_image_ids, weights_identity
-from sjd2_lightning.models.weights import PATCH_SETTINGS, open_weights, read_json
+from sjd2_lightning.models.image_codes import PATCH_SETTINGS, check_image_ids, weights_identity
+from sjd2_lightning.models.weights import open_weights, read_json
 
 WEIGHTS = "patch_tokenizer.safetensors"
 _PART = 1024  # patches that are compared at once, so that their products stay in the cache

@@ -177,11 +177,6 @@ def open_weights(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is no whole safetensors file: {damage(path) or error}; {_AGAIN}") from error
 
 
-def has_image_tokenizer(folder: Path) -> bool:
-    """Whether an image tokenizer lies in a folder: small pictures or a VQModel."""
-    return any((folder / name).is_file() for name in (PATCH_SETTINGS, "config.json"))
-
-
 def damage(path: Path) -> str:
     """What a file is that stands in for another one: nothing, git's pointer, a web page; else ""."""
     try:
@@ -243,7 +238,6 @@ def check_once(names: dict[Path, list[str]]) -> None:
             holder[name] = path
 
 
-PATCH_SETTINGS = "patch_tokenizer.json"  # of an image tokenizer whose codes are small pictures
 BACKBONE_FILE = "backbone.json"  # in folders that this package wrote: family and control tokens
 SETTINGS_FILE = "settings.json"  # there too: size of the images and sampling that training drew them with
 ADAPTER_FILE = "adapter_config.json"  # in folders of low-rank adapters, as peft writes them

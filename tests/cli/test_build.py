@@ -82,7 +82,7 @@ def test_scores_that_say_nothing_of_own_pictures_are_left_out(tmp_path):
     assert said(*own, "metrics=none") == ([], 0, False)
     assert said(num=24) == ([], 1, True)
     assert said(num=23)[1:] == (0, True)
-    assert said("data=scenes")[0][1].startswith("no distances: no real pictures are known")
+    assert said("data=scenes")[0][1].startswith("no distances: 8 pictures are too few")
     bare = ("data=shards", "data.data_dir=nowhere")
     assert [sentence.split(":")[0] for sentence in said(*bare)[0]][2].startswith(
         "the prompts are names of emoji"

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from sjd2_lightning.models.image_codes import PATCH_SETTINGS, has_image_tokenizer
 from sjd2_lightning.models.image_tokenizer import load_image_tokenizer
 from sjd2_lightning.models.patch_tokenizer import PatchTokenizer, filled, fitted_ground
-from sjd2_lightning.models.weights import PATCH_SETTINGS, has_image_tokenizer
 
 SIDE, GRID = 4, 8
 GROUNDS = torch.tensor([[250, 250, 250], [30, 60, 200], [200, 40, 40], [50, 70, 210]])

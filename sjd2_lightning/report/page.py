@@ -13,6 +13,7 @@ from sjd2_lightning.report.cost import method_costs
 from sjd2_lightning.report.figures import cost_chart, heat_map_png, settling_curve, settling_map
 from sjd2_lightning.report.html import data_uri, embedded_image, figure_svg, method_colour, render
 from sjd2_lightning.report.observe import Observations, Replay, Trajectory, settling, sprite
+from sjd2_lightning.report.plain_ground import PLAIN_NOTE, THIRDS, by_plain_ground, plain_cells
 from sjd2_lightning.report.table import columns, control_notes, headline, judge_columns, judge_rows, rows
 
 _LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -65,6 +66,9 @@ def html_page(
             cost_chart(seen.pass_costs, costs, places, legend=False), "cost", "Milliseconds a pass by window"
         ),
         pass_costs=seen.pass_costs,
+        thirds=THIRDS,
+        plain_note=PLAIN_NOTE,
+        plain_rows=[(name, plain_cells(thirds)) for name, thirds in by_plain_ground(result).items()],
         histograms=[_bars(method) for method in result.methods.values()],
         reference_name=result.reference_name,
         protocols=_protocols(result),

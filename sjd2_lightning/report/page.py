@@ -21,6 +21,7 @@ from sjd2_lightning.report.html import (
 )
 from sjd2_lightning.report.likeness import best_known, has_real_pictures
 from sjd2_lightning.report.observe import Observations, Replay, Trajectory, settling, sprite
+from sjd2_lightning.report.plain_ground import PLAIN_NOTE, THIRDS, by_plain_ground, plain_cells
 from sjd2_lightning.report.table import (
     columns,
     control_notes,
@@ -87,6 +88,9 @@ def html_page(
             cost_chart(seen.pass_costs, costs, places, legend=False), "cost", "Milliseconds a pass by window"
         ),
         pass_costs=seen.pass_costs,
+        thirds=THIRDS,
+        plain_note=PLAIN_NOTE,
+        plain_rows=[(name, plain_cells(thirds)) for name, thirds in by_plain_ground(result).items()],
         histograms=[_bars(method) for method in result.methods.values()],
         reference_name=result.reference_name,
         protocols=_protocols(result),

@@ -25,6 +25,7 @@ from sjd2_lightning.report.figures import (
 )
 from sjd2_lightning.report.observe import Observations, settling
 from sjd2_lightning.report.page import html_page
+from sjd2_lightning.report.plain_ground import PLAIN_NOTE, THIRDS, by_plain_ground, plain_cells
 from sjd2_lightning.report.table import (
     MISSING,
     control_notes,
@@ -138,6 +139,14 @@ def report_object(
             "passes": [asdict(cost) for cost in seen.pass_costs],
             "methods": {cost.method: asdict(cost) for cost in method_costs(result)},
         },
+        "plain_ground": {
+            name: [
+                {"share": third.share, "num_images": third.tokens.num_images}
+                | _measures_object({"step_compression": third.tokens})
+                for third in thirds
+            ]
+            for name, thirds in by_plain_ground(result).items()
+        },
         "warnings": list(result.warnings),
         "provenance": dict(provenance),
     }
@@ -215,6 +224,11 @@ def _markdown(result: EvaluationResult, provenance: Mapping[str, Any], seen: Obs
     lines += ["", "![images](figures/grid.png)", "", "## Cost of a pass", ""]
     headings = ["method", "window", "tokens a pass", "ms a pass", "in passes of ar"]
     lines += markdown_lines(headings, [_cost_cells(cost) for cost in method_costs(result)])
+    if plain := by_plain_ground(result):
+        lines += ["", "## Tokens a pass by plain ground", "", PLAIN_NOTE, ""]
+        lines += markdown_lines(
+            ["method", *THIRDS], [[name, *plain_cells(thirds)] for name, thirds in plain.items()]
+        )
     if found := {name: s for name, s in settling(seen.trajectories).items() if name != BASELINE}:
         lines += ["", "## How drafts settle", ""]
         lines += markdown_lines(

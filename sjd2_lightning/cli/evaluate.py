@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sjd2_lightning.cli.check import check_evaluate
@@ -105,6 +107,7 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
         image_tokenizer=image_tokenizer_of(backbone),
         warm_up=config.warm_up,
         replace=config.replace_images,
+        baseline_from=other_runs_of_sweep(run_dir),
         on_start=lambda: save_config(config, run_dir / "evaluate.yaml"),
     )
     if result is None:  # rank 0 reports
@@ -135,6 +138,13 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
         )
     hand_out(config, result, weights, provenance, files)
     return report_object(result, provenance, observations)
+
+
+def other_runs_of_sweep(run_dir: Path) -> list[Path]:
+    """Folders of a sweep's other runs, whose baseline need not be decoded again; none outside of a sweep."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return []
+    return sorted(path.parent for path in run_dir.parent.glob("*/run.json") if path.parent != run_dir)
 
 
 def chosen_methods(

@@ -8,9 +8,11 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,11 +27,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sjd2_lightning.cli.arguments import one_line, readable_arguments, with_suggestion
-from sjd2_lightning.cli.naming import SWEPT, name_run, swept_keys
+from sjd2_lightning.cli.naming import SWEPT, name_run, num_runs, swept_keys
 from sjd2_lightning.config.reading import ALLOWED_TARGETS, conf_dir
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.processes import HANDED_DOWN, started_by_lightning
-from sjd2_lightning.run.stages import stage
+from sjd2_lightning.run.stages import A_MINUTE, duration, stage
 
 log = logging.getLogger(__name__)
 
@@ -245,6 +247,25 @@ class Preflight(Callback):
             sys.exit(0)
 
 
+@dataclass
+class SweepPace:
+    """Runs of a sweep, one after another in one process: how many ended, and since when."""
+
+    pid: int
+    num_runs: int
+    start: float
+    ended: int = 0
+
+    def after_one_more(self) -> str:
+        """What to say after a further run has ended; nothing after the last, or in quick sweeps."""
+        self.ended += 1
+        taken = time.perf_counter() - self.start
+        left = taken / self.ended * (self.num_runs - self.ended)
+        if left <= 0 or taken + left < A_MINUTE:
+            return ""
+        return f"run {self.ended} of {self.num_runs} has ended; about {duration(left)} left"
+
+
 class SweepReport(Callback):
     """Writes sweep.csv, sweep.md, sweep.html and figures of a sweep into its folder.
 
@@ -252,11 +273,19 @@ class SweepReport(Callback):
     """
 
     all_failed: ClassVar[bool] = False
+    pace: ClassVar[SweepPace | None] = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Tells the jobs which keys are swept; called by Hydra in the process that starts the sweep."""
         further = config.hydra.sweeper.get("params") or {}
         os.environ[SWEPT] = json.dumps(swept_keys(config.hydra.overrides.task, further))
+        SweepReport.pace = SweepPace(os.getpid(), num_runs(config.hydra.overrides.task), time.perf_counter())
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        """Says how long the runs to come will take; where they run side by side there is nothing to tell."""
+        pace = SweepReport.pace
+        if pace is not None and pace.pid == os.getpid() and (line := pace.after_one_more()):
+            log.info("%s", line)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra in the process that started the sweep."""

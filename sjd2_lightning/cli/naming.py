@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -22,6 +23,12 @@ def swept_keys(overrides: Sequence[str], further: Iterable[str] = ()) -> list[st
     """Keys that a sweep's command line gives several values, and further ones that its sweeper varies."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     return [*(each.get_key_element() for each in parsed if each.is_sweep_override()), *further]
+
+
+def num_runs(overrides: Sequence[str]) -> int:
+    """Number of combinations that a sweep's command line asks for."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return math.prod(len(list(each.sweep_string_iterator())) for each in parsed if each.is_sweep_override())
 
 
 def run_name(overrides: Sequence[str], swept: Collection[str], fallback: str) -> str:

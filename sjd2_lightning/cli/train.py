@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -17,7 +18,7 @@ from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.run.owner import owned
 from sjd2_lightning.run.processes import is_first_process
-from sjd2_lightning.run.stages import is_watched, stage
+from sjd2_lightning.run.stages import duration, is_watched, stage
 
 if TYPE_CHECKING:
     import lightning as L
@@ -132,7 +133,14 @@ def under_way_if_unseen(config: TrainConfig, trainer: L.Trainer, name: str) -> A
     """A stage with the number of steps; where a bar of Lightning's is seen, the bar is enough."""
     if config.callbacks.progress_bar is not None and is_watched():
         return nullcontext()
-    return stage(name, lambda: f"step {trainer.global_step} of {trainer.max_steps}".removesuffix(" of -1"))
+    paces: list[Any] = [c for c in trainer.callbacks if hasattr(c, "seconds_left")]  # type: ignore[attr-defined]
+
+    def far() -> str:
+        said = f"step {trainer.global_step} of {trainer.max_steps}".removesuffix(" of -1")
+        left = paces[0].seconds_left(trainer) if paces else math.nan
+        return said if math.isnan(left) else f"{said}, about {duration(left)} left"
+
+    return stage(name, far)
 
 
 def start_metrics(

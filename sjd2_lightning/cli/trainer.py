@@ -33,6 +33,7 @@ from sjd2_lightning.run.processes import is_first_process
 from sjd2_lightning.run.provenance import redact
 from sjd2_lightning.training.guards import NonFiniteGuard, TrainingWatch
 from sjd2_lightning.training.module import SJD2Module
+from sjd2_lightning.training.pace import Pace
 from sjd2_lightning.training.resume import (
     RandomStates,
     Retention,
@@ -147,6 +148,7 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: 
     if wanted.nonfinite is not None:
         found.append(NonFiniteGuard(wanted.nonfinite))
     found.append(TrainingWatch(wanted.loss_spike))
+    found.append(Pace())
     folder = None if wanted.checkpoint is None else Path(config.run_dir) / "checkpoints"
     limit = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
     last = None if folder is None or config.trainer.fast_dev_run else folder / "last.ckpt"

@@ -6,6 +6,8 @@ Ranks share the prompts.
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from sjd2_lightning.evaluation.jobs import (
     decode_unrecorded,
     explained_by_ties,
     jobs_of_rank,
+    process_name,
     unfinished,
 )
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts
@@ -35,6 +38,7 @@ from sjd2_lightning.evaluation.results import (
     records_by_method,
 )
 from sjd2_lightning.evaluation.store import (
+    RUN_FILE,
     ImageRecord,
     RecordStore,
     collect_on_rank_zero,
@@ -45,11 +49,14 @@ from sjd2_lightning.evaluation.store import (
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mode
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.run.files import remove_leftovers, sha256_of_json
+from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.processes import current_rank, failing_together, wait_for_all
 from sjd2_lightning.run.provenance import is_weights_hash, weights_hash, weights_sha256
-from sjd2_lightning.run.stages import counted, stage
+from sjd2_lightning.run.stages import counted, foretell, stage
 
 _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
+
+_decoded_here: set[Path] = set()  # folders whose images this process decoded
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ def evaluate_methods(
     warm_up: bool = True,
     replace: bool = False,
     progress: bool = True,
+    baseline_from: Sequence[Path] = (),
     on_start: Callable[[], None] = lambda: None,
 ) -> EvaluationResult | None:
     """Decodes all prompts by all methods and measures the images.
@@ -100,6 +108,8 @@ def evaluate_methods(
         warm_up: decode the first batch once by each method before anything is timed.
         replace: remove records and images of another configuration from the folder, instead of raising.
         progress: show a progress bar.
+        baseline_from: folders of other comparisons; the baseline's images and times are taken from one that
+            this process decoded with the same weights, prompts and baseline, instead of decoding them again.
         on_start: called on rank 0 when all input was found usable and the folder belongs to this run.
 
     Returns:
@@ -129,6 +139,7 @@ def evaluate_methods(
         warm_up=warm_up,
         replace=replace,
         progress=progress,
+        baseline_from=baseline_from,
         on_start=on_start,
     )
     if decoded is None or meter is None:
@@ -149,6 +160,7 @@ def decode_methods(
     warm_up: bool = True,
     replace: bool = False,
     progress: bool = True,
+    baseline_from: Sequence[Path] = (),
     on_start: Callable[[], None] = lambda: None,
 ) -> Decoded | None:
     """The first half of `evaluate_methods`: same arguments and errors, None on ranks other than 0."""
@@ -169,11 +181,13 @@ def decode_methods(
         store = RecordStore(out_dir, identity, rank)
         if rank == 0:
             on_start()
+            take_baseline(store, baseline_from)
         jobs = unfinished(jobs_of_rank(prompts, list(methods), batch_size, rank, world_size), store)
         num_images = sum(len(job.prompts) for job in jobs)
         with evaluation_mode(backbone):
             if warm_up:
-                decode_unrecorded(backbone, methods, jobs, layout)
+                seconds = decode_unrecorded(backbone, methods, jobs, layout)
+                foretell(f"decoding {num_images} images, by the pace of the first", seconds)
             with counted("decoding", num_images, "images", progress and bool(jobs)) as advance:
                 decode_jobs(
                     backbone,
@@ -186,6 +200,7 @@ def decode_methods(
     collect_on_rank_zero(store, rank, world_size)
     if rank != 0:
         return None
+    _decoded_here.add(store.folder.resolve())
     records = records_by_method(store, methods, prompts)
     with evaluation_mode(backbone):
         with stage("decoding again what differs from ar"):
@@ -193,6 +208,38 @@ def decode_methods(
         with stage("counting FLOPs"):
             flops = decoding_flops(backbone, methods, records, layout)
     return Decoded(store, ties, flops)
+
+
+def take_baseline(store: RecordStore, folders: Sequence[Path]) -> None:
+    """Copies the baseline's records and images into a store without them, from one of some folders.
+
+    Taken is what this process decoded, whose times compare with those to come, where everything but the other
+    methods is the same.
+    """
+    wanted = _baseline_identity(json.loads(json.dumps(store.identity)))
+    if wanted is None or any(record.method == BASELINE for record in store.load()):
+        return
+    # a folder that another process writes in is not even opened
+    for folder in [folder for folder in folders if folder.resolve() in _decoded_here]:
+        with harmless(f"looking for the images of {BASELINE} in {folder}"):
+            identity = json.loads((folder / RUN_FILE).read_text())["identity"]
+            if _baseline_identity(identity) != wanted:
+                continue
+            other = RecordStore(folder, identity)
+            own = [
+                record
+                for record in other.load()
+                if record.method == BASELINE and record.process == process_name(os.getpid())
+            ]
+            store.append(own, other.images(own))
+            if own:
+                return
+
+
+def _baseline_identity(identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What decides the baseline's images and times; None without one."""
+    methods = identity["methods"]
+    return {**identity, "methods": methods[BASELINE]} if BASELINE in methods else None
 
 
 def run_identity(

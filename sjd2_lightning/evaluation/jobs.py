@@ -6,9 +6,10 @@ and token decoding, not the image decoder, which is the same for all methods.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from uuid import uuid4
 
 import torch
@@ -59,17 +60,31 @@ def unfinished(jobs: Sequence[Job], store: RecordStore) -> list[Job]:
 
 def decode_unrecorded(
     backbone: Backbone, methods: Mapping[str, DecodingConfig], jobs: Sequence[Job], layout: ImageLayout
-) -> None:
+) -> float:
     """Warms up: decodes the first batch once by each method of the jobs, before anything is timed.
 
     Args:
         backbone, methods, jobs, layout: arguments of `decode_jobs`.
+
+    Returns:
+        Seconds that all jobs will take at this pace, compilation and the first call of each kernel included.
     """
+    total = 0.0
     for name in dict.fromkeys(job.method for job in jobs):
         engine = Engine.of(methods[name], backbone.device)
         compiling = " and compiling" if engine.compiled else ""
         with stage(f"warming up{compiling}: {name}"):
-            _decode(backbone, jobs[0].prompts, methods[name], layout)
+            _, seconds = timed(
+                partial(_decode, backbone, jobs[0].prompts, methods[name], layout), backbone.device
+            )
+        total += seconds * sum(len(job.prompts) for job in jobs if job.method == name) / len(jobs[0].prompts)
+    return total
+
+
+@cache
+def process_name(pid: int) -> str:
+    """Name of the process with this number, as records hold it: its own, not that of an earlier one."""
+    return uuid4().hex[:12]
 
 
 def decode_jobs(
@@ -91,7 +106,7 @@ def decode_jobs(
         store: takes records and images.
         on_batch: called after each job with its method and number of images.
     """
-    process = uuid4().hex[:12]
+    process = process_name(os.getpid())
     for job in jobs:
         # 1. decode the codes: all that is timed
         call = partial(_decode, backbone, job.prompts, methods[job.method], layout)

@@ -284,7 +284,7 @@ def speedup(
     flags = () if paired else ("baseline and method were not timed side by side",)
     ratios = [plain[batch].seconds / own[batch].seconds for batch in paired or plain]
     interval = _median_interval(ratios, num_resamples, seed)
-    protocol = f"wall clock, median ratio over {len(ratios)} prompt batches decoded by both methods in turn"
+    protocol = f"wall clock, median ratio over {len(ratios)} prompt batches decoded by both methods"
     return MetricResult("speedup", float(np.median(ratios)), interval, len(method), protocol, flags)
 
 

@@ -25,7 +25,7 @@ from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.run.files import sha256_of_json, write_whole
 from sjd2_lightning.run.processes import wait_for_all
 
-_RUN_FILE = "run.json"
+RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def discard_other_run(folder: str | Path, identity: Mapping[str, Any]) -> bool:
         Whether anything was removed; a folder without `run.json` is left alone.
     """
     folder = Path(folder)
-    run_file = folder / _RUN_FILE
+    run_file = folder / RUN_FILE
     if not run_file.is_file():
         return False
     try:
@@ -112,7 +112,7 @@ def discard_other_run(folder: str | Path, identity: Mapping[str, Any]) -> bool:
 def held_weights(folder: str | Path, identity: Mapping[str, Any]) -> str:
     """The weights that a folder's `run.json` names; "" where it differs from an identity in anything else."""
     try:
-        held = json.loads((Path(folder) / _RUN_FILE).read_text())["identity"]
+        held = json.loads((Path(folder) / RUN_FILE).read_text())["identity"]
         others = {**held, "weights": ""} == json.loads(json.dumps({**identity, "weights": ""}))
         return str(held["weights"]) if others else ""
     except (OSError, ValueError, KeyError, TypeError):
@@ -175,10 +175,10 @@ class RecordStore:
         return LazyImages(read_image, [self.image_path(record) for record in records])
 
     def _claim(self, identity: Mapping[str, Any]) -> None:
-        run_file = self.folder / _RUN_FILE
+        run_file = self.folder / RUN_FILE
         if not run_file.is_file():
             if any(self.folder.glob("records*.jsonl")):
-                raise ValueError(f"{self.folder} holds records but no {_RUN_FILE}; choose another folder")
+                raise ValueError(f"{self.folder} holds records but no {RUN_FILE}; choose another folder")
             write_whole(run_file, json.dumps({"hash": self.hash, "identity": dict(identity)}, indent=1))
             return
         try:

@@ -78,6 +78,6 @@ def plain_cells(thirds: tuple[PlainThird, ...]) -> list[str]:
     """Tokens a pass of each part as text, with interval and share of plain codes."""
     cells = []
     for third in thirds:
-        shown = cell({"tokens": third.tokens}, Column("tokens", "", 2))
+        shown = cell({"tokens": third.tokens}, Column("tokens", "", 2, ""))
         cells.append(f"{shown.value} {shown.interval} at {100 * third.share:.0f} %".replace("  ", " "))
     return cells

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -53,66 +54,127 @@ class SweepRow:
         return f"{self.window} / {self.num_levels}"
 
 
-def sweep_map(rows: Sequence[SweepRow], key: str, title: str, less_is_better: bool) -> Figure | None:
-    """A number over window (columns) and levels (lines), a panel for each method, the best cell framed.
+@dataclass(frozen=True)
+class Cell:
+    """A number of a map and its interval; infinite ends where it has none."""
 
-    Runs that share a cell are averaged.
+    value: float
+    low: float = -np.inf
+    high: float = np.inf
 
-    Args:
-        rows: rows of the sweep, from `sweep_rows`.
-        key: key of the number.
-        title: what the number is.
-        less_is_better: whether the least cell is framed, not the greatest.
+    def overlaps(self, other: Cell) -> bool:
+        """Whether both have intervals, and these share a value."""
+        return (
+            bool(np.isfinite([self.low, other.low]).all())
+            and self.low <= other.high
+            and other.low <= self.high
+        )
 
-    Returns:
-        None where no method that drafts has the number at two settings.
+
+Cells = Mapping[tuple[Any, Any], Cell]  # by line and column
+
+
+def sweep_cells(rows: Sequence[SweepRow], key: str) -> dict[str, Cells]:
+    """A number of each method that drafts by (levels, window), where it differs between settings.
+
+    Runs that share a cell are averaged, and have no interval.
     """
-    cells: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+    runs: dict[str, dict[tuple[int, int], list[Cell]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row.method != BASELINE and key in row.measured:
-            cells[row.method][row.num_levels, row.window].append(row.measured[key])
-    shown = {method: found for method, found in cells.items() if len(found) > 1}
-    if not shown:
+            ends = (row.measured.get(f"{key}_low", -np.inf), row.measured.get(f"{key}_high", np.inf))
+            runs[row.method][row.num_levels, row.window].append(Cell(row.measured[key], *ends))
+    cells = {method: {place: _mean(own) for place, own in found.items()} for method, found in runs.items()}
+    return {method: found for method, found in cells.items() if differ(found)}
+
+
+def _mean(cells: Sequence[Cell]) -> Cell:
+    return cells[0] if len(cells) == 1 else Cell(float(np.mean([cell.value for cell in cells])))
+
+
+def differ(cells: Cells) -> bool:
+    """Whether some cell's number is not that of the others."""
+    return len({cell.value for cell in cells.values()}) > 1
+
+
+def cell_map(
+    panels: Mapping[str, Cells],
+    title: str,
+    less_is_better: bool,
+    axes: tuple[str, str] = ("levels", "window"),
+) -> Figure | None:
+    """A number over two swept keys, a panel for each method; see `frame_of` for the frame.
+
+    Args:
+        panels: cells of each method.
+        title: what the number is.
+        less_is_better: whether the least cell is framed, not the greatest.
+        axes: names of lines and columns.
+
+    Returns:
+        None where there is no panel.
+    """
+    if not panels:
         return None
-    values = np.array([np.mean(v) for found in shown.values() for v in found.values()])
+    values = np.array([cell.value for found in panels.values() for cell in found.values()])
     span = (float(values.min()), float(values.max()))
-    heights = [len({level for level, _ in found}) for found in shown.values()]
-    widest = max(len({window for _, window in found}) for found in shown.values())
+    heights = [len({line for line, _ in found}) for found in panels.values()]
+    widest = max(len({column for _, column in found}) for found in panels.values())
     figure = Figure(
-        figsize=(max(3.6, 0.8 * widest + 1.6), 0.42 * sum(heights) + 0.75 * len(shown) + 0.4),
+        figsize=(max(3.6, 0.95 * widest + 1.6), 0.5 * sum(heights) + 0.75 * len(panels) + 0.4),
         dpi=150,
         layout="constrained",
     )
     figure.suptitle(title, fontsize=9)
-    panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[h + 0.01 for h in heights])[:, 0]
-    for axis, (method, found) in zip(panels, shown.items(), strict=True):
-        _map_panel(axis, {cell: float(np.mean(v)) for cell, v in found.items()}, span, less_is_better)
+    drawn = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[h + 0.01 for h in heights])[:, 0]
+    for axis, (method, found) in zip(drawn, panels.items(), strict=True):
+        _map_panel(axis, found, span, less_is_better)
+        axis.set_ylabel(axes[0], fontsize=7)
         axis.set_title(method, fontsize=8, loc="left")
-    panels[-1].set_xlabel("window", fontsize=8)
+    drawn[-1].set_xlabel(axes[1], fontsize=8)
     return figure
 
 
-def _map_panel(
-    axis: Axes, cells: Mapping[tuple[int, int], float], span: tuple[float, float], less_is_better: bool
-) -> None:
-    levels, windows = (sorted(set(axis_values)) for axis_values in zip(*cells, strict=True))
-    grid = np.full((len(levels), len(windows)), np.nan)
-    for (level, window), value in cells.items():
-        grid[levels.index(level), windows.index(window)] = value
-    axis.imshow(grid, cmap="viridis", vmin=span[0], vmax=span[1], aspect="auto")
+def frame_of(cells: Cells, less_is_better: bool) -> tuple[tuple[Any, Any], bool] | None:
+    """The best cell, and whether its interval is clear of all others'.
+
+    None for a tie: another cell shows the same two decimals.
+    """
+    best = (min if less_is_better else max)(cells, key=lambda place: cells[place].value)
+    others = [cell for place, cell in cells.items() if place != best]
+    if any(f"{cell.value:.2f}" == f"{cells[best].value:.2f}" for cell in others):
+        return None
+    return best, not any(cell.overlaps(cells[best]) for cell in others)
+
+
+def _map_panel(axis: Axes, cells: Cells, span: tuple[float, float], less_is_better: bool) -> None:
+    lines, columns = (sorted(set(names), key=_in_order) for names in zip(*cells, strict=True))
+    grid = np.full((len(lines), len(columns)), np.nan)
     middle = sum(span) / 2
-    for (line, column), value in np.ndenumerate(grid):
-        if np.isfinite(value):
-            colour = "black" if value > middle else "white"
-            axis.text(column, line, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-    best = np.nanargmin(grid) if less_is_better else np.nanargmax(grid)
-    line, column = np.unravel_index(best, grid.shape)
-    frame = Rectangle((column - 0.5, line - 0.5), 1, 1, fill=False, edgecolor="#e45756", linewidth=2)
-    frame.set_clip_on(False)
-    axis.add_patch(frame)
-    axis.set_xticks(range(len(windows)), [str(window) for window in windows], fontsize=7)
-    axis.set_yticks(range(len(levels)), [str(level) for level in levels], fontsize=7)
-    axis.set_ylabel("levels", fontsize=7)
+    for (line, column), cell in cells.items():
+        place = columns.index(column), lines.index(line)
+        grid[place[::-1]] = cell.value
+        interval = f"\n[{cell.low:.2f}, {cell.high:.2f}]" if np.isfinite(cell.low) else ""
+        colour = "black" if cell.value > middle else "white"
+        axis.text(*place, f"{cell.value:.2f}{interval}", ha="center", va="center", fontsize=6, color=colour)
+    axis.imshow(grid, cmap="viridis", vmin=span[0], vmax=span[1], aspect="auto")
+    if (framed := frame_of(cells, less_is_better)) is not None:
+        (line, column), is_clear = framed
+        corner = (columns.index(column) - 0.5, lines.index(line) - 0.5)
+        style = "-" if is_clear else ":"
+        frame = Rectangle(corner, 1, 1, fill=False, edgecolor="#e45756", linewidth=2, linestyle=style)
+        frame.set_clip_on(False)
+        axis.add_patch(frame)
+    axis.set_xticks(range(len(columns)), [str(name) for name in columns], fontsize=7)
+    axis.set_yticks(range(len(lines)), [str(name) for name in lines], fontsize=7)
+
+
+def _in_order(name: Any) -> tuple[bool, float, str]:
+    """Numbers by their size, then words."""
+    try:
+        return False, float(name), ""
+    except ValueError:
+        return True, 0.0, str(name)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -130,11 +192,11 @@ def pareto_figure(rows: Sequence[SweepRow]) -> Figure | None:
     """Quality against speedup, a mark for each row, with a line through the Pareto front.
 
     Returns:
-        None without a speedup and a quality metric, or with fewer than three rows.
+        None without a speedup and a quality metric, with fewer than three rows, or where quality is the same.
     """
     key = next((key for key in QUALITY if any(key in row.measured for row in rows)), None)
     shown = [row for row in rows if key is not None and key in row.measured and "speedup" in row.measured]
-    if key is None or len(shown) < 3:
+    if key is None or len(shown) < 3 or len({row.measured[key] for row in shown}) == 1:
         return None
     title, less_is_better = QUALITY[key]
     figure = Figure(figsize=(5.6, 3.8), dpi=150, layout="constrained")

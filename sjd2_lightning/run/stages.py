@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 FIRST_WORD = 4.0  # seconds without a line until a stage is heard of, in its first minute
 LATER_WORD = 30.0  # the same after that
-_MINUTE = 60.0
+A_MINUTE = 60.0
+_MEASURED = 10.0  # seconds after which a pace says something
 _WORTH_A_LINE = 1.0  # seconds; a stage that took less is not mentioned
 _LOOKS = 8  # of the reporter, in the time of a first word
 
@@ -66,7 +67,7 @@ def _reporter() -> Iterator[None]:
     def report() -> None:
         while not ended.wait(FIRST_WORD / _LOOKS):
             inner, now = _open[-1], time.perf_counter()
-            if now - _last_line >= (FIRST_WORD if now - inner.start < _MINUTE else LATER_WORD):
+            if now - _last_line >= (FIRST_WORD if now - inner.start < A_MINUTE else LATER_WORD):
                 far = inner.detail()
                 _say(f"{inner.name}: {now - inner.start:.0f} s so far{f', {far}' if far else ''}")
 
@@ -83,6 +84,19 @@ def _say(line: str) -> None:
     global _last_line
     _last_line = time.perf_counter()
     log.info("%s", line)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: "40 s", "12 min", "3.2 h"."""
+    if seconds < 2 * A_MINUTE:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 120 * A_MINUTE else f"{seconds / 3600:.1f} h"
+
+
+def foretell(name: str, seconds: float) -> None:
+    """Says how long something will take, if that is more than a minute; NaN says nothing."""
+    if seconds >= A_MINUTE and is_first_process():
+        _say(f"{name}: about {duration(seconds)}")
 
 
 def is_watched() -> bool:
@@ -121,9 +135,13 @@ def counted(name: str, total: int, unit: str, bar: bool = True) -> Iterator[Adva
     with ExitStack() as waiting, Progress(*columns, disable=not drawn) as progress:
         progress.add_task(name, total=total, note="", rate="")
         (task,) = progress.tasks
+        start = time.perf_counter()
 
         def far() -> str:
-            return f"{task.completed:.0f} of {total} {unit} {task.fields['note']}".rstrip()
+            done, taken = task.completed, time.perf_counter() - start
+            left = taken / done * (total - done) if done and taken > _MEASURED else 0.0
+            said = f"{done:.0f} of {total} {unit} {task.fields['note']}".rstrip()
+            return f"{said}, about {duration(left)} left" if left else said
 
         if not drawn:
             waiting.enter_context(stage(name, far))

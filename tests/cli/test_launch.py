@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from sjd2_lightning.cli import launch as launching
+from sjd2_lightning.cli.launch import SweepPace
 from sjd2_lightning.cli.trainer import build_strategy, wandb_id
 from sjd2_lightning.config.reading import ConfigError, conf_dir, train_config
 from sjd2_lightning.run.processes import HANDED_DOWN
@@ -140,3 +142,11 @@ def test_no_secret_is_written(tmp_path, monkeypatch):
     save_config(composed("logger.wandb.name=${oc.env:MY_API_KEY}"), tmp_path / "train.yaml")
     assert "abcdefgh12345678" not in (tmp_path / "train.yaml").read_text()
     assert "<redacted>" in (tmp_path / "train.yaml").read_text()
+
+
+def test_a_sweep_says_how_much_time_is_left():
+    pace = SweepPace(os.getpid(), 3, time.perf_counter() - 100)
+    assert pace.after_one_more() == "run 1 of 3 has ended; about 3 min left"
+    assert pace.after_one_more() == "run 2 of 3 has ended; about 50 s left"
+    assert pace.after_one_more() == ""
+    assert SweepPace(os.getpid(), 3, time.perf_counter() - 1).after_one_more() == "", "a quick one"

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from sjd2_lightning.cli.naming import SWEPT, name_run, run_name, swept_keys
+from sjd2_lightning.cli.naming import SWEPT, name_run, num_runs, run_name, swept_keys
 
 
 def test_keys_that_a_command_line_sweeps():
     words = ["decoding.window=16,32", "seed=range(0,3)", "run_dir=x", "compare=[ar,sjd2]", "noise=glob(*)"]
+    assert num_runs(words[:3]) == 6
     assert swept_keys(words, ["optimizer.lr"]) == ["decoding.window", "seed", "noise", "optimizer.lr"]
 
 

@@ -10,12 +10,21 @@ from sjd2_lightning.report.sweep import (
     best_rows,
     job_titles,
     read_sweep,
+    same_images,
     sweep_csv,
     sweep_rows,
     write_job,
     write_sweep_report,
 )
-from sjd2_lightning.report.sweep_figures import SweepRow, pareto_figure, pareto_front, sweep_map
+from sjd2_lightning.report.sweep_figures import (
+    Cell,
+    SweepRow,
+    cell_map,
+    frame_of,
+    pareto_figure,
+    pareto_front,
+    sweep_cells,
+)
 
 WINDOWS, LEVELS = (8, 16, 32), (1, 2)
 
@@ -84,16 +93,16 @@ def test_metrics_of_trainings_are_lines_too(tmp_path):
     write_job(
         tmp_path / "0",
         ["run_dir=x", "optimizer.lr=1e-3"],
-        {"val/loss": 1.5, "note": "text", "nested": {}},
+        {"val/loss_clean": 1.5, "note": "text", "nested": {}},
         None,
     )
-    write_job(tmp_path / "1", ["run_dir=x", "optimizer.lr=2e-3"], {"val/loss": 1.25}, None)
+    write_job(tmp_path / "1", ["run_dir=x", "optimizer.lr=2e-3"], {"val/loss_clean": 1.25}, None)
     files = write_sweep_report(read_sweep(tmp_path), tmp_path)
     lines = list(csv.DictReader(files.csv.read_text().splitlines()))
-    assert [float(line["val/loss"]) for line in lines] == [1.5, 1.25]
+    assert [float(line["val/loss_clean"]) for line in lines] == [1.5, 1.25]
     assert job_titles(read_sweep(tmp_path)) == {"0": "optimizer.lr=1e-3", "1": "optimizer.lr=2e-3"}
-    assert "| optimizer.lr=2e-3 | 1.250 |" in files.markdown.read_text()
-    assert files.figures == ()
+    assert "| [1](1/) | 2e-3 | 1.250 |" in files.markdown.read_text()
+    assert [path.stem for path in files.figures] == ["sweep_val_loss_clean"]
 
 
 def test_files_of_the_report(folder):
@@ -113,24 +122,89 @@ def test_files_of_the_report(folder):
         assert "disk full" in place
         assert "decoding.num_levels=2" in place
     assert page.count("<img ") == len(files.figures)
-    assert "fastest sjd2: 32 / 2, speedup 2.500" in text
+    assert "fastest sjd2: 32 / 2, speedup 2.500 [2.40, 2.60]" in text
 
 
 def test_the_frame_is_on_the_best_cell(folder):
     rows = sweep_rows(read_sweep(folder))
     for key, less_is_better, place in (("speedup", False, (2, 1)), ("seconds_per_image", True, (2, 1))):
-        figure = sweep_map(rows, key, key, less_is_better)
-        frame = figure.axes[0].patches[0]
+        figure = cell_map(sweep_cells(rows, key), key, less_is_better)
+        (frame,) = figure.axes[0].patches
         assert (frame.get_x() + 0.5, frame.get_y() + 0.5) == place
-    worst = sweep_map(rows, "speedup", "speedup", True).axes[0].patches[0]
+    (worst,) = cell_map(sweep_cells(rows, "speedup"), "speedup", True).axes[0].patches
     assert (worst.get_x() + 0.5, worst.get_y() + 0.5) == (0, 0)
     assert figure_pixels(figure).ndim == 3
+    texts = [text.get_text() for text in cell_map(sweep_cells(rows, "speedup"), "", False).axes[0].texts]
+    assert "2.50\n[2.40, 2.60]" in texts
+
+
+def test_a_tie_has_no_frame_and_overlap_a_dotted_one():
+    clear = {(0, 8): Cell(1.0, 0.9, 1.1), (0, 16): Cell(2.0, 1.9, 2.1)}
+    assert frame_of(clear, False) == ((0, 16), True)
+    assert frame_of(clear, True) == ((0, 8), True)
+    overlap = clear | {(0, 32): Cell(1.8, 1.6, 2.0)}
+    assert frame_of(overlap, False) == ((0, 16), False)
+    assert cell_map({"sjd2": overlap}, "", False).axes[0].patches[0].get_linestyle() == ":"
+    tie = clear | {(0, 32): Cell(2.004, 1.9, 2.1)}
+    assert frame_of(tie, False) is None
+    assert not cell_map({"sjd2": tie}, "", False).axes[0].patches
+
+
+def test_what_cannot_vary_is_said_and_not_drawn(folder):
+    """All cells have the images of the baseline: one sentence in place of maps of quality."""
+    for path in folder.glob("*/report.json"):
+        report = json.loads(path.read_text())
+        for numbers in report["methods"].values():
+            numbers |= {"clip_gain": 5.0, "kid": 0.1, "equal_to_ar": 1.0}
+        path.write_text(json.dumps(report))
+    jobs = read_sweep(folder)
+    assert same_images(sweep_rows(jobs)) == ["sjd2"]
+    files = write_sweep_report(jobs, folder)
+    assert {path.stem for path in files.figures} == {
+        "sweep_seconds_per_image", "sweep_step_compression", "sweep_speedup"
+    }  # fmt: skip
+    for text in (files.html.read_text(), files.markdown.read_text()):
+        assert "sjd2: same images in all cells, those of ar" in text
+
+
+def test_intervals_counts_links_and_one_line_of_the_baseline(folder):
+    files = write_sweep_report(read_sweep(folder), folder)
+    page, text = files.html.read_text(), files.markdown.read_text()
+    assert "1.250 [1.15, 1.35]" in page
+    assert "below 8, no setting can be called best" in page
+    assert '<a href="0/report.html">0</a>' in page
+    assert "[0](0/report.html)" in text
+    # its gain differs from run to run here: as many lines as there are numbers
+    assert text.count("| ar |") == 1
+
+
+def test_a_sweep_of_trainings_shows_swept_keys_and_what_training_changed(tmp_path):
+    for number, (rate, levels) in enumerate([("1e-3", 1), ("1e-3", 2), ("2e-3", 1), ("2e-3", 2)]):
+        metrics = {
+            "start/val/nfe": 70.0, "val/nfe": 60.0 - number, "val/loss_clean": 1.5 - number / 10,
+            "val/nfe_ar": 271.0, "start/val/step_compression": 4.0, "val/step_compression": 4.5, "epoch": 1.0,
+        }  # fmt: skip
+        overrides = [f"optimizer.lr={rate}", f"noise.num_levels={levels}", "trainer=cpu"]
+        write_job(tmp_path / str(number), overrides, metrics, None)
+    files = write_sweep_report(read_sweep(tmp_path), tmp_path)
+    text = files.markdown.read_text()
+    assert (
+        "| run | optimizer.lr | noise.num_levels | validation loss after | passes before | passes after "
+        "| tokens a pass before | tokens a pass after |"
+    ) in text
+    assert "| [3](3/) | 2e-3 | 2 | 1.200 | 70.000 | 57.000 | 4.000 | 4.500 |" in text
+    assert "least val/loss_clean: optimizer.lr=2e-3 noise.num_levels=2, 1.200" in text
+    # tokens a pass are the same in all cells
+    assert {path.stem for path in files.figures} == {"sweep_val_nfe", "sweep_val_loss_clean"}
+    assert all(path.is_file() for path in files.figures)
+    assert "271" not in text
+    assert "val/nfe_ar" in files.csv.read_text()
 
 
 def test_nothing_is_drawn_of_nothing(folder):
     rows = sweep_rows(read_sweep(folder))
-    assert sweep_map(rows, "kid", "kid", True) is None
-    assert sweep_map([row for row in rows if row.method == "ar"], "speedup", "speedup", False) is None
+    assert cell_map(sweep_cells(rows, "kid"), "kid", True) is None
+    assert sweep_cells([row for row in rows if row.method == "ar"], "speedup") == {}
     assert pareto_figure(rows[:2]) is None
 
 

@@ -4,7 +4,7 @@ import time
 import pytest
 
 from sjd2_lightning.run import stages
-from sjd2_lightning.run.stages import counted, speak, stage
+from sjd2_lightning.run.stages import counted, duration, foretell, speak, stage
 
 
 @pytest.fixture
@@ -73,3 +73,23 @@ def test_a_command_without_hydra_speaks(monkeypatch, capsys):
     speak()
     stages.log.info("a line")
     assert capsys.readouterr().err == "a line\n"
+
+
+def test_a_count_tells_how_much_time_is_left(lines, monkeypatch):
+    monkeypatch.setattr(stages, "_MEASURED", 0.05)
+    with counted("reading", 100, "files") as advance:
+        time.sleep(0.1)
+        advance(1)
+        time.sleep(0.1)
+    assert any("1 of 100 files, about " in line and line.endswith(" left") for line in lines())
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (130, "2 min"), (3 * 3600 + 600, "3.2 h")])
+def test_times_are_said_as_people_say_them(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_what_takes_more_than_a_minute_is_foretold(lines):
+    for seconds in (59.0, float("nan"), 61.0):
+        foretell("decoding", seconds)
+    assert lines() == ["decoding: about 61 s"]

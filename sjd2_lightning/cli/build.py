@@ -248,7 +248,8 @@ def build_reference(config: SharedConfig) -> ReferenceSet | None:
         return image_folder(config.data.reference_dir, (height, width))
     own = Path(config.data.data_dir) / HELD_OUT_NAME
     if not config.data.prepare and own.is_dir():
-        return image_folder(own, (height, width))
+        name = f"held-out pictures of {own.parent.name}"
+        return replace(image_folder(own, (height, width)), name=name)
     return held_out_emoji(height) if config.data.prepare and config.data.source == EMOJI else None
 
 

@@ -41,6 +41,7 @@ def test_own_pictures_bring_their_prompts(tmp_path, capsys):
     assert all(text.startswith("picture ") for text in own)
     reference = build_reference(composed("data=raw", f"data.data_dir={out}"))
     assert sorted(reference.keys) == held_out
+    assert reference.name == "held-out pictures of shards"
     assert reference.images.shape[1:] == (64, 64, 3)
     assert all(text in reference.captions for text in own)
     (tmp_path / "other.txt").write_text("a heart\n")

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 import transformers
 
+from sjd2_lightning.cli.card import model_card
 from sjd2_lightning.config.groups import ModelConfig, shipped
 from sjd2_lightning.config.runs import SharedConfig, TrainConfig
 from sjd2_lightning.data import DataConfig
@@ -41,6 +43,7 @@ from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.small import build_tiny
 from sjd2_lightning.models.weights import SETTINGS_FILE
 from sjd2_lightning.run.files import write_whole
+from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.stages import stage
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
@@ -325,3 +328,8 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
         backbone.save(config.export_dir, dtype)
         settings = {"image_size": config.model.image_size, "sampling": config.model.sampling.model_dump()}
         write_whole(Path(config.export_dir) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+    with harmless(f"writing {config.export_dir}/README.md"):
+        data: Any = getattr(trainer, "datamodule", None)
+        attribution = data.index("train").meta.attribution if isinstance(data, CodeDataModule) else ""
+        card = model_card(config, trainer.global_step, attribution)
+        write_whole(Path(config.export_dir) / "README.md", card)

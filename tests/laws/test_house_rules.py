@@ -34,6 +34,7 @@ HOOKS = {
 } | set(dir(pickle._Unpickler))
 # What nothing in the package calls, and why it is there all the same.
 UNCALLED = {
+    "cli.preview: PictureProgress.get_renderables": "Rich asks a progress what to draw",
     "config.groups: Group._no_problems": "pydantic calls validators",
     "data.loader: CodeLoader.sampler": "Lightning asks a loader for its sampler",
     "data.loader: CodeLoader.set_epoch": "Lightning tells a sampler the epoch",

@@ -108,6 +108,7 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
     from sjd2_lightning.cli.sizes import codes_of
     from sjd2_lightning.data.datamodule import CodeDataModule
     from sjd2_lightning.data.loader import CodeDataset
+    from sjd2_lightning.models.registry import family_of
 
     data, model, trainer = config.data, config.model, config.trainer
     codes = codes_of(model)
@@ -121,7 +122,9 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
         indexes = {split: module.index(split) for split in ("train", "val")}
         if codes is not None:
             step = codes.pixels if data.kind == "codes" else 1
-            size = (model.image_size[0] // step, model.image_size[1] // step)
+            several = data.kind == "codes" and family_of(model.family).adapter.GRIDS > 1
+            # grids that lie in one row are checked when training begins, which knows the layout
+            size = None if several else (model.image_size[0] // step, model.image_size[1] // step)
             for index in indexes.values():
                 index.check_model(codes.num_codes, None, size)
     except (ValueError, OSError) as error:
@@ -260,19 +263,23 @@ def _callback_problems(config: TrainConfig) -> Iterator[str]:
 
 def logged_names(config: TrainConfig) -> list[str]:
     """Metrics that a training logs at every validation or step, by name."""
+    from sjd2_lightning.data.sources.scenes import PROMPT_CATEGORIES
     from sjd2_lightning.report.wandb_log import sampled_names
     from sjd2_lightning.training.module import SJD2Module
     from sjd2_lightning.training.recipes.clip import ClipModule
-    from sjd2_lightning.training.recipes.tokenizer import TokenizerModule
 
-    module: Any = {"finetune": SJD2Module, "tokenizer": TokenizerModule, "clip": ClipModule}[config.task]
+    if config.task == "tokenizer":
+        return []
+    module: Any = SJD2Module if config.task == "finetune" else ClipModule
     names = [*module.LOGGED]
     if config.callbacks.sampling is not None and config.task == "finetune":
         metrics = config.metrics
         clip = metrics.clip is not None
         few = config.callbacks.sampling.num_prompts < metrics.min_images
         features = () if few else metrics.features
-        names += sampled_names(config.compare, features, clip, metrics.nearest_k is not None)
+        is_judged = metrics.judge and config.data.source == "scenes"
+        judged = ("overall", *PROMPT_CATEGORIES) if is_judged else ()
+        names += sampled_names(config.compare, features, clip, metrics.nearest_k is not None, judged)
     return names
 
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHIPPED_MODEL = "weights/tiny"
-TABLE_WIDTH = 140  # columns; a narrower terminal folds lines instead of losing figures
 EXPORTS = "outputs/train/*/model/backbone.json"  # what plain `python train.py` leaves; sweeps lie deeper
 
 
@@ -82,12 +81,13 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
         from sjd2_lightning.evaluation.compare import evaluate_methods
         from sjd2_lightning.report.observe import observe
         from sjd2_lightning.report.write import report_object, write_report
-        from sjd2_lightning.run.provenance import collect_provenance, redact
+        from sjd2_lightning.run.provenance import collect_provenance, redact, trainings_of
 
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     with stage("reading the prompts and real images"):
-        prompts, reference = chosen_prompts(config), build_reference(config)
+        prompts = chosen_prompts(config)
+        reference = build_reference(config, len(prompts))
     backbone = decoding_backbone(config.model, weights, config.ckpt_path, device)
     layout = backbone.layout(*config.model.image_size)
     methods, windows = chosen_methods(config, backbone, prompts, layout)
@@ -109,7 +109,7 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
     )
     if result is None:  # rank 0 reports
         return {}
-    result = with_word_of_random_weights(result, config, weights)
+    result = with_word_of_noise(with_word_of_random_weights(result, config, weights), config, weights)
     said = tuple(left_out(config, reference, len(prompts)))
     result = replace(result, warnings=(*result.warnings, *said))
     provenance = collect_provenance(
@@ -118,6 +118,7 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
         {item.key: item.seed for item in prompts},
         {
             "weights": weights_name(config, weights),
+            "trainings": trainings_of(weights) if config.ckpt_path is None else None,
             "auto_window": {name: choice.summary() for name, choice in windows.items()},
         },
         result.store.identity["weights"],
@@ -232,6 +233,21 @@ def with_word_of_random_weights(
     return replace(result, warnings=(warning, *result.warnings))
 
 
+def with_word_of_noise(result: EvaluationResult, config: EvaluateConfig, weights: Path) -> EvaluationResult:
+    """The result, with a warning in front where methods feed noise to weights that never saw any."""
+    from sjd2_lightning.run.provenance import never_saw_noise, trainings_of
+
+    noisy = [name for name, method in result.methods.items() if method.config.num_levels]
+    is_own = config.ckpt_path is None and not config.model.random_name
+    if not noisy or not is_own or not never_saw_noise(trainings_of(weights)):
+        return result
+    warning = (
+        f"{', '.join(noisy)}: noise levels on weights that never saw noise, which may cost passes where they "
+        "should save some; fine-tune first (python train.py), or set decoding.num_levels=0"
+    )
+    return replace(result, warnings=(warning, *result.warnings))
+
+
 def pick_device(device: str) -> str:
     """The device by name; `auto` is the best there is."""
     import torch
@@ -296,8 +312,7 @@ def show(config: EvaluateConfig, result: EvaluationResult, weights: Path, files:
     from sjd2_lightning.report.table import console_table
 
     console = Console()
-    console.width = max(console.width, TABLE_WIDTH)
-    console.print(console_table(result))
+    console.print(console_table(result, console.width))
     for warning in result.warnings:
         console.print(f"[yellow]{warning}[/yellow]")
     for name, place in {

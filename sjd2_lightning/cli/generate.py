@@ -183,7 +183,8 @@ def _write(
         if other is not None:
             same = drawn.output.slot_ids[place].equal(other.output.slot_ids[place])
             line += ", the same image" if same else ", another image"
-        yield line + f" ({drawn.seconds / len(batch):.1f} s)"
+        pixels = f", its pixels {drawn.pixel_seconds / len(batch):.1f} s" if drawn.pixel_seconds else ""
+        yield line + f" ({drawn.seconds / len(batch):.1f} s{pixels})"
 
 
 def _sheet(jobs: Sequence[Job], pictures: dict[str, list[Drawn]], folder: Path) -> Path:

@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from sjd2_lightning.cli.build import decoding_backbone
 from sjd2_lightning.cli.check import check_evaluate
@@ -27,8 +30,10 @@ from sjd2_lightning.config.runs import EvaluateConfig
 from sjd2_lightning.decoding import DecodeOutput, Observer, decode
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone
+from sjd2_lightning.models.glm_pixels import draw_pixels, load_pixels
 from sjd2_lightning.models.image_tokenizer import to_uint8
 from sjd2_lightning.models.weights import ADAPTER_FILE, BACKBONE_FILE, SETTINGS_FILE, WeightsSource
+from sjd2_lightning.run.stages import stage
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Drawn:
         prompts: their texts.
         seeds: their seeds.
         output: their tokens and counts.
-        seconds: time of decoding and of the pixels.
+        seconds: time of decoding and of the model's own image decoder.
+        pixel_seconds: time of a diffusion stage behind it (`model.pixels`); 0 where there is none.
     """
 
     images: tuple[Image.Image, ...]
@@ -48,6 +54,7 @@ class Drawn:
     seeds: tuple[int, ...]
     output: DecodeOutput
     seconds: float
+    pixel_seconds: float = 0.0
 
     @property
     def passes(self) -> list[int]:
@@ -72,6 +79,12 @@ class Pipeline:
     def __init__(self, backbone: Backbone, config: EvaluateConfig, weights: str) -> None:
         self.backbone, self.config, self.weights = backbone.eval(), config, weights
         self.layout = backbone.layout(*config.model.image_size)
+        self.pixels: Any = None  # a stage of its own that makes pictures of codes
+        if config.model.pixels is not None:
+            with stage("loading the diffusion stage"):
+                self.pixels = load_pixels(
+                    shipped(config.model.pixels), getattr(torch, config.model.dtype), backbone.device
+                )
 
     @classmethod
     def load(cls, source: str | Path | None = None, *keys: str) -> Pipeline:
@@ -121,13 +134,19 @@ class Pipeline:
         check_method(self.config, method)
 
         @torch.inference_mode()
-        def draw() -> tuple[DecodeOutput, tuple[Image.Image, ...]]:
+        def draw() -> tuple[DecodeOutput, Tensor]:
             output = decode(self.backbone, texts, seeds, self.config.methods[method], self.layout, observer)
-            pixels = to_uint8(self.backbone.decode_images(output.image_ids))
-            return output, tuple(Image.fromarray(each.numpy()) for each in pixels)
+            return output, self.backbone.decode_images(output.image_ids, self.layout)
 
-        (output, images), seconds = timed(draw, self.backbone.device)
-        return Drawn(images, texts, seeds, output, seconds)
+        (output, pixels), seconds = timed(draw, self.backbone.device)
+        pixel_seconds = 0.0
+        if self.pixels is not None:
+            ids = output.image_ids
+            pixels, pixel_seconds = timed(
+                partial(draw_pixels, self.pixels, ids, self.layout, texts, seeds), self.backbone.device
+            )
+        images = tuple(Image.fromarray(each.numpy()) for each in to_uint8(pixels))
+        return Drawn(images, texts, seeds, output, seconds, pixel_seconds)
 
 
 def check_method(config: EvaluateConfig, method: str) -> None:

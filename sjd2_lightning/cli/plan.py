@@ -12,11 +12,11 @@ import torch
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
-from sjd2_lightning.cli.sizes import downsample, known_config, num_codes
+from sjd2_lightning.cli.sizes import downsample
 from sjd2_lightning.config.reading import train_config
 from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.models.lora import LoraSettings
-from sjd2_lightning.models.pretrained import PretrainedBackbone, VocabularyBackbone
+from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import family_of
 from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK, missing_weights, read_json
 
@@ -42,10 +42,10 @@ def show_plan(cfg: DictConfig) -> dict[str, float]:
         cfg.model.init = "none"  # missing weights are part of the plan, not a problem
     config = train_config(cfg)
     model = config.model
-    size = "7b" if "7b" in f"{model.hub_id} {model.path}".lower() else "1b"
+    name = f"{model.hub_id} {model.path}".lower()
     folder = Path(model.source.path)
     settings = run_settings(config)
-    plan = plan_run(model.family, folder, model.trunk, model.image_size, settings, size)
+    plan = plan_run(model.family, folder, model.trunk, model.image_size, settings, name)
 
     console = Console(soft_wrap=True)
     height, width = plan.grid
@@ -224,7 +224,7 @@ def plan_run(
     trunk: str,
     image_size: tuple[int, int],
     settings: RunSettings,
-    size: str = "1b",
+    name: str = "",
 ) -> Plan:
     """Counts and estimates without reading a weight.
 
@@ -234,24 +234,23 @@ def plan_run(
         trunk: sub-folder of a saved backbone.
         image_size: (height, width) in pixels.
         settings: what of the run decides the memory.
-        size: "1b" or "7b", for a family with several sizes whose folder has no config.json yet.
+        name: hub id and path, which say the size of a family of several without its config.json.
     """
     adapter = family_of(family).adapter
-    saved = (folder / BACKBONE_FILE).is_file() or family == "chameleon"
-    weights = folder / trunk if saved else folder
+    saved = (folder / BACKBONE_FILE).is_file() or adapter.CONVERTED
+    weights = folder / (trunk if saved else adapter.PLACES[0])
     assumed = not (weights / "config.json").is_file()
     if not assumed:
         read_json(weights / "config.json")
-    config = known_config(adapter, size) if assumed else adapter.MODEL.config_class.from_pretrained(weights)
+    config = adapter.release_config(name) if assumed else adapter.MODEL.config_class.from_pretrained(weights)
     with torch.device("meta"):
         model = adapter.MODEL(config)
     parameters = _count(adapter, model)
-    height, width = (side // downsample(folder, config) for side in image_size)
-    newline = int(issubclass(adapter, VocabularyBackbone))
-    slots = height * (width + newline) - newline
+    height, width = (side // downsample(adapter, folder, config) for side in image_size)
+    slots = adapter.num_slots(height, width)
     in_adapter = _lora_parameters(adapter, model, settings.lora or LoraSettings())
     trained = in_adapter if settings.lora is not None else parameters["total"] - parameters["frozen"]
-    codes = num_codes(config)
+    codes, _ = adapter.codes_of_config(config)
     return Plan(
         parameters,
         trained,
@@ -260,16 +259,16 @@ def plan_run(
         _training(config, parameters["total"], trained, slots, codes, settings),
         _training(config, parameters["total"], in_adapter, slots, codes, settings),
         _decoding(config, parameters, slots, codes, settings),
-        missing_files(folder, weights, saved, adapter.FILES),
+        missing_files(folder, weights, saved, adapter),
         assumed,
     )
 
 
-def missing_files(folder: Path, weights: Path, saved: bool, extra: tuple[str, ...] = ()) -> list[str]:
+def missing_files(folder: Path, weights: Path, saved: bool, adapter: type[PretrainedBackbone]) -> list[str]:
     """Paths of the files that a backbone folder lacks."""
     found = [weights / name for name in missing_weights(weights)]
-    wanted = [(folder / TEXT if saved else folder) / "tokenizer.json"]
-    wanted += [folder / BACKBONE_FILE] if saved else [folder / name for name in extra]
+    wanted = [folder / (TEXT if saved else adapter.PLACES[1]) / "tokenizer.json"]
+    wanted += [folder / BACKBONE_FILE] if saved else [folder / name for name in adapter.FILES]
     if weights.name == TRUNK:
         wanted.append(folder / TOKENIZER / "diffusion_pytorch_model.safetensors")
     return [str(path) for path in [*found, *(path for path in wanted if not path.is_file())]]

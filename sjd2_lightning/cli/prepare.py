@@ -161,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--name", help="name in the index (default: that of --input)")
     add("--attribution", default="", metavar="TEXT", help="licence line, kept in the index")
     add("--tokenizer", type=Path, metavar="FOLDER", help="image tokenizer in diffusers' layout")
-    add("--model-family", metavar="NAME", help="tokenizer of a model: chameleon, emu3 or janus")
+    add("--model-family", metavar="NAME", help="tokenizer of a model: chameleon, simple_ar, ...")
     add("--model-path", type=Path, metavar="FOLDER", help="its folder; random_tiny: a dry run")
     add("--image-size", type=int, nargs="+", metavar="N", help="height and width (64)")
     add("--size", dest="image_size", type=int, nargs="+", help=argparse.SUPPRESS)
@@ -317,6 +317,7 @@ def list_records(options: argparse.Namespace) -> tuple[list[Record], Reader]:
 
 def load_coder(options: argparse.Namespace) -> Coder | None:
     """The image tokenizer that is asked for; None asks for raw shards."""
+    from sjd2_lightning.models.image_codes import has_image_tokenizer
     from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
     from sjd2_lightning.models.registry import build_shrunken, load_backbone
     from sjd2_lightning.models.weights import TOKENIZER
@@ -335,7 +336,7 @@ def load_coder(options: argparse.Namespace) -> Coder | None:
         name = f"{options.model_family} in {options.model_path}"
         folder = shipped(options.model_path)
         alone = folder / TOKENIZER
-        if (alone / "config.json").is_file():  # beside the trunk, which need not be read then
+        if has_image_tokenizer(alone):  # beside the trunk, which need not be read then
             tokenizer = load_image_tokenizer(alone)
         else:
             tokenizer = load_backbone(options.model_family, folder).image_tokenizer

@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from sjd2_lightning.data.sources.coco import CocoProtocol
 from sjd2_lightning.decoding.config import MOST_SLOTS
 from sjd2_lightning.decoding.law import Sampling
+from sjd2_lightning.models.image_codes import has_image_tokenizer
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.registry import FAMILIES
 from sjd2_lightning.models.weights import TRUNK, WeightsSource
@@ -157,6 +158,7 @@ class MetricsConfig(Group):
     allow_download: bool
     clip: str | None
     clip_pretrained: str | None
+    judge: bool
     num_resamples: Annotated[int, Field(ge=1, le=10**6)]
     num_distance_resamples: Annotated[int, Field(ge=0, le=10**5)]
     min_images: Annotated[int, Field(ge=2, le=MOST)]
@@ -260,10 +262,10 @@ class ScratchConfig(Group):
         found = []
         if self.hidden_size % self.num_heads:
             found.append(f"hidden_size={self.hidden_size}: must be a multiple of num_heads={self.num_heads}")
-        if not (shipped(self.image_tokenizer) / "config.json").is_file():
+        if not has_image_tokenizer(shipped(self.image_tokenizer)):
             found.append(
                 f"image_tokenizer={self.image_tokenizer}: there is no image tokenizer; train it with "
-                "`sjd2 train experiment=tiny_tokenizer`"
+                "`sjd2 train experiment=scenes_tokenizer`"
             )
         return found
 
@@ -296,6 +298,7 @@ class ModelConfig(Group):
     quantize: Literal["int8", "fp8"] | None
     load_onto: str | None
     unconditional: str | None
+    pixels: str | None
     image_size: tuple[Side, Side]
     peft: Literal["lora"] | None
     lora: Annotated[LoraSettings, AfterValidator(sound)]
@@ -321,6 +324,14 @@ class ModelConfig(Group):
         found = self._weights_problems() if self.init == "pretrained" and self.scratch is None else []
         if self.family not in FAMILIES:
             found.append(f"family={self.family}: no such family; {did_you_mean(self.family, list(FAMILIES))}")
+        if self.pixels is not None and self.family != "glm_image":
+            found.append(
+                f"pixels={self.pixels}: {self.family} has an image decoder of its own; set model.pixels=null"
+            )
+        elif self.pixels is not None and not (shipped(self.pixels) / "model_index.json").is_file():
+            found.append(
+                f"pixels={self.pixels}: there is no model_index.json; give a copy of zai-org/GLM-Image"
+            )
         try:
             torch.device(self.load_onto or "cpu")
         except RuntimeError:
@@ -345,7 +356,7 @@ class ModelConfig(Group):
             folder = self.source.folder()
         except ValueError as error:
             return [f"path={self.path}: {error}"]
-        if any((folder / name).is_file() for name in ("backbone.json", "config.json")):
+        if any((folder / name).is_file() for name in ("backbone.json", "config.json", "model_index.json")):
             if self.trunk == TRUNK or (folder / self.trunk).is_dir() or Path(self.trunk).is_dir():
                 return []
             return [f"trunk={self.trunk}: there is no such folder, in {folder} or elsewhere"]

@@ -34,7 +34,7 @@ from sjd2_lightning.data.build import (
     write_skipped,
 )
 from sjd2_lightning.data.index import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardMeta
-from sjd2_lightning.models.image_tokenizer import ImageTokenizer
+from sjd2_lightning.models.image_tokenizer import ImageTokenizer, codes_shape
 from sjd2_lightning.run.files import sha256_of_json
 from sjd2_lightning.run.stages import counted, stage
 
@@ -240,8 +240,7 @@ class Wanted:
             self.kind,
             self.split,
             self.source,
-            height // step,
-            width // step,
+            *(codes_shape(tokenizer, height, width) if tokenizer else self.size),
             self.attribution,
             sha256_of_json(inputs),
             tokenizer.num_codes if tokenizer else None,

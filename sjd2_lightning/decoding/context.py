@@ -13,7 +13,15 @@ from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.law import guided
 from sjd2_lightning.decoding.state import Prompts
 from sjd2_lightning.masks import Visible
-from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, Trunk, by_row, right_aligned
+from sjd2_lightning.models.backbone import (
+    Backbone,
+    ImageLayout,
+    KVCache,
+    Trunk,
+    by_row,
+    position_ids,
+    right_aligned,
+)
 
 _SHOWN = 40  # letters of a prompt that an error repeats
 
@@ -84,19 +92,23 @@ class Context:
         config: DecodingConfig,
     ) -> None:
         self.trunk, self.cache, self.sampling = trunk, cache, config.sampling
+        self.from_image = backbone.from_image
         self.copies = len(token_ids) // len(layouts)
         ids, starts = right_aligned(token_ids, pad_to=num_prompt)
         self.num_side, self.num_prompt = len(timestep_tokens), ids.shape[1]
         self.first_slot = self.num_side + self.num_prompt
         device = backbone.device
         rows = (self.copies, len(layouts))
-        embeddings = backbone.embed_tokens(ids.to(device))  # (C * R, P, D)
+        embeddings = backbone.embed_prompts(ids.to(device), starts.to(device))  # (C * R, P, D)
         first = (starts + self.num_side).to(device)
         num_slots = max(layout.num_slots for layout in layouts) + config.size
         self.prompts = Prompts(
             embeddings.unflatten(0, rows).transpose(0, 1).contiguous(),
             first.view(rows).T.contiguous(),
             by_row(layouts, lambda layout: self._scales(layout, num_slots)).to(device),
+            by_row(layouts, lambda layout: layout.distances(num_slots)).to(device)
+            if layouts[0].axes
+            else None,
         )
         self._prefill(torch.cat([timestep_tokens.expand(len(ids), -1, -1), embeddings], dim=1), first)
 
@@ -108,8 +120,17 @@ class Context:
     def _prefill(self, embeddings: Tensor, first: Tensor) -> None:
         columns = torch.arange(self.first_slot, device=first.device).expand(len(first), -1)
         self.cache.place(columns, self.first_slot)
-        positions = (columns - first[:, None]).clamp_min(0)
+        # timestep tokens and padding are where the prompt starts
+        slots = columns.maximum(first[:, None]) - self.first_slot
+        positions = self._positions(slots, first)
         self.trunk.prefill(embeddings, positions, Visible.of_prompt(columns, first), self.cache)
+
+    def _positions(self, slots: Tensor, first: Tensor) -> Tensor:
+        """Position ids of slots (C * R, L) of rows whose prompts start in columns `first` (C * R,)."""
+        distances = self.prompts.distances
+        if distances is not None:
+            distances = distances.repeat(self.copies, 1, 1)
+        return position_ids(slots, self.first_slot - first, distances, self.from_image)
 
     def logits(
         self,
@@ -151,7 +172,8 @@ class Context:
         first = self.prompts.first.T.flatten()  # (C * R,)
         self.cache.place(columns, shape.columns)
         visible = Visible(first, before, own, columns, side)
-        hidden = self.trunk.run(fed, places - first[:, None], visible, self.cache)
+        positions = self._positions(places - self.first_slot, first)
+        hidden = self.trunk.run(fed, positions, visible, self.cache)
         scale: float | Tensor = self.sampling.guidance_scale
         if self.copies > 1 and self.sampling.guidance_schedule != "constant":
             scales = self.prompts.scales  # (R, N): twins share places with their prompts

@@ -8,17 +8,21 @@ from torch import Tensor
 from sjd2_lightning.decoding.law import Sampling, has_law, log_law, without_law
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, slot_keys, stream
 from sjd2_lightning.masks import attention_mask
-from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, position_ids
 
 
-def _next_logits(backbone: Backbone, prompt_ids: list[int], slots: list[int]) -> Tensor:
-    embeddings = backbone.embed_tokens(torch.tensor([prompt_ids], device=backbone.device))
+def _next_logits(backbone: Backbone, layout: ImageLayout, prompt_ids: list[int], slots: list[int]) -> Tensor:
+    ids, length = torch.tensor([prompt_ids], device=backbone.device), len(prompt_ids)
+    embeddings = backbone.embed_prompts(ids, torch.zeros_like(ids[:, 0]))
     drawn = backbone.slot_table()[torch.tensor(slots, dtype=torch.long, device=backbone.device)]
     embeddings = torch.cat([embeddings, drawn[None]], dim=1)
     columns = torch.arange(embeddings.shape[1], device=backbone.device)[None]
     clean = torch.zeros_like(columns)
     mask = attention_mask(columns, clean, clean[:, 0], columns.shape[1])
-    return backbone.image_logits(backbone(embeddings, columns, mask)[:, -1])
+    distances = layout.distances(layout.num_slots).to(backbone.device)[None] if layout.axes else None
+    lengths = torch.full_like(clean[:, 0], length)
+    positions = position_ids(columns - length, lengths, distances, backbone.from_image)
+    return backbone.image_logits(backbone(embeddings, positions, mask)[:, -1])
 
 
 @torch.inference_mode()
@@ -47,7 +51,7 @@ def decode_reference(
         if forced >= 0:
             slots.append(forced)
             continue
-        logits = torch.cat([_next_logits(backbone, ids, slots) for ids in contexts])
+        logits = torch.cat([_next_logits(backbone, layout, ids, slots) for ids in contexts])
         scale = scales[slot] if len(contexts) == 2 else 1.0
         conditional, unconditional = logits[0], logits[-1]
         mixed = unconditional + scale * (conditional - unconditional)

@@ -55,11 +55,13 @@ class Prompts(Rows):
         embeddings: (R, C, P, D) embeddings of the prompts, aligned at their right ends.
         first: (R, C) column of each prompt's first token.
         scales: (R, N) guidance scale of each slot.
+        distances: (R, A, N) of slots on several axes of positions; None where they are counted on.
     """
 
     embeddings: Tensor
     first: Tensor
     scales: Tensor
+    distances: Tensor | None = None
 
 
 @dataclass(frozen=True)

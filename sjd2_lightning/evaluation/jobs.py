@@ -99,7 +99,7 @@ def decode_jobs(
             output, seconds = timed(call, backbone.device)
         # 2. draw the images
         with torch.no_grad():
-            images = to_uint8(backbone.decode_images(output.image_ids))
+            images = to_uint8(backbone.decode_images(output.image_ids, output.layouts[0]))
         # 3. write images and records; only now is the job done
         records = [
             replace(record, peak_bytes=peak.num_bytes)

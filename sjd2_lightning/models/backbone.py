@@ -30,12 +30,28 @@ class ImageLayout:
         height, width: size of the image in codes.
         forced: for each of the N slots -1 where a code is drawn, else the slot id that stands there.
         pixels: (height, width) of the image in pixels.
+        axes: on each axis of positions, N distances of the slots from the first position behind the prompt;
+            () = one axis, counted on slot by slot.
+        grids: (height, width) of each grid of codes, in order, where there are several; the last one is the
+            image. Their codes then lie in one row: `height` is 1 and `width` the number of all codes.
     """
 
     height: int
     width: int
     forced: tuple[int, ...]
     pixels: tuple[int, int]
+    axes: tuple[tuple[int, ...], ...] = ()
+    grids: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of the image in codes."""
+        return self.grids[-1] if self.grids else (self.height, self.width)
+
+    def distances(self, num: int) -> Tensor:
+        """(A, num) distances of slots on each of several axes; right of the image that of the last slot."""
+        own = torch.tensor(self.axes)
+        return torch.cat([own, own[:, -1:].expand(-1, num)], dim=1)[:, :num]
 
     @property
     def num_slots(self) -> int:
@@ -72,6 +88,27 @@ def by_row(layouts: Sequence[ImageLayout], value: Callable[[ImageLayout], Tensor
     return torch.stack([value(layout) for layout in kinds])[which]
 
 
+def position_ids(
+    slots: Tensor, lengths: Tensor, distances: Tensor | None = None, from_image: bool = False
+) -> Tensor:
+    """Position ids (B, L), or (A, B, L) for slots on several axes, of what a trunk is fed.
+
+    Args:
+        slots: (B, L) slots; those below 0 are tokens of the prompt, -1 its last.
+        lengths: (B,) number of tokens of each row's prompt.
+        distances: (B, A, N) of slots, see `ImageLayout.distances`; None counts on.
+        from_image: position 0 is that of the first slot, and those of prompts are below 0; False: it is that
+            of the prompt's first token.
+    """
+    counted = slots if from_image else slots + lengths[:, None]
+    if distances is None:
+        return counted
+    num_rows, num_axes, num = distances.shape
+    places = slots.clamp(0, num - 1)[:, None].expand(-1, num_axes, -1)
+    own = distances.gather(2, places) + (0 if from_image else lengths.view(num_rows, 1, 1))
+    return torch.where(slots[:, None] < 0, counted[:, None], own).transpose(0, 1)
+
+
 def rows_with_newlines(height: int, width: int, newline: int, pixels: tuple[int, int]) -> ImageLayout:
     """Layout of Lumina-mGPT and Emu3: every row of codes but the last ends in a newline token."""
     row = (*[-1] * width, newline)
@@ -85,11 +122,13 @@ class Backbone(nn.Module, ABC):
         num_codes: K, size of the image vocabulary.
         hidden_size: D, width of an embedding.
         num_positions: positions that the model was made for; without a limit, more than any sequence has.
+        from_image: whether positions are counted from the first slot, so that prompts have those below 0.
     """
 
     num_codes: int
     hidden_size: int
     num_positions: int = sys.maxsize
+    from_image: bool = False
     decoder: Any = None  # what decoding keeps of this model; see `decoding.loop.decoder_of`
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,6 +157,15 @@ class Backbone(nn.Module, ABC):
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """(..., D) embeddings of token ids."""
 
+    def embed_prompts(self, token_ids: Tensor, starts: Tensor) -> Tensor:
+        """(B, P, D) what the trunk is fed in front of the first slot; by default embeddings of the ids.
+
+        Args:
+            token_ids: (B, P) aligned at their right ends, see `right_aligned`.
+            starts: (B,) column at which each row starts; what lies left of it is not seen.
+        """
+        return self.embed_tokens(token_ids)
+
     @abstractmethod
     def slot_table(self) -> Tensor:
         """(K + structural tokens, D): what the trunk is fed for each slot id."""
@@ -126,7 +174,10 @@ class Backbone(nn.Module, ABC):
     def forward(
         self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None
     ) -> Tensor:
-        """Hidden states (B, L, D) of embeddings (B, L, D) under a boolean mask (B, 1, L, S)."""
+        """Hidden states (B, L, D) of embeddings (B, L, D) under a boolean mask (B, 1, L, S).
+
+        Position ids are (B, L), or (A, B, L) where layouts have several axes; see `position_ids`.
+        """
 
     @abstractmethod
     def image_logits(self, hidden: Tensor) -> Tensor:
@@ -137,8 +188,13 @@ class Backbone(nn.Module, ABC):
         """An empty cache for `batch` rows of at most `max_len` columns."""
 
     @abstractmethod
-    def decode_images(self, image_ids: Tensor) -> Tensor:
-        """Images (B, 3, h, w) in [0, 1] of codes (B, H, W)."""
+    def decode_images(self, image_ids: Tensor, layout: ImageLayout | None = None) -> Tensor:
+        """Images (B, 3, h, w) in [0, 1] of codes (B, H, W).
+
+        Args:
+            image_ids: codes.
+            layout: layout of the images; needed where their codes lie in one row, see `ImageLayout.grids`.
+        """
 
     @abstractmethod
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -25,7 +25,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.models.chameleon.modeling_chameleon import ChameleonLayerNorm, ChameleonRMSNorm
 from transformers.models.emu3.modeling_emu3 import Emu3RMSNorm
+from transformers.models.glm_image.modeling_glm_image import GlmImageRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from sjd2_lightning.masks import Visible
 
@@ -284,7 +286,9 @@ _STANDS_FOR: dict[type[nn.Module], type[_Invariant]] = {
     nn.Linear: _Linear,
     ChameleonRMSNorm: _RMSNorm,
     Emu3RMSNorm: _RMSNorm,
+    GlmImageRMSNorm: _RMSNorm,
     LlamaRMSNorm: _RMSNorm,
+    Qwen2RMSNorm: _RMSNorm,
     nn.LayerNorm: _LayerNorm,
     ChameleonLayerNorm: _HeadNorm,
 }
@@ -297,7 +301,7 @@ def invariant_copy(module: nn.Module) -> nn.Module:
     `torch.func.functional_call` takes any layer's parameters. Its `attention_mask` is a `Visible`.
 
     Args:
-        module: a layer, or part of one, of Chameleon, Emu3 or Llama, low-rank adapters included.
+        module: a layer, or part of one, of Chameleon, Emu3, GLM-Image, Llama or Qwen2, adapters included.
 
     Raises:
         ValueError: for a part with parameters that is not known to be invariant.
@@ -317,6 +321,6 @@ def invariant_copy(module: nn.Module) -> nn.Module:
                 f"decoding.invariant=true: no invariant arithmetic for {name or 'the layer'}, a "
                 f"{type(part).__name__}; set decoding.invariant=false"
             )
-        elif own == "act_fn":
+        elif own in ("act_fn", "activation_fn"):
             setattr(copied.get_submodule(parent), own, _Elementwise(part))
     return copied

@@ -17,6 +17,22 @@ from sjd2_lightning.models.image_tokenizer import InnerTokenizer
 from sjd2_lightning.models.pretrained import PROMPT, PretrainedBackbone, PromptTokens
 from sjd2_lightning.models.weights import LoadOptions, load_parts, read_json
 
+# Sizes of the language models, as far as known; a config.json in the weights' folder replaces them.
+_RELEASES = {
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 32,
+    },
+}
+
 
 @dataclass(frozen=True)
 class JanusTokens(PromptTokens):
@@ -66,6 +82,13 @@ class JanusBackbone(PretrainedBackbone):
         super().__init__(model, text_tokenizer, images, tokens)
         self.tokens = tokens
         self.side = config.num_patches  # codes on each side of the only size there is
+
+    @classmethod
+    def release_config(cls, name: str) -> Any:
+        text = {"model_type": "llama", "vocab_size": 102400, **_RELEASES["7b" if "7b" in name else "1b"]}
+        width = {"projection_dim": text["hidden_size"]}
+        vq = {**width, "image_token_embed_dim": text["hidden_size"]}
+        return cls.MODEL.config_class(text_config=text, vision_config=width, vq_config=vq)
 
     def layout(self, height: int, width: int) -> ImageLayout:
         pixels = self.side * self.image_tokenizer.downsample

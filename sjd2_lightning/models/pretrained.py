@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sjd2_lightning.masks import additive
-from sjd2_lightning.models.backbone import Backbone, KVCache, Trunk
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, Trunk
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.models.lora import (
     LoraSettings,
@@ -81,6 +81,10 @@ class PretrainedBackbone(Backbone):
     TRUNK_PATH: ClassVar[str]
     UNTRAINED: ClassVar[tuple[str, ...]]  # parts of the model that drawing images from text does not use
     FILES: ClassVar[tuple[str, ...]] = ()  # of a plain Hugging Face folder, beside weights and tokenizer.json
+    PLACES: ClassVar[tuple[str, str]] = ("", "")  # sub-folders of a release with weights and text tokenizer
+    CONVERTED: ClassVar[bool] = False  # whether a release is converted before it can be loaded
+    GRIDS: ClassVar[int] = 1  # of codes in a sequence
+    NEWLINE: ClassVar[bool] = False  # whether every row of codes but the last ends in one
 
     def __init__(
         self,
@@ -105,6 +109,27 @@ class PretrainedBackbone(Backbone):
         self.hidden_size = model.config.get_text_config().hidden_size
         self.num_positions = model.config.get_text_config().max_position_embeddings
         self.train(model.training)
+
+    @classmethod
+    def release_config(cls, name: str) -> Any:
+        """Configuration of a release as far as known here, for plans before its config.json is there.
+
+        Args:
+            name: hub id and path in lower case, which say the size of a family of several.
+        """
+        return cls.MODEL.config_class(vocabulary_map={"<image>": 0})
+
+    @classmethod
+    def codes_of_config(cls, config: Any) -> tuple[int, int]:
+        """Size of the codebook, and pixels that a code covers on each side, by the model's configuration."""
+        vq = config.vq_config
+        num_codes = getattr(vq, "codebook_size", None) or vq.num_embeddings
+        return int(num_codes), 2 ** (len(vq.channel_multiplier) - 1)
+
+    @classmethod
+    def num_slots(cls, height: int, width: int) -> int:
+        """Number of slots of an image of (height, width) codes."""
+        return height * (width + cls.NEWLINE) - cls.NEWLINE
 
     @property
     def trunk(self) -> Any:
@@ -227,7 +252,7 @@ class PretrainedBackbone(Backbone):
             return InvariantTrunk(self)
         return LayeredTrunk(self, flex) if compiled and alike else super().decoding_trunk(False, invariant)
 
-    def decode_images(self, image_ids: Tensor) -> Tensor:
+    def decode_images(self, image_ids: Tensor, layout: ImageLayout | None = None) -> Tensor:
         return self.image_tokenizer.decode(image_ids)
 
     def text_ids(self, template: Sequence[str], prompt: str = "") -> list[int]:
@@ -297,14 +322,15 @@ def _places_of(prompt: str, template: Sequence[str]) -> list[tuple[int, int]]:
 
 
 class VocabularyBackbone(PretrainedBackbone):
-    """A model whose vocabulary holds the codes and a newline, as those of Lumina-mGPT and Emu3.
+    """A model whose vocabulary holds the codes, as those of Lumina-mGPT, Emu3 and SimpleAR.
 
     Args:
         code_to_token: token id of every code.
-        newline: token id behind every row of codes.
+        newline: token id behind every row of codes; None for a model without.
         closing: token ids behind the last row, as in the published sequences.
     """
 
+    NEWLINE = True
     slot_token_ids: Tensor
 
     def __init__(
@@ -314,8 +340,8 @@ class VocabularyBackbone(PretrainedBackbone):
         image_tokenizer: ImageTokenizer,
         tokens: PromptTokens,
         code_to_token: dict[int, int],
-        newline: int,
-        closing: Sequence[int],
+        newline: int | None = None,
+        closing: Sequence[int] = (),
     ) -> None:
         super().__init__(model, text_tokenizer, image_tokenizer, tokens)
         if len(code_to_token) != self.num_codes:
@@ -327,7 +353,8 @@ class VocabularyBackbone(PretrainedBackbone):
         self._first_code = int(ids.min())
         self._num_rows = int(ids.max()) + 1 - self._first_code
         self._closing = list(closing)
-        slot_token_ids = torch.cat([ids, torch.tensor([newline])])
+        structural = torch.tensor([newline] if self.NEWLINE else [], dtype=torch.long)
+        slot_token_ids = torch.cat([ids, structural])
         self.register_buffer("slot_token_ids", slot_token_ids, persistent=False)
         in_order = torch.arange(self._first_code, self._first_code + self.num_codes)
         self._columns_in_order = torch.equal(ids, in_order)

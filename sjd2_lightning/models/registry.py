@@ -44,8 +44,36 @@ def _janus() -> Family:
     return Family(JanusBackbone, load_janus, shrunken_janus, JanusTokens.CONTEXTS)
 
 
+def _simple_ar() -> Family:
+    from sjd2_lightning.models.shrunken import shrunken_simple_ar
+    from sjd2_lightning.models.simple_ar import SimpleARBackbone, SimpleARTokens, load_simple_ar
+
+    return Family(SimpleARBackbone, load_simple_ar, shrunken_simple_ar, SimpleARTokens.CONTEXTS)
+
+
+def _glm_image() -> Family:
+    from sjd2_lightning.models.glm_image import GlmImageBackbone, GlmImageTokens, load_glm_image
+    from sjd2_lightning.models.shrunken import shrunken_glm_image
+
+    return Family(GlmImageBackbone, load_glm_image, shrunken_glm_image, GlmImageTokens.CONTEXTS)
+
+
+def _llamagen() -> Family:
+    from sjd2_lightning.models.llamagen import LlamaGenBackbone, LlamaGenTokens, load_llamagen
+    from sjd2_lightning.models.shrunken import shrunken_llamagen
+
+    return Family(LlamaGenBackbone, load_llamagen, shrunken_llamagen, LlamaGenTokens.CONTEXTS)
+
+
 # imported when asked for: names are checked before anything that takes seconds is loaded
-FAMILIES: dict[str, Callable[[], Family]] = {"chameleon": _chameleon, "emu3": _emu3, "janus": _janus}
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "chameleon": _chameleon,
+    "emu3": _emu3,
+    "janus": _janus,
+    "simple_ar": _simple_ar,
+    "glm_image": _glm_image,
+    "llamagen": _llamagen,
+}
 
 
 def family_of(name: str) -> Family:

@@ -97,7 +97,7 @@ def shrunken_chameleon(seed: int = 0, sizes: Mapping[str, int] = SIZES) -> Chame
         },
     )
     text = byte_tokenizer(60000, {"<s>": tokens.bos, "<reserved08706>": tokens.separator})
-    model = _random(ChameleonForConditionalGeneration, config)
+    model = random_weights(ChameleonForConditionalGeneration, config)
     return ChameleonBackbone(model, text, small_vq(8192, 4), tokens)
 
 
@@ -124,7 +124,9 @@ def shrunken_emu3(seed: int = 0, sizes: Mapping[str, int] = SIZES) -> Emu3Backbo
         },
     )
     special = {"<|extra_203|>": tokens.bos, "<|image start|>": tokens.boi, "<|image token|>": tokens.img}
-    return Emu3Backbone(_random(Emu3ForConditionalGeneration, config), byte_tokenizer(1000, special), tokens)
+    return Emu3Backbone(
+        random_weights(Emu3ForConditionalGeneration, config), byte_tokenizer(1000, special), tokens
+    )
 
 
 def shrunken_janus(seed: int = 0, sizes: Mapping[str, int] = SIZES, side: int = JANUS_SIDE) -> JanusBackbone:
@@ -158,7 +160,7 @@ def shrunken_janus(seed: int = 0, sizes: Mapping[str, int] = SIZES, side: int = 
             "image_token_embed_dim": sizes["hidden_size"],
         },
     )
-    model = _random(JanusForConditionalGeneration, config)
+    model = random_weights(JanusForConditionalGeneration, config)
     generation = model.generation_config
     generation.bos_token_id, generation.pad_token_id = tokens.bos, tokens.pad
     generation.generation_kwargs = {"boi_token_id": tokens.boi}
@@ -170,7 +172,7 @@ def shrunken_janus(seed: int = 0, sizes: Mapping[str, int] = SIZES, side: int = 
     return JanusBackbone(model, byte_tokenizer(1000, special), tokens)
 
 
-def _random(model_class: Any, config: Any) -> PreTrainedModel:
+def random_weights(model_class: Any, config: Any) -> PreTrainedModel:
     """A model whose laws depend on their context; the 0.02 of the classes makes them nearly uniform."""
     config._attn_implementation = "sdpa"
     model = model_class(config).eval()

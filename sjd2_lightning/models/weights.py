@@ -62,6 +62,7 @@ def load_parts(
     family: str,
     options: LoadOptions,
     optional: tuple[str, ...] = (),
+    places: tuple[str, str] = ("", ""),
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]:
     """Model, text tokenizer and control-token fields of a saved backbone or a plain Hugging Face folder.
 
@@ -71,6 +72,7 @@ def load_parts(
         trunk: sub-folder of a saved backbone, or any other path to the trunk's weights.
         family: family that the folder must be of.
         optional: prefixes of keys that a checkpoint may lack, since nothing here reads those weights.
+        places: sub-folders of a release with weights and text tokenizer.
 
     Raises:
         ValueError: if a part is missing, of another family, or does not fit the model; the message names it.
@@ -80,7 +82,7 @@ def load_parts(
     )
 
     fields = read_backbone_file(folder, family)
-    trunk_folder, text_folder = folder, folder
+    trunk_folder, text_folder = (folder / place for place in places)
     if fields:
         elsewhere = Path(trunk).is_dir() and not (folder / trunk).is_dir()
         trunk_folder = Path(trunk) if elsewhere else folder / trunk

@@ -59,15 +59,16 @@ def draw(backbone: Backbone, moments: Sequence[Moment | None], layout: ImageLayo
         return [np.zeros((height, width, 4), np.uint8) for _ in moments]
     codes = [_filled(moment.guesses) for moment in known]
     grids = torch.from_numpy(np.stack(codes)).view(-1, layout.height, layout.width)
-    images = iter(to_uint8(backbone.decode_images(grids.to(backbone.device))).numpy())
+    images = iter(to_uint8(backbone.decode_images(grids.to(backbone.device), layout)).numpy())
     found = []
     for moment in moments:
         if moment is None:
             found.append(np.zeros((height, width, 4), np.uint8))
             continue
         image = next(images)
-        alpha = _opacity(moment).reshape(layout.height, layout.width)
-        scale = image.shape[0] // layout.height, image.shape[1] // layout.width
+        rows, columns = layout.grid
+        alpha = _opacity(moment)[-rows * columns :].reshape(rows, columns)
+        scale = image.shape[0] // rows, image.shape[1] // columns
         alpha = alpha.repeat(scale[0], 0).repeat(scale[1], 1)
         found.append(np.concatenate([image, alpha[..., None]], 2))
     return found

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.masks import attention_mask
-from sjd2_lightning.models.backbone import Backbone, ImageLayout, right_aligned
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, position_ids, right_aligned
 from sjd2_lightning.noise import perturb
 
 
@@ -93,12 +93,17 @@ def trunk_input(
     ids, starts = right_aligned(prompt_ids)
     ids, starts = ids.to(device), starts.to(device)
     num_side, prompt_len, batch = len(side), ids.shape[1], len(ids)
-    embeddings = torch.cat([side.expand(batch, -1, -1), backbone.embed_tokens(ids), slot_embeddings], dim=1)
+    prompts = backbone.embed_prompts(ids, starts)
+    embeddings = torch.cat([side.expand(batch, -1, -1), prompts, slot_embeddings], dim=1)
     columns = torch.arange(embeddings.shape[1], device=device).expand(batch, -1)
     first = num_side + starts
     levels = torch.cat([levels.new_zeros(batch, num_side + prompt_len), levels], dim=1)
     mask = attention_mask(columns, levels, first, embeddings.shape[1])
-    return TrunkInput(embeddings, (columns - first[:, None]).clamp_min(0), mask, num_side, prompt_len)
+    # timestep tokens and padding are where the prompt starts
+    places = columns.maximum(first[:, None]) - num_side - prompt_len
+    distances = layout.distances(layout.num_slots).to(device).expand(batch, -1, -1) if layout.axes else None
+    positions = position_ids(places, prompt_len - starts, distances, backbone.from_image)
+    return TrunkInput(embeddings, positions, mask, num_side, prompt_len)
 
 
 def code_logits(backbone: Backbone, fed: TrunkInput, layout: ImageLayout) -> Tensor:

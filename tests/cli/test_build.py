@@ -1,12 +1,20 @@
 """Parts of a run from the configuration: prompts of the data at hand, data that do not fit."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from sjd2_lightning.cli.build import build_data, build_metrics, build_prompts, build_reference, left_out
+from sjd2_lightning.cli.build import (
+    build_data,
+    build_metrics,
+    build_prompts,
+    build_reference,
+    left_out,
+    trainings_after,
+)
 from sjd2_lightning.cli.prepare import main as prepare
 from sjd2_lightning.config.reading import conf_dir, train_config
 from sjd2_lightning.config.runs import TrainConfig
@@ -75,7 +83,10 @@ def test_scores_that_say_nothing_of_own_pictures_are_left_out(tmp_path):
     assert said(*own, "metrics=none") == ([], 0, False)
     assert said(num=24) == ([], 1, True)
     assert said(num=23)[1:] == (0, True)
-    assert said("data=scenes")[0][1].startswith("no distances: no real pictures are known")
+    assert said("data=scenes")[0][1].startswith("no distances: 8 pictures are too few")
+    (tmp_path / "one" / "held_out").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "held_out" / "p.png")
+    assert said("data=shards", f"data.data_dir={tmp_path / 'one'}")[1:] == (0, False), "one picture is no set"
     bare = ("data=shards", "data.data_dir=nowhere")
     assert [sentence.split(":")[0] for sentence in said(*bare)[0]][2].startswith(
         "the prompts are names of emoji"
@@ -98,3 +109,13 @@ def test_codes_of_another_tokenizer_are_refused_before_loggers_are_made(tmp_path
     backbone.image_tokenizer.identity = "b" * 64
     with pytest.raises(ValueError, match="made with image tokenizer aaaaaaaaaaaa, the model has bbbb"):
         build_data(config, backbone)
+
+
+def test_weights_say_which_trainings_made_them():
+    after = trainings_after(typed("train", "noise=one_level"), 30)
+    assert [entry["steps"] for entry in after][-1] == 30
+    assert after[-1]["noise"]["enabled"] is True
+    assert len(after) > 1, "those of the shipped weights come first"
+    json.dumps(after)
+    alone = trainings_after(typed("train", "model=lumina_mgpt", "model.init=random_tiny", "noise=off"), 2)
+    assert [entry["noise"]["enabled"] for entry in alone] == [False]

@@ -31,7 +31,7 @@ BAD = (None, "", [], {}, -1, 0, 10**30, 1e300, math.nan, "nonsense", True, [[1]]
 ROOTS = {
     "train": ("train",),
     "train, clip": ("train", "experiment=tiny_clip"),
-    "train, tokenizer": ("train", "experiment=tiny_tokenizer"),
+    "train, tokenizer": ("train", "experiment=scenes_tokenizer"),
     "train, base": ("train", "experiment=tiny_base"),
     "evaluate": ("evaluate",),
     "evaluate, coco": (

@@ -115,7 +115,9 @@ def test_rounded_weights_are_for_decoding_alone():
     assert typed("train", "model.quantize=int8", "print_plan=true").print_plan
 
 
-@pytest.mark.parametrize("model", ["lumina_mgpt", "lumina_mgpt_1024", "emu3", "janus_pro", "tiny"])
+@pytest.mark.parametrize(
+    "model", ["lumina_mgpt", "lumina_mgpt_1024", "emu3", "janus_pro", "simple_ar", "glm_image", "tiny"]
+)
 def test_a_model_of_random_weights_alone_is_a_dry_run(model):
     config = typed("train", f"model={model}", "model.init=random_tiny")
     assert max(config.model.image_size) <= 64

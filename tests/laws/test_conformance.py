@@ -1,7 +1,7 @@
 """Every family passes the conformance suite; what is particular to one is checked beside it."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from unittest.mock import patch
 
 import pytest
@@ -13,6 +13,7 @@ from sjd2_lightning.decoding import Sampling, decode
 from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.models.registry import FAMILIES, build_shrunken
 from tests.tools.conformance import AR, CHECKS, PROMPTS, Case, image_token_ids
+from tests.tools.plain_llamagen import plain_llamagen
 from tests.tools.tiny_backbones import tiny_chameleon
 
 
@@ -51,7 +52,8 @@ def vocabulary_case(backbone, logits_of_ids, sizes, refused, greedy=None) -> Cas
         slots = layout.slot_ids(image_ids)[0].tolist()
         return logits_of(prompt_ids, slots)[len(prompt_ids) - 1 + layout.code_slots]
 
-    return Case(backbone, sizes, refused, True, teacher, greedy or token_loop(backbone, logits_of))
+    greedy = greedy or token_loop(backbone, logits_of)
+    return Case(backbone, sizes, refused, backbone.NEWLINE, teacher, greedy)
 
 
 def chameleon_case(backbone, sizes, refused) -> Case:
@@ -65,13 +67,14 @@ def chameleon_case(backbone, sizes, refused) -> Case:
     return vocabulary_case(backbone, logits_of_ids, sizes, refused)
 
 
-def emu3_case(backbone) -> Case:
-    """`generate` with the published constraint: codes within rows, then the end of a line."""
+def generate_case(backbone, sizes, refused) -> Case:
+    """`generate` with the published constraint: codes within rows, then the end of a line, if any."""
 
     def greedy(prompt: str, layout: ImageLayout, scale: float) -> Tensor:
         prompt_ids = backbone.prompt_ids(prompt, layout)
         empty = backbone.unconditional_ids(layout, prompt_ids)
-        allowed = [backbone.slot_token_ids[:-1].tolist(), [backbone.tokens.newline]]
+        codes = backbone.slot_token_ids[: backbone.num_codes].tolist()
+        allowed = [codes, backbone.slot_token_ids[backbone.num_codes :].tolist()]
         ids = torch.tensor([prompt_ids])
         drawn = backbone.model.generate(
             ids,
@@ -87,7 +90,7 @@ def emu3_case(backbone) -> Case:
     def logits_of_ids(ids: Tensor) -> Tensor:
         return backbone.model(input_ids=ids, use_cache=False).logits[0]
 
-    return vocabulary_case(backbone, logits_of_ids, [(16, 24), (8, 8), (24, 16)], [(0, 8), (20, 16)], greedy)
+    return vocabulary_case(backbone, logits_of_ids, sizes, refused, greedy)
 
 
 def janus_case(backbone) -> Case:
@@ -108,6 +111,60 @@ def janus_case(backbone) -> Case:
     return Case(backbone, [(64, 64)], [(64, 32), (384, 384)], False, teacher, token_loop(backbone, logits_of))
 
 
+def glm_image_case(backbone) -> Case:
+    """`generate` as diffusers' pipeline calls it; with guidance, which it lacks, the same trunk over ids."""
+    model, num_codes = backbone.model, backbone.num_codes
+
+    def grids_of(layout: ImageLayout) -> Tensor:
+        return torch.tensor([[1, *grid] for grid in layout.grids[::-1]])
+
+    def logits_of(layout: ImageLayout, prompt_ids: list[int], codes: list[int]) -> Tensor:
+        ids = torch.tensor([prompt_ids])
+        text, _ = model.model.get_rope_index(
+            ids, image_grid_thw=grids_of(layout), images_per_sample=torch.tensor([2])
+        )
+        drawn = model.model._cached_decode_position_ids[0, :, None, : len(codes)]
+        hidden = model.model.language_model(
+            input_ids=torch.tensor([prompt_ids + codes]),
+            position_ids=torch.cat([text, drawn], dim=-1),
+            use_cache=False,
+        )
+        return model.lm_head(hidden.last_hidden_state[0])[:, :num_codes]
+
+    def teacher(prompt_ids: list[int], image_ids: Tensor, layout: ImageLayout) -> Tensor:
+        return logits_of(layout, prompt_ids, image_ids.flatten().tolist()[:-1])[len(prompt_ids) - 1 :]
+
+    def greedy(prompt: str, layout: ImageLayout, scale: float) -> Tensor:
+        if scale != 1:
+            return token_loop(backbone, partial(logits_of, layout))(prompt, layout, scale)
+        ids = torch.tensor([backbone.prompt_ids(prompt, layout)])
+        drawn = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            image_grid_thw=grids_of(layout),
+            images_per_sample=torch.tensor([2]),
+            do_sample=False,
+            max_new_tokens=layout.num_slots,
+            prefix_allowed_tokens_fn=lambda *_: list(range(num_codes)),
+        )[0, ids.shape[1] :]
+        return drawn[None]
+
+    return Case(
+        backbone, [(64, 96), (32, 32), (96, 64)], [(0, 32), (48, 32), (32, 512)], False, teacher, greedy
+    )
+
+
+def llamagen_case(backbone) -> Case:
+    """The release in its own order of numbers, without our cache, mask or positions: `plain_llamagen`."""
+
+    def teacher(prompt_ids: list[int], image_ids: Tensor, layout: ImageLayout) -> Tensor:
+        codes = image_ids.flatten().tolist()
+        return plain_llamagen(backbone, prompt_ids, codes[:-1])[len(prompt_ids) - 1 :]
+
+    draw = token_loop(backbone, partial(plain_llamagen, backbone))
+    return Case(backbone, [(64, 64)], [(64, 32), (128, 128)], False, teacher, draw)
+
+
 @cache
 def case_of(name: str) -> Case:
     """Each backbone is built once."""
@@ -118,7 +175,11 @@ def case_of(name: str) -> Case:
         backbone.model.get_submodule(part).requires_grad_(False)
     if name == "chameleon":
         return chameleon_case(backbone, [(32, 64), (32, 32), (96, 32)], [(40, 64), (-32, 32)])
-    return {"emu3": emu3_case, "janus": janus_case}[name](backbone)
+    if name == "emu3":
+        return generate_case(backbone, [(16, 24), (8, 8), (24, 16)], [(0, 8), (20, 16)])
+    if name == "simple_ar":
+        return generate_case(backbone, [(48, 48), (16, 16), (32, 32)], [(48, 32), (0, 0), (40, 40)])
+    return {"janus": janus_case, "glm_image": glm_image_case, "llamagen": llamagen_case}[name](backbone)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

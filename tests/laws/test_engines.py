@@ -26,6 +26,13 @@ from sjd2_lightning.models.attention import (
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, strong_table, tiny_chameleon
 
 SAMPLING = Sampling(guidance_scale=2.0, top_k=5)
+FAMILY_SIZES = {
+    "chameleon": (32, 64),
+    "emu3": (16, 16),
+    "janus": (64, 64),
+    "simple_ar": (48, 48),
+    "glm_image": (64, 96),
+}
 METHODS = {
     "ar": DecodingConfig("ar", window=1, sampling=SAMPLING),
     "sjd2 replay": DecodingConfig("sjd2", window=6, num_levels=2, sampling=SAMPLING),
@@ -214,13 +221,13 @@ def test_compiled_flex_attention_gives_the_same_tokens(repo, name):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("attention", ["dense", "flex"])
-@pytest.mark.parametrize("family", ["chameleon", "emu3", "janus"])
+@pytest.mark.parametrize("family", FAMILY_SIZES)
 def test_layers_called_one_by_one_are_the_trunk(family, attention):
     """Without the compiler: the shared function, both attentions and the cache, in every family."""
     from sjd2_lightning.models.registry import build_shrunken
 
     backbone = build_shrunken(family)
-    layout = backbone.layout(*{"chameleon": (32, 64), "emu3": (16, 16), "janus": (64, 64)}[family])
+    layout = backbone.layout(*FAMILY_SIZES[family])
     for name in ("ar", "sjd2 replay"):
         wanted = decode(backbone, ["a cat", "a red dog"], range(2), METHODS[name], layout)
         with (

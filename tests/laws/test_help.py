@@ -61,7 +61,7 @@ def test_what_help_names_is_there(root, shown):
 @pytest.mark.parametrize("root", BY_HYDRA)
 def test_help_names_all_choices(root, shown):
     part = shown(root).partition("what to choose")[2].partition("keys that")[0]
-    groups = dict(re.findall(r"^  (\w+)  +(.*)$", part, re.M))
+    groups = dict(re.findall(r"^  (\w+)  +(.*(?:\n {12,}.*)*)$", part, re.M))
     assert groups.keys() >= {"model", "logger", "experiment"}
     for group in groups.keys() - {"experiment"}:
         plain = re.sub(

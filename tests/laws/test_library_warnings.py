@@ -20,7 +20,7 @@ from sjd2_lightning.training.optimizer import OptimizerConfig
 from tests.training.test_module import QUIET, Batch, loader
 
 LIBRARIES = ("transformers", "diffusers", "peft", "torch")
-SIDES = {"chameleon": 32, "emu3": 16, "janus": 64}
+SIDES = {"chameleon": 32, "emu3": 16, "janus": 64, "simple_ar": 32, "glm_image": 64}
 
 
 @contextmanager
@@ -53,11 +53,13 @@ def test_a_family_is_used_as_its_library_wants(family, tmp_path):
         layout = backbone.layout(side, side)
         config = DecodingConfig("sjd2", window=8, num_levels=1, sampling=Sampling(guidance_scale=2.0))
         image_ids = decode(backbone, ["red", "a blue cat"], [0, 1], config, layout).image_ids
-        backbone.decode_images(image_ids)
+        backbone.decode_images(image_ids, layout)
         module = SJD2Module(backbone, TrainingNoise(), OptimizerConfig(lr=1e-3), image_size=(side, side))
         batches = loader([Batch(["red", "a blue cat"], image_ids)])
         L.Trainer(max_steps=1, **QUIET).fit(module, batches, batches)
-        backbone.add_lora(LoraSettings())
+        # GLM-Image has gate and up in one
+        targets = ("q_proj", "gate_up_proj") if family == "glm_image" else LoraSettings().targets
+        backbone.add_lora(LoraSettings(targets=targets))
         backbone.checkpoint_activations()
         module = SJD2Module(backbone, TrainingNoise(), OptimizerConfig(lr=1e-3), image_size=(side, side))
         L.Trainer(max_steps=1, **QUIET).fit(module, batches, batches)

@@ -34,6 +34,13 @@ TRAINING = (
     "decoding.window=8",
 )
 
+DOCUMENTED = ("lumina_mgpt", "emu3", "janus_pro", "janus_pro_7b", "simple_ar", "simple_ar_1_5b", "glm_image")
+FOLDERS = {
+    "emu3": "emu3_gen",
+    "simple_ar": "simple_ar/simplear_0.5B_rl",
+    "simple_ar_1_5b": "simple_ar/simplear_1.5B_rl",
+}
+
 
 @pytest.fixture
 def composed(tmp_path, monkeypatch):
@@ -50,7 +57,14 @@ def composed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("model", "side", "peft"), [("lumina_mgpt", 32, "lora"), ("emu3", 16, "null"), ("janus_pro", 64, "lora")]
+    ("model", "side", "peft"),
+    [
+        ("lumina_mgpt", 32, "lora"),
+        ("emu3", 16, "null"),
+        ("janus_pro", 64, "lora"),
+        ("simple_ar", 32, "lora"),
+        ("glm_image", 64, "lora"),
+    ],
 )
 def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, peft):
     """Two steps, a validation with sampling, an export; then three methods on the exported weights."""
@@ -94,6 +108,9 @@ def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, pe
         ("lumina_mgpt", 7.0e9, 48 * 49 - 1),
         ("lumina_mgpt_1024", 7.0e9, 64 * 65 - 1),
         ("emu3", 8.8e9, 90 * 91 - 1),
+        ("simple_ar", 0.55e9, 64 * 64),
+        ("simple_ar_1_5b", 1.64e9, 64 * 64),
+        ("glm_image", 10.1e9, 16 * 16 + 32 * 32),
     ],
 )
 def test_the_plan_needs_no_weights(composed, capsys, model, parameters, tokens):
@@ -103,15 +120,15 @@ def test_the_plan_needs_no_weights(composed, capsys, model, parameters, tokens):
     assert plan["missing_files"] > 0
     printed = capsys.readouterr().out
     assert "hf download" in printed
-    assert f"weights/{'emu3_gen' if model == 'emu3' else model.replace('mgpt', 'mgpt_7b')}" in printed
+    assert f"weights/{FOLDERS.get(model, model.replace('mgpt', 'mgpt_7b'))}" in printed
     less = train(
         composed("train", f"model={model}", "print_plan=true", "data.batch_size=1", "model.peft=lora")
     )
-    assert less["trained"] < 0.01 * plan["trained"]
-    assert less["training_gib"] < 0.6 * plan["training_gib"]
+    assert less["trained"] < 0.02 * plan["trained"]
+    assert less["training_gib"] < 0.75 * plan["training_gib"]
 
 
-@pytest.mark.parametrize("model", ["lumina_mgpt", "emu3", "janus_pro", "janus_pro_7b"])
+@pytest.mark.parametrize("model", DOCUMENTED)
 def test_what_the_documents_say_of_memory_is_the_plan(composed, capsys, repo, model):
     settings = [f"model={model}", "print_plan=true", "data.batch_size=1", "callbacks.sampling.batch_size=1"]
     few = train(composed("train", *settings, "trainer=gpu", "model.peft=lora"))

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from sjd2_lightning.masks import Visible, additive
 from sjd2_lightning.models import invariant
 from sjd2_lightning.models.chameleon import load_chameleon
-from sjd2_lightning.models.small import shrunken_chameleon, shrunken_emu3, shrunken_janus
+from sjd2_lightning.models.registry import FAMILIES, build_shrunken
+from sjd2_lightning.models.small import shrunken_chameleon
 from sjd2_lightning.models.trunk import cache_argument
 from tests.tools.source import REPO
 
@@ -152,10 +153,10 @@ def test_attention_sees_only_what_is_visible(dtype):
             assert torch.equal(found[0, :, 0], full[1, :, place]), name
 
 
-@pytest.mark.parametrize("family", [shrunken_chameleon, shrunken_emu3, shrunken_janus])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_a_copy_is_the_layer_in_other_arithmetic(family):
-    backbone = family()
+    backbone = build_shrunken(family)
     trunk = backbone.trunk
     for parameter in trunk.layers.parameters():  # biases of norms are zero in a new model
         parameter.add_(torch.rand_like(parameter), alpha=0.1)

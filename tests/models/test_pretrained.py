@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from sjd2_lightning.decoding.loop import decode
 from sjd2_lightning.models.emu3 import Emu3Tokens, load_emu3
 from sjd2_lightning.models.janus import JanusBackbone
 from sjd2_lightning.models.lora import LoraSettings
-from sjd2_lightning.models.registry import build_shrunken, load_backbone
+from sjd2_lightning.models.registry import FAMILIES, build_shrunken, load_backbone
+from sjd2_lightning.models.shrunken import shrunken_cosmos
+from sjd2_lightning.models.simple_ar import SimpleARBackbone, SimpleARTokens
 from sjd2_lightning.models.small import byte_tokenizer
 from sjd2_lightning.models.weights import LoadOptions, WeightsSource
 from sjd2_lightning.run.provenance import weights_hash
@@ -24,7 +27,7 @@ from tests.tools.source import REPO
 
 @pytest.fixture(scope="module")
 def backbones():
-    return {name: build_shrunken(name) for name in ("chameleon", "emu3", "janus")}
+    return {name: build_shrunken(name) for name in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,58 @@ def test_janus(backbones):
     assert backbone.unconditional_ids(layout, ids) == [100000, *[100002] * (len(ids) - 2), 100016]
 
 
+def test_simple_ar(backbones):
+    backbone = backbones["simple_ar"]
+    layout = backbone.layout(64, 64)
+    words = letters(backbone, "A highly realistic image of a cat")
+    assert backbone.prompt_ids("a cat", layout) == [151665, *words, 151667]
+    negative = backbone.unconditional_ids(layout)
+    assert negative[:9] == [151665, *letters(backbone, "An image")]
+    assert (negative[-1], len(negative)) == (
+        151667,
+        2 + len(SimpleARTokens().negative) - len("<|t2i|><|soi|>"),
+    )
+    assert (layout.height, layout.width, layout.forced) == (4, 4, (-1,) * 16)
+    assert backbone.slot_token_ids.tolist() == list(range(151672, 151672 + 64000))
+    assert backbone.model.config.vocab_size == 215672
+
+
+def test_a_release_of_simple_ar_loads_with_the_codes_behind_its_text_tokenizer(backbones, tmp_path):
+    backbone = backbones["simple_ar"]
+    backbone.save(tmp_path / "saved")
+    for part in ("trunk", "text"):
+        shutil.copytree(tmp_path / "saved" / part, tmp_path / "plain", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"no image tokenizer in .*encoder\.jit is missing"):
+        load_backbone("simple_ar", tmp_path / "plain")
+    shutil.copytree(tmp_path / "saved" / "tokenizer", tmp_path / "plain" / "tokenizer")
+    # the release's tokenizer has 151,672 entries; the small one has fewer, and codes follow them
+    loaded = load_backbone("simple_ar", tmp_path / "plain")
+    assert loaded.tokens.first_code == len(backbone.text_tokenizer) < 151672
+    (tmp_path / "plain" / "tokenizer" / "decoder.jit").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1"
+    )
+    with pytest.raises(ValueError, match=r"decoder\.jit is no program in TorchScript: .*git-lfs"):
+        load_backbone("simple_ar", tmp_path / "plain")
+    cut = replace(backbone.tokens, first_code=151673)
+    with pytest.raises(ValueError, match="text tokenizer and weights are not of one model"):
+        SimpleARBackbone(backbone.model, backbone.text_tokenizer, backbone.image_tokenizer, cut)
+    other = byte_tokenizer(1000, {"<|t2i|>": 151665})
+    with pytest.raises(ValueError, match=r"no control token <\|soi\|>"):
+        SimpleARBackbone(backbone.model, other, backbone.image_tokenizer, backbone.tokens)
+
+
+def test_cosmos_runs_in_its_own_numbers(backbones):
+    images = backbones["simple_ar"].image_tokenizer
+    pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    codes = images.encode(pixels)
+    half = shrunken_cosmos(torch.bfloat16)  # the release's type
+    assert half.decoder(codes[:, None]).dtype == torch.bfloat16
+    assert half.encode(pixels).shape == codes.shape
+    assert half.decode(codes).dtype == torch.float32
+    with pytest.raises(ValueError, match="images of 40x32 pixels: must be multiples of 16"):
+        images.encode(pixels[..., :40])
+
+
 ORDINARY = (
     "a cat",
     "  two  spaces ",
@@ -98,7 +153,7 @@ def around(backbone, layout) -> list[int]:
     return [token for token in backbone.prompt_ids("¤", layout) if token not in letters(backbone, "¤")]
 
 
-@pytest.mark.parametrize("family", ["chameleon", "emu3", "janus", "shipped"])
+@pytest.mark.parametrize("family", [*FAMILIES, "shipped"])
 def test_words_of_a_prompt_are_never_control_tokens(backbones, family):
     backbone = load_backbone("chameleon", "weights/tiny") if family == "shipped" else backbones[family]
     layout, control = backbone.layout(64, 64), backbone.text_tokenizer.added_tokens_decoder
@@ -113,7 +168,7 @@ def test_words_of_a_prompt_are_never_control_tokens(backbones, family):
             assert backbone.prompt_ids("a cat", layout) != ids
 
 
-@pytest.mark.parametrize("family", ["chameleon", "emu3", "janus", "shipped"])
+@pytest.mark.parametrize("family", [*FAMILIES, "shipped"])
 def test_ids_of_ordinary_prompts_are_those_of_the_tokenizer_and_of_its_letters(backbones, family):
     backbone = load_backbone("chameleon", "weights/tiny") if family == "shipped" else backbones[family]
     for prompt in ORDINARY:
@@ -253,7 +308,7 @@ def test_dropout_is_off_whatever_the_class_says(backbones, tmp_path):
     assert backbone.trunk.layers[0].self_attn.attention_dropout == 0.0
 
 
-@pytest.mark.parametrize("family", ["chameleon", "emu3", "janus"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_int8_rounds_the_layers_of_the_trunk_and_nothing_else(family):
     pytest.importorskip("torchao")
     whole, rounded = build_shrunken(family), build_shrunken(family)

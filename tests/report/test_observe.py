@@ -92,7 +92,7 @@ def test_frames_of_large_images_are_made_smaller(trajectories):
     class Large:
         device = "cpu"
 
-        def decode_images(self, image_ids):
+        def decode_images(self, image_ids, layout):
             import torch
 
             return torch.full((len(image_ids), 3, 768, 512), 0.5)

@@ -25,14 +25,15 @@ OPTIONS = sorted(
 # What configurations name but this checkout need not hold.
 NAMED_FILES = (
     "weights/scenes/backbone.json",
-    "weights/scenes/tokenizer/config.json",
-    "weights/scenes/tokenizer/diffusion_pytorch_model.safetensors",
+    "weights/scenes/tokenizer/patch_tokenizer.json",
     "weights/tiny/backbone.json",
     "weights/tiny/pairs.safetensors",
     "weights/tiny/tokenizer/config.json",
     "weights/tiny/clip/open_clip_config.json",
     *(f"weights/lumina_mgpt_7b_{size}/backbone.json" for size in (512, 768, 1024)),
     *(f"weights/{name}/config.json" for name in ("emu3_gen", "janus_pro_1b", "janus_pro_7b")),
+    *(f"weights/simple_ar/simplear_{size}B_rl/config.json" for size in (0.5, 1.5)),
+    "weights/glm_image/model_index.json",
     "outputs/demo/model/backbone.json",
     "outputs/smoke/model/backbone.json",
     "outputs/study/small_base/model/backbone.json",

@@ -20,7 +20,7 @@ from sjd2_lightning.decoding import DecodingConfig, NearTies, Sampling, decode, 
 from sjd2_lightning.decoding.config import NOISY
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.masks import attention_mask
-from sjd2_lightning.models.backbone import ImageLayout
+from sjd2_lightning.models.backbone import ImageLayout, position_ids
 from sjd2_lightning.models.image_tokenizer import to_uint8
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import load_backbone
@@ -46,6 +46,7 @@ class Case:
         newline: whether rows end in one.
         teacher: logits (n, K) of the codes (1, H, W) behind a prompt, by transformers' own path over ids.
         greedy: codes (H, W) that transformers' own path draws greedily at a guidance scale.
+        prompts: two that it draws from, of different lengths where they have one.
     """
 
     backbone: PretrainedBackbone
@@ -54,6 +55,7 @@ class Case:
     newline: bool
     teacher: Callable[[list[int], Tensor, ImageLayout], Tensor]
     greedy: Callable[[str, ImageLayout, float], Tensor]
+    prompts: Sequence[str] = PROMPTS
 
     @property
     def small(self) -> ImageLayout:
@@ -76,7 +78,10 @@ def check_layouts(case: Case) -> None:
     for height, width in case.sizes:
         layout = case.backbone.layout(height, width)
         step = case.backbone.image_tokenizer.downsample
-        assert (layout.height * step, layout.width * step) == layout.pixels == (height, width)
+        assert tuple(step * side for side in layout.grid) == layout.pixels == (height, width)
+        if layout.grids:
+            assert layout.height == 1
+            assert layout.width == sum(rows * columns for rows, columns in layout.grids)
         wanted = []
         for row in range(layout.height):
             for _ in range(layout.width):
@@ -94,13 +99,15 @@ def check_layouts(case: Case) -> None:
 def check_prompts(case: Case) -> None:
     """Prompts are told apart, and neither a prompt nor its unconditional twin leaves the vocabulary."""
     backbone, layout = case.backbone, case.small
-    vocabulary = backbone.trunk.get_input_embeddings().num_embeddings
-    rows = [backbone.prompt_ids(prompt, layout) for prompt in PROMPTS]
+    rows = [backbone.prompt_ids(prompt, layout) for prompt in case.prompts]
     assert rows[0] != rows[1]
-    assert backbone.prompt_ids(PROMPTS[0], layout) == rows[0]
+    assert backbone.prompt_ids(case.prompts[0], layout) == rows[0]
     for ids in (*rows, *(backbone.unconditional_ids(layout, row) for row in rows)):
         assert ids
-        assert 0 <= min(ids) <= max(ids) < vocabulary
+        assert min(ids) >= 0
+        ids = torch.tensor([ids])
+        fed = backbone.embed_prompts(ids, torch.zeros(1, dtype=torch.long))
+        assert fed.shape == (1, ids.shape[1], backbone.hidden_size)
     for empty in ("", "  \n"):
         with pytest.raises(ValueError, match="empty prompt"):
             backbone.prompt_ids(empty, layout)
@@ -127,15 +134,18 @@ def check_cache(case: Case) -> None:
     rng = torch.Generator().manual_seed(1)
     embeddings = torch.randn(2, 9, backbone.hidden_size, generator=rng)
     columns, first = torch.arange(9).expand(2, -1), torch.tensor([0, 2])
-    positions = (columns - first[:, None]).clamp_min(0)
+    distances = case.small.distances(5).expand(2, -1, -1) if case.small.axes else None
+    positions = position_ids(
+        columns.maximum(first[:, None]) - 4, 4 - first, distances, backbone.from_image
+    )  # 4 columns of prompts, then slots
     mask = attention_mask(columns, torch.zeros_like(columns), first, 9)
     full = backbone(embeddings, positions, mask)
     for cut in range(3, 9):
         cache = backbone.new_cache(2, 12)
         cache.place(columns[:, :cut], cut)
-        parts = [backbone(embeddings[:, :cut], positions[:, :cut], mask[:, :, :cut, :cut], cache)]
+        parts = [backbone(embeddings[:, :cut], positions[..., :cut], mask[:, :, :cut, :cut], cache)]
         cache.place(columns[:, cut:], 9)
-        parts.append(backbone(embeddings[:, cut:], positions[:, cut:], mask[:, :, cut:], cache))
+        parts.append(backbone(embeddings[:, cut:], positions[..., cut:], mask[:, :, cut:], cache))
         hidden = torch.cat(parts, dim=1)
         assert torch.allclose(hidden[0], full[0], atol=1e-5)
         assert torch.allclose(hidden[1, 2:], full[1, 2:], atol=1e-5)
@@ -149,7 +159,7 @@ def check_timestep_tokens(case: Case) -> None:
     levels[0, 1] = 2
     eps = torch.randn(1, codes[0].numel(), backbone.hidden_size, generator=torch.Generator().manual_seed(2))
     noise = NoisyCodes(levels, torch.tensor([0.0, 0.5, 1.0]), eps)
-    fed = trunk_input(backbone, [backbone.prompt_ids(PROMPTS[0], layout)], codes, layout, noise)
+    fed = trunk_input(backbone, [backbone.prompt_ids(case.prompts[0], layout)], codes, layout, noise)
     noisy_column = fed.num_side + fed.prompt_len + int(layout.code_slots[1])
 
     def hidden(embeddings: Tensor) -> Tensor:
@@ -170,8 +180,8 @@ def check_loss(case: Case) -> None:
     module = SJD2Module(
         backbone, TrainingNoise(enabled=False), OptimizerConfig(), layout.pixels, prompt_dropout=0.0
     )
-    batch = Batch(PROMPTS, case.codes(layout))
-    prompts = [backbone.prompt_ids(prompt, layout) for prompt in PROMPTS]
+    batch = Batch(case.prompts, case.codes(layout))
+    prompts = [backbone.prompt_ids(prompt, layout) for prompt in case.prompts]
     ours = module.losses(batch, prompts, None).per_token
     clean = NoisyCodes(
         torch.zeros(ours.shape, dtype=torch.long),
@@ -193,16 +203,16 @@ def check_replay(case: Case) -> None:
     sampling = Sampling(guidance_scale=3.0, top_k=2000)
     ties = NearTies()
     baseline = DecodingConfig("ar", window=1, sampling=sampling)
-    wanted = decode(backbone, PROMPTS, [5, 6], baseline, layout, ties).slot_ids
+    wanted = decode(backbone, case.prompts, [5, 6], baseline, layout, ties).slot_ids
     ends = [
         min((slot for image, slot in ties.slots if image == row), default=layout.num_slots)
-        for row in range(len(PROMPTS))
+        for row in range(len(case.prompts))
     ]
-    slow = decode_reference(backbone, PROMPTS[0], 5, sampling, layout)
+    slow = decode_reference(backbone, case.prompts[0], 5, sampling, layout)
     assert slow[: ends[0]].tolist() == wanted[0, : ends[0]].tolist()
     for method, levels in (("sjd", 0), ("sjd2", 2)):
         config = DecodingConfig(method, window=5, num_levels=levels, sampling=sampling)
-        output = decode(backbone, PROMPTS, [5, 6], config, layout)
+        output = decode(backbone, case.prompts, [5, 6], config, layout)
         for row, end in enumerate(ends):
             assert output.slot_ids[row, :end].tolist() == wanted[row, :end].tolist(), (method, row)
 
@@ -213,12 +223,12 @@ def check_replay_everywhere(case: Case) -> None:
     for scale in (1.0, 3.0):
         sampling = Sampling(guidance_scale=scale)
         ties = NearTies()
-        wanted = decode(backbone, PROMPTS, [5, 6], replace(AR, sampling=sampling), layout, ties).slot_ids
+        wanted = decode(backbone, case.prompts, [5, 6], replace(AR, sampling=sampling), layout, ties).slot_ids
         for number, config in enumerate(replaying_methods()):
             config = replace(config, sampling=sampling)
             rows = [0, 1] if number % 2 else [1]
             output = decode(
-                backbone, [PROMPTS[row] for row in rows], [5 + row for row in rows], config, layout
+                backbone, [case.prompts[row] for row in rows], [5 + row for row in rows], config, layout
             )
             for ours, row in zip(output.slot_ids, rows, strict=True):
                 end = min((slot for image, slot in ties.slots if image == row), default=layout.num_slots)
@@ -259,7 +269,7 @@ def check_sizes(case: Case) -> None:
     """A batch with all sizes that the backbone draws: every row is the image that its prompt gives alone."""
     backbone = case.backbone
     layouts = [backbone.layout(*size) for size in case.sizes]
-    prompts = [PROMPTS[row % 2] for row in range(2 * len(layouts))]
+    prompts = [case.prompts[row % 2] for row in range(2 * len(layouts))]
     layouts, seeds = [*layouts, *layouts[::-1]], list(range(2 * len(layouts)))
     sampling = Sampling(guidance_scale=3.0, top_k=2000)
     for base in (
@@ -272,15 +282,15 @@ def check_sizes(case: Case) -> None:
         for row, layout in enumerate(layouts):
             alone = decode(backbone, prompts[row : row + 1], seeds[row : row + 1], config, layout)
             assert torch.equal(output.image_ids_by_row[row], alone.image_ids[0]), (base.method, row)
-            assert backbone.decode_images(alone.image_ids).shape[2:] == layout.pixels
+            assert backbone.decode_images(alone.image_ids, layout).shape[2:] == layout.pixels
 
 
 def check_greedy(case: Case) -> None:
     """Greedy tokens are those of transformers' own path, with and without guidance."""
     for scale in (1.0, 3.0):
         config = DecodingConfig("ar", window=1, sampling=Sampling(temperature=0.0, guidance_scale=scale))
-        ours = decode(case.backbone, PROMPTS[:1], [0], config, case.small).image_ids[0]
-        assert torch.equal(ours, case.greedy(PROMPTS[0], case.small, scale))
+        ours = decode(case.backbone, case.prompts[:1], [0], config, case.small).image_ids[0]
+        assert torch.equal(ours, case.greedy(case.prompts[0], case.small, scale))
 
 
 def check_images(case: Case) -> None:
@@ -289,10 +299,10 @@ def check_images(case: Case) -> None:
     for size in case.sizes[:2]:
         layout = backbone.layout(*size)
         codes = case.codes(layout)
-        images = backbone.decode_images(codes)
+        images = backbone.decode_images(codes, layout)
         assert images.shape == (2, 3, *size)
         assert to_uint8(images).shape == (2, *size, 3)
-        assert torch.allclose(backbone.decode_images(codes[:1]), images[:1], atol=1e-4)
+        assert torch.allclose(backbone.decode_images(codes[:1], layout), images[:1], atol=1e-4)
         ids = backbone.image_tokenizer.encode(images)
         assert ids.shape == codes.shape
         assert ids.dtype == torch.long
@@ -328,15 +338,16 @@ def check_folder(case: Case) -> None:
         assert not list(Path(folder).rglob("*.bin"))
     assert not any(module.training for module in again.modules())
     assert again.tokens == backbone.tokens
-    ids = backbone.prompt_ids(PROMPTS[0], layout)
-    assert again.prompt_ids(PROMPTS[0], layout) == ids
+    ids = backbone.prompt_ids(case.prompts[0], layout)
+    assert again.prompt_ids(case.prompts[0], layout) == ids
     assert again.unconditional_ids(layout, ids) == backbone.unconditional_ids(layout, ids)
-    assert other != backbone.tokens.unconditional
+    assert (other != backbone.tokens.unconditional) is (len(type(backbone.tokens).CONTEXTS) > 1)
     hidden = torch.randn(2, backbone.hidden_size, generator=torch.Generator().manual_seed(3))
     assert torch.equal(again.image_logits(hidden), backbone.image_logits(hidden))
     assert torch.equal(again.slot_table(), backbone.slot_table())
     codes = case.codes(layout)
-    assert torch.allclose(again.decode_images(codes), backbone.decode_images(codes), atol=2e-2)
+    images = [model.decode_images(codes, layout) for model in (again, backbone)]
+    assert torch.allclose(*images, atol=2e-2)
 
 
 CHECKS = [

@@ -83,7 +83,7 @@ class TableBackbone(Backbone):
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         return KVCache(1, batch, 1, max_len, self.hidden_size, dtype=torch.float32, device=self.device)
 
-    def decode_images(self, image_ids: Tensor) -> Tensor:
+    def decode_images(self, image_ids: Tensor, layout: ImageLayout | None = None) -> Tensor:
         raise NotImplementedError
 
     def save(self, folder: object, dtype: torch.dtype | None = None) -> None:

@@ -25,6 +25,7 @@ from sjd2_lightning.data.sources.parquet import block_of, read_cell, table_recor
 from sjd2_lightning.data.sources.record import Record, chosen_records, key_of, read_stretch, share_of_fewest
 from sjd2_lightning.data.sources.tars import tar_records
 from sjd2_lightning.evaluation.prompts import read_prompts
+from sjd2_lightning.models.registry import FAMILIES
 
 
 def picture(number: int, kind: str = "PNG") -> bytes:
@@ -347,9 +348,9 @@ def test_command_line_says_what_is_missing(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["chameleon", "emu3", "janus"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_makes_shards(photos: Path, tmp_path: Path, family: str) -> None:
-    size = {"chameleon": 32, "emu3": 16, "janus": 64}[family]
+    size = {"emu3": 16, "janus": 64, "glm_image": 64}.get(family, 32)
     options = ["--image-size", size, "--split", "train", "--workers", 0, "--max-images", 2]
     run(
         "folder",

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 import transformers
 
+from sjd2_lightning.cli.card import model_card
 from sjd2_lightning.config.groups import ModelConfig, shipped
 from sjd2_lightning.config.runs import SharedConfig, TrainConfig
 from sjd2_lightning.data import DataConfig
@@ -42,6 +43,7 @@ from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.small import build_tiny
 from sjd2_lightning.models.weights import SETTINGS_FILE
 from sjd2_lightning.run.files import write_whole
+from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.provenance import trainings_of, write_trainings
 from sjd2_lightning.run.stages import stage
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
@@ -260,7 +262,10 @@ def build_reference(config: SharedConfig, num_prompts: int = 0) -> ReferenceSet 
         return image_folder(config.data.reference_dir, (height, width))
     own = Path(config.data.data_dir) / HELD_OUT_NAME
     if not config.data.prepare:
-        return image_folder(own, (height, width)) if own.is_dir() else None
+        if len(list(own.glob("*.png"))) < 2:  # a tiny set holds out one, which is no set to compare with
+            return None
+        name = f"held-out pictures of {own.parent.name}"
+        return replace(image_folder(own, (height, width)), name=name)
     if is_scenes:
         number = max(_REFERENCE_SCENES, num_prompts)
         return scene_reference(height, number, config.seed, variety_of(config.data))
@@ -341,6 +346,11 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
         settings = {"image_size": config.model.image_size, "sampling": config.model.sampling.model_dump()}
         write_whole(Path(config.export_dir) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
         write_trainings(config.export_dir, trainings_after(config, trainer.global_step))
+    with harmless(f"writing {config.export_dir}/README.md"):
+        data: Any = getattr(trainer, "datamodule", None)
+        attribution = data.index("train").meta.attribution if isinstance(data, CodeDataModule) else ""
+        card = model_card(config, trainer.global_step, attribution)
+        write_whole(Path(config.export_dir) / "README.md", card)
 
 
 def trainings_after(config: TrainConfig, num_steps: int) -> list[dict[str, Any]]:

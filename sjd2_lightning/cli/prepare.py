@@ -89,7 +89,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name, index in indexes.items():
         skipped = f", {index.meta.num_skipped} unusable pictures left out" if index.meta.num_skipped else ""
         print(f"{options.out / name}: {index.num_samples} samples in {len(index.shards)} shards{skipped}")
-    print(f"train on them: {training_command(options, coder is not None)}")
+    with stage("reading the configuration"):
+        command = training_command(options, coder is not None)
+    print(f"train on them: {command}")
     print(kept_of(options.out, indexes))
 
 

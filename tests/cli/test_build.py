@@ -49,6 +49,7 @@ def test_own_pictures_bring_their_prompts(tmp_path, capsys):
     assert all(text.startswith("picture ") for text in own)
     reference = build_reference(composed("data=raw", f"data.data_dir={out}"))
     assert sorted(reference.keys) == held_out
+    assert reference.name == "held-out pictures of shards"
     assert reference.images.shape[1:] == (64, 64, 3)
     assert all(text in reference.captions for text in own)
     (tmp_path / "other.txt").write_text("a heart\n")
@@ -83,6 +84,9 @@ def test_scores_that_say_nothing_of_own_pictures_are_left_out(tmp_path):
     assert said(num=24) == ([], 1, True)
     assert said(num=23)[1:] == (0, True)
     assert said("data=scenes")[0][1].startswith("no distances: 8 pictures are too few")
+    (tmp_path / "one" / "held_out").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "held_out" / "p.png")
+    assert said("data=shards", f"data.data_dir={tmp_path / 'one'}")[1:] == (0, False), "one picture is no set"
     bare = ("data=shards", "data.data_dir=nowhere")
     assert [sentence.split(":")[0] for sentence in said(*bare)[0]][2].startswith(
         "the prompts are names of emoji"

@@ -105,7 +105,7 @@ def test_fine_tuning_trains_exports_and_records(composed, tmp_path):
     for name in (
         "csv/version_0/metrics.csv",
         "checkpoints/last.ckpt",
-        "model/backbone.json",
+        "model/README.md",
         "model/trainings.json",
         "samples/metrics.jsonl",
     ):

@@ -1,4 +1,4 @@
-"""Brings a released Lumina-mGPT and Meta's image tokenizer into one folder.
+"""Brings a released Lumina-mGPT and Meta's image tokenizer into one folder, or the parts of a LlamaGen.
 
 One shard at a time lies in memory; by `manifest.json` what was cut off goes on.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import VQModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
@@ -54,7 +55,7 @@ _NO_WEIGHTS = (
     "scaler*",
     "rng_state*",
 )
-_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def read_pickle(path: str | Path) -> dict[str, Tensor]:
@@ -64,12 +65,18 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
         ValueError: if the file holds anything but tensors and plain values.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # options of a training stand beside some weights; they are plain values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         why = damage(Path(path)) or f"{str(error).splitlines()[0]}: it holds more than tensors, or is damaged"
         raise ValueError(f"{path} cannot be read safely ({why}); get the original file again") from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if state is None or not all(isinstance(value, Tensor) for value in state.values()):
+    state = content
+    for place in ("state_dict", "model", "module"):
+        if isinstance(content, Mapping) and isinstance(content.get(place), Mapping):
+            state = content[place]
+            break
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no dictionary of tensors")
     return dict(state)
 
@@ -271,17 +278,22 @@ def _write(
         write(f"{TRUNK}/{name}", sha256_of_file(shard), save)
     write_json(f"{TRUNK}/{INDEX}", {"metadata": {}, "weight_map": weight_map})
     write_json(f"{TRUNK}/config.json", fields)
-    for file in (text / name for name in _TEXT_FILES):
+    for file in (text / name for name in TEXT_FILES):
         if file.is_file():
             write(f"{TEXT}/{file.name}", sha256_of_file(file), partial(shutil.copyfile, file))
+    write_tokenizer(writer, vq, vqgan)
+    write_json(BACKBONE_FILE, {"family": "chameleon", **asdict(LUMINA_MGPT)})
+
+
+def write_tokenizer(writer: Writer, vq: VQModel, source: Path) -> None:
+    """Writes an image tokenizer made from a file."""
     folder = writer.out / TOKENIZER
 
-    def save_tokenizer(path: Path) -> None:
+    def save(path: Path) -> None:
         VQImageTokenizer(vq).save(folder, half=False)
         (folder / "diffusion_pytorch_model.safetensors").rename(path)
 
-    write(f"{TOKENIZER}/diffusion_pytorch_model.safetensors", sha256_of_file(vqgan), save_tokenizer)
-    write_json(BACKBONE_FILE, {"family": "chameleon", **asdict(LUMINA_MGPT)})
+    writer.write(f"{TOKENIZER}/diffusion_pytorch_model.safetensors", sha256_of_file(source), save)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -289,19 +301,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="sjd2 convert",
         description=__doc__,
-        epilog="example:\n  sjd2 convert --trunk Lumina-mGPT-7B-768 --vqgan vqgan.ckpt --out weights/mine",
+        epilog="examples:\n  sjd2 convert --trunk Lumina-mGPT-7B-768 --vqgan vqgan.ckpt --out weights/mine\n"
+        "  sjd2 convert --gpt t2i_XL_stage2_512.pt --vq vq_ds16_t2i.pt --t5 flan-t5-xl \\\n"
+        "      --out weights/llamagen",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = partial(parser.add_argument, type=Path)
-    add("--trunk", metavar="FOLDER", required=True, help="folder of the released Lumina-mGPT")
-    add("--vqgan", metavar="FILE", required=True, help="Meta's vqgan.ckpt")
+    add("--trunk", metavar="FOLDER", help="folder of the released Lumina-mGPT")
+    add("--vqgan", metavar="FILE", help="Meta's vqgan.ckpt, beside --trunk")
     add("--text", metavar="FOLDER", help="folder with tokenizer.json, if it is not in --trunk")
     add("--out", metavar="FOLDER", required=True, help="the new folder, for model.path")
+    add("--gpt", metavar="FILE", help="LlamaGen's t2i_*.pt or c2i_*.pt")
+    add("--vq", metavar="FILE", help="its vq_ds16_*.pt, beside --gpt")
+    add("--t5", metavar="FOLDER", help="flan-t5-xl, for t2i_*.pt")
+    parser.add_argument("--side", type=int, default=32, help="codes on a side of its images (512 pixels: 32)")
     asked = parser.parse_args(arguments)
+    if not (asked.trunk and asked.vqgan) and not (asked.gpt and asked.vq):
+        parser.error("give --trunk and --vqgan, or --gpt and --vq")
     speak()
     try:
-        with stage(f"converting {asked.trunk}"):
-            made = convert(asked.trunk, asked.vqgan, asked.out, asked.text)
+        with stage(f"converting {asked.gpt or asked.trunk}"):
+            if asked.gpt:
+                from sjd2_lightning.models.convert_llamagen import convert_llamagen
+
+                made = convert_llamagen(asked.gpt, asked.vq, asked.out, asked.side, asked.t5)
+            else:
+                made = convert(asked.trunk, asked.vqgan, asked.out, asked.text)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     print(f"{asked.out}: {', '.join(made) if made else 'nothing to do'}")

@@ -152,7 +152,13 @@ def shrunken_llamagen(
     encoder = None
     if condition == "text":
         t5 = T5Config(
-            vocab_size=320, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+            vocab_size=320,
+            d_model=16,
+            d_kv=8,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
         )
         encoder = random_weights(T5EncoderModel, t5)
     text = byte_tokenizer(3, {"<pad>": 0, "</s>": 1, "<unk>": 2})

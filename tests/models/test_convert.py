@@ -230,7 +230,11 @@ def test_unknown_and_missing_weights_of_the_trunk_are_named(original, tmp_path):
             None,
             r"lacks the weights of decoder\.mid_block\.attentions\.0\.to_q\.bias",
         ),
-        (None, "encoder.down.1.attn.0.q.weight", r"unknown weights .*encoder\.down\.1\.attn\.0\.q\.weight"),
+        (
+            None,
+            "encoder.down.1.attn.0.gone.weight",
+            r"unknown weights .*encoder\.down\.1\.attn\.0\.gone\.weight",
+        ),
         ("quant_conv.weight", None, r"no checkpoint of a VQGAN: quant_conv\.weight missing"),
     ],
 )

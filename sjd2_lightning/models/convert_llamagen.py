@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
-from sjd2_lightning.models.convert import (
+from sjd2_lightning.models.llamagen import ENCODER, NUM_CODES, PREFIX, LlamaGenTokens
+from sjd2_lightning.models.released_files import (
     TEXT_FILES,
     Writer,
     check_names,
@@ -26,7 +27,6 @@ from sjd2_lightning.models.convert import (
     shards_of,
     write_tokenizer,
 )
-from sjd2_lightning.models.llamagen import ENCODER, NUM_CODES, PREFIX, LlamaGenTokens
 from sjd2_lightning.models.small import byte_tokenizer
 from sjd2_lightning.models.taming import vq_from_taming
 from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TRUNK, finite, read_json

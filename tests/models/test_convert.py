@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from sjd2_lightning.models.chameleon import LUMINA_MGPT
-from sjd2_lightning.models.convert import MANIFEST, convert, main, read_pickle
+from sjd2_lightning.models.convert import convert, main
 from sjd2_lightning.models.registry import load_backbone
+from sjd2_lightning.models.released_files import MANIFEST, read_pickle
 from sjd2_lightning.models.small import byte_tokenizer, code_name
 from sjd2_lightning.models.taming import vq_from_taming
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 METHODS = ("ar", "sjd", "mc_sjd", "sjd2", "sjd2_paper")
-FIGURES = ("nfe", "step_compression", "speedup", "clip_score", "fd", "kid", "num_images")
+FIGURES = ("nfe", "step_compression", "speedup", "fd", "kid", "num_images")
 
 
 def problems(report: dict) -> list[str]:

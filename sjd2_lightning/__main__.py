@@ -15,14 +15,14 @@ from sjd2_lightning.run.stages import speak, stage
 # command: (module whose `main` runs it, what it does)
 COMMANDS = {
     "generate": ("cli.generate", 'draw pictures: sjd2 generate "red heart" -n 4 --compare ar'),
-    "train": ("cli.train", "fine-tune a model: sjd2 train model=tiny trainer.max_steps=100"),
-    "evaluate": ("cli.evaluate", "compare decoding methods: sjd2 evaluate compare=[ar,sjd2] num_prompts=16"),
-    "play": ("cli.play", "type a prompt and watch it being decoded, in a browser: sjd2 play"),
-    "prepare": ("cli.prepare", "make shards of captioned pictures: sjd2 prepare folder --input photos"),
-    "convert": ("models.convert", "bring a released Lumina-mGPT or LlamaGen into this layout"),
-    "pairs": ("cli.pairs", "count which codes stand side by side, for methods.sjd2.pairs.table"),
+    "train": ("cli.train", "fine-tune: sjd2 train data=shards data.data_dir=data/photos"),
+    "evaluate": ("cli.evaluate", "compare methods: sjd2 evaluate compare=[ar,sjd2] num_prompts=8"),
+    "play": ("cli.play", "type a prompt and watch it, in a browser: sjd2 play"),
+    "prepare": ("cli.prepare", "make shards of your pictures: sjd2 prepare folder --input photos"),
+    "convert": ("models.convert", "bring a released Lumina-mGPT or LlamaGen in shape"),
+    "pairs": ("cli.pairs", "count which codes stand side by side: methods.sjd2.pairs.table"),
     "teacher": ("cli.teacher", "let a model draw the images of a data set, for distillation"),
-    "doctor": ("cli.doctor", "what this machine can do, which models are ready, how to get the others"),
+    "doctor": ("cli.doctor", "what this machine can do, which models are ready: sjd2 doctor"),
     "publish": ("report.wandb_report", "publish a finished evaluation as a W&B Report"),
 }
 
@@ -70,8 +70,13 @@ def usage() -> str:
             "",
             *rows,
             "",
-            "train and evaluate take keys of conf/ as KEY=VALUE; --cfg job --resolve shows what would run.",
-            "The other commands explain themselves: sjd2 prepare --help.",
+            "Each explains itself, with examples: sjd2 train --help. Keys are given as",
+            "KEY=VALUE; sjd2 train --cfg job --resolve shows all that would run.",
+            "",
+            "Three first commands:",
+            '  sjd2 generate "red heart" -n 4 --compare ar',
+            "  sjd2 train experiment=smoke",
+            "  sjd2 evaluate experiment=smoke",
         ]
     )
 

@@ -32,6 +32,7 @@ from sjd2_lightning.report.figures import acceptance_histogram, image_grid, save
 from sjd2_lightning.report.wandb_log import media_row, scalar_row
 from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.harmless import harmless
+from sjd2_lightning.run.processes import failing_together
 from sjd2_lightning.run.stages import stage
 
 
@@ -41,11 +42,13 @@ class SamplingCallback(Callback):
     Files: `metrics.jsonl` and `metrics.csv` get one line a validation; `step_<n>/` gets images, records,
     `grid.png` and `acceptance.png`. Log keys: numbers of the first method that is not the baseline are plain
     (`val/nfe`, `val/fd_EffNetLite0`), those of the others end in the method's name (`val/nfe_ar`). W&B gets
-    numbers and images in one row, other loggers the numbers.
+    numbers and images in one row, each other method in a section of its own (`val_ar/nfe`); other loggers
+    the numbers.
 
     Ranks share the decoding. It runs in eval mode, with averaged weights if a `WeightAveraging` callback
     comes later in the list, and leaves modes and global random states unchanged. The baseline's images are
-    decoded again only when weights have changed. Nothing is decoded in the sanity check.
+    decoded again only when weights have changed. Nothing is decoded in the sanity check. Where samples cannot
+    be written, as on a full disk, a validation ends without them.
 
     Args:
         prompts: fixed prompts with their seeds, such as `held_out_prompts(8)`.
@@ -142,12 +145,14 @@ class SamplingCallback(Callback):
         self._num_validations += 1
         if number % self.every_n_validations:
             return
-        with isolate_rng():
+        result = None
+        with isolate_rng(), harmless(f"decoding samples into {self.out_dir}", OSError):
             result = self._decode_and_measure(trainer, pl_module)
         row = None if result is None else scalar_row(result) | self._windows_row()
         # Every rank logs what rank 0 measured: a checkpoint may be chosen by it on any rank.
         row = trainer.strategy.broadcast(row)
-        assert row is not None
+        if row is None:  # there was no room for the samples
+            return
         pl_module.log_dict(row, logger=False, sync_dist=trainer.world_size > 1)
         if result is not None:
             with stage("writing the samples"):
@@ -172,9 +177,9 @@ class SamplingCallback(Callback):
                 )
         # 2. the baseline's images of the last decoding, where they still hold
         folder = Path(trainer.strategy.broadcast(str(self.out_dir / f"step_{trainer.global_step:08d}")))
-        if trainer.is_global_zero:
-            self._reuse_baseline(backbone, layout, prompts, folder)
-        trainer.strategy.barrier()
+        with failing_together():
+            if trainer.is_global_zero:
+                self._reuse_baseline(backbone, layout, prompts, folder)
         # 3. images, by all ranks
         decoded = decode_methods(
             backbone,

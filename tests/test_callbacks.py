@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader
 from sjd2_lightning import callbacks
 from sjd2_lightning.callbacks import SamplingCallback
 from sjd2_lightning.decoding.config import DecodingConfig
-from sjd2_lightning.evaluation import auto_window
+from sjd2_lightning.evaluation import auto_window, compare, store
 from sjd2_lightning.evaluation.prompts import PromptItem
+from sjd2_lightning.run import harmless
 from sjd2_lightning.run.provenance import weights_hash
+from sjd2_lightning.training.resume import Retention
 from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, metrics, reference_set, small_backbone
 from tests.tools.wandb_files import offline_run
 
@@ -58,7 +60,7 @@ def fit(folder, module, *parts, epochs=1, **settings):
         logger=settings.pop("logger", False),
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=settings.pop("enable_checkpointing", False),
         num_sanity_val_steps=settings.pop("num_sanity_val_steps", 0),
         **settings,
     )
@@ -105,8 +107,36 @@ def test_everything_is_logged_in_the_step_it_belongs_to(tmp_path, monkeypatch):
     assert [row["trainer/global_step"] for row in rows] == [2, 4]
     for row in rows:
         assert row["val/images"]["_type"] == "image-file"
-        assert row["val/acceptance/ar"]["_type"] == "histogram"
-        assert {"val/speedup", "val/fd_Colours", "val/clip_score", "val/prompts"} <= set(row)
+        assert row["val_acceptance/ar"]["_type"] == "histogram"
+        assert {"val_ar/nfe", "val/speedup", "val/fd_Colours", "val/clip_score", "val/prompts"} <= set(row)
+
+
+@pytest.mark.parametrize("what", ["write_whole", "RecordStore"])
+def test_a_disk_that_is_full_for_a_while_costs_the_samples_of_that_while(tmp_path, monkeypatch, caplog, what):
+    """The best checkpoint is chosen among validations that were measured; the last one is always saved."""
+    place = store if what == "write_whole" else compare
+    inner, module, kept = getattr(place, what), Module(), []
+
+    def written(*arguments):
+        if len(module.draws) < 5:  # steps: in two of three validations
+            kept.append(sorted(path.name for path in tmp_path.glob("kept/*")))
+            raise OSError(28, "No space left on device")
+        return inner(*arguments)
+
+    monkeypatch.setattr(harmless, "_said", set())
+    monkeypatch.setattr(place, what, written)
+    saving = Retention(tmp_path / "kept", monitor="val/nfe", save_top_k=1)
+    sampled = sampling(tmp_path, metrics=None, reference=None, prompts=PROMPTS[:1])
+    trainer = fit(tmp_path, module, sampled, saving, epochs=3, enable_checkpointing=True)
+    assert trainer.global_step == 6
+    assert kept == [[], ["last.ckpt"]]
+    assert [line["step"] for line in lines_of(tmp_path)] == [6]
+    assert saving.best_model_path.endswith("-step_6.ckpt")
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [line for line in said if "No space left" in line] == [
+        f"decoding samples into {tmp_path / 'samples'} failed; the run goes on without it: "
+        "[Errno 28] No space left on device"
+    ]
 
 
 def test_training_goes_on_as_if_nothing_had_been_decoded(tmp_path):

@@ -25,7 +25,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ def identity(config: DecodingConfig, weights: str, prompts: list[PromptItem]) ->
     """
     standard = method_fields(DecodingConfig(config.method))
     chosen = {name: value for name, value in method_fields(config).items() if value != standard[name]}
-    return sha256_of_json([config.method, chosen, weights, [asdict(item) for item in prompts]])
+    return sha256_of_json([config.method, chosen, weights, [item.identity for item in prompts]])
 
 
 def weights_digest(folder: Path) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,18 @@ OTHER_WORDS = {
     **dict.fromkeys(("ema",), ("callbacks.ema_decay",)),
     **dict.fromkeys(("wandb_project",), ("logger.wandb.project",)),
 }
+
+
+def program() -> str:
+    """How this program was started, to be typed again: `sjd2`, its path, or `python -m sjd2_lightning`."""
+    started = Path(sys.argv[0])
+    if started.parts[-2:] == ("sjd2_lightning", "__main__.py"):
+        return f"{Path(sys.executable).name} -m sjd2_lightning"
+    found = shutil.which("sjd2")
+    if started.name != "sjd2" or (found is not None and Path(found).samefile(started)):
+        return "sjd2"
+    here = started.absolute()
+    return str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here)
 
 
 def one_line(message: str) -> str:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
+import transformers
 
 from sjd2_lightning.config.groups import ModelConfig, shipped
 from sjd2_lightning.config.runs import SharedConfig, TrainConfig
 from sjd2_lightning.data import DataConfig
 from sjd2_lightning.data.datamodule import CodeDataModule
-from sjd2_lightning.data.index import PROMPTS_NAME
+from sjd2_lightning.data.index import HELD_OUT_NAME, PROMPTS_NAME
 from sjd2_lightning.data.sources.coco import coco_items
 from sjd2_lightning.data.sources.emoji import load_emoji_index
 from sjd2_lightning.data.sources.scene_shards import SOURCE as SCENES
 from sjd2_lightning.data.sources.scenes import Variety, training_scene
-from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts, read_prompts, scene_prompts
+from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts, read_prompts
 from sjd2_lightning.evaluation.quality import QualityMetrics
 from sjd2_lightning.evaluation.references import (
     ReferenceSet,
@@ -28,6 +31,7 @@ from sjd2_lightning.evaluation.references import (
     held_out_emoji,
     image_folder,
 )
+from sjd2_lightning.evaluation.scene_judge import scene_judge, scene_prompts, scene_reference, with_asked
 from sjd2_lightning.metrics.alignment import load_clip_scorer
 from sjd2_lightning.metrics.features import load_feature_extractor
 from sjd2_lightning.models.backbone import Backbone
@@ -36,23 +40,23 @@ from sjd2_lightning.models.lora import has_adapter
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.small import build_tiny
+from sjd2_lightning.models.weights import SETTINGS_FILE
+from sjd2_lightning.run.files import write_whole
+from sjd2_lightning.run.provenance import trainings_of, write_trainings
 from sjd2_lightning.run.stages import stage
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
 from sjd2_lightning.training.module import SJD2Module
 from sjd2_lightning.training.recipes.clip import ClipModule, EmojiPairs
-from sjd2_lightning.training.recipes.tokenizer import PictureData, TokenizerModule
 
 _HELD_OUT_PROMPTS = 64
+_REFERENCE_SCENES = 252  # real scenes for the distances, at least as many as there are prompts
 _NUM_CAPTIONS = 5000  # of scenes, enough to hold every word often
 
 
 def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataModule]:
-    """The module and the data of `task`."""
+    """The module and the data of `task`, which trains a network."""
     side, data = config.model.image_size[0], config.data
-    if config.task == "tokenizer" and config.tokenizer is not None:
-        tokenizer = TokenizerModule(config.tokenizer, config.optimizer.lr, recipe_dir(config))
-        return tokenizer, PictureData(data, side, config.seed)
     if config.task == "clip" and config.clip is not None:
         clip = ClipModule(
             replace(config.clip, text_dir=str(shipped(config.clip.text_dir))),
@@ -69,10 +73,15 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
 def captions_of(data: DataConfig) -> Iterator[str]:
     """What the text tokenizer of a new model learns: captions of the embedded set that `data` prepares."""
     if data.source == SCENES:
-        variety = Variety(data.num_nouns, data.aligned)
+        variety = variety_of(data)
         yield from (training_scene(0, index, variety).caption for index in range(_NUM_CAPTIONS))
     else:
         yield from (item.caption for item in load_emoji_index())
+
+
+def variety_of(data: DataConfig) -> Variety:
+    """How much the scenes of a configuration differ."""
+    return Variety(data.num_nouns, data.aligned)
 
 
 def build_backbone(
@@ -97,6 +106,7 @@ def build_backbone(
     else:
         source = replace(model.source, path=path or model.source.path)
         dtype = getattr(torch, model.dtype)
+        transformers.utils.logging.disable_progress_bar()  # the stage speaks where it takes long
         with stage("loading the weights"):
             backbone = load_backbone(
                 model.family, source, model.trunk, dtype, model.load_onto, model.unconditional
@@ -196,30 +206,51 @@ def image_tokenizer_of(backbone: Backbone) -> ImageTokenizer | None:
     return getattr(backbone, "image_tokenizer", None)
 
 
-def build_metrics(config: SharedConfig, device: str | torch.device = "cpu") -> QualityMetrics:
-    """What images are measured with."""
+def build_metrics(
+    config: SharedConfig, reference: ReferenceSet | None, num_prompts: int, device: str | torch.device = "cpu"
+) -> QualityMetrics:
+    """What images are measured with: of the metrics that were asked for, those that say something here.
+
+    Args:
+        config: what is asked for.
+        reference: real images, from `build_reference`.
+        num_prompts: number of images that are measured.
+        device: where the scorers go.
+    """
     metrics = config.metrics
+    few = num_of_distances(reference, num_prompts) < metrics.min_images
     clip = None
     if metrics.clip is not None:
         clip = load_clip_scorer(
             shipped(metrics.clip) if "/" in metrics.clip else metrics.clip, metrics.clip_pretrained, device
         )
+    height, width = config.model.image_size
+    has_judge = metrics.judge and config.data.source == SCENES and height == width
     return QualityMetrics(
         extractors=[
             load_feature_extractor(name, device, metrics.inception_dir, metrics.allow_download)
-            for name in metrics.features
+            for name in (() if few else metrics.features)
         ],
         clip=clip,
         num_resamples=metrics.num_resamples,
         num_distance_resamples=metrics.num_distance_resamples,
         nearest_k=metrics.nearest_k,
         cache_dir=metrics.cache_dir,
+        judge=scene_judge(height) if has_judge else None,
     )
 
 
-def build_reference(config: SharedConfig) -> ReferenceSet | None:
-    """Real images for the distances; None where no features are asked for."""
-    if not config.metrics.features:
+def build_reference(config: SharedConfig, num_prompts: int = 0) -> ReferenceSet | None:
+    """Real images for distances and controls; None where speed alone is measured, or where there are none.
+
+    They are those of `metrics.protocol`, of `data.reference_dir`, of own shards, or of the embedded set.
+
+    Args:
+        config: the configuration.
+        num_prompts: number of prompts; of scenes at least as many are painted.
+    """
+    metrics, is_scenes = config.metrics, config.data.source == SCENES
+    if not metrics.features and metrics.clip is None and not (metrics.judge and is_scenes):
         return None
     if config.metrics.protocol is not None:
         protocol = config.metrics.protocol
@@ -227,7 +258,44 @@ def build_reference(config: SharedConfig) -> ReferenceSet | None:
     height, width = config.model.image_size
     if config.data.reference_dir is not None:
         return image_folder(config.data.reference_dir, (height, width))
+    own = Path(config.data.data_dir) / HELD_OUT_NAME
+    if not config.data.prepare:
+        return image_folder(own, (height, width)) if own.is_dir() else None
+    if is_scenes:
+        number = max(_REFERENCE_SCENES, num_prompts)
+        return scene_reference(height, number, config.seed, variety_of(config.data))
     return held_out_emoji(height)
+
+
+def num_of_distances(reference: ReferenceSet | None, num_prompts: int) -> int:
+    """Number of images that a distance between real and drawn ones would be of."""
+    return min(0 if reference is None else reference.num_images, num_prompts)
+
+
+def left_out(config: SharedConfig, reference: ReferenceSet | None, num_prompts: int) -> Iterator[str]:
+    """A sentence for each kind of score that says nothing here, with what would change that.
+
+    Silent where nothing was asked for (`metrics=none`). Arguments are those of `build_metrics`.
+    """
+    metrics, data = config.metrics, config.data
+    if not metrics.features:
+        return
+    if metrics.clip is None:
+        yield (
+            "no CLIP score: the shipped scorer has seen emoji alone; metrics.clip=hf-hub:OWNER/MODEL, or the "
+            "folder of one, scores other pictures"
+        )
+    num = num_of_distances(reference, num_prompts)
+    if reference is None:
+        yield "no distances: no real pictures are known for these data; give a folder, data.reference_dir"
+    elif num < metrics.min_images:
+        yield (
+            f"no distances: {num} pictures are too few, and metrics.min_images={metrics.min_images} are "
+            f"asked for ({num_prompts} drawn, {reference.num_images} real)"
+        )
+    has_own = data.prompt_file is not None or (Path(data.data_dir) / PROMPTS_NAME).is_file()
+    if not data.prepare and metrics.protocol is None and not has_own:
+        yield "the prompts are names of emoji, which these data need not know; give yours, data.prompt_file"
 
 
 def build_prompts(config: SharedConfig, num_prompts: int | None) -> list[PromptItem]:
@@ -237,14 +305,15 @@ def build_prompts(config: SharedConfig, num_prompts: int | None) -> list[PromptI
     """
     if config.metrics.protocol is not None:
         return coco_prompts(coco_items(config.metrics.protocol), config.seed)[:num_prompts]
+    path, is_scenes = config.data.prompt_file, config.data.source == SCENES
     own = Path(config.data.data_dir) / PROMPTS_NAME
-    if config.data.prompt_file is not None:
-        return read_prompts(config.data.prompt_file, config.seed)[:num_prompts]
-    if not config.data.prepare and own.is_file():  # an embedded set has its own names
-        return read_prompts(own, config.seed)[:num_prompts]
-    if config.data.source == SCENES:
-        variety = Variety(config.data.num_nouns, config.data.aligned)
-        return scene_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed, variety)
+    if path is None and not config.data.prepare and own.is_file():  # an embedded set has its own names
+        path = str(own)
+    if path is not None:
+        found = read_prompts(path, config.seed)[:num_prompts]
+        return with_asked(found) if is_scenes else found
+    if is_scenes:
+        return scene_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed, variety_of(config.data))
     return held_out_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed)
 
 
@@ -269,3 +338,21 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
     dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
     with stage(f"writing the weights to {config.export_dir}"):
         backbone.save(config.export_dir, dtype)
+        settings = {"image_size": config.model.image_size, "sampling": config.model.sampling.model_dump()}
+        write_whole(Path(config.export_dir) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        write_trainings(config.export_dir, trainings_after(config, trainer.global_step))
+
+
+def trainings_after(config: TrainConfig, num_steps: int) -> list[dict[str, Any]]:
+    """The trainings that made the weights of a run, those before it included.
+
+    Args:
+        config: the run.
+        num_steps: number of its steps.
+    """
+    model = config.model
+    before: list[dict[str, Any]] = []
+    if not model.random_name:
+        unknown = {"weights": model.hub_id or model.path, "noise": None}
+        before = trainings_of(shipped(model.path)) or [unknown]
+    return [*before, {"data": config.data.data_dir, "steps": num_steps, "noise": asdict(config.noise)}]

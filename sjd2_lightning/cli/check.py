@@ -263,17 +263,23 @@ def _callback_problems(config: TrainConfig) -> Iterator[str]:
 
 def logged_names(config: TrainConfig) -> list[str]:
     """Metrics that a training logs at every validation or step, by name."""
+    from sjd2_lightning.data.sources.scenes import PROMPT_CATEGORIES
     from sjd2_lightning.report.wandb_log import sampled_names
     from sjd2_lightning.training.module import SJD2Module
     from sjd2_lightning.training.recipes.clip import ClipModule
-    from sjd2_lightning.training.recipes.tokenizer import TokenizerModule
 
-    module: Any = {"finetune": SJD2Module, "tokenizer": TokenizerModule, "clip": ClipModule}[config.task]
+    if config.task == "tokenizer":
+        return []
+    module: Any = SJD2Module if config.task == "finetune" else ClipModule
     names = [*module.LOGGED]
     if config.callbacks.sampling is not None and config.task == "finetune":
         metrics = config.metrics
         clip = metrics.clip is not None
-        names += sampled_names(config.compare, metrics.features, clip, metrics.nearest_k is not None)
+        few = config.callbacks.sampling.num_prompts < metrics.min_images
+        features = () if few else metrics.features
+        is_judged = metrics.judge and config.data.source == "scenes"
+        judged = ("overall", *PROMPT_CATEGORIES) if is_judged else ()
+        names += sampled_names(config.compare, features, clip, metrics.nearest_k is not None, judged)
     return names
 
 

@@ -13,12 +13,10 @@ import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import NamedTuple
 
 from sjd2_lightning.config.groups import shipped
-from sjd2_lightning.config.reading import conf_dir
+from sjd2_lightning.config.reading import model_choices
 from sjd2_lightning.models.weights import BACKBONE_FILE, TRUNK, WeightsSource, missing_weights
 
 _GIB = 2**30
@@ -111,26 +109,15 @@ def _has_login(host: str) -> bool:
 
 def models() -> Iterator[Finding]:
     """Every model of `conf/model`: whether its files are here, and the command that gets them."""
-    folder = conf_dir() / "model"
-    for path in sorted(folder.glob("*.yaml")):
-        if path.stem == "shared":
-            continue
-        fields = _fields(folder, path.stem)
+    for name, fields in model_choices().items():
         place = shipped(fields["path"])
         source = WeightsSource(fields["path"], fields["hub_id"], fields["revision"], get=fields["get"])
         missing = _missing(place)
         if not missing:
-            yield Finding(path.stem, f"ready: model={path.stem} ({fields['path']})")
+            yield Finding(name, f"ready: model={name} ({fields['path']})")
         else:
             shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            yield Finding(path.stem, f"missing in {fields['path']}: {shown}", source.command())
-
-
-def _fields(folder: Path, name: str) -> dict[str, Any]:
-    """Fields of a model's file, with those of the files that it stands on."""
-    own = yaml.safe_load((folder / f"{name}.yaml").read_text())
-    bases = [base for base in own.pop("defaults", []) if base != "_self_"]
-    return {key: value for base in bases for key, value in _fields(folder, base).items()} | own
+            yield Finding(name, f"missing in {fields['path']}: {shown}", source.command())
 
 
 def _missing(folder: Path) -> list[str]:

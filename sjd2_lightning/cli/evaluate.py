@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHIPPED_MODEL = "weights/tiny"
-TABLE_WIDTH = 140  # columns; a narrower terminal folds lines instead of losing figures
 EXPORTS = "outputs/train/*/model/backbone.json"  # what plain `python train.py` leaves; sweeps lie deeper
 
 
@@ -77,21 +76,23 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
             build_reference,
             decoding_backbone,
             image_tokenizer_of,
+            left_out,
         )
         from sjd2_lightning.evaluation.compare import evaluate_methods
         from sjd2_lightning.report.observe import observe
         from sjd2_lightning.report.write import report_object, write_report
-        from sjd2_lightning.run.provenance import collect_provenance, redact
+        from sjd2_lightning.run.provenance import collect_provenance, redact, trainings_of
 
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     with stage("reading the prompts and real images"):
-        prompts, reference = chosen_prompts(config), build_reference(config)
+        prompts = chosen_prompts(config)
+        reference = build_reference(config, len(prompts))
     backbone = decoding_backbone(config.model, weights, config.ckpt_path, device)
     layout = backbone.layout(*config.model.image_size)
     methods, windows = chosen_methods(config, backbone, prompts, layout)
     with stage("loading what measures"):
-        metrics = build_metrics(config, device)
+        metrics = build_metrics(config, reference, len(prompts), device)
     result = evaluate_methods(
         backbone,
         methods,
@@ -108,13 +109,16 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
     )
     if result is None:  # rank 0 reports
         return {}
-    result = with_word_of_random_weights(result, config, weights)
+    result = with_word_of_noise(with_word_of_random_weights(result, config, weights), config, weights)
+    said = tuple(left_out(config, reference, len(prompts)))
+    result = replace(result, warnings=(*result.warnings, *said))
     provenance = collect_provenance(
         backbone,
         redact(config.model_dump(mode="json")),
         {item.key: item.seed for item in prompts},
         {
             "weights": weights_name(config, weights),
+            "trainings": trainings_of(weights) if config.ckpt_path is None else None,
             "auto_window": {name: choice.summary() for name, choice in windows.items()},
         },
         result.store.identity["weights"],
@@ -211,7 +215,9 @@ def weights_name(config: EvaluateConfig, weights: Path) -> str:
     """What the measured weights are called: their place, or that they are random."""
     name = config.model.random_name
     if not name:
-        return str(config.ckpt_path or weights)
+        # not where an installed package lies
+        own = config.model.path if weights == shipped(config.model.path) else weights
+        return str(config.ckpt_path or own)
     if config.ckpt_path is None and weights == shipped(config.model.path):
         return name
     return f"{config.ckpt_path or weights}, trained from {name}"
@@ -224,6 +230,21 @@ def with_word_of_random_weights(
     if not config.model.random_name:
         return result
     warning = f"{weights_name(config, weights)}: a dry run, nothing here is a figure of a release"
+    return replace(result, warnings=(warning, *result.warnings))
+
+
+def with_word_of_noise(result: EvaluationResult, config: EvaluateConfig, weights: Path) -> EvaluationResult:
+    """The result, with a warning in front where methods feed noise to weights that never saw any."""
+    from sjd2_lightning.run.provenance import never_saw_noise, trainings_of
+
+    noisy = [name for name, method in result.methods.items() if method.config.num_levels]
+    is_own = config.ckpt_path is None and not config.model.random_name
+    if not noisy or not is_own or not never_saw_noise(trainings_of(weights)):
+        return result
+    warning = (
+        f"{', '.join(noisy)}: noise levels on weights that never saw noise, which may cost passes where they "
+        "should save some; fine-tune first (python train.py), or set decoding.num_levels=0"
+    )
     return replace(result, warnings=(warning, *result.warnings))
 
 
@@ -291,8 +312,7 @@ def show(config: EvaluateConfig, result: EvaluationResult, weights: Path, files:
     from sjd2_lightning.report.table import console_table
 
     console = Console()
-    console.width = max(console.width, TABLE_WIDTH)
-    console.print(console_table(result))
+    console.print(console_table(result, console.width))
     for warning in result.warnings:
         console.print(f"[yellow]{warning}[/yellow]")
     for name, place in {

@@ -11,16 +11,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sjd2_lightning.cli.preview import PictureProgress, Preview
 from sjd2_lightning.run.files import whole_file
 from sjd2_lightning.run.stages import stage
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from sjd2_lightning.cli.pipeline import Drawn, Pipeline
     from sjd2_lightning.decoding import Iteration
     from sjd2_lightning.evaluation.prompts import PromptItem
@@ -125,7 +124,7 @@ def generate(options: argparse.Namespace, prompts: Sequence[str], keys: Sequence
     yield f"sheet: {_sheet(jobs, pictures, options.out)}"
 
 
-def _draw(pipeline: Pipeline, batch: Sequence[Job], method: str, progress: Progress) -> Drawn:
+def _draw(pipeline: Pipeline, batch: Sequence[Job], method: str, progress: PictureProgress) -> Drawn:
     texts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
     task = progress.task_ids[0]
     if pipeline.backbone.device.type != "cpu":  # with an observer nothing is captured
@@ -133,19 +132,24 @@ def _draw(pipeline: Pipeline, batch: Sequence[Job], method: str, progress: Progr
         progress.update(task, advance=len(batch) * pipeline.layout.num_slots)
         return drawn
 
+    can_show = progress.has_room and len(batch) == 1
+    preview = Preview(progress, pipeline.backbone, pipeline.layout) if can_show else None
+
     def seen(iteration: Iteration) -> None:
         progress.update(task, advance=int(iteration.num_committed.sum()))
+        if preview is not None:
+            preview(iteration)
 
-    return pipeline(texts, seeds, method, observer=seen)
+    drawn = pipeline(texts, seeds, method, observer=seen)
+    return drawn if preview is None else replace(drawn, seconds=drawn.seconds - preview.seconds)
 
 
 @contextmanager
-def _progress(num_slots: int) -> Iterator[Progress]:
+def _progress(num_slots: int) -> Iterator[PictureProgress]:
     """A bar of slots on standard error, so that standard output has the lines alone."""
     from rich.console import Console
-    from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with PictureProgress(Console(stderr=True)) as progress:
         progress.add_task("tokens", total=num_slots)
         yield progress
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sjd2_lightning.cli.arguments import one_line, readable_arguments, with_suggestion
+from sjd2_lightning.cli.naming import SWEPT, name_run, swept_keys
 from sjd2_lightning.config.reading import ALLOWED_TARGETS, conf_dir
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.processes import HANDED_DOWN, started_by_lightning
@@ -31,6 +33,7 @@ from sjd2_lightning.run.stages import stage
 
 log = logging.getLogger(__name__)
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # The environment of one run, as Lightning's launcher and ours leave it; a sweep's next run must not find it.
 _OF_A_RUN = (
     HANDED_DOWN,
@@ -64,8 +67,11 @@ def launch(
         folder = run_folder(HydraConfig.get().runtime.output_dir)
         with open_dict(cfg):
             cfg.run_dir = str(folder)
-        with _handing_down(script, list(HydraConfig.get().overrides.task), str(folder)):
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+        hydra_config, overrides = HydraConfig.get(), list(HydraConfig.get().overrides.task)
+        in_sweep = hydra_config.mode == RunMode.MULTIRUN
+        name_run(cfg, overrides, folder, hydra_config.runtime.choices.get("experiment"), in_sweep)
+        with _handing_down(script, overrides, str(folder)):
+            if in_sweep:
                 _run_in_sweep(job, cfg, folder)
             else:
                 job(cfg)
@@ -105,6 +111,8 @@ def refusal(script: str, error: Exception) -> str | None:
     if isinstance(error, OmegaConfBaseException):
         key = f"{error.full_key}: " if error.full_key else ""
         return one_line(f"The configuration has a problem: {key}{str(error).splitlines()[0]}")
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:  # wherever Python noticed it
+        return f"{error}: what was finished is kept; make room, and start the command again"
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     is_ours = raised_in.is_relative_to(Path(__file__).resolve().parents[1])
     if is_ours and isinstance(error, ValueError | FloatingPointError | OSError):
@@ -244,6 +252,11 @@ class SweepReport(Callback):
     """
 
     all_failed: ClassVar[bool] = False
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Tells the jobs which keys are swept; called by Hydra in the process that starts the sweep."""
+        further = config.hydra.sweeper.get("params") or {}
+        os.environ[SWEPT] = json.dumps(swept_keys(config.hydra.overrides.task, further))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra in the process that started the sweep."""

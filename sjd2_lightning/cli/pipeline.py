@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,14 @@ from sjd2_lightning.cli.check import check_evaluate
 from sjd2_lightning.cli.evaluate import pick_device, weights_folder
 from sjd2_lightning.cli.launch import composed
 from sjd2_lightning.config.groups import did_you_mean, shipped
+from sjd2_lightning.config.reading import model_choices
 from sjd2_lightning.config.runs import EvaluateConfig
 from sjd2_lightning.decoding import DecodeOutput, Observer, decode
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.glm_pixels import draw_pixels, load_pixels
 from sjd2_lightning.models.image_tokenizer import to_uint8
-from sjd2_lightning.models.weights import ADAPTER_FILE, BACKBONE_FILE, WeightsSource
+from sjd2_lightning.models.weights import ADAPTER_FILE, BACKBONE_FILE, SETTINGS_FILE, WeightsSource
 from sjd2_lightning.run.stages import stage
 
 
@@ -90,8 +91,9 @@ class Pipeline:
         """The shipped model, or another one.
 
         Args:
-            source: folder that training exported, folder of a low-rank adapter, or name of a repository on
-                the hub that holds one of them; None is what `model` says, which is the shipped model.
+            source: folder that training exported, folder of a low-rank adapter of the model that `keys`
+                choose, or name of a repository on the hub that holds one of them or is a known release; None
+                is what `model` says, which is the shipped model.
             keys: keys of `evaluate.py`, such as "model=lumina_mgpt" or "decoding.sampling.temperature=0.7".
 
         Raises:
@@ -159,16 +161,40 @@ def evaluation_settings(keys: Sequence[str]) -> EvaluateConfig:
 
 
 def _keys_of(source: str | Path) -> list[str]:
-    """Keys that choose what lies in a folder or on the hub."""
+    """Keys that choose what lies in a folder or on the hub: a release, an adapter or an export."""
+    for name, fields in model_choices().items():
+        if str(source) == fields["hub_id"]:
+            return [f"model={name}", "model.local_files_only=false", "weights=model"]
+        if str(source).rstrip("/") == fields["path"]:
+            return [f"model={name}", "weights=model"]
+        if fields["get"] is not None and str(source) in fields["get"].split():
+            raise ValueError(f"{source}: get it with `{fields['get']}`, then load {fields['path']!r}")
     folder = WeightsSource(source, hub_id=str(source), local_files_only=False).folder()
     if (folder / ADAPTER_FILE).is_file():
-        return [f"model.adapter={_quoted(folder)}"]
+        return [f"model.adapter={_quoted(folder)}", "weights=model"]
     if not (folder / BACKBONE_FILE).is_file():
         raise ValueError(
             f"{source}: there is neither {BACKBONE_FILE} nor {ADAPTER_FILE}; give a folder that training "
             "exported or an adapter, or choose a released model by the key model="
         )
-    return [f"model.family={_family_in(folder)}", f"weights={_quoted(folder)}"]
+    return [f"model.family={_family_in(folder)}", f"weights={_quoted(folder)}", *_settings_in(folder)]
+
+
+def _settings_in(folder: Path) -> Iterator[str]:
+    """Keys of the size and sampling that an export was trained with; older exports do not know them."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text())
+        height, width = found["image_size"]
+        sampling = dict(found["sampling"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} names no size and sampling ({error}); remove it, or export again"
+        ) from error
+    yield f"model.image_size=[{height},{width}]"
+    yield from (f"model.sampling.{name}={value}" for name, value in sampling.items())
 
 
 def _quoted(path: Path) -> str:

@@ -8,15 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from sjd2_lightning.cli.arguments import program
+from sjd2_lightning.cli.launch import composed
 from sjd2_lightning.config.groups import shipped
+from sjd2_lightning.config.reading import model_choices
 from sjd2_lightning.data.build import SKIPPED_NAME, skipped_line, write_skipped
 from sjd2_lightning.data.ensure import Coder, Wanted, ensure_shards
-from sjd2_lightning.data.index import PROMPTS_NAME, ShardIndex
-from sjd2_lightning.data.pictures import CROPPED
+from sjd2_lightning.data.index import HELD_OUT_NAME, PROMPTS_NAME, ShardIndex
+from sjd2_lightning.data.pictures import CROPPED, png_bytes
 from sjd2_lightning.data.sources.coco import coco_records
 from sjd2_lightning.data.sources.emoji import SOURCE as EMOJI
 from sjd2_lightning.data.sources.emoji import prepare_emoji
@@ -30,12 +36,17 @@ from sjd2_lightning.data.sources.record import (
     chosen_records,
     read_stretch,
     reasons_of,
+    share_of_fewest,
 )
 from sjd2_lightning.data.sources.tars import tar_records
 from sjd2_lightning.run.stages import speak, stage
 
+SHIPPED = "tiny"  # the model of conf/base.yaml
 SPLITS = {"both": ("train", "val"), "train": ("train",), "val": ("val",)}
 NUM_PROMPTS = 5000  # as many as are ever measured
+NUM_HELD_OUT = 256  # pictures kept beside the shards; data.reference_dir names a folder of more
+FEWEST_HELD_OUT = 8  # of small sets, but no more than a fifth of them
+VAL_SHARE = 0.01
 _PURPOSE = """\
 Turns captioned pictures into shards for training: image codes, or raw pictures
 where no tokenizer is named. A folder has NAME.txt beside each picture, or one
@@ -78,10 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, index in indexes.items():
         skipped = f", {index.meta.num_skipped} unusable pictures left out" if index.meta.num_skipped else ""
         print(f"{options.out / name}: {index.num_samples} samples in {len(index.shards)} shards{skipped}")
-    group = EMOJI if options.source == EMOJI else "shards" if coder else "raw"
-    prompts = options.out / PROMPTS_NAME
-    watched = f" data.prompt_file={prompts}" if prompts.is_file() else ""
-    print(f"train on them: sjd2 train data={group} data.data_dir={options.out}{watched}")
+    print(f"train on them: {training_command(options, coder is not None)}")
     print(kept_of(options.out, indexes))
 
 
@@ -92,6 +100,45 @@ def kept_of(out: Path, indexes: dict[str, ShardIndex]) -> str:
     lost = sum(skipped.values())
     named = " and ".join(str(out / name / SKIPPED_NAME) for name in skipped)
     return f"kept {kept} of {kept + lost} samples" + (f"; {lost} unusable, named in {named}" if lost else "")
+
+
+def training_command(options: argparse.Namespace, has_codes: bool) -> str:
+    """What to type to train on what was prepared, in quotes where a shell needs them.
+
+    Args:
+        options: those of the command line.
+        has_codes: whether the shards hold codes of a model's image tokenizer, and not pictures.
+    """
+    is_emoji = options.source == EMOJI
+    keys = [f"data={EMOJI if is_emoji else 'shards' if has_codes else 'raw'}", f"data.data_dir={options.out}"]
+    if is_emoji:
+        keys += [f"data.views={options.views}"]
+        keys += [f"data.max_images={options.max_images}"] if options.max_images else []
+    keys += model_keys(options)
+    config = composed("train", [key for key in keys if key.startswith("model")])
+    if list(config.model.image_size) != [*_size(options)]:
+        keys.append(f"model.image_size=[{_size(options)[0]},{_size(options)[1]}]")
+    train = options.out / ("codes" if has_codes else "raw") / "train"
+    if train.is_dir() and (count := ShardIndex.load(train).num_samples) < config.data.batch_size:
+        keys.append(f"data.batch_size={count}")
+    return shlex.join([*program().split(), "train", *keys])
+
+
+def model_keys(options: argparse.Namespace) -> list[str]:
+    """Keys that choose the model whose image tokenizer made the codes; none where it is the shipped one's."""
+    family, path = options.model_family, str(options.model_path)
+    if options.tokenizer is not None:  # of which model it is, its place alone can tell
+        named = [n for n, found in model_choices().items() if found["path"] == str(options.tokenizer.parent)]
+        return [f"model={name}" for name in named[:1] if name != SHIPPED]
+    if family is None:
+        return []
+    own = {name: str(found["path"]) for name, found in model_choices().items() if found["family"] == family}
+    named = [name for name, place in own.items() if place == path.rstrip("/")]
+    name = (named or ([SHIPPED] if SHIPPED in own else list(own)))[0]
+    keys = [] if name == SHIPPED else [f"model={name}"]
+    if path == "random_tiny":
+        return [*keys, "model.init=random_tiny"]
+    return keys if named else [*keys, f"model.path={path}"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -117,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image-size", type=int, nargs="+", metavar="N", help="height and width (64)")
     add("--size", dest="image_size", type=int, nargs="+", help=argparse.SUPPRESS)
     add("--split", choices=list(SPLITS), default="both", metavar="NAME", help="train, val or both (default)")
-    add("--val-share", type=float, default=0.01, metavar="X", help="share held out (default: %(default)s)")
+    add("--val-share", type=float, metavar="X", help="share held out (0.01, 8 pictures at least)")
     add("--captions-per-image", type=int, default=1, metavar="N", help="coco: 0 is all (default: 1)")
     add("--image-column", metavar="NAME", help="hf: column of the pictures")
     add("--caption-column", metavar="NAME", help="hf: column of the captions")
@@ -143,7 +190,7 @@ def chosen_of(options: argparse.Namespace) -> tuple[dict[str, list[Record]], Rea
         raise ValueError(f"the source `{options.source}` needs --input")
     _size(options)
     for name, value in (("--max-bad-share", options.max_bad_share), ("--val-share", options.val_share)):
-        if not 0 <= value <= 1:
+        if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name} {value}: is a share; it must lie in [0, 1]")
     try:
         with stage("listing the pictures"):
@@ -151,7 +198,12 @@ def chosen_of(options: argparse.Namespace) -> tuple[dict[str, list[Record]], Rea
     except NothingUsableError as error:
         raise ValueError(f"{error}{_named(options.out, error.records)}") from error
     block = block_of if options.source == "hf" else None
-    share = options.val_share if options.split == "both" else float(options.split == "val")
+    if options.split != "both":
+        share = float(options.split == "val")
+    elif options.val_share is not None:
+        share = options.val_share
+    else:
+        share = max(VAL_SHARE, share_of_fewest(records, FEWEST_HELD_OUT))
     chosen = {
         split: chosen_records(records, split, share, options.seed, options.max_images, block)
         for split in SPLITS[options.split]
@@ -166,7 +218,7 @@ def chosen_of(options: argparse.Namespace) -> tuple[dict[str, list[Record]], Rea
         )
     if empty := [split for split, found in chosen.items() if all(record.problem for record in found)]:
         raise ValueError(
-            f"{len(records)} pictures leave none for {empty[0]}: change --val-share {options.val_share}, or "
+            f"{len(records)} pictures leave none for {empty[0]}: change --val-share {share:.2g}, or "
             "prepare two sources with --split train and --split val"
         )
     return chosen, read
@@ -198,6 +250,8 @@ def prepare_source(
     (options.out / SKIPPED_NAME).unlink(missing_ok=True)  # of a call that was refused
     if "val" in chosen:
         write_prompts(options.out / PROMPTS_NAME, chosen["val"])
+        with stage("writing held-out pictures"):
+            write_held_out(options.out / HELD_OUT_NAME, replace(pictures, records=_seen(chosen["val"])))
     return indexes
 
 
@@ -218,9 +272,30 @@ def _allowed(options: argparse.Namespace, chosen: dict[str, list[Record]]) -> in
 
 def write_prompts(path: Path, records: Sequence[Record]) -> None:
     """Captions of held-out pictures, one a picture, as a file for `data.prompt_file`."""
-    first = {(record.file, record.start): record for record in reversed(records) if not record.problem}
-    prompts = [{"key": record.key, "prompt": record.caption} for record in reversed(first.values())]
+    prompts = [{"key": record.key, "prompt": record.caption} for record in _seen(records)]
     path.write_text(json.dumps(prompts[:NUM_PROMPTS], indent=1) + "\n", encoding="utf-8")
+
+
+def write_held_out(folder: Path, pictures: FilePictures) -> None:
+    """The first held-out pictures as they are trained on, PNG files with their captions: what drawn ones are
+    measured against and shown beside. An older folder is replaced."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    lines = []
+    for record in pictures.records[:NUM_HELD_OUT]:
+        try:
+            content = png_bytes(pictures.image(record))
+        except ValueError:  # named in skipped.jsonl
+            continue
+        (folder / f"{record.key}.png").write_bytes(content)
+        lines.append(json.dumps({"file_name": f"{record.key}.png", "caption": record.caption}))
+    (folder / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _seen(records: Sequence[Record]) -> list[Record]:
+    """Usable records, the first of each picture."""
+    first = {(record.file, record.start): record for record in reversed(records) if not record.problem}
+    return list(reversed(first.values()))
 
 
 def list_records(options: argparse.Namespace) -> tuple[list[Record], Reader]:
@@ -240,6 +315,7 @@ def list_records(options: argparse.Namespace) -> tuple[list[Record], Reader]:
 
 def load_coder(options: argparse.Namespace) -> Coder | None:
     """The image tokenizer that is asked for; None asks for raw shards."""
+    from sjd2_lightning.models.image_codes import has_image_tokenizer
     from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
     from sjd2_lightning.models.registry import build_shrunken, load_backbone
     from sjd2_lightning.models.weights import TOKENIZER
@@ -258,7 +334,7 @@ def load_coder(options: argparse.Namespace) -> Coder | None:
         name = f"{options.model_family} in {options.model_path}"
         folder = shipped(options.model_path)
         alone = folder / TOKENIZER
-        if (alone / "config.json").is_file():  # beside the trunk, which need not be read then
+        if has_image_tokenizer(alone):  # beside the trunk, which need not be read then
             tokenizer = load_image_tokenizer(alone)
         else:
             tokenizer = load_backbone(options.model_family, folder).image_tokenizer

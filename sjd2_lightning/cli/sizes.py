@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sjd2_lightning.config.groups import ModelConfig, shipped
+from sjd2_lightning.models.image_codes import PATCH_SETTINGS, has_image_tokenizer
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import family_of
 from sjd2_lightning.models.weights import BACKBONE_FILE, TOKENIZER, read_json
@@ -37,9 +38,8 @@ def codes_of(model: ModelConfig) -> Codes | None:
         plain = Path(folder) / adapter.PLACES[0]
         own, trunk = (Path(folder) / TOKENIZER, Path(folder) / model.trunk) if saved else (None, plain)
     try:
-        if own is not None and (own / "config.json").is_file():
-            fields = read_json(own / "config.json")
-            return Codes(int(fields["num_vq_embeddings"]), _pixels_of_code(fields))
+        if own is not None and has_image_tokenizer(own):
+            return _saved_codes(own)
         if trunk is None:
             config = adapter.release_config("")
         else:
@@ -51,12 +51,16 @@ def codes_of(model: ModelConfig) -> Codes | None:
 
 def downsample(adapter: type[PretrainedBackbone], folder: Path, config: Any) -> int:
     """Pixels a code covers; the image tokenizer of a saved Chameleon lies beside its trunk."""
-    own = folder / TOKENIZER / "config.json"
-    if own.is_file():
-        return _pixels_of_code(read_json(own))
+    own = folder / TOKENIZER
+    if has_image_tokenizer(own):
+        return _saved_codes(own).pixels
     return adapter.codes_of_config(config)[1]
 
 
-def _pixels_of_code(fields: dict[str, Any]) -> int:
+def _saved_codes(folder: Path) -> Codes:
+    if (folder / PATCH_SETTINGS).is_file():
+        fields = read_json(folder / PATCH_SETTINGS)
+        return Codes(int(fields["num_codes"]), int(fields["side"]))
+    fields = read_json(folder / "config.json")
     patch = round((fields["in_channels"] / 3) ** 0.5)
-    return int(patch * 2 ** (len(fields["block_out_channels"]) - 1))
+    return Codes(int(fields["num_vq_embeddings"]), int(patch * 2 ** (len(fields["block_out_channels"]) - 1)))

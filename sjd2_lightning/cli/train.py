@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from sjd2_lightning.cli.check import already_done, check_train, likely_start
 from sjd2_lightning.cli.launch import launch
 from sjd2_lightning.config.reading import save_config
 from sjd2_lightning.config.runs import TrainConfig
+from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.run.owner import owned
 from sjd2_lightning.run.processes import is_first_process
 from sjd2_lightning.run.stages import is_watched, stage
@@ -82,7 +84,7 @@ def train_owned(config: TrainConfig) -> dict[str, float]:
     with stage("loading libraries"):
         import lightning as L
 
-        from sjd2_lightning.cli.build import build_task, export_model
+        from sjd2_lightning.cli.build import build_task, export_model, recipe_dir
         from sjd2_lightning.cli.trainer import (
             build_callbacks,
             build_loggers,
@@ -90,8 +92,13 @@ def train_owned(config: TrainConfig) -> dict[str, float]:
             finish_loggers,
             quiet_lightning,
         )
+        from sjd2_lightning.data.sources.scenes import Variety
         from sjd2_lightning.run.files import remove_unfinished
+        from sjd2_lightning.training.recipes.codebook import make_tokenizer
 
+    if config.task == "tokenizer" and config.tokenizer is not None:
+        variety = Variety(config.data.num_nouns, config.data.aligned)
+        return make_tokenizer(config.tokenizer, variety, recipe_dir(config))
     quiet_lightning()
     L.seed_everything(config.seed, workers=True)
     if is_first_process():
@@ -159,15 +166,29 @@ def resume_path(ckpt_path: str | None, run_dir: Path) -> Path | None:
     raise ValueError(f"ckpt_path=last: no run in {run_dir.parent} has checkpoints/last.ckpt; give a path")
 
 
+# What a few small batches in the middle of a training say of the clock is logged, and not worth a line.
+_OF_THE_CLOCK = ("speedup", "seconds_per_image", "images_per_second", "flops_per_token", "peak_memory_gib")
+
+
+def shown_metrics(metrics: Mapping[str, float]) -> list[str]:
+    """Names for the table of a training: of the method, not of the baseline; nothing of the clock."""
+    return sorted(
+        name
+        for name in metrics
+        if not name.startswith(("start/", *(f"val/{key}" for key in _OF_THE_CLOCK)))
+        and not (name.endswith(f"_{BASELINE}") and name.removesuffix(f"_{BASELINE}") in metrics)
+    )
+
+
 def show(config: TrainConfig, metrics: dict[str, float]) -> None:
     """Prints the metrics and where things lie."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("metric", "before", "after", title="training")
-    for name in sorted(name for name in metrics if not name.startswith("start/")):
+    for name in shown_metrics(metrics):
         before = metrics.get(f"start/{name}")
-        table.add_row(name, "" if before is None else f"{before:.4f}", f"{metrics[name]:.4f}")
+        table.add_row(name, "" if before is None else f"{before:.4g}", f"{metrics[name]:.4g}")
     console = Console()
     console.print(table)
     console.print(f"run: {config.run_dir}", soft_wrap=True)

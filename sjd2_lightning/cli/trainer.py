@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sjd2_lightning.callbacks import SamplingCallback
-from sjd2_lightning.cli.build import build_metrics, build_prompts, build_reference
+from sjd2_lightning.cli.build import build_metrics, build_prompts, build_reference, left_out
 from sjd2_lightning.config.groups import WandbConfig
 from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.report import wandb_log
@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 def quiet_lightning() -> None:
     """Each line of Lightning once, and none of what is its own business or is meant here."""
     logging.getLogger("lightning").handlers.clear()  # Hydra's root logger prints these lines already
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_says_something)
     for message in (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
         r"Found \d+ module\(s\) in eval mode",  # image tokenizers and what else is not trained, on purpose
@@ -58,6 +59,11 @@ def quiet_lightning() -> None:
         r"The number of training batches \(\d+\) is smaller than the logging interval",
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning is neither an advertisement nor an argument of its own trainer."""
+    return not record.getMessage().startswith(("💡", "`Trainer(limit_", "TPU available: False"))
 
 
 def build_trainer(
@@ -120,15 +126,19 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: 
     if wanted.sampling is not None and sharded:
         log.warning("trainer.strategy=fsdp: nothing is decoded during validation, which needs whole weights")
     if wanted.sampling is not None and isinstance(module, SJD2Module) and not sharded:
+        prompts = build_prompts(config, wanted.sampling.num_prompts)
+        reference = build_reference(config, len(prompts))
+        for sentence in left_out(config, reference, len(prompts)):
+            log.info("samples of validations: %s", sentence)
         found.append(
             SamplingCallback(
-                build_prompts(config, wanted.sampling.num_prompts),
+                prompts,
                 {name: config.methods[name] for name in config.compare},
                 Path(config.run_dir) / "samples",
                 every_n_validations=wanted.sampling.every_n_validations,
                 batch_size=wanted.sampling.batch_size,
-                metrics=build_metrics(config),
-                reference=build_reference(config),
+                metrics=build_metrics(config, reference, len(prompts)),
+                reference=reference,
                 windows=config.auto_window.windows,
             )
         )
@@ -197,7 +207,9 @@ def build_loggers(config: TrainConfig) -> list[Logger]:
         run_dir = Path(config.run_dir)
         values = redact(config.model_dump(mode="json"))
         settings = config.logger.wandb.model_copy(update={"tags": config.wandb_tags})
-        run = start_wandb(settings, run_dir, values, wandb_id(run_dir, config.ckpt_path))
+        run = None
+        with harmless(f"starting W&B in {run_dir}", OSError):
+            run = start_wandb(settings, run_dir, values, wandb_id(run_dir, config.ckpt_path))
         if run is not None:
             found.append(StepLogger(experiment=run, save_dir=config.run_dir))
     return found

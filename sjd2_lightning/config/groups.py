@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from sjd2_lightning.data.sources.coco import CocoProtocol
 from sjd2_lightning.decoding.config import MOST_SLOTS
 from sjd2_lightning.decoding.law import Sampling
+from sjd2_lightning.models.image_codes import has_image_tokenizer
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.registry import FAMILIES
 from sjd2_lightning.models.weights import TRUNK, WeightsSource
@@ -157,8 +158,10 @@ class MetricsConfig(Group):
     allow_download: bool
     clip: str | None
     clip_pretrained: str | None
+    judge: bool
     num_resamples: Annotated[int, Field(ge=1, le=10**6)]
     num_distance_resamples: Annotated[int, Field(ge=0, le=10**5)]
+    min_images: Annotated[int, Field(ge=2, le=MOST)]
     nearest_k: Count | None
     protocol: Annotated[CocoProtocol, AfterValidator(sound)] | None
     cache_dir: str | None
@@ -169,7 +172,7 @@ class MetricsConfig(Group):
         if is_folder and not shipped(str(self.clip)).is_dir():
             return [
                 f"clip={self.clip}: there is no such folder; train it with "
-                "`python train.py experiment=tiny_clip`, or set clip to null"
+                "`sjd2 train experiment=tiny_clip`, or set clip to null"
             ]
         return []
 
@@ -259,10 +262,10 @@ class ScratchConfig(Group):
         found = []
         if self.hidden_size % self.num_heads:
             found.append(f"hidden_size={self.hidden_size}: must be a multiple of num_heads={self.num_heads}")
-        if not (shipped(self.image_tokenizer) / "config.json").is_file():
+        if not has_image_tokenizer(shipped(self.image_tokenizer)):
             found.append(
                 f"image_tokenizer={self.image_tokenizer}: there is no image tokenizer; train it with "
-                "`python train.py experiment=tiny_tokenizer`"
+                "`sjd2 train experiment=scenes_tokenizer`"
             )
         return found
 

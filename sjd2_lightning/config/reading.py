@@ -26,6 +26,13 @@ from sjd2_lightning.run.processes import run_id
 OmegaConf.register_new_resolver("run_id", lambda: run_id(), use_cache=True, replace=True)
 # `${dry_run:${model.init},a,b}` in conf: a for a dry run on random weights, else b
 OmegaConf.register_new_resolver("dry_run", lambda init, a, b: a if init == "random_tiny" else b, replace=True)
+# `${if_emoji:${data.prepare},${data.source},${data.reference_dir},a}` in conf/metrics: a where pictures are
+# embedded emoji, else null: what has seen emoji alone says nothing about other pictures
+OmegaConf.register_new_resolver(
+    "if_emoji",
+    lambda prepare, source, reference, a: a if prepare and source == "emoji" and not reference else None,
+    replace=True,
+)
 # `${either:a,b}` in conf/method: a, or b where a is null
 OmegaConf.register_new_resolver("either", lambda a, b: b if a is None else a, replace=True)
 
@@ -67,6 +74,22 @@ def conf_dir() -> Path:
     return next(
         folder for folder in (package.parent / "conf", package / "conf") if (folder / "train.yaml").is_file()
     )
+
+
+def model_choices() -> dict[str, dict[str, Any]]:
+    """Fields of every file of `conf/model`, as written, with those of the files that it stands on."""
+    folder = conf_dir() / "model"
+    return {
+        path.stem: _fields(folder, path.stem)
+        for path in sorted(folder.glob("*.yaml"))
+        if path.stem != "shared"
+    }
+
+
+def _fields(folder: Path, name: str) -> dict[str, Any]:
+    own = yaml.safe_load((folder / f"{name}.yaml").read_text())
+    bases = [base for base in own.pop("defaults", []) if base != "_self_"]
+    return {key: value for base in bases for key, value in _fields(folder, base).items()} | own
 
 
 def train_config(cfg: DictConfig) -> TrainConfig:

@@ -47,8 +47,8 @@ def _is_export(path: str) -> str:
     if path not in ("auto", "model") and not (Path(path) / "backbone.json").is_file():
         raise several(
             [
-                f"={path}: there is no backbone.json; run train.py with the same experiment first, or use "
-                "weights=model for the weights without fine-tuning"
+                f"={path}: there is no backbone.json; run `sjd2 train` with the same experiment first, or "
+                "use weights=model for the weights without fine-tuning"
             ]
         )
     return path
@@ -156,9 +156,8 @@ class TrainConfig(SharedConfig):
         """A recipe without its sizes, a checkpoint that is not there."""
         found = super().problems()
         if self.task in ("tokenizer", "clip") and getattr(self, self.task) is None:
-            found.append(
-                f"task={self.task}: needs the group of keys `{self.task}`; use experiment=tiny_{self.task}"
-            )
+            recipe = {"tokenizer": "scenes_tokenizer", "clip": "tiny_clip"}[self.task]
+            found.append(f"task={self.task}: needs the group of keys `{self.task}`; use experiment={recipe}")
         if self.task == "clip" and self.clip is not None:
             text = shipped(self.clip.text_dir)
             if not (text / "tokenizer.json").is_file():
@@ -203,7 +202,7 @@ class EvaluateConfig(SharedConfig):
     report: ReportConfig
 
     def problems(self) -> list[str]:
-        """A benchmark without its prompts or samples, a W&B Report without a run, too few images."""
+        """A benchmark without its prompts or samples, a W&B Report without a run."""
         found = super().problems()
         if self.report.publish == "wandb" and self.logger.wandb is None:
             found.append(
@@ -226,6 +225,4 @@ class EvaluateConfig(SharedConfig):
                     f"benchmark={self.benchmark}: brings its own prompts; leave out metrics.protocol and "
                     "data.prompt_file"
                 )
-        if self.metrics.features and self.num_prompts == self.samples_per_prompt == 1:
-            found.append("num_prompts=1: distances need at least 2 images; ask for more, or use metrics=none")
         return found

@@ -38,7 +38,7 @@ class DataConfig:
         verify_shards: whether shards are compared with their sha256 before training.
         prompt_dropout: share of training prompts replaced by the unconditional context.
         prompt_file: prompts to measure with; None takes `prompts.json` of own shards, or the held-out names.
-        reference_dir: folder of real images for the distances; None takes the held-out emoji.
+        reference_dir: folder of real images for the distances; None takes what `source` holds out.
     """
 
     data_dir: str

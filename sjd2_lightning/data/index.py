@@ -21,6 +21,7 @@ from sjd2_lightning.run.files import sha256_of_file, write_whole
 FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 PROMPTS_NAME = "prompts.json"  # captions of held-out pictures, beside the folders of kinds
+HELD_OUT_NAME = "held_out"  # folder of such pictures, there too
 PAYLOAD = {"codes": "image_ids.npy", "raw": "png"}
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # of samples: a name of files in plain tar headers
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from sjd2_lightning.evaluation.store import (
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mode
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.run.files import remove_leftovers, sha256_of_json
-from sjd2_lightning.run.processes import current_rank, wait_for_all
+from sjd2_lightning.run.processes import current_rank, failing_together, wait_for_all
 from sjd2_lightning.run.provenance import is_weights_hash, weights_hash, weights_sha256
 from sjd2_lightning.run.stages import counted, stage
 
@@ -160,28 +160,29 @@ def decode_methods(
         with stage("identifying the weights as 0.1.0 did, to go on in its folder"):
             identity["weights"] = weights_sha256(backbone)
     wait_for_all()  # each rank reads run.json before rank 0 may remove it
-    if rank == 0:
-        if replace:
-            discard_other_run(out_dir, identity)
-        remove_leftovers(out_dir)
-    wait_for_all()
-    store = RecordStore(out_dir, identity, rank)
-    if rank == 0:
-        on_start()
-    jobs = unfinished(jobs_of_rank(prompts, list(methods), batch_size, rank, world_size), store)
-    num_images = sum(len(job.prompts) for job in jobs)
-    with evaluation_mode(backbone):
-        if warm_up:
-            decode_unrecorded(backbone, methods, jobs, layout)
-        with counted("decoding", num_images, "images", progress and bool(jobs)) as advance:
-            decode_jobs(
-                backbone,
-                methods,
-                jobs,
-                layout,
-                store,
-                on_batch=lambda method, num_decoded: advance(num_decoded, method),
-            )
+    with failing_together():
+        if rank == 0:
+            if replace:
+                discard_other_run(out_dir, identity)
+            remove_leftovers(out_dir)
+    with failing_together():
+        store = RecordStore(out_dir, identity, rank)
+        if rank == 0:
+            on_start()
+        jobs = unfinished(jobs_of_rank(prompts, list(methods), batch_size, rank, world_size), store)
+        num_images = sum(len(job.prompts) for job in jobs)
+        with evaluation_mode(backbone):
+            if warm_up:
+                decode_unrecorded(backbone, methods, jobs, layout)
+            with counted("decoding", num_images, "images", progress and bool(jobs)) as advance:
+                decode_jobs(
+                    backbone,
+                    methods,
+                    jobs,
+                    layout,
+                    store,
+                    on_batch=lambda method, num_decoded: advance(num_decoded, method),
+                )
     collect_on_rank_zero(store, rank, world_size)
     if rank != 0:
         return None
@@ -210,7 +211,7 @@ def run_identity(
         "weights": weights_hash(backbone),
         "device": backbone.device.type,
         "methods": {name: method_fields(config) for name, config in methods.items()},
-        "prompts": sha256_of_json([asdict(item) for item in prompts]),
+        "prompts": sha256_of_json([item.identity for item in prompts]),
         "pixels": list(layout.pixels),
         "batch_size": batch_size,
     }

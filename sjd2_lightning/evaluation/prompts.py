@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from sjd2_lightning.data.names import Part, Texts, sample_caption, sample_name, 
 from sjd2_lightning.data.pictures import SUFFIXES
 from sjd2_lightning.data.sources.emoji import EmojiImage, load_emoji_index
 from sjd2_lightning.data.sources.record import key_of
-from sjd2_lightning.data.sources.scenes import ALL, PROMPT_CATEGORIES, Variety, held_out_scene
 from sjd2_lightning.data.sources.tars import tar_parts
+from sjd2_lightning.metrics.judge import Asked
 from sjd2_lightning.run.files import text_of
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
@@ -31,11 +31,24 @@ _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 @dataclass(frozen=True)
 class PromptItem:
-    """One image to decode: `key` names its files, `seed` decides all its random numbers."""
+    """One image to decode.
+
+    Attributes:
+        key: name of its files.
+        prompt: its text.
+        seed: seed of all its random numbers.
+        asked: what the text asks for, for the judge; None where no judge is at home. It decides no image.
+    """
 
     key: str
     prompt: str
     seed: int
+    asked: Asked | None = field(default=None, hash=False)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the image, as a JSON object."""
+        return {"key": self.key, "prompt": self.prompt, "seed": self.seed}
 
 
 def seed_of(key: str, seed: int = 0) -> int:
@@ -75,17 +88,6 @@ def held_out_prompts(num_prompts: int | None = None, seed: int = 0) -> list[Prom
     return [PromptItem(item.key, item.caption, seed_of(item.key, seed)) for item in found[:num_prompts]]
 
 
-def scene_prompts(num_prompts: int, seed: int = 0, variety: Variety = ALL) -> list[PromptItem]:
-    """Captions of held-out scenes, of all categories but the held-out names in turn."""
-    categories = [name for name in PROMPT_CATEGORIES if name != "names"]
-    found = []
-    for number in range(num_prompts):
-        category, index = categories[number % len(categories)], number // len(categories)
-        scene = held_out_scene(category, seed, index, variety)
-        found.append(PromptItem(scene.key, scene.caption, seed_of(scene.key, seed)))
-    return found
-
-
 def repeat_prompts(prompts: Sequence[PromptItem], samples_per_prompt: int) -> list[PromptItem]:
     """Every prompt with `samples_per_prompt` seeds; the first repeat keeps key and seed.
 
@@ -98,7 +100,7 @@ def repeat_prompts(prompts: Sequence[PromptItem], samples_per_prompt: int) -> li
     for repeat in range(1, samples_per_prompt):
         for item in prompts:
             key = repeat_key(item.key, repeat)
-            repeated.append(PromptItem(key, item.prompt, seed_of(key, item.seed)))
+            repeated.append(replace(item, key=key, seed=seed_of(key, item.seed)))
     return repeated
 
 

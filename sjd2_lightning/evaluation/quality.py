@@ -1,4 +1,4 @@
-"""Quality of image sets: distances to real images and CLIP scores, each different image computed once.
+"""Quality of image sets: distances to real images, CLIP scores, verdicts; each different image once.
 
 Methods that replay the same randomness draw the same images. A `QualityMeter` keeps features and embeddings
 by content, so equal images cost nothing and get equal numbers, to the last bit.
@@ -7,7 +7,7 @@ by content, so equal images cost nothing and get equal numbers, to the last bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sjd2_lightning.data.pictures import LazyImages
+from sjd2_lightning.evaluation.controls import Control, clip_control, judge_control
 from sjd2_lightning.evaluation.references import ReferenceSet
 from sjd2_lightning.metrics.alignment import CLIPScorer, own_scores, scores_of_others
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
@@ -27,6 +28,7 @@ from sjd2_lightning.metrics.features import (
     feature_rows,
 )
 from sjd2_lightning.metrics.fidelity import frechet_result, kid_result, manifold_results
+from sjd2_lightning.metrics.judge import Asked, Judge, Verdict, difference, summary
 from sjd2_lightning.run.provenance import weights_hash
 
 _MIN_IMAGES = 2  # a covariance needs two
@@ -44,6 +46,7 @@ class QualityMetrics:
         num_distance_resamples: bootstrap resamples of distances; 0 leaves their intervals out.
         nearest_k: neighbours that precision, recall, density and coverage look at; None leaves them out.
         cache_dir: folder that keeps features of the reference images between runs; None computes them anew.
+        judge: judge of images whose prompts say what they ask for; None leaves it out.
     """
 
     extractors: Sequence[FeatureExtractor] = ()
@@ -52,14 +55,22 @@ class QualityMetrics:
     num_distance_resamples: int = 100
     nearest_k: int | None = 5
     cache_dir: str | Path | None = None
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What one image set measured, by name, and the CLIP score of each image (empty without a scorer)."""
+    """What one image set measured.
+
+    Attributes:
+        measured: results by name.
+        clip_scores: CLIP score of each image; empty without a scorer that is shown.
+        verdicts: the judge's verdict of each image; None where the prompt does not say what it asks for.
+    """
 
     measured: dict[str, MetricResult]
     clip_scores: tuple[float, ...]
+    verdicts: tuple[Verdict | None, ...] = ()
 
 
 class QualityMeter:
@@ -82,6 +93,18 @@ class QualityMeter:
             self._reference_features(extractor, weights, reference)
             for extractor, weights in zip(metrics.extractors, self._weights, strict=True)
         ]
+        self.controls = tuple(self._controls())
+        self._hidden = {control.metric for control in self.controls if not control.passed}
+
+    def _controls(self) -> Iterator[Control]:
+        """What the judge and the scorer show on real images; nothing where there are none."""
+        metrics, reference = self.metrics, self.reference
+        if reference is not None and metrics.judge is not None and reference.asked:
+            yield judge_control(metrics.judge, reference, metrics.num_resamples)
+        if reference is not None and metrics.clip is not None:
+            yield clip_control(
+                metrics.clip, self._clip_weights, reference, metrics.num_resamples, metrics.cache_dir
+            )
 
     def forget_images(self) -> None:
         """Drops features and embeddings of measured images; features of the reference stay."""
@@ -89,16 +112,31 @@ class QualityMeter:
             cache.rows.clear()
         self._measured.clear()
 
-    def measure(self, images: Sequence[Tensor], captions: Sequence[str]) -> Quality:
-        """Quality of uint8 images (h, w, 3) with their captions; "" where no caption is known.
+    def measure(
+        self, images: Sequence[Tensor], captions: Sequence[str], asked: Sequence[Asked | None] = ()
+    ) -> Quality:
+        """Quality of uint8 images (h, w, 3).
+
+        Args:
+            images: the images.
+            captions: caption of each; "" where none is known.
+            asked: what each caption asks for; empty where the judge is not at home.
 
         Raises:
             ValueError: a feature or an embedding is not finite; the message names the set and the image.
         """
         keys = [_content(image) for image in images]
-        content = hashlib.sha256(b"".join(keys) + "\n".join(captions).encode()).digest()
+        content = hashlib.sha256(
+            b"".join(keys) + "\n".join(captions).encode() + repr(asked).encode()
+        ).digest()
         if content not in self._measured:
-            self._measured[content] = self._measure(images, keys, captions)
+            found = self._measure(images, keys, captions)
+            verdicts = self._verdicts(images, asked)
+            self._measured[content] = replace(
+                found,
+                measured=found.measured | judged(verdicts, self.metrics.num_resamples),
+                verdicts=verdicts,
+            )
         return self._measured[content]
 
     def _measure(self, images: Sequence[Tensor], keys: Sequence[bytes], captions: Sequence[str]) -> Quality:
@@ -131,7 +169,7 @@ class QualityMeter:
         self, images: Sequence[Tensor], keys: Sequence[bytes], captions: Sequence[str]
     ) -> tuple[dict[str, MetricResult], tuple[float, ...]]:
         clip = self.metrics.clip
-        if clip is None or self._embeddings is None or not all(captions):
+        if clip is None or self._embeddings is None or not all(captions) or clip.metric_name in self._hidden:
             return {}, ()
         embedded, texts = self._embeddings(images, keys), clip.embed_captions(captions)
         check_rows(embedded, f"CLIP {clip.name} of the images to be measured")
@@ -154,6 +192,17 @@ class QualityMeter:
         measured = {name: replace(result, flags=flags) for name, result in measured.items()}
         return measured, tuple(matched.tolist())
 
+    def _verdicts(
+        self, images: Sequence[Tensor], asked: Sequence[Asked | None]
+    ) -> tuple[Verdict | None, ...]:
+        judge = self.metrics.judge
+        if judge is None or "judge" in self._hidden or not any(asked):
+            return ()
+        return tuple(
+            None if wanted is None else judge(image[None], [wanted])[0]
+            for image, wanted in zip(images, asked, strict=True)
+        )
+
     def _reference_features(
         self, extractor: FeatureExtractor, weights: str, reference: ReferenceSet | None
     ) -> FeatureSet | None:
@@ -167,6 +216,27 @@ class QualityMeter:
         else:
             found = extract_features(extractor, reference.images, weights=weights, of="the reference images")
         return replace(found, images_sha256=reference.identity, reading=reference.reading)
+
+
+def judged(verdicts: Sequence[Verdict | None], num_resamples: int) -> dict[str, MetricResult]:
+    """Shares of right images: `judge` of all categories but names, `judge_<category>` of each."""
+    known = [verdict for verdict in verdicts if verdict is not None]
+    found = summary(known, num_resamples) if known else {}
+    return {judge_key(name): result for name, result in found.items()}
+
+
+def judged_less(
+    first: Sequence[Verdict | None], second: Sequence[Verdict | None], num_resamples: int
+) -> dict[str, MetricResult]:
+    """`judged` of the first images less that of the second, of the same prompts: `<name>_minus_ar`."""
+    ones, others = ([verdict for verdict in each if verdict is not None] for each in (first, second))
+    found = difference(ones, others, num_resamples) if ones else {}
+    return {f"{judge_key(name)}_minus_ar": result for name, result in found.items()}
+
+
+def judge_key(category: str) -> str:
+    """Key of a category's share in reports."""
+    return "judge" if category == "overall" else f"judge_{category}"
 
 
 class _ContentCache:

@@ -1,4 +1,4 @@
-"""Real images that generated ones are measured against: emoji, a folder, COCO.
+"""Real images that generated ones are measured against: emoji, a folder, COCO; scenes are in `scene_judge`.
 
 Altered copies of real images show the scale of a distance.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
@@ -24,6 +24,7 @@ from sjd2_lightning.data.sources.coco import CocoItem, CocoProtocol
 from sjd2_lightning.data.sources.emoji import load_emoji_index, render
 from sjd2_lightning.data.sources.folder import listed_pictures
 from sjd2_lightning.evaluation.prompts import PromptItem, seed_of
+from sjd2_lightning.metrics.judge import Asked
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer, to_uint8
 
 
@@ -39,6 +40,7 @@ class ReferenceSet:
             when they are looked at; the latter have no altered copies.
         num_prompts: number of prompts that the set's protocol asks for; None where it asks for none.
         reading: rule by which the images' files were read; goes into the protocol of every distance.
+        asked: what each caption asks for; empty where no judge is at home.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ReferenceSet:
     images: Tensor | LazyImages
     num_prompts: int | None = None
     reading: str = ""
+    asked: tuple[Asked, ...] = ()
 
     @property
     def num_images(self) -> int:
@@ -71,13 +74,16 @@ class ReferenceSet:
         if not chosen:
             count = min(len(prompts), self.num_images)
             chosen = [round(i) for i in np.linspace(0, self.num_images - 1, count)]
-        return ReferenceSet(
-            self.name,
-            tuple(self.keys[i] for i in chosen),
-            tuple(self.captions[i] for i in chosen),
-            self.images[chosen] if isinstance(self.images, Tensor) else self.images.select(chosen),
-            self.num_prompts,
-            self.reading,
+        return self.part(chosen)
+
+    def part(self, places: Sequence[int]) -> ReferenceSet:
+        """The images at some places."""
+        return replace(
+            self,
+            keys=tuple(self.keys[i] for i in places),
+            captions=tuple(self.captions[i] for i in places),
+            images=self.images[places] if isinstance(self.images, Tensor) else self.images.select(places),
+            asked=tuple(self.asked[i] for i in places) if self.asked else (),
         )
 
 

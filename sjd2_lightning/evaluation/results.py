@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
+from sjd2_lightning.evaluation.controls import Control
 from sjd2_lightning.evaluation.prompts import PromptItem
-from sjd2_lightning.evaluation.quality import Quality, QualityMeter
-from sjd2_lightning.evaluation.references import reference_rows
+from sjd2_lightning.evaluation.quality import Quality, QualityMeter, judged_less
+from sjd2_lightning.evaluation.references import ReferenceSet, reference_rows
 from sjd2_lightning.evaluation.store import ImageRecord, RecordStore
 from sjd2_lightning.metrics.bootstrap import (
     Interval,
@@ -21,6 +23,7 @@ from sjd2_lightning.metrics.bootstrap import (
     percentile_interval,
     ratio_of_totals,
 )
+from sjd2_lightning.metrics.judge import Verdict
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 
 
@@ -33,7 +36,8 @@ class MethodResult:
         config: what it decoded with.
         measured: nfe, step_compression, speedup, seconds_per_image, images_per_second, flops_per_token,
             peak_memory_gib, fd, kid, precision, recall, density, coverage, clip_score, clip_score_shuffled,
-            clip_gain, clip_score_minus_ar; what could not be measured is absent.
+            clip_gain, clip_score_minus_ar, judge and judge_<category>, and these with _minus_ar; what could
+            not be measured is absent.
         seconds_p95: 95th percentile of the seconds an image.
         acceptance_counts: entry n counts the forward passes that committed n slots.
         equal_to_ar: share of images whose codes equal the baseline's; None without a baseline.
@@ -41,6 +45,7 @@ class MethodResult:
             see `jobs.explained_by_ties`.
         records: records of all images, in the order of the prompts.
         clip_scores: CLIP score of each image, or empty.
+        verdicts: the judge's verdict of each image, or empty.
     """
 
     name: str
@@ -52,6 +57,7 @@ class MethodResult:
     near_ties: int
     records: tuple[ImageRecord, ...]
     clip_scores: tuple[float, ...]
+    verdicts: tuple[Verdict | None, ...] = ()
 
     @property
     def num_images(self) -> int:
@@ -69,7 +75,8 @@ class EvaluationResult:
         prompts: prompts in their order.
         warnings: sentences that a reader needs before the numbers.
         store: records and images.
-        reference_name, reference_identity: name and sha256 of the real images; None without a reference.
+        reference: the real images; None without them.
+        controls: what judge and scorer showed on real images.
     """
 
     methods: dict[str, MethodResult]
@@ -77,8 +84,23 @@ class EvaluationResult:
     prompts: tuple[PromptItem, ...]
     warnings: tuple[str, ...]
     store: RecordStore
-    reference_name: str | None
-    reference_identity: str | None
+    reference: ReferenceSet | None
+    controls: tuple[Control, ...] = ()
+
+    @property
+    def reference_name(self) -> str | None:
+        return self.reference.name if self.reference else None
+
+    @property
+    def reference_identity(self) -> str | None:
+        """sha256 of the real images."""
+        return self.reference.identity if self.reference else None
+
+    def real_image(self, key: str) -> Tensor | None:
+        """The real picture of a prompt (h, w, 3) uint8; None where there is none."""
+        if self.reference is None or key not in self.reference.keys:
+            return None
+        return self.reference.images[self.reference.keys.index(key)]
 
 
 def measure_methods(
@@ -107,7 +129,9 @@ def measure_methods(
     records = records_by_method(store, methods, prompts)
     ties = ties or {}
     qualities = {
-        name: meter.measure(store.images(rows), [record.prompt for record in rows])
+        name: meter.measure(
+            store.images(rows), [record.prompt for record in rows], [item.asked for item in prompts]
+        )
         for name, rows in records.items()
     }
     resamples = meter.metrics.num_resamples
@@ -128,10 +152,14 @@ def measure_methods(
         methods=results,
         references=dict(references or {}),
         prompts=tuple(prompts),
-        warnings=(*_protocol_warnings(meter, len(prompts)), *_warnings(results, ties)),
+        warnings=(
+            *_protocol_warnings(meter, len(prompts)),
+            *(control.sentence for control in meter.controls if not control.passed),
+            *_warnings(results, ties),
+        ),
         store=store,
-        reference_name=meter.reference.name if meter.reference else None,
-        reference_identity=meter.reference.identity if meter.reference else None,
+        reference=meter.reference,
+        controls=meter.controls,
     )
 
 
@@ -142,11 +170,11 @@ def measure_references(
 
     They show the scale: what no method can beat, and what degraded images score.
     """
-    if meter.reference is None:
+    if meter.reference is None or not (meter.metrics.extractors or meter.metrics.clip):
         return {}
     subset = meter.reference.matching(prompts)
     return {
-        name: (subset.num_images, meter.measure(list(images), subset.captions))
+        name: (subset.num_images, meter.measure(list(images), subset.captions, subset.asked))
         for name, images in reference_rows(subset, image_tokenizer).items()
     }
 
@@ -199,6 +227,9 @@ def _method_result(
             measured["clip_score_minus_ar"] = paired_difference(
                 "clip_score_minus_ar", scores, baseline_scores, "paired by prompt and seed", num_resamples
             )
+        if name != BASELINE:
+            verdicts = qualities[name].verdicts, qualities[BASELINE].verdicts
+            measured |= judged_less(*verdicts, num_resamples)
     counts = Counter(count for record in own for count in record.accepted)
     return MethodResult(
         name=name,
@@ -210,6 +241,7 @@ def _method_result(
         near_ties=near_ties,
         records=tuple(own),
         clip_scores=qualities[name].clip_scores,
+        verdicts=qualities[name].verdicts,
     )
 
 

@@ -108,6 +108,11 @@ class Verdict:
         """Whether the image shows everything that was asked for, and no other object."""
         return not self.wrong
 
+    @property
+    def sentence(self) -> str:
+        """What is wrong, or that nothing is."""
+        return "; ".join(self.wrong) or "shows what was asked for"
+
 
 class Judge:
     """Compares images with what was asked for.

@@ -12,6 +12,7 @@ from transformers import ChameleonForConditionalGeneration, PreTrainedTokenizerF
 
 from sjd2_lightning.models.backbone import ImageLayout, rows_with_newlines
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer, load_image_tokenizer
+from sjd2_lightning.models.patch_tokenizer import PatchTokenizer
 from sjd2_lightning.models.pretrained import PROMPT, PromptTokens, VocabularyBackbone
 from sjd2_lightning.models.weights import TOKENIZER, LoadOptions, load_parts
 
@@ -63,7 +64,7 @@ class ChameleonBackbone(VocabularyBackbone):
         self,
         model: ChameleonForConditionalGeneration,
         text_tokenizer: PreTrainedTokenizerFast,
-        image_tokenizer: VQImageTokenizer,
+        image_tokenizer: VQImageTokenizer | PatchTokenizer,
         tokens: ChameleonTokens,
     ) -> None:
         codes = model.model.vocabulary_mapping.img2bpe
@@ -71,7 +72,7 @@ class ChameleonBackbone(VocabularyBackbone):
             model, text_tokenizer, image_tokenizer, tokens, codes, tokens.newline, tokens.closing
         )
         self.tokens = tokens
-        self.image_tokenizer: VQImageTokenizer = image_tokenizer
+        self.image_tokenizer: VQImageTokenizer | PatchTokenizer = image_tokenizer
 
     def layout(self, height: int, width: int) -> ImageLayout:
         step = self.image_tokenizer.downsample

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import GlmImageForConditionalGeneration, PreTrainedTokenizerFast
 
 from sjd2_lightning.models.backbone import ImageLayout
-from sjd2_lightning.models.image_tokenizer import check_image_ids, weights_identity
+from sjd2_lightning.models.image_codes import check_image_ids, weights_identity
 from sjd2_lightning.models.pretrained import PromptTokens, VocabularyBackbone
 from sjd2_lightning.models.weights import LoadOptions, load_parts
 

@@ -7,7 +7,6 @@ patches (``in_channels = 3 * patch**2``), which makes small tokenizers cheap.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,8 +16,9 @@ from diffusers import VQModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sjd2_lightning.models.image_codes import PATCH_SETTINGS, check_image_ids, weights_identity
+from sjd2_lightning.models.patch_tokenizer import PatchTokenizer, load_patch_tokenizer
 from sjd2_lightning.models.weights import finite, open_weights, read_json
-from sjd2_lightning.run.stages import stage
 
 
 @runtime_checkable
@@ -60,27 +60,6 @@ def to_uint8(images: Tensor) -> Tensor:
     if images.min() < -1e-3 or images.max() > 1 + 1e-3:
         raise ValueError("images must lie in [0, 1]; clamp what the image decoder returns")
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-
-
-def weights_identity(module: nn.Module, prefix: bytes = b"") -> str:
-    """Hash of a module's weights, the same in every precision that holds them exactly.
-
-    Raises:
-        ValueError: a weight is not finite: codes made with it would all be one.
-    """
-    digest = hashlib.sha256(prefix)
-    with stage("identifying the image tokenizer"):
-        for name, value in sorted(module.state_dict().items()):
-            finite(name, value, "the image tokenizer")
-            digest.update(name.encode())
-            digest.update(value.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def check_image_ids(image_ids: Tensor, num_codes: int) -> None:
-    """Raises ValueError if an id lies outside the codebook."""
-    if image_ids.numel() and (image_ids.min() < 0 or image_ids.max() >= num_codes):
-        raise ValueError(f"image ids must lie in [0, {num_codes}); got {image_ids.min()}..{image_ids.max()}")
 
 
 _SETTINGS = "image_tokenizer.json"  # beside the diffusers config: what VQModel does not know
@@ -158,25 +137,23 @@ class VQImageTokenizer(nn.Module):
             ValueError: if an id lies outside the codebook.
         """
         check_image_ids(image_ids, self.num_codes)
-        return self.decoded(image_ids).clamp(0, 1)
-
-    def decoded(self, image_ids: Tensor) -> Tensor:
-        """Images (B, 3, h, w), not clamped and with a gradient, of image ids (B, H, W)."""
-        return self.pixels(self.vq.quantize.embedding(image_ids).permute(0, 3, 1, 2))
+        return self.pixels(self.vq.quantize.embedding(image_ids).permute(0, 3, 1, 2)).clamp(0, 1)
 
 
-def load_image_tokenizer(folder: str | Path) -> VQImageTokenizer:
-    """The tokenizer in a local ``diffusers`` folder (config.json + safetensors), in fp32 and eval mode.
+def load_image_tokenizer(folder: str | Path) -> VQImageTokenizer | PatchTokenizer:
+    """The tokenizer in a local folder, in fp32 and eval mode: small pictures, or a ``diffusers`` VQModel.
 
     Raises:
-        ValueError: if the folder holds no VQModel, or one of broken files or of weights that are not finite.
+        ValueError: if the folder holds neither, or one of broken files or of weights that are not finite.
     """
     folder = Path(folder)
+    if (folder / PATCH_SETTINGS).is_file():
+        return load_patch_tokenizer(folder)
     weights = folder / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
         raise ValueError(
             f"no image tokenizer in {folder}: {weights.name} is missing; "
-            "train the tiny one with `python train.py experiment=tiny_tokenizer`"
+            "make that of the scenes with `sjd2 train experiment=scenes_tokenizer`"
         )
     with open_weights(weights):
         pass

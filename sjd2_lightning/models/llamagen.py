@@ -300,6 +300,8 @@ def load_llamagen(
             where = folder / ENCODER
             raise ValueError(f"no encoder of T5 in {where} ({error}); {options.remedy}") from error
     images = load_image_tokenizer(folder / TOKENIZER)
+    if not isinstance(images, VQImageTokenizer):
+        raise ValueError(f"{folder / TOKENIZER} is no VQ model, which LlamaGen draws with; {options.remedy}")
     backbone = LlamaGenBackbone(model, text, images, tokens, encoder).eval()
     if not (folder / PREFIX).is_file():
         raise ValueError(f"no backbone in {folder}: {PREFIX} is missing; {options.remedy}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from sjd2_lightning.models.backbone import ImageLayout
-from sjd2_lightning.models.image_tokenizer import check_image_ids, weights_identity
+from sjd2_lightning.models.image_codes import check_image_ids, weights_identity
 from sjd2_lightning.models.pretrained import PROMPT, PromptTokens, VocabularyBackbone
 from sjd2_lightning.models.weights import TOKENIZER, LoadOptions, damage, load_parts
 

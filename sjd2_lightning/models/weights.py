@@ -239,6 +239,7 @@ def check_once(names: dict[Path, list[str]]) -> None:
 
 
 BACKBONE_FILE = "backbone.json"  # in folders that this package wrote: family and control tokens
+SETTINGS_FILE = "settings.json"  # there too: size of the images and sampling that training drew them with
 ADAPTER_FILE = "adapter_config.json"  # in folders of low-rank adapters, as peft writes them
 TRUNK, TEXT, TOKENIZER, ADAPTER = "trunk", "text", "tokenizer", "adapter"  # their sub-folders
 PARTS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # never pickles, never code

@@ -13,10 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
+
+from sjd2_lightning.data.pictures import png_bytes
 
 # Colours that figures are drawn with; templates/base.css has a variable for each.
 METHOD_COLOURS = (
@@ -119,8 +122,18 @@ def embedded_image(path: Path) -> str:
     with Image.open(path) as image:
         if max(image.size) <= LOSSLESS_PX:
             return data_uri(path.read_bytes())
-        small = image.convert("RGB")
-    small.thumbnail((MAX_PX, MAX_PX))
+        return _embedded_small(image.convert("RGB"))
+
+
+def embedded_pixels(pixels: np.ndarray) -> str:
+    """Pixels (h, w, 3) uint8 as data URI, as `embedded_image` has them."""
+    if max(pixels.shape[:2]) <= LOSSLESS_PX:
+        return data_uri(png_bytes(pixels))
+    return _embedded_small(Image.fromarray(pixels))
+
+
+def _embedded_small(image: Image.Image) -> str:
+    image.thumbnail((MAX_PX, MAX_PX))
     buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=_WEBP_QUALITY)
+    image.save(buffer, "WEBP", quality=_WEBP_QUALITY)
     return data_uri(buffer.getvalue(), "webp")

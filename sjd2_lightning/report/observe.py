@@ -26,6 +26,7 @@ from sjd2_lightning.evaluation.results import EvaluationResult
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mode
 from sjd2_lightning.models.image_tokenizer import to_uint8
 from sjd2_lightning.report.cost import PassCost, measure_pass_costs
+from sjd2_lightning.report.likeness import best_known
 from sjd2_lightning.run.stages import stage
 
 OUTSIDE = -1  # guess and level of a code that a pass did not look at
@@ -268,7 +269,7 @@ def _small(pixels: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Observations:
-    """Trajectories of the first prompts by every method, their replays, and the cost of a pass by window."""
+    """Trajectories of the prompts that a report shows first, their replays, the cost of a pass by window."""
 
     trajectories: tuple[Trajectory, ...] = ()
     replays: tuple[Replay, ...] = ()
@@ -284,7 +285,7 @@ def observe(
     num_frames: int,
     cost_windows: Sequence[int],
 ) -> Observations:
-    """Decodes the first prompts again with an observer, draws partial images, times single passes.
+    """Decodes what a report shows first again with an observer, draws partial images, times single passes.
 
     Args:
         backbone: the model of the result; decodes in eval mode and gets its modes back.
@@ -295,9 +296,10 @@ def observe(
         cost_windows: windows at which a pass is timed; none leaves it out.
     """
     methods = {name: method.config for name, method in result.methods.items()}
+    prompts = [result.prompts[place] for place in best_known(result)[:num_trajectories]]
     with evaluation_mode(backbone):
         with stage("decoding again with an observer, for the report"):
-            traced = trace(backbone, methods, result.prompts[:num_trajectories], layout)
+            traced = trace(backbone, methods, prompts, layout)
         with stage("drawing partial images"):
             replays = [replay(backbone, trajectory, num_frames, layout) for trajectory in traced]
         with stage("timing single passes"):

@@ -11,10 +11,28 @@ from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.evaluation.store import ImageRecord
 from sjd2_lightning.report.cost import method_costs
 from sjd2_lightning.report.figures import cost_chart, heat_map_png, settling_curve, settling_map
-from sjd2_lightning.report.html import data_uri, embedded_image, figure_svg, method_colour, render
+from sjd2_lightning.report.html import (
+    data_uri,
+    embedded_image,
+    embedded_pixels,
+    figure_svg,
+    method_colour,
+    render,
+)
+from sjd2_lightning.report.likeness import best_known, has_real_pictures
 from sjd2_lightning.report.observe import Observations, Replay, Trajectory, settling, sprite
-from sjd2_lightning.report.table import columns, headline, rows
+from sjd2_lightning.report.plain_ground import PLAIN_NOTE, THIRDS, by_plain_ground, plain_cells
+from sjd2_lightning.report.table import (
+    columns,
+    control_notes,
+    headline,
+    headline_missing,
+    judge_columns,
+    judge_rows,
+    rows,
+)
 
+_NUM_OPEN = 8  # prompts whose images are seen before anybody asks for more
 _LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -42,15 +60,23 @@ def html_page(
     replays = _replays(result, seen.replays)
     room = 1e6 * max_megabytes - sum(len(entry["sprite"]) for shown in replays for entry in shown["methods"])
     shown = _prompts(result, num_prompts, room)
+    has_real = has_real_pictures(result)
     costs = method_costs(result)
     return render(
         "page.html",
         title=title,
         headline=headline(result),
+        headline_missing=headline_missing(result),
+        has_real=int(has_real),
+        num_open=_NUM_OPEN,
+        order_note=" Those most like their real pictures come first." if has_real else "",
         places=places,
         columns=columns(result),
         rows=rows(result),
         warnings=result.warnings,
+        control_notes=control_notes(result),
+        judge_columns=judge_columns(result),
+        judge_rows=judge_rows(result),
         prompts=shown,
         num_prompts=len(result.prompts),
         replays=replays,
@@ -62,6 +88,9 @@ def html_page(
             cost_chart(seen.pass_costs, costs, places, legend=False), "cost", "Milliseconds a pass by window"
         ),
         pass_costs=seen.pass_costs,
+        thirds=THIRDS,
+        plain_note=PLAIN_NOTE,
+        plain_rows=[(name, plain_cells(thirds)) for name, thirds in by_plain_ground(result).items()],
         histograms=[_bars(method) for method in result.methods.values()],
         reference_name=result.reference_name,
         protocols=_protocols(result),
@@ -75,23 +104,40 @@ def html_page(
     )
 
 
+def prompts_page(result: EvaluationResult, num_prompts: int = 100, max_megabytes: float = 12.0) -> str:
+    """A page of the prompts alone, with each method's image, passes and score; limits as `html_page`'s."""
+    shown = _prompts(result, num_prompts, 1e6 * max_megabytes)
+    return render("prompts.html", "Prompts", methods=list(result.methods), prompts=shown)
+
+
 def _prompts(result: EvaluationResult, num_prompts: int, room: float) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for place, item in enumerate(result.prompts[:num_prompts]):
+    for place in best_known(result)[:num_prompts]:
+        item = result.prompts[place]
+        real = result.real_image(item.key)
         images = [_image(result, method, place) for method in result.methods.values()]
-        room -= sum(len(image["picture"]) + len(image["map"]) for image in images)
+        picture = "" if real is None else embedded_pixels(real.numpy())
+        room -= len(picture) + sum(len(image["picture"]) + len(image["map"]) for image in images)
         if room < 0 and found:
             break
         records = [method.records[place] for method in result.methods.values()]
         equal = [[_percent_equal(a, b) for b in records] for a in records]
         found.append(
-            {"caption": item.prompt, "key": item.key, "seed": item.seed, "images": images, "equal": equal}
+            {
+                "caption": item.prompt,
+                "key": item.key,
+                "seed": item.seed,
+                "images": images,
+                "equal": equal,
+                "real": picture,
+            }
         )
     return found
 
 
 def _image(result: EvaluationResult, method: MethodResult, place: int) -> dict[str, Any]:
     baseline, record = result.methods.get(BASELINE), method.records[place]
+    verdict = method.verdicts[place] if method.verdicts else None
     return {
         "method": method.name,
         "nfe": record.nfe,
@@ -100,6 +146,8 @@ def _image(result: EvaluationResult, method: MethodResult, place: int) -> dict[s
         "same": baseline is not None
         and method is not baseline
         and baseline.records[place].image_ids == record.image_ids,
+        "judge": None if verdict is None else verdict.sentence,
+        "right": verdict is not None and verdict.right,
         "picture": embedded_image(result.store.image_path(record)),
         "map": data_uri(heat_map_png(record)),
     }
@@ -114,7 +162,8 @@ def _percent_equal(own: ImageRecord, other: ImageRecord) -> int:
 def _script_data(prompt: Mapping[str, Any]) -> dict[str, Any]:
     """What the script needs of a prompt; it takes the images from the page."""
     images = [
-        {name: image[name] for name in ("nfe", "compression", "clip", "same")} for image in prompt["images"]
+        {name: image[name] for name in ("nfe", "compression", "clip", "judge", "same")}
+        for image in prompt["images"]
     ]
     return {"caption": prompt["caption"], "seed": prompt["seed"], "images": images, "equal": prompt["equal"]}
 
@@ -187,7 +236,8 @@ def _bars(method: MethodResult) -> dict[str, Any]:
         for n, count in enumerate(counts)
         if n
     ]
-    return {"method": method.name, "mean": method.measured["step_compression"].value, "bars": bars}
+    mean = method.measured["step_compression"].value
+    return {"method": method.name, "mean": mean, "bars": bars, "most": most / total}
 
 
 def _protocols(result: EvaluationResult) -> list[tuple[str, str]]:

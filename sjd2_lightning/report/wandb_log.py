@@ -1,28 +1,42 @@
-"""An evaluation in Weights & Biases: numbers, images, histograms and a table of prompts, in one step."""
+"""An evaluation in Weights & Biases: numbers, images, histograms and a page of prompts, in one step."""
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import wandb
-from wandb.env import CACHE_DIR, DATA_DIR, get_cache_dir
+from wandb.env import CACHE_DIR, get_cache_dir
 
 from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.quality import judge_key
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.metrics.fidelity import MANIFOLD
 from sjd2_lightning.report.figures import acceptance_maps, figure_pixels, image_grid
+from sjd2_lightning.report.page import prompts_page
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.provenance import redact
+
+log = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 15
 # a server that is gone would be waited for without end; what was not sent is kept
 FINISH_TIMEOUT_S = 300
-_MAX_TABLE_ROWS = 100
+# What the table of runs shows of a number: its best value beside the last one, as `val/loss_clean.min`.
+SUMMARY = {
+    "train/loss": "min,last",
+    "val/loss_clean": "min,last",
+    "val/loss_high": "min,last",
+    "val/step_compression": "max,last",
+    "val/speedup": "max,last",
+    "eval/step_compression": "last",
+    "eval/speedup": "last",
+}
 _OF_FEATURES = ("fd", "kid", *MANIFOLD)
 _MODES = ("online", "offline", "disabled")
 
@@ -33,30 +47,55 @@ def scalar_row(result: EvaluationResult, prefix: str = "val/") -> dict[str, floa
     Keys of the first method that is not the baseline are plain, such as `val/nfe` and `val/fd_EffNetLite0`;
     those of the others end in the method's name, such as `val/nfe_ar`.
     """
-    row = {}
+    return {f"{prefix}{key}{suffix}": value for suffix, key, value in _numbers(result)}
+
+
+def sectioned_row(result: EvaluationResult, section: str = "val") -> dict[str, float]:
+    """`scalar_row` as W&B gets it, which draws a section of charts for each word in front of a `/`.
+
+    The first method that is not the baseline has the section, such as `val/nfe`; each other method has one of
+    its own, such as `val_ar/nfe`.
+    """
+    return {f"{section}{suffix}/{key}": value for suffix, key, value in _numbers(result)}
+
+
+def _numbers(result: EvaluationResult) -> Iterator[tuple[str, str, float]]:
+    """End of the method's log keys, name and value of every number."""
     suffixes = log_suffixes(list(result.methods))
     for name, method in result.methods.items():
-        suffix = suffixes[name]
         for key, measure in method.measured.items():
             # Distances carry their extractor in the name; scores carry their scorer only in the report.
             log_key = measure.name if key.partition("_")[0] in _OF_FEATURES else key
-            row[f"{prefix}{log_key}{suffix}"] = measure.value
+            yield suffixes[name], log_key, measure.value
         if method.equal_to_ar is not None and name != BASELINE:
-            row[f"{prefix}equal_to_ar{suffix}"] = method.equal_to_ar
-    return row
+            yield suffixes[name], "equal_to_ar", method.equal_to_ar
 
 
 def sampled_names(
-    methods: Sequence[str], extractors: Sequence[str], has_clip: bool, has_manifold: bool
+    methods: Sequence[str],
+    extractors: Sequence[str],
+    has_clip: bool,
+    has_manifold: bool,
+    judged: Sequence[str] = (),
 ) -> list[str]:
-    """Keys that `scalar_row` may give for methods, extractors of distances and a CLIP scorer."""
+    """Keys that `scalar_row` may give for methods, extractors of distances, a CLIP scorer and a judge.
+
+    Args:
+        methods: names of the methods.
+        extractors: names of the extractors.
+        has_clip: whether there is a scorer.
+        has_manifold: whether precision, recall, density and coverage are measured.
+        judged: categories of prompts that a judge reports.
+    """
     numbers = ["nfe", "step_compression", "seconds_per_image", "images_per_second", "flops_per_token"]
     numbers += ["peak_memory_gib", "window"]
     of_features = _OF_FEATURES if has_manifold else ("fd", "kid")
     numbers += [f"{name}_{extractor}" for extractor in extractors for name in of_features]
     if has_clip:
         numbers += ["clip_score", "clip_score_shuffled", "clip_gain"]
+    numbers += [judge_key(category) for category in judged]
     against = ["speedup", "equal_to_ar", "clip_score_minus_ar"] if BASELINE in methods else []
+    against += [f"{judge_key(category)}_minus_ar" for category in judged if against]
     return [f"val/{name}{suffix}" for suffix in log_suffixes(methods).values() for name in numbers + against]
 
 
@@ -66,17 +105,18 @@ def log_suffixes(names: Sequence[str]) -> dict[str, str]:
     return {name: "" if name == main else f"_{name}" for name in names}
 
 
-def media_row(result: EvaluationResult, prefix: str = "val/", num_prompts: int = 8) -> dict[str, Any]:
-    """Numbers, image grid, acceptance histograms, maps of passes and the table, for one call of `run.log`.
+def media_row(result: EvaluationResult, section: str = "val", num_prompts: int = 8) -> dict[str, Any]:
+    """Numbers, image grid, histograms, maps of passes and the page of prompts, for one call of `run.log`.
 
     One call, because W&B drops what is logged to a step that it has left.
     """
-    row: dict[str, Any] = dict(scalar_row(result, prefix))
-    row[f"{prefix}images"] = wandb.Image(figure_pixels(image_grid(result, num_prompts)))
-    row[f"{prefix}passes"] = wandb.Image(figure_pixels(acceptance_maps(result, min(num_prompts, 6))))
+    row: dict[str, Any] = dict(sectioned_row(result, section))
+    row[f"{section}/images"] = wandb.Image(figure_pixels(image_grid(result, num_prompts)))
+    row[f"{section}/passes"] = wandb.Image(figure_pixels(acceptance_maps(result, min(num_prompts, 6))))
     for name, method in result.methods.items():
-        row[f"{prefix}acceptance/{name}"] = _wandb_histogram(method)
-    row[f"{prefix}prompts"] = _table(result)
+        row[f"{section}_acceptance/{name}"] = _wandb_histogram(method)
+    # no wandb.Table: its pictures are named by absolute path, so a copy of an offline run could not send them
+    row[f"{section}/prompts"] = wandb.Html(prompts_page(result), False, data_is_not_path=True)
     return row
 
 
@@ -128,9 +168,7 @@ def log_to_wandb(
         return None
     with harmless(f"logging to W&B in {folder}"):
         further = {f"eval/{key}": wandb.Image(str(path)) for key, path in (pictures or {}).items()}
-        run.log(media_row(result, prefix="eval/") | further)
-        for key, value in scalar_row(result, prefix="eval/").items():
-            run.summary[key] = value
+        run.log(media_row(result, "eval") | further)
     return finish_run(run)
 
 
@@ -155,7 +193,6 @@ def finish_run(run: Any) -> str | None:
 
 
 _stays_offline = False
-_data_dir = ""  # what `_stage_inside` has set
 
 
 def start_run(mode: str, settings: dict[str, Any]) -> Any:
@@ -169,7 +206,8 @@ def start_run(mode: str, settings: dict[str, Any]) -> Any:
         _leave_home(Path(settings["dir"]))
         run = _started(mode, settings)
         if not run.disabled:
-            _stage_inside(Path(run.dir).parent)
+            for name, summary in SUMMARY.items():
+                run.define_metric(name, summary=summary)
     return run
 
 
@@ -181,21 +219,16 @@ def _leave_home(folder: Path) -> None:
         os.environ[CACHE_DIR] = str(folder.resolve() / "wandb" / "cache")
 
 
-def _stage_inside(run_folder: Path) -> None:
-    """Pictures of tables are staged with the run, not below HOME: its folder is whole, and all that grows."""
-    global _data_dir
-    if os.environ.get(DATA_DIR, _data_dir) == _data_dir:  # the user's own place stays
-        os.environ[DATA_DIR] = _data_dir = str(run_folder.resolve() / "staging")
-
-
 def _started(mode: str, settings: dict[str, Any]) -> Any:
     global _stays_offline
     if mode == "online" and not _stays_offline:
         reason = "nobody is logged in (`wandb login`)"
         try:
             if wandb.login(prompt=False):  # asks the server about the key, so it too may fail
-                limits = wandb.Settings(init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S)
-                return wandb.init(mode="online", settings=limits, **settings)
+                limits = {"init_timeout": INIT_TIMEOUT_S, "finish_timeout": FINISH_TIMEOUT_S}
+                run = wandb.init(mode="online", settings=wandb.Settings(silent=True, **limits), **settings)
+                log.info("W&B run: %s", run.url)
+                return run
         except (wandb.errors.Error, OSError) as error:
             reason = f"the server cannot be used ({error})"
         warnings.warn(
@@ -204,26 +237,11 @@ def _started(mode: str, settings: dict[str, Any]) -> Any:
             stacklevel=5,
         )
         _stays_offline = True
-    return wandb.init(mode="disabled" if mode == "disabled" else "offline", **settings)
+    # silent: where the run lies and how to send it is said at its end, without advertisements
+    quiet = wandb.Settings(silent=True)
+    return wandb.init(mode="disabled" if mode == "disabled" else "offline", settings=quiet, **settings)
 
 
 def _wandb_histogram(method: MethodResult) -> wandb.Histogram:
     counts = np.array(method.acceptance_counts[1:] or (0,))
     return wandb.Histogram(np_histogram=(counts, np.arange(len(counts) + 1) + 0.5))
-
-
-def _table(result: EvaluationResult) -> wandb.Table:
-    methods = list(result.methods.values())
-    columns = ["key", "prompt", "seed"]
-    for method in methods:
-        columns += [f"{method.name} {part}" for part in ("image", "nfe", "tokens / pass", "CLIP score")]
-    table = wandb.Table(columns=columns)
-    for place, item in enumerate(result.prompts[:_MAX_TABLE_ROWS]):
-        row: list[Any] = [item.key, item.prompt, item.seed]
-        for method in methods:
-            record = method.records[place]
-            score = method.clip_scores[place] if method.clip_scores else None
-            image = wandb.Image(str(result.store.image_path(record)))
-            row += [image, record.nfe, record.num_generated / record.nfe, score]
-        table.add_data(*row)
-    return table

@@ -50,7 +50,7 @@ def build_report(
         workspaces.MediaBrowser(title=name, media_keys=[f"eval/{name}"], num_columns=1) for name in _MEDIA
     ]
     bars = [
-        workspaces.BarPlot(title=title, metrics=[f"eval/{key}{suffix}" for suffix in suffixes])
+        workspaces.BarPlot(title=title, metrics=[f"eval{suffix}/{key}" for suffix in suffixes])
         for key, title in (("speedup", "speedup, wall clock"), ("step_compression", "tokens a pass"))
     ]
     provenance = json.dumps(report["provenance"], indent=2, ensure_ascii=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.evaluation.controls import Control
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.evaluation.store import method_fields
 from sjd2_lightning.metrics.bootstrap import CONFIDENCE, MetricResult
@@ -24,7 +25,17 @@ from sjd2_lightning.report.figures import (
 )
 from sjd2_lightning.report.observe import Observations, settling
 from sjd2_lightning.report.page import html_page
-from sjd2_lightning.report.table import MISSING, headline, markdown_lines, markdown_table
+from sjd2_lightning.report.plain_ground import PLAIN_NOTE, THIRDS, by_plain_ground, plain_cells
+from sjd2_lightning.report.table import (
+    MISSING,
+    control_notes,
+    headline,
+    headline_missing,
+    judge_columns,
+    judge_rows,
+    markdown_lines,
+    markdown_table,
+)
 from sjd2_lightning.run.files import write_whole
 
 # Numbers that every method has in report.json; null where one could not be measured.
@@ -40,6 +51,8 @@ MEASURES = (
     "clip_score_shuffled",
     "clip_gain",
     "clip_score_minus_ar",
+    "judge",
+    "judge_minus_ar",
     "fd",
     "kid",
     "precision",
@@ -119,11 +132,20 @@ def report_object(
             for name, (count, quality) in result.references.items()
         },
         "metrics": _metrics_object(result),
+        "controls": {control.metric: _control_object(control) for control in result.controls},
         "reference_set": {"name": result.reference_name, "sha256": result.reference_identity},
         "settling": {name: found.as_object() for name, found in settling(seen.trajectories).items()},
         "cost": {
             "passes": [asdict(cost) for cost in seen.pass_costs],
             "methods": {cost.method: asdict(cost) for cost in method_costs(result)},
+        },
+        "plain_ground": {
+            name: [
+                {"share": third.share, "num_images": third.tokens.num_images}
+                | _measures_object({"step_compression": third.tokens})
+                for third in thirds
+            ]
+            for name, thirds in by_plain_ground(result).items()
         },
         "warnings": list(result.warnings),
         "provenance": dict(provenance),
@@ -146,6 +168,11 @@ def _method_object(method: MethodResult) -> dict[str, Any]:
         "acceptance_counts": list(method.acceptance_counts),
         "config": method_fields(method.config),
     }
+
+
+def _control_object(control: Control) -> dict[str, Any]:
+    measured = _measures_object(control.measured)
+    return {"passed": control.passed, "sentence": control.sentence, **measured}
 
 
 def _measures_object(measured: Mapping[str, MetricResult | None]) -> dict[str, Any]:
@@ -180,12 +207,28 @@ def _finite(value: float) -> float | None:
 def _markdown(result: EvaluationResult, provenance: Mapping[str, Any], seen: Observations) -> str:
     git, hardware = provenance.get("git", {}), provenance.get("hardware", {})
     best = headline(result)
-    lines = ["# Decoding methods", "", *((best.sentence, "") if best else ()), markdown_table(result)]
+    said = f"{best.sentence} {best.numbers_line}" if best else headline_missing(result)
+    lines = ["# Decoding methods", "", *((said, "") if said else ()), markdown_table(result)]
     lines += ["In brackets: 95 % bootstrap intervals. `report.html` beside this file shows more.", ""]
-    lines += [f"- {warning}" for warning in result.warnings]
+    lines += [f"- {line}" for line in (*result.warnings, *control_notes(result))]
+    if judged := judge_rows(result):
+        lines += [
+            "",
+            "## What the judge sees",
+            "",
+            "Share of images that show what their prompt asks for.",
+            "",
+        ]
+        cells = [[name, *(f"{c.value} {c.interval}".strip() for c in row)] for name, row in judged]
+        lines += markdown_lines(["", *(column.heading for column in judge_columns(result))], cells)
     lines += ["", "![images](figures/grid.png)", "", "## Cost of a pass", ""]
     headings = ["method", "window", "tokens a pass", "ms a pass", "in passes of ar"]
     lines += markdown_lines(headings, [_cost_cells(cost) for cost in method_costs(result)])
+    if plain := by_plain_ground(result):
+        lines += ["", "## Tokens a pass by plain ground", "", PLAIN_NOTE, ""]
+        lines += markdown_lines(
+            ["method", *THIRDS], [[name, *plain_cells(thirds)] for name, thirds in plain.items()]
+        )
     if found := {name: s for name, s in settling(seen.trajectories).items() if name != BASELINE}:
         lines += ["", "## How drafts settle", ""]
         lines += markdown_lines(

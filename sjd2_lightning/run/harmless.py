@@ -12,17 +12,18 @@ _said: set[str] = set()
 
 
 @contextmanager
-def harmless(what: str) -> Iterator[None]:
+def harmless(what: str, kind: type[Exception] = Exception) -> Iterator[None]:
     """Guards loggers, caches and files for people: an exception inside is a warning, said once a process.
 
     Also a decorator: the function then returns None where it fails.
 
     Args:
         what: what is being done, and where: it names the failure, and is said once.
+        kind: exceptions that end nothing, such as OSError; others are raised.
     """
     try:
         yield
-    except Exception as error:  # a full disk, an unwritable home, an absent server, a library's own fault
+    except kind as error:  # a full disk, an unwritable home, an absent server, a library's own fault
         if what not in _said:
             _said.add(what)
             reason = " ".join(str(error).split()) or type(error).__name__

@@ -6,7 +6,8 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -75,6 +76,28 @@ def wait_for_all() -> None:
 
     if current_rank()[1] > 1:
         distributed.barrier()
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Waits for all processes at its end; an OSError of one, such as a full disk, is raised on every one.
+
+    What is inside waits for no other process. Without it those that did not fail would wait for ever.
+    """
+    from torch import distributed
+
+    error: OSError | None = None
+    try:
+        yield
+    except OSError as caught:
+        error = caught
+    num_processes = current_rank()[1]
+    if num_processes > 1:
+        said: list[str | None] = [None] * num_processes
+        distributed.all_gather_object(said, None if error is None else str(error))
+        error = error or next((OSError(text) for text in said if text is not None), None)
+    if error is not None:
+        raise error
 
 
 def from_rank_zero(value: T) -> T:

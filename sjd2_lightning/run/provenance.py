@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.stages import stage
 
 _PACKAGES = (
@@ -75,6 +77,34 @@ def collect_provenance(
         "config": redact(dict(config or {})),
         **redact(dict(extra or {})),
     }
+
+
+TRAININGS_FILE = "trainings.json"
+
+
+def write_trainings(folder: str | Path, trainings: Sequence[Mapping[str, Any]]) -> None:
+    """Writes into a folder of weights which trainings made them, the oldest first.
+
+    Args:
+        folder: folder of the weights.
+        trainings: an object each, with the settings of `noise`; null where they are not known.
+    """
+    write_whole(Path(folder) / TRAININGS_FILE, json.dumps(list(trainings), indent=1) + "\n")
+
+
+def trainings_of(folder: str | Path) -> list[dict[str, Any]] | None:
+    """The trainings that made the weights of a folder; None where it does not say, or not readably."""
+    try:
+        found = json.loads((Path(folder) / TRAININGS_FILE).read_text())
+        return [dict(entry) for entry in found]
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def never_saw_noise(trainings: Sequence[Mapping[str, Any]] | None) -> bool:
+    """Whether it is known of weights that no training showed them noise."""
+    noises = [entry.get("noise") for entry in trainings or ()]
+    return bool(noises) and all(isinstance(noise, Mapping) and not noise.get("enabled") for noise in noises)
 
 
 _ROW = 2**18  # words that are summed together, 2 MiB: fits a core's cache

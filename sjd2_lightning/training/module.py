@@ -170,4 +170,8 @@ class SJD2Module(L.LightningModule):
         optimizer = build_optimizer(self.named_parameters(), self.optimizer_config)
         num_steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = warmup_cosine(optimizer, self.optimizer_config, num_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        # the name is that of the logged learning rate
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"},
+        }

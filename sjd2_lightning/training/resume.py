@@ -167,6 +167,13 @@ class Retention(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
             self._tidy(trainer)
 
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        """Where a validation did not measure what checkpoints are compared by, only the last one is saved."""
+        if self.monitor is None or self.monitor in monitor_candidates:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        else:
+            self._last_global_step_saved = trainer.global_step  # by which Lightning goes on to the last one
+
     def _tidy(self, trainer: Trainer) -> None:
         """After resuming: removes what is older than the step and not kept, what it started from too."""
         if self.best_model_path == self._newest or self.save_top_k < 0 or trainer.ckpt_path is None:

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from sjd2_lightning.cli import launch as launching
-from sjd2_lightning.cli.arguments import OTHER_WORDS, close_keys, readable_arguments
+from sjd2_lightning.cli.arguments import OTHER_WORDS, close_keys, program, readable_arguments
 from sjd2_lightning.config.reading import conf_dir, train_config
 from tests.tools.configurations import composed
 
@@ -200,3 +200,20 @@ def test_what_is_checked_first_decides_whether_a_folder_is_made(command, tmp_pat
     assert not list(tmp_path.iterdir())
     assert command("run_dir=x", check=lambda cfg: None) == 0
     assert {entry.name for entry in tmp_path.iterdir()} == {"x", "seen"}
+
+
+def test_the_program_is_named_as_it_was_started(tmp_path, monkeypatch):
+    """What is printed to be typed works where it is pasted."""
+    for place in ("bin", "other"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "sjd2").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.chdir(tmp_path)
+    for started, typed_again in {
+        tmp_path / "bin" / "sjd2": "sjd2",
+        Path("other/sjd2"): "other/sjd2",
+        Path("/elsewhere/sjd2_lightning/__main__.py"): f"{Path(sys.executable).name} -m sjd2_lightning",
+        Path("/elsewhere/pytest"): "sjd2",
+    }.items():
+        monkeypatch.setattr(sys, "argv", [str(started)])
+        assert program() == typed_again

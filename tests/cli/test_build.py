@@ -1,22 +1,34 @@
 """Parts of a run from the configuration: prompts of the data at hand, data that do not fit."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from sjd2_lightning.cli.build import build_data, build_prompts
+from sjd2_lightning.cli.build import (
+    build_data,
+    build_metrics,
+    build_prompts,
+    build_reference,
+    left_out,
+    trainings_after,
+)
 from sjd2_lightning.cli.prepare import main as prepare
 from sjd2_lightning.config.reading import conf_dir, train_config
+from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.data.index import Shard, ShardIndex, ShardMeta
 from tests.tools.configurations import put_named_files, typed
 
 
-def texts(*overrides: str) -> list[str]:
+def composed(*overrides: str) -> TrainConfig:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = train_config(compose("train", list(overrides)))
-    return [item.prompt for item in build_prompts(config, 4)]
+        return train_config(compose("train", list(overrides)))
+
+
+def texts(*overrides: str) -> list[str]:
+    return [item.prompt for item in build_prompts(composed(*overrides), 4)]
 
 
 def test_own_pictures_bring_their_prompts(tmp_path, capsys):
@@ -29,12 +41,16 @@ def test_own_pictures_bring_their_prompts(tmp_path, capsys):
     prepare(["folder", "--input", str(photos), "--out", str(out), "--val-share", "0.5", "--workers", "1"])
     *_, command, kept = capsys.readouterr().out.strip().splitlines()
     assert kept == "kept 12 of 12 samples"
-    told = f"sjd2 train data=raw data.data_dir={out} data.prompt_file={out / 'prompts.json'}"
-    assert command == f"train on them: {told}"
+    held_out = sorted(path.stem for path in (out / "held_out").glob("*.png"))
+    told = f"sjd2 train data=raw data.data_dir={out} data.batch_size={12 - len(held_out)}"
+    assert command == f"train on them: {told}", "it is whole: fewer pictures than a batch of 16"
     own = texts(*told.split()[2:])
     assert len(own) == 4
     assert all(text.startswith("picture ") for text in own)
-    assert texts("data=raw", f"data.data_dir={out}") == own, "prompts.json is read without being named"
+    reference = build_reference(composed("data=raw", f"data.data_dir={out}"))
+    assert sorted(reference.keys) == held_out
+    assert reference.images.shape[1:] == (64, 64, 3)
+    assert all(text in reference.captions for text in own)
     (tmp_path / "other.txt").write_text("a heart\n")
     assert texts("data=raw", f"data.data_dir={out}", f"data.prompt_file={tmp_path / 'other.txt'}") == [
         "a heart"
@@ -42,6 +58,37 @@ def test_own_pictures_bring_their_prompts(tmp_path, capsys):
     emoji = texts()
     assert not set(emoji) & set(own)
     assert texts(f"data.data_dir={out}") == emoji, "the embedded set is built there, and has its own names"
+
+
+def test_scores_that_say_nothing_of_own_pictures_are_left_out(tmp_path):
+    """With one sentence each; what is asked for by name is measured, and the emoji as ever."""
+    (tmp_path / "held_out").mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "held_out" / f"p{number}.png")
+    (tmp_path / "prompts.json").write_text('["a", "b", "c"]')
+    own = ("data=shards", f"data.data_dir={tmp_path}")
+
+    def said(*overrides: str, num: int = 8) -> tuple[list[str], int, bool]:
+        config = composed(*overrides)
+        reference = build_reference(config)
+        metrics = build_metrics(config, reference, num)
+        return list(left_out(config, reference, num)), len(metrics.extractors), metrics.clip is not None
+
+    sentences, extractors, has_clip = said(*own)
+    assert [sentence.split(":")[0] for sentence in sentences] == ["no CLIP score", "no distances"]
+    assert "3 pictures are too few, and metrics.min_images=24" in sentences[1]
+    assert (extractors, has_clip) == (0, False)
+    assert said(*own, "metrics.min_images=3", "metrics.clip=weights/tiny/clip") == ([], 1, True)
+    assert said(*own, "metrics=none") == ([], 0, False)
+    assert said(num=24) == ([], 1, True)
+    assert said(num=23)[1:] == (0, True)
+    assert said("data=scenes")[0][1].startswith("no distances: 8 pictures are too few")
+    bare = ("data=shards", "data.data_dir=nowhere")
+    assert [sentence.split(":")[0] for sentence in said(*bare)[0]][2].startswith(
+        "the prompts are names of emoji"
+    )
+    photos = (f"data.reference_dir={tmp_path / 'held_out'}", "metrics.min_images=2")
+    assert said(*photos)[1:] == (1, False), "the scorer of emoji judges no photos"
 
 
 def test_codes_of_another_tokenizer_are_refused_before_loggers_are_made(tmp_path, monkeypatch):
@@ -58,3 +105,13 @@ def test_codes_of_another_tokenizer_are_refused_before_loggers_are_made(tmp_path
     backbone.image_tokenizer.identity = "b" * 64
     with pytest.raises(ValueError, match="made with image tokenizer aaaaaaaaaaaa, the model has bbbb"):
         build_data(config, backbone)
+
+
+def test_weights_say_which_trainings_made_them():
+    after = trainings_after(typed("train", "noise=one_level"), 30)
+    assert [entry["steps"] for entry in after][-1] == 30
+    assert after[-1]["noise"]["enabled"] is True
+    assert len(after) > 1, "those of the shipped weights come first"
+    json.dumps(after)
+    alone = trainings_after(typed("train", "model=lumina_mgpt", "model.init=random_tiny", "noise=off"), 2)
+    assert [entry["noise"]["enabled"] for entry in alone] == [False]

@@ -1,5 +1,6 @@
 """From a prompt to a picture in Python."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import sjd2_lightning
 from sjd2_lightning.cli.pipeline import Pipeline
 from sjd2_lightning.decoding import decode
 from sjd2_lightning.models.lora import LoraSettings
-from sjd2_lightning.models.registry import load_backbone
+from sjd2_lightning.models.registry import build_shrunken, load_backbone
 
 SMALL = ("model.image_size=[32,32]", "decoding.window=8", "device=cpu")
 
@@ -55,12 +56,53 @@ def test_a_tuned_folder_and_an_adapter(tmp_path, pipeline):
     backbone.save(folder)
     merged, adapted = (
         Pipeline.load(folder, *SMALL),
-        Pipeline.load(folder / "adapter", "weights=model", *SMALL),
+        Pipeline.load(folder / "adapter", *SMALL),
     )
     assert (merged.weights, adapted.weights) == (str(folder), str(folder / "adapter"))
     tuned = merged("red heart")
     assert torch.equal(tuned.output.slot_ids, adapted("red heart").output.slot_ids)
     assert not torch.equal(tuned.output.slot_ids, pipeline("red heart").output.slot_ids)
+
+
+def in_the_hubs_cache(folder: Path, name: str, monkeypatch) -> Path:
+    """Where a repository's files lie that were downloaded; nothing can be downloaded from now on."""
+    cache = folder / f"models--{name.replace('/', '--')}"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("c" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return cache / "snapshots" / ("c" * 40)
+
+
+def test_a_name_on_the_hub_is_all_that_is_needed(tmp_path, monkeypatch):
+    """An export of another family by its name: family, size and sampling are its own."""
+    place = in_the_hubs_cache(tmp_path, "me/emu", monkeypatch)
+    build_shrunken("emu3").save(place)
+    settings = {"image_size": [16, 24], "sampling": {"temperature": 0.5, "top_k": 7, "top_p": 1.0}}
+    (place / "settings.json").write_text(json.dumps(settings))
+    pipeline = Pipeline.load("me/emu", "decoding.window=4", "device=cpu")
+    sampling = pipeline.config.methods["sjd2"].sampling
+    assert (sampling.temperature, sampling.top_k) == (0.5, 7)
+    assert pipeline("cat").images[0].size == (24, 16)
+    (place / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"settings\.json names no size and sampling"):
+        Pipeline.load("me/emu")
+
+
+def test_a_release_is_known_by_its_name(tmp_path, monkeypatch):
+    """In Hugging Face's own layout, which says nothing of the family: `conf/model` does."""
+    place = in_the_hubs_cache(tmp_path, "BAAI/Emu3-Gen-hf", monkeypatch)
+    build_shrunken("emu3").save(tmp_path / "saved")
+    for part in ("trunk", "text"):
+        shutil.copytree(tmp_path / "saved" / part, place, dirs_exist_ok=True)
+    keys = ("model.image_size=[16,16]", "model.dtype=float32", "decoding.window=4", "device=cpu")
+    pipeline = Pipeline.load("BAAI/Emu3-Gen-hf", *keys)
+    assert pipeline.config.methods["sjd2"].sampling.top_k == 2048, "the release's own sampling"
+    assert pipeline("cat").images[0].size == (16, 16)
+    with pytest.raises(
+        ValueError, match=r"get it with `hf download .*sjd2 convert .*then load 'weights/lumina"
+    ):
+        Pipeline.load("Alpha-VLLM/Lumina-mGPT-7B-768")
 
 
 def test_shipped_weights_are_named_without_a_place(pipeline):

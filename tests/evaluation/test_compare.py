@@ -300,6 +300,10 @@ def test_missing_images_are_named(result, tmp_path):
         measure_methods(store, METHODS, PROMPTS, QualityMeter(metrics(), None))
 
 
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
 def on_rank(rank, port, folders):
     """One of two processes; rank 1 has a folder of its own, as on a machine without a shared disk."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -311,6 +315,10 @@ def on_rank(rank, port, folders):
             backbone, METHODS, PROMPTS, layout, folder, batch_size=2, warm_up=False, progress=False
         )
         assert (decoded is None) == (rank == 1)
+    if rank == 1:
+        RecordStore.append = full
+    with pytest.raises(OSError, match="No space left"):  # none waits for the other for ever
+        decode_methods(backbone, METHODS, PROMPTS, layout, folders["full"], warm_up=False, progress=False)
     torch.distributed.destroy_process_group()
 
 
@@ -318,7 +326,7 @@ def test_two_ranks_share_the_work_and_draw_the_same_images(result, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folders = {"shared": tmp_path / "shared", "apart": tmp_path / "apart"}
+    folders = {"shared": tmp_path / "shared", "apart": tmp_path / "apart", "full": tmp_path / "full"}
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=on_rank, args=(rank, port, folders)) for rank in range(2)]
     for process in processes:

@@ -8,26 +8,13 @@ import tarfile
 import pytest
 
 from sjd2_lightning.data.sources.emoji import load_emoji_index
-from sjd2_lightning.data.sources.nouns import EVERYDAY, load_objects
-from sjd2_lightning.data.sources.scenes import Variety
 from sjd2_lightning.evaluation.prompts import (
     PromptItem,
     check_prompts,
     held_out_prompts,
     read_prompts,
     repeat_prompts,
-    scene_prompts,
 )
-
-
-def test_prompts_of_scenes_take_turns_by_category_and_keep_to_the_variety():
-    prompts = scene_prompts(12, variety=Variety(12, True))
-    turns = ["single", "two", "counting", "position", "ground", "size"]
-    assert [item.key.split("_")[0] for item in prompts] == turns * 2
-    assert scene_prompts(4, variety=Variety(12, True)) == prompts[:4]
-    unknown = {item.noun for item in load_objects()} - set(EVERYDAY[:12])
-    assert not [item for item in prompts if set(item.prompt.split()) & unknown]
-    check_prompts(prompts)
 
 
 def test_held_out_prompts_are_spread_over_concepts_and_fixed():

@@ -1,6 +1,7 @@
 """One table of commands: each answers, misspelt ones are named, ranks and old addresses find theirs."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def test_help_names_every_command_and_fits_a_screen(capsys):
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in table.COMMANDS)
     assert len(shown.splitlines()) <= 24
-    assert max(map(len, shown.splitlines())) <= 110
+    assert max(map(len, shown.splitlines())) <= 80
+    assert len(re.findall(r"^  sjd2 \w+ ", shown, re.M)) == 3, "with commands to begin with"
     table.main(["--version"])
     assert capsys.readouterr().out.strip() == __version__
 

@@ -106,6 +106,7 @@ def test_fine_tuning_trains_exports_and_records(composed, tmp_path):
         "csv/version_0/metrics.csv",
         "checkpoints/last.ckpt",
         "model/backbone.json",
+        "model/trainings.json",
         "samples/metrics.jsonl",
     ):
         assert (run / name).is_file(), name
@@ -177,7 +178,7 @@ def test_a_step_of_fine_tuning(composed, overrides):
     assert metrics["train/loss"] > 0
 
 
-@pytest.mark.parametrize("experiment", ["tiny_base", "tiny_tokenizer", "tiny_clip"])
+@pytest.mark.parametrize("experiment", ["tiny_base", "tiny_clip"])
 def test_a_step_of_each_recipe(composed, tiny_folder, experiment):
     own = {
         "tiny_base": [
@@ -187,7 +188,6 @@ def test_a_step_of_each_recipe(composed, tiny_folder, experiment):
             "model.scratch.num_layers=1",
             "callbacks=none",
         ],
-        "tiny_tokenizer": ["tokenizer.channels=[8,8]", "callbacks=none"],
         "tiny_clip": [
             f"clip.text_dir={tiny_folder / 'model' / 'text'}",
             "clip.vision_layers=1",

@@ -9,10 +9,12 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from sjd2_lightning import callbacks
 from sjd2_lightning.cli.evaluate import evaluate
+from sjd2_lightning.cli.launch import refusal
 from sjd2_lightning.cli.train import train
 from sjd2_lightning.config.reading import conf_dir
 from sjd2_lightning.report import wandb_log
 from sjd2_lightning.run import harmless
+from sjd2_lightning.run.files import write_whole
 from tests.report.test_wandb_log import Broken
 from tests.tools.training_runs import SETTINGS, make_folder, places
 
@@ -88,3 +90,12 @@ def test_a_wrong_mode_is_refused_before_anything_is_decoded(folder, tmp_path, co
     with pytest.raises(ValueError, match="WANDB_MODE=onlin is unknown; use one of online"):
         evaluate(composed("evaluate", *places(folder, tmp_path / "run")[::2]))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_for_results_is_one_line(small_disk):
+    with pytest.raises(OSError, match="No space left") as full_disk:
+        write_whole(small_disk / "report.json", bytes(2_000_000))
+    line = refusal("evaluate", full_disk.value)
+    assert line is not None
+    assert line.endswith("what was finished is kept; make room, and start the command again")
+    assert not list(small_disk.iterdir())

@@ -37,9 +37,9 @@ UNCALLED = {
     "config.groups: Group._no_problems": "pydantic calls validators",
     "data.loader: CodeLoader.sampler": "Lightning asks a loader for its sampler",
     "data.loader: CodeLoader.set_epoch": "Lightning tells a sampler the epoch",
-    "data.sources.scenes: held_out_scenes": "prompts of benchmarks/judge.py, not yet of evaluation",
-    "metrics.judge: Judge": "measured by benchmarks/judge.py; evaluation does not use it yet",
     "training.recipes.clip: OnePerConcept.set_epoch": "Lightning tells a sampler the epoch",
+    "cli.preview: PictureProgress.get_renderables": "rich asks a progress for what it shows",
+    "training.resume: Retention._save_topk_checkpoint": "Lightning saves checkpoints by it",
     "decoding.output: DecodeOutput.image_ids_by_row": "public: codes of images of several sizes",
 }
 

@@ -8,8 +8,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from sjd2_lightning.evaluation.references import ReferenceSet
+from sjd2_lightning.evaluation.store import RecordStore
 from sjd2_lightning.report.cost import measure_pass_costs, method_costs, seconds_per_pass
 from sjd2_lightning.report.figures import cost_chart, settling_map
 from sjd2_lightning.report.html import (
@@ -20,9 +23,10 @@ from sjd2_lightning.report.html import (
     embedded_image,
     figure_svg,
 )
+from sjd2_lightning.report.likeness import best_known, has_real_pictures
 from sjd2_lightning.report.observe import observe
 from sjd2_lightning.report.page import html_page
-from sjd2_lightning.report.table import headline
+from sjd2_lightning.report.table import LEAST_IMAGES, headline
 from sjd2_lightning.report.write import report_object, write_report
 from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, small_backbone
 
@@ -53,7 +57,9 @@ def script_data(page):
 def test_the_script_gets_a_replay_of_every_method(text, result):
     data = script_data(text)
     assert data["methods"] == list(METHODS)
-    assert [entry["caption"] for entry in data["replays"]] == [item.prompt for item in PROMPTS[:2]]
+    assert [entry["caption"] for entry in data["replays"]] == [
+        result.prompts[place].prompt for place in best_known(result)[:2]
+    ]
     for entry in data["replays"]:
         assert entry["size"] == [4, 4]
         for method in entry["methods"]:
@@ -62,6 +68,9 @@ def test_the_script_gets_a_replay_of_every_method(text, result):
             for place, levels in zip(method["frames"], method["levels"], strict=True):
                 assert len(levels) == method["seen"][place] - method["committed"][place]
             assert method["sprite"].startswith("data:image/webp;base64,")
+    assert [prompt["caption"] for prompt in data["prompts"]] == [
+        result.prompts[place].prompt for place in best_known(result)
+    ]
     equal = data["prompts"][0]["equal"]
     assert equal[0][2] == equal[2][0] == equal[1][1] == 100  # ar and sjd2; a method and itself
 
@@ -127,11 +136,48 @@ def test_headline_is_the_fastest_lossless_method(result):
         "sjd2": with_speed("sjd2", 3.0),
         "sjd2_paper": with_speed("sjd2_paper", 9.0),
     }
-    found = headline(dataclasses.replace(result, methods=methods))
+    enough = dataclasses.replace(result, methods=methods, prompts=(result.prompts * 2)[:LEAST_IMAGES])
+    found = headline(enough)
     assert found.method == "sjd2"
-    assert found.numbers[0][0] == "3.00×"
+    low, high = methods["sjd2"].measured["speedup"].interval
+    assert (found.numbers[0].value, found.numbers[0].interval) == ("3.00×", f"[{low:.2f}, {high:.2f}]")
+    assert f"3.00× [{low:.2f}, {high:.2f}] speedup" in found.numbers_line
     assert "token for token" in found.sentence
-    assert headline(dataclasses.replace(result, methods={"ar": methods["ar"]})) is None
+    assert headline(dataclasses.replace(enough, methods={"ar": methods["ar"]})) is None
+
+
+def test_few_images_have_no_headline(result, provenance, text):
+    assert len(result.prompts) < LEAST_IMAGES
+    assert headline(result) is None
+    assert f"{len(result.prompts)} images are too few" in text
+    assert "fastest lossless" not in text
+    last = dataclasses.replace(result, prompts=(result.prompts * 2)[: LEAST_IMAGES - 1])
+    assert headline(last) is None
+
+
+def test_an_empty_picture_is_not_well_drawn(result, tmp_path):
+    """A square of the right colour stands behind a picture of the right shape."""
+    real = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+    real[..., 2] = 200
+    real[:, 4:12, 4:12] = 255
+    drawn = real.clone()
+    drawn[0, 4:12, 4:12] = torch.tensor([0, 0, 200], dtype=torch.uint8)  # all blue
+    drawn[1] //= 2  # darker
+    store = RecordStore(tmp_path, {})
+    records = [dataclasses.replace(record, method="ar") for record in result.methods["ar"].records[:2]]
+    store.append(records, list(drawn.numpy()))
+    keys = tuple(item.key for item in PROMPTS[:2])
+    small = dataclasses.replace(
+        result,
+        prompts=PROMPTS[:3],
+        store=store,
+        reference=ReferenceSet("squares", keys, keys, real),
+    )
+    assert best_known(small) == [1, 0, 2]
+    assert has_real_pictures(small)
+    without = dataclasses.replace(small, reference=None)
+    assert best_known(without) == [0, 1, 2]
+    assert not has_real_pictures(without)
 
 
 def test_figures_take_the_colours_of_the_page(seen, result):

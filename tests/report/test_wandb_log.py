@@ -15,7 +15,7 @@ from sjd2_lightning.report import wandb_log
 from sjd2_lightning.report.wandb_log import log_to_wandb, media_row, scalar_row
 from tests.tools.small_evaluation import METHODS, PROMPTS
 from tests.tools.source import REPO
-from tests.tools.wandb_files import offline_run, staged_files
+from tests.tools.wandb_files import named_files, offline_run, summaries
 
 
 def test_keys_of_the_faster_method_are_plain(result):
@@ -35,13 +35,14 @@ def test_offline_run_holds_every_figure_and_image_in_one_step(result, provenance
     assert wandb.run is None
     rows, config = offline_run(tmp_path)
     (row,) = [row for row in rows if "eval/nfe" in row]
-    assert set(media_row(result, "eval/")) <= set(row)
+    assert set(media_row(result, "eval")) <= set(row)
+    assert row["eval_ar/nfe"] == result.methods["ar"].measured["nfe"].value
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert summaries(path)["eval/speedup"] == {"last"}
+    assert summaries(path)["val/loss_clean"] == {"min", "last"}
     assert row["eval/images"]["_type"] == row["eval/passes"]["_type"] == "image-file"
-    assert row["eval/acceptance/sjd2"]["_type"] == "histogram"
-    assert (row["eval/prompts"]["nrows"], row["eval/prompts"]["ncols"]) == (
-        len(PROMPTS),
-        3 + 4 * len(METHODS),
-    )
+    assert row["eval_acceptance/sjd2"]["_type"] == "histogram"
+    assert row["eval/prompts"]["_type"] == "html-file"
     assert config["config"]["window"] == 6
     assert "s3cr3t" not in json.dumps(config)
 
@@ -75,23 +76,23 @@ def test_online_falls_back_with_one_warning(monkeypatch, tmp_path, logged_in):
     assert calls == [*once, "offline"]
 
 
-def test_a_run_without_a_home_is_whole_in_its_folder(result, tmp_path, monkeypatch):
+def test_a_copy_of_a_run_is_whole_and_home_is_not_needed(result, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/dev/null/x")
-    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
+    picture = result.store.image_path(next(iter(result.methods.values())).records[0])
     for name in ("first", "second"):  # of a sweep
-        folder = Path(log_to_wandb(result, {}, tmp_path / name))
-        offline_run(tmp_path / name)  # waits for its end
-        (path,) = folder.glob("*.wandb")
-        staged = staged_files(path)
-        assert len(staged) > len(PROMPTS), "the table's pictures"
-        assert all(place.is_relative_to(folder) and place.stat().st_size for place in staged)
-
-
-def test_a_place_that_the_user_names_stays(result, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "mine"))
-    log_to_wandb(result, {}, tmp_path / "run")
-    assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "mine")
-    assert any((tmp_path / "mine").rglob("tmp*"))
+        folder = Path(log_to_wandb(result, {}, tmp_path / name, pictures={"cost": picture}))
+        rows, _ = offline_run(tmp_path / name)  # waits for its end
+        (row,) = [row for row in rows if "eval/nfe" in row]
+        moved = folder.rename(tmp_path / f"{name}_moved")
+        (path,) = moved.glob("*.wandb")
+        named = named_files(path)
+        pictures = [row[f"eval/{key}"]["path"] for key in ("images", "passes", "prompts", "cost")]
+        assert {moved / "files" / picture for picture in pictures} <= set(named)
+        assert all(place.stat().st_size for place in named)
+        assert str(folder).encode() not in path.read_bytes()
+        page = (moved / "files" / row["eval/prompts"]["path"]).read_text()
+        assert page.count("data:image/png;base64,") == len(PROMPTS) * len(METHODS)
+        assert all(prompt.prompt in page for prompt in PROMPTS)
 
 
 def test_a_disk_of_wandb_that_is_full_is_said_once(result, caplog, small_disk, monkeypatch):
@@ -167,6 +168,6 @@ def test_a_server_that_never_answers_costs_under_30_s_once_and_loses_nothing(tmp
     for run in ("first", "second"):
         rows, _ = offline_run(tmp_path / run)
         (row,) = [row for row in rows if "eval/nfe" in row]
-        assert {"eval/images", "eval/passes", "eval/prompts", "eval/acceptance/sjd", "eval/speedup"} <= set(
+        assert {"eval/images", "eval/passes", "eval/prompts", "eval_acceptance/sjd", "eval/speedup"} <= set(
             row
         )

@@ -33,10 +33,10 @@ def test_the_report_holds_table_media_and_provenance(folder):
         ["eval/images"], ["eval/passes"], ["eval/cost"], ["eval/settling"]
     ]  # fmt: skip
     assert grid.panels[4].metrics == [
-        "eval/speedup_ar",
+        "eval_ar/speedup",
         "eval/speedup",
-        "eval/speedup_sjd2",
-        "eval/speedup_sjd2_paper",
+        "eval_sjd2/speedup",
+        "eval_sjd2_paper/speedup",
     ]
     assert report["provenance"]["weights_hash"] in provenance.code
     assert built._to_model().spec  # everything but the upload

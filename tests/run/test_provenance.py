@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from sjd2_lightning.run import provenance as module
-from sjd2_lightning.run.provenance import REDACTED, collect_provenance, git_state, redact, weights_hash
+from sjd2_lightning.run.provenance import (
+    REDACTED,
+    TRAININGS_FILE,
+    collect_provenance,
+    git_state,
+    never_saw_noise,
+    redact,
+    trainings_of,
+    weights_hash,
+    write_trainings,
+)
 from tests.tools.small_evaluation import PROMPTS, small_backbone
 from tests.tools.source import REPO
 
@@ -100,3 +110,15 @@ def test_secrets_are_blanked(monkeypatch):
 def test_extra_entries_are_kept_and_blanked():
     found = collect_provenance(nn.Linear(1, 1), extra={"command": "x", "token": "abc"})
     assert (found["command"], found["token"]) == ("x", REDACTED)
+
+
+def test_what_is_known_of_noise_in_trainings(tmp_path):
+    off, on, unknown = {"noise": {"enabled": False}}, {"noise": {"enabled": True}}, {"noise": None}
+    assert never_saw_noise([off, off])
+    assert not any(map(never_saw_noise, ([on, off], [off, on], [unknown, off], [], None)))
+    assert trainings_of(tmp_path) is None
+    write_trainings(tmp_path, [off, on])
+    assert trainings_of(tmp_path) == [off, on]
+    for text in ("{", "3", "[1]"):
+        (tmp_path / TRAININGS_FILE).write_text(text)
+        assert trainings_of(tmp_path) is None

@@ -25,8 +25,7 @@ OPTIONS = sorted(
 # What configurations name but this checkout need not hold.
 NAMED_FILES = (
     "weights/scenes/backbone.json",
-    "weights/scenes/tokenizer/config.json",
-    "weights/scenes/tokenizer/diffusion_pytorch_model.safetensors",
+    "weights/scenes/tokenizer/patch_tokenizer.json",
     "weights/tiny/backbone.json",
     "weights/tiny/pairs.safetensors",
     "weights/tiny/tokenizer/config.json",

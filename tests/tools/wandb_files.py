@@ -22,10 +22,27 @@ def offline_run(folder: Path, timeout_s: float = 30) -> tuple[list[dict[str, Any
     return run_file(path, timeout_s)
 
 
-def staged_files(path: Path) -> list[Path]:
-    """Where a run's file says that the content of its artifacts lies: what sending the run reads."""
-    records = [record for record in _records(path.read_bytes()) if record.HasField("artifact")]
-    return [Path(entry.local_path) for record in records for entry in record.artifact.manifest.contents]
+def named_files(path: Path) -> list[Path]:
+    """Where a run's file says that its pictures, pages and artifacts lie: what sending the run reads."""
+    found = []
+    for record in _records(path.read_bytes()):
+        found += [path.parent / "files" / entry.path for entry in record.files.files]
+        found += [Path(entry.local_path) for entry in record.artifact.manifest.contents]
+        for item in record.history.item:
+            value = json.loads(item.value_json)
+            if (item.nested_key or [item.key])[-1] == "path" or (isinstance(value, dict) and "path" in value):
+                found.append(path.parent / "files" / (value["path"] if isinstance(value, dict) else value))
+    return found
+
+
+def summaries(path: Path) -> dict[str, set[str]]:
+    """Which values of each defined number a run's table shows."""
+    kinds = ("min", "max", "mean", "best", "last")
+    return {
+        record.metric.name: {kind for kind in kinds if getattr(record.metric.summary, kind)}
+        for record in _records(path.read_bytes())
+        if record.HasField("metric")
+    }
 
 
 def run_file(path: Path, timeout_s: float = 30) -> tuple[list[dict[str, Any]], dict[str, Any]]:

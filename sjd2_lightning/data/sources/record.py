@@ -7,6 +7,7 @@ number of processes can read them.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections import Counter
@@ -206,6 +207,14 @@ def chosen_records(
         places = rng.sample(range(len(blocks)), len(blocks))
         kept.sort(key=lambda group: places[order[block(group[0])]])
     return [record for group in kept[:max_images] for record in group]
+
+
+def share_of_fewest(records: Sequence[Record], fewest: int) -> float:
+    """The share for `chosen_records` that holds out so many pictures, or a fifth of a small set."""
+    first = {(record.file, record.start): record.key for record in reversed(records) if not record.problem}
+    shares = sorted(map(_share, first.values()))
+    count = min(fewest, max(len(shares) // 5, 1), len(shares))
+    return math.nextafter(shares[count - 1], 1) if count else 0.0
 
 
 def _share(key: str) -> float:

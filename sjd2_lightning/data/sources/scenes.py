@@ -54,7 +54,13 @@ _ABOUT = {"two": "pair", "three": "pair", "counting": "count", "position": "rela
 _MOST_ATTEMPTS = 20_000
 _LEAST_NOUNS = 12  # fewer may lack a held-out combination of some kind
 _CELL = 8  # unit of aligned places
-_ALIGNED_SIDES = {1: (48, 72), 2: (48,), 3: (32, 48), 4: (32,)}  # as _SIDES
+_ALIGNED_SMALL, _ALIGNED_LARGE = 32, 72
+_ALIGNED_SIDES = {
+    1: (48, _ALIGNED_LARGE),
+    2: (48,),
+    3: (_ALIGNED_SMALL, 48),
+    4: (_ALIGNED_SMALL,),
+}  # as _SIDES
 
 Combination = tuple[str, ...]
 
@@ -309,6 +315,13 @@ def _placed(
     return tuple(placed)
 
 
+def aligned_boxes(variety: Variety) -> Iterator[tuple[str, int, int]]:
+    """Noun, width and height of every aligned object, in 128ths."""
+    for noun in _nouns(True, variety.num_nouns):
+        for side in (_ALIGNED_SMALL, 48, _ALIGNED_LARGE):
+            yield noun, *_box(noun, side)
+
+
 def _free_side(number: int, size: str | None, draws: Draws) -> int:
     """The longest side that one of so many objects gets."""
     shortest, longest = _SIDES[number]
@@ -321,7 +334,11 @@ def _free_side(number: int, size: str | None, draws: Draws) -> int:
 
 
 def _aligned_side(number: int, size: str | None, draws: Draws) -> int:
-    return {None: draws.choice(_ALIGNED_SIDES[number]), "large": 72, "small": 32}[size]
+    return {
+        None: draws.choice(_ALIGNED_SIDES[number]),
+        "large": _ALIGNED_LARGE,
+        "small": _ALIGNED_SMALL,
+    }[size]
 
 
 def _box(noun: str, side: int) -> tuple[int, int]:

@@ -19,7 +19,8 @@ function showZoom() {
     element(`zoom-method-${side}`).value = method;
     element(`zoom-text-${side}`).textContent =
       `${numbers.nfe} passes, ${numbers.compression.toFixed(2)} tokens a pass` +
-      (numbers.clip === null ? "" : `, CLIP ${numbers.clip.toFixed(1)}`);
+      (numbers.clip === null ? "" : `, CLIP ${numbers.clip.toFixed(1)}`) +
+      (numbers.judge === null ? "" : `; judge: ${numbers.judge}`);
   });
   const [a, b] = zoom.methods, equal = prompt.equal[a][b];
   element("zoom-verdict").textContent =

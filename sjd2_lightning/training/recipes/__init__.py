@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
-from sjd2_lightning.run.values import Count, Natural, Within, wrong_values
+from sjd2_lightning.run.values import Within, wrong_values
 
 Width = Annotated[int, Within(1, 2**16)]
 Part = Annotated[float, Within(0, 1, without="most")]  # a share that leaves something
@@ -18,32 +17,19 @@ class TokenizerRecipe:
 
     Attributes:
         num_codes: size of the codebook.
-        code_dim: number of channels of a code vector.
-        channels: widths of the autoencoder's stages; each but the last halves the side.
-        patch: side of the space-to-depth patches in front of the first layer, in pixels.
-        warmup_steps: number of steps without quantisation before k-means starts the codebook.
-        revive_every: number of steps after which unused codes move.
-        isolate_patches: whether a code depends on its own pixels alone.
-        start: folder of a trained tokenizer whose codes are kept: only its decoder is trained, and the sizes
-            above are those of the folder. None trains a new tokenizer.
+        num_grounds: number of its codes that are colours of the ground.
+        side: side of the square that a code covers, in pixels.
     """
 
-    num_codes: Annotated[int, Within(1, 2**20)] = 512
-    code_dim: Width = 8
-    channels: tuple[Width, ...] = (32, 64)
-    patch: Annotated[int, Within(1, 64)] = 2
-    warmup_steps: Natural = 200
-    revive_every: Count = 200
-    isolate_patches: bool = True
-    start: str | None = None
+    num_codes: Annotated[int, Within(2, 2**20)] = 2048
+    num_grounds: Annotated[int, Within(1, 2**20)] = 256
+    side: Annotated[int, Within(1, 64)] = 8
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
         found = wrong_values(self)
-        if self.start is not None and not (Path(self.start) / "config.json").is_file():
-            found.append(f"start={self.start}: there is no image tokenizer; give a folder with config.json")
-        if not self.channels:
-            found.append("channels=[]: give at least one width")
+        if self.num_grounds >= self.num_codes:
+            found.append(f"num_grounds={self.num_grounds}: must be less than num_codes={self.num_codes}")
         return found
 
 

@@ -22,7 +22,7 @@ from sjd2_lightning.data.sources import parquet as hf_source
 from sjd2_lightning.data.sources.coco import coco_records
 from sjd2_lightning.data.sources.folder import folder_records
 from sjd2_lightning.data.sources.parquet import block_of, read_cell, table_records
-from sjd2_lightning.data.sources.record import Record, chosen_records, key_of, read_stretch
+from sjd2_lightning.data.sources.record import Record, chosen_records, key_of, read_stretch, share_of_fewest
 from sjd2_lightning.data.sources.tars import tar_records
 from sjd2_lightning.evaluation.prompts import read_prompts
 from sjd2_lightning.models.registry import FAMILIES
@@ -243,6 +243,46 @@ def test_a_split_keeps_pictures_together_and_does_not_move_them() -> None:
     assert len({r.file for r in chosen_records(records, "val", 1, 0, 5)}) == 5
 
 
+def test_a_small_set_holds_out_eight_or_a_fifth() -> None:
+    """Which ones depends on the names alone."""
+    records = [Record(f"p{n}", "a", f"p{n}.png", 0, 1) for n in range(1000)]
+    for size, held_out in ((5, 1), (12, 2), (40, 8), (1000, 8)):
+        share = share_of_fewest(records[:size], 8)
+        assert len(chosen_records(records[:size], "val", share, 0, None)) == held_out
+        again = share_of_fewest(records[:size][::-1], 8)
+        assert again == share
+    assert share_of_fewest(records[:1], 8) > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["--model-family", "emu3", "--model-path", "random_tiny", "--image-size", "16"],
+            "model=emu3 model.init=random_tiny",
+        ),
+        (
+            ["--model-family", "emu3", "--model-path", "weights/emu3_gen"],
+            "model=emu3 'model.image_size=[64,64]'",
+        ),
+        (["--model-family", "chameleon", "--model-path", "weights/tiny"], ""),
+        (["--model-family", "chameleon", "--model-path", "my own"], "'model.path=my own'"),
+        (["--tokenizer", "weights/janus_pro_1b/tokenizer", "--image-size", "384"], "model=janus_pro"),
+    ],
+)
+def test_the_printed_command_chooses_the_model_and_its_size(words: list[str], told: str) -> None:
+    options = prepare.build_parser().parse_args(["folder", "--out", "d", *words])
+    assert (
+        prepare.training_command(options, True) == f"sjd2 train data=shards data.data_dir=d {told}".rstrip()
+    )
+
+
+def test_the_printed_command_of_emoji_builds_nothing_anew() -> None:
+    options = prepare.build_parser().parse_args(["emoji", "--out", "d", "--views", "1", "--max-images", "8"])
+    told = "sjd2 train data=emoji data.data_dir=d data.views=1 data.max_images=8"
+    assert prepare.training_command(options, True) == told
+
+
 def test_keys_are_plain() -> None:
     names = ["a.png", "a b.png", "a_b.png", "ü/x.jpg", "c.d.png", "x" * 300 + ".jpg", "00000.tar/0"]
     keys = [key_of(name) for name in names]
@@ -264,7 +304,9 @@ def test_command_line_from_folder_to_samples(
     run(*options, "--model-family", "chameleon", "--model-path", tiny_weights, "--attribution", "mine")
     printed = capsys.readouterr().out
     assert "unusable pictures left out" in printed
-    assert f"sjd2 train data=shards data.data_dir={out} data.prompt_file={out / 'prompts.json'}" in printed
+    count = ShardIndex.load(out / "codes" / "train").num_samples
+    own = f"model.path={tiny_weights}"
+    assert f"sjd2 train data=shards data.data_dir={out} {own} data.batch_size={count}\n" in printed
     samples = {}
     for split in ("train", "val"):
         index = ShardIndex.load(out / "codes" / split)
@@ -278,10 +320,7 @@ def test_command_line_from_folder_to_samples(
     assert sorted(prompts) == sorted(s.caption for s in read_all(out / "codes" / "val"))
     run(*options, "--split", "train")
     assert ShardIndex.load(out / "raw" / "train").num_samples == 12
-    assert (
-        f"sjd2 train data=raw data.data_dir={out} data.prompt_file={out / 'prompts.json'}"
-        in capsys.readouterr().out
-    )
+    assert f"sjd2 train data=raw data.data_dir={out} data.batch_size=12\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

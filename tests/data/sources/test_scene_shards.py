@@ -136,12 +136,10 @@ def test_data_scenes_is_a_choice_of_the_configuration() -> None:
     assert (config.data.source, config.data.num_scenes, config.data.prepare) == ("scenes", 50, True)
 
 
-@pytest.mark.parametrize("name", ["scenes_tokenizer", "scenes_decoder", "scenes_base"])
+@pytest.mark.parametrize("name", ["scenes_tokenizer", "scenes_base"])
 def test_the_recipes_of_scenes_compose(name: str) -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        key = {"scenes_base": "model.scratch.image_tokenizer", "scenes_decoder": "tokenizer.start"}.get(name)
-        options = [f"{key}=weights/tiny/tokenizer"] if key else []  # what the recipe before leaves
-        config = train_config(compose("train", [f"experiment={name}", *options]))
+        config = train_config(compose("train", [f"experiment={name}"]))
     assert config.data.source == "scenes"
     assert config.data.aligned
     assert config.model.image_size == (128, 128)

@@ -19,7 +19,7 @@ COMMANDS = {
     "evaluate": ("cli.evaluate", "compare methods: sjd2 evaluate compare=[ar,sjd2] num_prompts=8"),
     "play": ("cli.play", "type a prompt and watch it, in a browser: sjd2 play"),
     "prepare": ("cli.prepare", "make shards of your pictures: sjd2 prepare folder --input photos"),
-    "convert": ("models.convert", "bring released Lumina-mGPT weights into this layout"),
+    "convert": ("models.convert", "bring a released Lumina-mGPT or LlamaGen in shape"),
     "pairs": ("cli.pairs", "count which codes stand side by side: methods.sjd2.pairs.table"),
     "teacher": ("cli.teacher", "let a model draw the images of a data set, for distillation"),
     "doctor": ("cli.doctor", "what this machine can do, which models are ready: sjd2 doctor"),

@@ -1,4 +1,5 @@
-"""Brings a released Lumina-mGPT and Meta's image tokenizer into one folder.
+"""Brings a released Lumina-mGPT and Meta's image tokenizer into one folder;
+or a released LlamaGen, its image tokenizer and T5.
 
 One shard at a time lies in memory; by `manifest.json` what was cut off goes on.
 """
@@ -8,9 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import pickle
 import shutil
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,94 +21,31 @@ from torch import Tensor
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from sjd2_lightning.models.chameleon import LUMINA_MGPT
-from sjd2_lightning.models.image_tokenizer import VQImageTokenizer
+from sjd2_lightning.models.released_files import (
+    TEXT_FILES,
+    Writer,
+    check_names,
+    names_of,
+    read_pickle,
+    read_shard,
+    shards_of,
+    write_tokenizer,
+)
 from sjd2_lightning.models.taming import generator_weights, vq_from_taming
 from sjd2_lightning.models.weights import (
     BACKBONE_FILE,
     INDEX,
     TEXT,
-    TOKENIZER,
     TRUNK,
     check_once,
-    damage,
     finite,
-    indexed_files,
-    open_weights,
     read_json,
 )
-from sjd2_lightning.run.files import sha256_of_file, whole_file, write_whole
+from sjd2_lightning.run.files import sha256_of_file
 from sjd2_lightning.run.stages import speak, stage
 
-MANIFEST = "manifest.json"
 VQ_PREFIX = "model.vqmodel."
 _BUFFERS = (".rotary_emb.inv_freq",)  # computed, not loaded; older checkpoints hold them
-_PICKLE_INDEX = "pytorch_model.bin.index.json"
-# what training leaves beside a model's weights, and the copy in another layout that some releases have
-_NO_WEIGHTS = (
-    "adapter_model.*",
-    "consolidated*",
-    "training_args.*",
-    "optimizer*",
-    "scheduler*",
-    "scaler*",
-    "rng_state*",
-)
-_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-
-
-def read_pickle(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by name of a `.ckpt` or `.bin` file, read without running what it may contain.
-
-    Raises:
-        ValueError: if the file holds anything but tensors and plain values.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        why = damage(Path(path)) or f"{str(error).splitlines()[0]}: it holds more than tensors, or is damaged"
-        raise ValueError(f"{path} cannot be read safely ({why}); get the original file again") from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if state is None or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no dictionary of tensors")
-    return dict(state)
-
-
-def shards_of(folder: Path) -> list[Path]:
-    """Weight files of a folder, safetensors before pickles: those that its index names, else all of a model.
-
-    Raises:
-        ValueError: there are none, or one that the index names is missing.
-    """
-    for pattern, index in (("*.safetensors", folder / INDEX), ("*.bin", folder / _PICKLE_INDEX)):
-        found = sorted(
-            path for path in folder.glob(pattern) if not any(path.match(other) for other in _NO_WEIGHTS)
-        )
-        if found and index.is_file():
-            named = indexed_files(index)
-            if missing := [path.name for path in named if not path.is_file()]:
-                raise ValueError(f"{index} names {', '.join(missing)}, not there: download the folder again")
-            return named
-        if found:
-            return found
-    raise ValueError(f"--trunk {folder}: there are no *.safetensors and no *.bin")
-
-
-def read_shard(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a weight file, one at a time where the format allows it."""
-    if path.suffix == ".bin":
-        yield from read_pickle(path).items()
-        return
-    with open_weights(path) as file:
-        for name in file.keys():  # noqa: SIM118  no dictionary
-            yield name, file.get_tensor(name)
-
-
-def names_of(path: Path) -> list[str]:
-    """Names of the tensors in a weight file."""
-    if path.suffix == ".bin":
-        return list(read_pickle(path))
-    with open_weights(path) as file:
-        return list(file.keys())
 
 
 def expanded(name: str, value: Tensor, shape: torch.Size) -> Tensor:
@@ -150,43 +86,6 @@ def trunk_config(trunk: Path, text: Path) -> dict[str, Any]:
         image = vocabulary.get("<image>", vocabulary.get("<reserved08707>"))
         config["vocabulary_map"] = {"<image>": image, **names}
     return config | {"model_type": "chameleon", "architectures": ["ChameleonForConditionalGeneration"]}
-
-
-def check_names(found: set[str], wanted: set[str], where: str) -> None:
-    """Raises ValueError naming weights that are unknown or missing."""
-    unknown, missing = sorted(found - wanted), sorted(wanted - found)
-    if unknown or missing:
-        parts = [f"unknown {', '.join(unknown)}"] if unknown else []
-        parts += [f"missing {', '.join(missing)}"] if missing else []
-        raise ValueError(f"the weights in {where} do not fit config.json: {'; '.join(parts)}")
-
-
-class Writer:
-    """Files of the converted folder, each written in one go and noted in the manifest; `made` are new."""
-
-    def __init__(self, out: Path) -> None:
-        self.out, self.made = out, list[str]()
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / MANIFEST
-        self.files: dict[str, Any] = read_json(path)["files"] if path.is_file() else {}
-
-    def write(self, name: str, source: str, make: Callable[[Path], object]) -> None:
-        """Makes a file unless it is there and was made of the same source.
-
-        Args:
-            name: relative to the folder.
-            source: what identifies the content; a change of it makes the file again.
-            make: writes the content to a path.
-        """
-        path = self.out / name
-        noted = self.files.get(name)
-        if noted and noted["source"] == source and path.is_file() and path.stat().st_size == noted["bytes"]:
-            return
-        with whole_file(path) as part:
-            make(part)
-        self.files[name] = {"source": source, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-        write_whole(self.out / MANIFEST, json.dumps({"files": self.files}, indent=2, sort_keys=True) + "\n")
-        self.made.append(name)
 
 
 def convert(trunk: Path, vqgan: Path, out: Path, text: Path | None = None) -> list[str]:
@@ -271,16 +170,10 @@ def _write(
         write(f"{TRUNK}/{name}", sha256_of_file(shard), save)
     write_json(f"{TRUNK}/{INDEX}", {"metadata": {}, "weight_map": weight_map})
     write_json(f"{TRUNK}/config.json", fields)
-    for file in (text / name for name in _TEXT_FILES):
+    for file in (text / name for name in TEXT_FILES):
         if file.is_file():
             write(f"{TEXT}/{file.name}", sha256_of_file(file), partial(shutil.copyfile, file))
-    folder = writer.out / TOKENIZER
-
-    def save_tokenizer(path: Path) -> None:
-        VQImageTokenizer(vq).save(folder, half=False)
-        (folder / "diffusion_pytorch_model.safetensors").rename(path)
-
-    write(f"{TOKENIZER}/diffusion_pytorch_model.safetensors", sha256_of_file(vqgan), save_tokenizer)
+    write_tokenizer(writer, vq, vqgan)
     write_json(BACKBONE_FILE, {"family": "chameleon", **asdict(LUMINA_MGPT)})
 
 
@@ -289,19 +182,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="sjd2 convert",
         description=__doc__,
-        epilog="example:\n  sjd2 convert --trunk Lumina-mGPT-7B-768 --vqgan vqgan.ckpt --out weights/mine",
+        epilog="examples:\n  sjd2 convert --trunk Lumina-mGPT-7B-768 --vqgan vqgan.ckpt --out weights/mine\n"
+        "  sjd2 convert --gpt t2i_XL_stage2_512.pt --vq vq_ds16_t2i.pt --t5 flan-t5-xl \\\n"
+        "      --out weights/llamagen",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = partial(parser.add_argument, type=Path)
-    add("--trunk", metavar="FOLDER", required=True, help="folder of the released Lumina-mGPT")
-    add("--vqgan", metavar="FILE", required=True, help="Meta's vqgan.ckpt")
+    add("--trunk", metavar="FOLDER", help="folder of the released Lumina-mGPT")
+    add("--vqgan", metavar="FILE", help="Meta's vqgan.ckpt, beside --trunk")
     add("--text", metavar="FOLDER", help="folder with tokenizer.json, if it is not in --trunk")
     add("--out", metavar="FOLDER", required=True, help="the new folder, for model.path")
+    add("--gpt", metavar="FILE", help="LlamaGen's t2i_*.pt or c2i_*.pt")
+    add("--vq", metavar="FILE", help="its vq_ds16_*.pt, beside --gpt")
+    add("--t5", metavar="FOLDER", help="flan-t5-xl, for t2i_*.pt")
+    parser.add_argument("--side", type=int, default=32, help="codes on a side of its images (512 pixels: 32)")
     asked = parser.parse_args(arguments)
+    if not (asked.trunk and asked.vqgan) and not (asked.gpt and asked.vq):
+        parser.error("give --trunk and --vqgan, or --gpt and --vq")
     speak()
     try:
-        with stage(f"converting {asked.trunk}"):
-            made = convert(asked.trunk, asked.vqgan, asked.out, asked.text)
+        with stage(f"converting {asked.gpt or asked.trunk}"):
+            if asked.gpt:
+                from sjd2_lightning.models.convert_llamagen import convert_llamagen
+
+                made = convert_llamagen(asked.gpt, asked.vq, asked.out, asked.side, asked.t5)
+            else:
+                made = convert(asked.trunk, asked.vqgan, asked.out, asked.text)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     print(f"{asked.out}: {', '.join(made) if made else 'nothing to do'}")

@@ -110,8 +110,10 @@ class GlmImageTokenizer:
         # (B, 3 * p * p, h * w) patches, in raster order
         patches = F.unfold((seen - mean) / std, self.patch, stride=self.patch)
         grids = torch.tensor([[1, height, width]] * len(images), device=images.device)
-        features = self.model.get_image_features(patches.transpose(1, 2).flatten(0, 1), grids)
-        return self.model.get_image_tokens(features.pooler_output).view(len(images), -1).long()
+        pixels = patches.transpose(1, 2).flatten(0, 1).to(self.model.visual.dtype)
+        hidden = self.model.visual(pixels, grid_thw=grids).last_hidden_state
+        hidden = hidden.view(len(images), height, width, -1).permute(0, 3, 1, 2)
+        return self.model.vqmodel.encode(hidden).image_tokens.view(len(images), -1).long()
 
     @torch.no_grad()
     def decode(self, image_ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:

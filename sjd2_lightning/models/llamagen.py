@@ -76,7 +76,11 @@ class GridRotation(nn.Module):
         self.rates = nn.Buffer(rates, persistent=False)
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, head_dim) cosines and sines of positions (2, B, L), in the type of `x`."""
+        """(B, L, head_dim) cosines and sines of positions (2, B, L), in the type of `x`.
+
+        Positions (B, L) are those of a row and a column alike.
+        """
+        position_ids = position_ids.expand(2, *position_ids.shape[-2:])
         angles = (position_ids[..., None] * self.rates.float()).transpose(0, 1).transpose(1, 2).flatten(2)
         inside = (position_ids[0] >= 0)[..., None]
         found = (torch.cat([turn, turn], dim=-1) * inside for turn in (angles.cos(), angles.sin()))
@@ -170,7 +174,7 @@ class LlamaGenBackbone(PretrainedBackbone):
 
     def train(self, mode: bool = True) -> LlamaGenBackbone:
         super().train(mode)
-        encoder = getattr(self, "text_encoder", None)
+        encoder = getattr(self, "text_encoder", None)  # not there yet while the base class is made
         if encoder is not None:
             encoder.eval()
         return self
@@ -249,7 +253,7 @@ class LlamaGenBackbone(PretrainedBackbone):
 
 
 def cleaned(caption: str) -> str:
-    """A caption as T5 saw it in training: the release's cleaning, as far as it touches plain ones."""
+    """A caption as the release cleans it for T5, as far as that touches plain captions."""
     caption = re.sub(r"\bhttps?://\S+|\bwww\.\S+|<[^>]*>|@\w+\b", "", caption.lower())
     caption = re.sub(r"[\u02d7\u058a\u2010-\u2015\u2212\ufe58\ufe63\uff0d]+", "-", caption)
     caption = re.sub(r"[`´«»“”¨]", '"', caption)
@@ -293,7 +297,8 @@ def load_llamagen(
                 folder / ENCODER, dtype=options.dtype, use_safetensors=True, local_files_only=True
             )
         except Exception as error:  # transformers has many kinds
-            raise ValueError(f"no encoder of T5 in {folder / ENCODER} ({error}); {options.remedy}") from error
+            where = folder / ENCODER
+            raise ValueError(f"no encoder of T5 in {where} ({error}); {options.remedy}") from error
     images = load_image_tokenizer(folder / TOKENIZER)
     if not isinstance(images, VQImageTokenizer):
         raise ValueError(f"{folder / TOKENIZER} is no VQ model, which LlamaGen draws with; {options.remedy}")

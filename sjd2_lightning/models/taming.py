@@ -17,6 +17,7 @@ _NORM_OUT = re.compile(r"(encoder|decoder)\.norm_out\.(.+)")
 _BLOCK = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.block\.(\d+)\.(\w+)\.(weight|bias)")
 _SCALE = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(down|up)sample\.conv\.(weight|bias)")
 _MIDDLE = re.compile(r"(encoder|decoder)\.mid\.block_([12])\.(\w+)\.(weight|bias)")
+_ATTENTION_OF_LEVEL = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.attn\.(\d+)\.(\w+)\.(weight|bias)")
 _ATTENTION = re.compile(r"(encoder|decoder)\.mid\.attn_1\.(\w+)\.(weight|bias)")
 
 
@@ -41,6 +42,9 @@ def diffusers_name(name: str, num_blocks: int) -> str | None:
         return f"{found[1]}.mid_block.resnets.{int(found[2]) - 1}.{layer}.{found[4]}"
     if (found := _ATTENTION.fullmatch(name)) and found[2] in _IN_ATTENTION:
         return f"{found[1]}.mid_block.attentions.0.{_IN_ATTENTION[found[2]]}.{found[3]}"
+    if (found := _ATTENTION_OF_LEVEL.fullmatch(name)) and found[4] in _IN_ATTENTION:
+        block = _block(found[1], int(found[2]), num_blocks)
+        return f"{block}.attentions.{found[3]}.{_IN_ATTENTION[found[4]]}.{found[5]}"
     return None
 
 
@@ -71,12 +75,14 @@ def vq_from_taming(state: Mapping[str, Tensor]) -> VQModel:
     if unknown := sorted(name for name, new in names.items() if new is None):
         raise ValueError(f"unknown weights in the VQGAN checkpoint: {', '.join(unknown)}")
     channels = [len(state[f"encoder.down.{place}.block.0.conv1.weight"]) for place in sorted(blocks)]
+    attending = {int(found[2]) for name in state if (found := _ATTENTION_OF_LEVEL.fullmatch(name))}
+    kinds = ["Attn" if level in attending else "" for level in sorted(blocks)]
     num_codes, code_dim = state["quantize.embedding.weight"].shape
     vq = VQModel(
         in_channels=state["encoder.conv_in.weight"].shape[1],
         out_channels=state["encoder.conv_in.weight"].shape[1],
-        down_block_types=("DownEncoderBlock2D",) * len(blocks),
-        up_block_types=("UpDecoderBlock2D",) * len(blocks),
+        down_block_types=tuple(f"{kind}DownEncoderBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)),
         block_out_channels=tuple(channels),
         layers_per_block=max(resnets),  # the decoder has one resnet more than the encoder
         latent_channels=state["quant_conv.weight"].shape[1],

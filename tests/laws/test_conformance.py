@@ -155,7 +155,7 @@ def glm_image_case(backbone) -> Case:
 
 
 def llamagen_case(backbone) -> Case:
-    """The release in its own order of numbers, without our cache, mask or positions: `plain_llamagen`."""
+    """The release written out, without cache, mask or positions of ours."""
 
     def teacher(prompt_ids: list[int], image_ids: Tensor, layout: ImageLayout) -> Tensor:
         codes = image_ids.flatten().tolist()

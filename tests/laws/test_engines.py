@@ -32,6 +32,7 @@ FAMILY_SIZES = {
     "janus": (64, 64),
     "simple_ar": (48, 48),
     "glm_image": (64, 96),
+    "llamagen": (64, 64),
 }
 METHODS = {
     "ar": DecodingConfig("ar", window=1, sampling=SAMPLING),

@@ -20,7 +20,7 @@ from sjd2_lightning.training.optimizer import OptimizerConfig
 from tests.training.test_module import QUIET, Batch, loader
 
 LIBRARIES = ("transformers", "diffusers", "peft", "torch")
-SIDES = {"chameleon": 32, "emu3": 16, "janus": 64, "simple_ar": 32, "glm_image": 64}
+SIDES = {"chameleon": 32, "emu3": 16, "janus": 64, "simple_ar": 32, "glm_image": 64, "llamagen": 64}
 
 
 @contextmanager

@@ -35,6 +35,7 @@ TRAINING = (
 )
 
 DOCUMENTED = ("lumina_mgpt", "emu3", "janus_pro", "janus_pro_7b", "simple_ar", "simple_ar_1_5b", "glm_image")
+DOCUMENTED += ("llamagen", "llamagen_class")  # all of them but other sizes of Lumina-mGPT
 FOLDERS = {
     "emu3": "emu3_gen",
     "simple_ar": "simple_ar/simplear_0.5B_rl",
@@ -64,6 +65,7 @@ def composed(tmp_path, monkeypatch):
         ("janus_pro", 64, "lora"),
         ("simple_ar", 32, "lora"),
         ("glm_image", 64, "lora"),
+        ("llamagen", 64, "lora"),
     ],
 )
 def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, peft):
@@ -111,6 +113,8 @@ def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, pe
         ("simple_ar", 0.55e9, 64 * 64),
         ("simple_ar_1_5b", 1.64e9, 64 * 64),
         ("glm_image", 10.1e9, 16 * 16 + 32 * 32),
+        ("llamagen", 0.77e9, 32 * 32),
+        ("llamagen_class", 0.77e9, 24 * 24),
     ],
 )
 def test_the_plan_needs_no_weights(composed, capsys, model, parameters, tokens):

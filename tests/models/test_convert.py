@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from sjd2_lightning.models.chameleon import LUMINA_MGPT
-from sjd2_lightning.models.convert import MANIFEST, convert, main, read_pickle
+from sjd2_lightning.models.convert import convert, main
 from sjd2_lightning.models.registry import load_backbone
+from sjd2_lightning.models.released_files import MANIFEST, read_pickle
 from sjd2_lightning.models.small import byte_tokenizer, code_name
 from sjd2_lightning.models.taming import vq_from_taming
 
@@ -230,7 +231,11 @@ def test_unknown_and_missing_weights_of_the_trunk_are_named(original, tmp_path):
             None,
             r"lacks the weights of decoder\.mid_block\.attentions\.0\.to_q\.bias",
         ),
-        (None, "encoder.down.1.attn.0.q.weight", r"unknown weights .*encoder\.down\.1\.attn\.0\.q\.weight"),
+        (
+            None,
+            "encoder.down.1.attn.0.gone.weight",
+            r"unknown weights .*encoder\.down\.1\.attn\.0\.gone\.weight",
+        ),
         ("quant_conv.weight", None, r"no checkpoint of a VQGAN: quant_conv\.weight missing"),
     ],
 )

@@ -153,7 +153,8 @@ def around(backbone, layout) -> list[int]:
     return [token for token in backbone.prompt_ids("¤", layout) if token not in letters(backbone, "¤")]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "shipped"])
+# LlamaGen's cleaning of captions takes them out
+@pytest.mark.parametrize("family", [*sorted(FAMILIES.keys() - {"llamagen"}), "shipped"])
 def test_words_of_a_prompt_are_never_control_tokens(backbones, family):
     backbone = load_backbone("chameleon", "weights/tiny") if family == "shipped" else backbones[family]
     layout, control = backbone.layout(64, 64), backbone.text_tokenizer.added_tokens_decoder

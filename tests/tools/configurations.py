@@ -34,6 +34,7 @@ NAMED_FILES = (
     *(f"weights/{name}/config.json" for name in ("emu3_gen", "janus_pro_1b", "janus_pro_7b")),
     *(f"weights/simple_ar/simplear_{size}B_rl/config.json" for size in (0.5, 1.5)),
     "weights/glm_image/model_index.json",
+    *(f"weights/{name}/backbone.json" for name in ("llamagen", "llamagen_class")),
     "outputs/demo/model/backbone.json",
     "outputs/smoke/model/backbone.json",
     "outputs/study/small_base/model/backbone.json",

@@ -1,4 +1,4 @@
-"""LlamaGen written out as it was published: neighbouring numbers turn, a grid, no cache."""
+"""LlamaGen written out as published: numbers side by side turn, by rows and columns of a grid; no cache."""
 
 from __future__ import annotations
 

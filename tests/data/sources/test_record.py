@@ -350,7 +350,7 @@ def test_command_line_says_what_is_missing(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_makes_shards(photos: Path, tmp_path: Path, family: str) -> None:
-    size = {"emu3": 16, "janus": 64, "glm_image": 64}.get(family, 32)
+    size = {"emu3": 16, "janus": 64, "glm_image": 64, "llamagen": 64}.get(family, 32)
     options = ["--image-size", size, "--split", "train", "--workers", 0, "--max-images", 2]
     run(
         "folder",

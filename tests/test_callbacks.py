@@ -113,7 +113,7 @@ def test_everything_is_logged_in_the_step_it_belongs_to(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("what", ["write_whole", "RecordStore"])
 def test_a_disk_that_is_full_for_a_while_costs_the_samples_of_that_while(tmp_path, monkeypatch, caplog, what):
-    """The best checkpoint is chosen among the validations that were measured; the last one is always saved."""
+    """The best checkpoint is chosen among validations that were measured; the last one is always saved."""
     place = store if what == "write_whole" else compare
     inner, module, kept = getattr(place, what), Module(), []
 

@@ -168,7 +168,7 @@ class Retention(ModelCheckpoint):
             self._tidy(trainer)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
-        """Where a validation could not measure what checkpoints are compared by, the last one alone is saved."""
+        """Where a validation could not measure what checkpoints are compared by, saves the last one alone."""
         if self.monitor is None or self.monitor in monitor_candidates:
             super()._save_topk_checkpoint(trainer, monitor_candidates)
         else:

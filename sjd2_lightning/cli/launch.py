@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +29,9 @@ from omegaconf.errors import OmegaConfBaseException
 from sjd2_lightning.cli.arguments import one_line, readable_arguments, with_suggestion
 from sjd2_lightning.cli.naming import SWEPT, name_run, num_runs, swept_keys
 from sjd2_lightning.config.reading import ALLOWED_TARGETS, conf_dir
+from sjd2_lightning.run.files import remove
 from sjd2_lightning.run.harmless import harmless
+from sjd2_lightning.run.owner import Taken
 from sjd2_lightning.run.processes import HANDED_DOWN, started_by_lightning
 from sjd2_lightning.run.stages import A_MINUTE, duration, stage
 
@@ -74,9 +76,9 @@ def launch(
         name_run(cfg, overrides, folder, hydra_config.runtime.choices.get("experiment"), in_sweep)
         with _handing_down(script, overrides, str(folder)):
             if in_sweep:
-                _run_in_sweep(job, cfg, folder)
+                _run_in_sweep(script, job, cfg, folder)
             else:
-                job(cfg)
+                _run_alone(script, job, cfg, folder)
 
     logging.raiseExceptions = False  # a line that a full disk does not take is not worth a traceback each
     # whatever a library asks for, no file of this process is unpickled
@@ -157,17 +159,45 @@ def _run_as_further_rank(script: str, job: Callable[[DictConfig], object]) -> No
     job(cfg)
 
 
-def _run_in_sweep(job: Callable[[DictConfig], object], cfg: DictConfig, folder: Path) -> None:
+def _run_alone(script: str, job: Callable[[DictConfig], object], cfg: DictConfig, folder: Path) -> None:
+    try:
+        job(cfg)
+    except Exception as error:
+        message = refusal(script, error)
+        if message is None:
+            raise
+        sys.exit(_fail(message))  # Hydra would print the overrides above it
+    finally:
+        _wrote_nothing(script, folder)
+
+
+def _run_in_sweep(script: str, job: Callable[[DictConfig], object], cfg: DictConfig, folder: Path) -> None:
     from sjd2_lightning.report.sweep import write_job
 
-    outcome, message = None, None
+    outcome, message, is_taken = None, None, False
     try:
         outcome = job(cfg)
     except Exception as error:  # whatever stops one run, the others go on
         log.error("this run of the sweep failed", exc_info=not isinstance(error, ValueError))
         message = " ".join(str(error).split()) or type(error).__name__
+        is_taken = isinstance(error, Taken)
+    is_gone = _wrote_nothing(script, folder)
+    if message is None and (is_gone or not outcome):
+        return  # a plan, or a run that was at its end before
     with harmless(f"noting the run in {folder} for the sweep's report"):
-        write_job(folder, list(HydraConfig.get().overrides.task), outcome, message)
+        overrides = list(HydraConfig.get().overrides.task)
+        write_job(folder, overrides, outcome, message, is_owned=not (is_gone or is_taken))
+
+
+def _wrote_nothing(script: str, folder: Path) -> bool:
+    """Whether a run left nothing in its folder but Hydra's log; the folder is removed then."""
+    log_file = folder / f"{script}.log"
+    if not folder.is_dir() or any(path != log_file for path in folder.iterdir()):
+        return False
+    with suppress(OSError):
+        remove(log_file)
+        folder.rmdir()
+    return True
 
 
 def _fail(message: str) -> int:
@@ -269,7 +299,8 @@ class SweepPace:
 class SweepReport(Callback):
     """Writes sweep.csv, sweep.md, sweep.html and figures of a sweep into its folder.
 
-    Whatever the launcher: each run writes `job.json` into its folder; they are read once all have ended.
+    Whatever the launcher: each run writes `job.json` into its folder, or beside it if it was refused; they
+    are read once all have ended. Where all runs were refused, or were plans, nothing is left.
     """
 
     all_failed: ClassVar[bool] = False
@@ -293,13 +324,24 @@ class SweepReport(Callback):
 
         folder = Path(config.hydra.sweep.dir)
         jobs = read_sweep(folder)
-        if not jobs:
+        failed = [job for job in jobs if job.error is not None]
+        SweepReport.all_failed = bool(jobs) and len(failed) == len(jobs)
+        titles = job_titles(jobs)
+        for job in failed:
+            log.error("failed: %s (%s): %s", titles[job.name], folder / job.name, job.error)
+        if not any((folder / job.name).is_dir() for job in jobs):
+            _remove_sweep(folder)
             return
         with stage("writing the sweep's report"):
             files = write_sweep_report(jobs, folder)
-        SweepReport.all_failed = files.num_failed == len(jobs)
-        titles = job_titles(jobs)
-        for job in jobs:
-            if job.error is not None:
-                log.error("failed: %s (%s): %s", titles[job.name], folder / job.name, job.error)
         log.info("sweep of %d runs, %d failed: %s", len(jobs), files.num_failed, files.html)
+
+
+def _remove_sweep(folder: Path) -> None:
+    """Removes what Hydra and refused runs wrote beside the folders of runs, and what is empty then."""
+    for path in [folder / "multirun.yaml", *folder.glob("*.job.json")]:
+        remove(path)
+    with suppress(OSError):  # the first one that holds something else ends it
+        for place in (folder, *folder.parents):
+            if place.resolve() != Path.cwd():
+                place.rmdir()

@@ -29,7 +29,7 @@ from sjd2_lightning.report.sweep_figures import (
     sweep_cells,
 )
 from sjd2_lightning.report.table import LEAST_IMAGES, MISSING, markdown_lines
-from sjd2_lightning.run.files import write_whole
+from sjd2_lightning.run.files import remove, write_whole
 
 JOB_FILE = "job.json"
 # key of a number -> (title, whether less is better)
@@ -88,29 +88,36 @@ def job_titles(jobs: Sequence[SweepJob]) -> dict[str, str]:
     }
 
 
-def write_job(folder: Path, overrides: Sequence[str], outcome: object, error: str | None) -> None:
+def write_job(
+    folder: Path, overrides: Sequence[str], outcome: object, error: str | None, is_owned: bool = True
+) -> None:
     """Writes job.json into a run's folder; `read_sweep` collects them.
 
     Args:
-        folder: folder of the run.
+        folder: folder of the run. Where there is none, or another process owns it, the file lies beside it.
         overrides: overrides of the run.
         outcome: what the run returned; only plain numbers in a mapping are kept.
         error: first line of the error that stopped it, or None.
+        is_owned: whether the run began, and its folder is its own.
     """
     numbers = outcome.items() if isinstance(outcome, Mapping) else ()
     metrics = {str(name): value for name, value in numbers if isinstance(value, (int, float))}
     content = {"overrides": list(overrides), "error": error, "metrics": metrics}
-    write_whole(folder / JOB_FILE, json.dumps(content, indent=2))
+    beside = folder.with_name(f"{folder.name}.{JOB_FILE}")
+    remove(beside)
+    write_whole(folder / JOB_FILE if is_owned else beside, json.dumps(content, indent=2))
 
 
 def read_sweep(folder: str | Path) -> list[SweepJob]:
     """The runs below a sweep's folder, in the order of their numbers."""
+    paths = {path.parent.name: path for path in Path(folder).glob(f"*/{JOB_FILE}")}
+    # what lies beside a folder is the newest run's, that was refused
+    paths |= {path.name.removesuffix(f".{JOB_FILE}"): path for path in Path(folder).glob(f"*.{JOB_FILE}")}
     jobs = []
-    for path in Path(folder).glob(f"*/{JOB_FILE}"):
+    for name, path in paths.items():
         content, report = json.loads(path.read_text()), path.with_name("report.json")
         found = json.loads(report.read_text()) if report.is_file() and content["error"] is None else None
-        name, overrides = path.parent.name, tuple(content["overrides"])
-        jobs.append(SweepJob(name, overrides, content["error"], found, content["metrics"]))
+        jobs.append(SweepJob(name, tuple(content["overrides"]), content["error"], found, content["metrics"]))
     return sorted(jobs, key=lambda job: (len(job.name), job.name))
 
 

@@ -65,6 +65,10 @@ class Owner:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
 
+class Taken(ValueError):
+    """Another process writes in a folder."""
+
+
 @contextmanager
 def owned(folder: Path, command: str) -> Iterator[None]:
     """Owns a folder as long as the block runs; of a run of several processes the first one does.
@@ -74,7 +78,7 @@ def owned(folder: Path, command: str) -> Iterator[None]:
         command: what writes there, "train" or "evaluate": each has an owner of its own.
 
     Raises:
-        ValueError: another process writes there.
+        Taken: another process writes there.
     """
     if not is_first_process():
         yield
@@ -86,7 +90,7 @@ def owned(folder: Path, command: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(_refusal(folder, command, Owner.read(path))) from error
+        raise Taken(_refusal(folder, command, Owner.read(path))) from error
     except (OSError, NotImplementedError) as error:
         log.warning("%s has no locks (%s): another process is recognised by its touches alone", folder, error)
     try:
@@ -113,14 +117,14 @@ def _take_over(folder: Path, command: str, path: Path, own: Owner, locked: bool)
     """Makes the folder ours, once the one that the file names has ended.
 
     Raises:
-        ValueError: it has not.
+        Taken: it has not.
     """
     before = Owner.read(path)
     if before is not None:
         ended = locked and before.host == own.host  # the kernel of this machine says so
         requeued = own.job != "" and before.job == own.job  # Slurm ends a job before it starts it again
         if not (ended or requeued) and _is_touched(path, before):
-            raise ValueError(_refusal(folder, command, before))
+            raise Taken(_refusal(folder, command, before))
         log.warning("%s: going on where %s ended without a word", folder, before)
     with harmless(f"naming the owner of {folder}"):
         path.write_text(json.dumps(asdict(own)))

@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 from sjd2_lightning.cli import build as building
 from sjd2_lightning.cli import trainer as monitoring
@@ -21,10 +20,8 @@ from sjd2_lightning.cli.train import main as train_main
 from sjd2_lightning.cli.train import resume_path, train
 from sjd2_lightning.config.groups import WandbConfig
 from sjd2_lightning.config.reading import conf_dir, evaluate_config
-from sjd2_lightning.models.small import build_tiny
 from tests.evaluation.test_references import tiny_coco
 from tests.tools.source import REPO
-from tests.tools.tiny_backbones import tiny_image_tokenizer
 from tests.tools.wandb_files import offline_run
 
 # A model of random weights and a handful of pictures: what is tested here is that the parts meet.
@@ -36,17 +33,6 @@ QUIET = (
     "trainer=cpu",
     "validate_first=false",
 )
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory) -> Path:
-    """A backbone folder of random weights, and shards of a few pictures beside it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_image_tokenizer(num_codes=16, patch=8).save(folder / "tokenizer")
-    captions = ["red heart", "blue circle", "cat face"]
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2}
-    build_tiny(captions, folder / "tokenizer", text_vocab_size=512, **sizes).save(folder / "model")
-    return folder
 
 
 @pytest.fixture
@@ -61,25 +47,6 @@ def composed(tiny_folder, tmp_path, monkeypatch):
             return compose(root, [*places, *SMALL, *overrides])
 
     return compose_small
-
-
-@pytest.fixture
-def command(tiny_folder, tmp_path, monkeypatch):
-    """Runs a script's main as the command line does; returns its exit status."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(main, *arguments: str) -> int | str | None:
-        monkeypatch.setattr(sys, "argv", ["script", *arguments])
-        GlobalHydra.instance().clear()
-        try:
-            main()
-        except SystemExit as end:
-            return end.code
-        finally:
-            GlobalHydra.instance().clear()
-        return 0
-
-    return run
 
 
 def test_fine_tuning_trains_exports_and_records(composed, tmp_path):
@@ -271,12 +238,6 @@ def test_a_sweep_in_several_processes(tiny_folder, tmp_path):
     lines = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").read_text().splitlines()))
     assert {line["job"] for line in lines} == set("0123")
     assert [line["job"] for line in lines if line["error"]] == ["1"]
-
-
-def test_a_sweep_that_fails_throughout_says_so(command, tmp_path):
-    assert command(evaluate_main, "-m", "decoding.window=0,-1", "run_dir=sweep", "logger=none") == 1
-    assert "2 runs, 2 failed" in (tmp_path / "sweep" / "sweep.md").read_text()
-    assert "decoding.window" in (tmp_path / "sweep" / "sweep.md").read_text()
 
 
 def test_evaluation_writes_what_it_returns(command, tiny_folder, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 from hydra.experimental.callback import Callback as HydraCallback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 
 from sjd2_lightning import decoding
@@ -29,7 +30,7 @@ SHARED_NAMES = {
 # Methods that frameworks call: names of their base classes.
 HOOKS = {
     name
-    for owner in (L.Callback, L.LightningDataModule, L.LightningModule, Strategy, HydraCallback)
+    for owner in (ModelCheckpoint, L.LightningDataModule, L.LightningModule, Strategy, HydraCallback)
     for name in dir(owner)
 } | set(dir(pickle._Unpickler))
 # What nothing in the package calls, and why it is there all the same.

@@ -30,13 +30,14 @@ from rich.table import Table
 
 from benchmarks.likelihood import nats_per_code
 from benchmarks.memory import LiveBytes
+from benchmarks.shipped import shipped_pixels, shipped_prompts
 from benchmarks.timing import time_inside
 from sjd2_lightning.config.groups import AutoWindowConfig
 from sjd2_lightning.config.reading import conf_dir, evaluate_config
 from sjd2_lightning.decoding import DecodingConfig, decode
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.auto_window import resolve_windows
-from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts
+from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.metrics.bootstrap import mean_result, paired_difference, ratio_of_totals
 from sjd2_lightning.metrics.efficiency import peak_memory, timed
 from sjd2_lightning.models.backbone import Backbone
@@ -148,7 +149,7 @@ def measure_batch(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """All methods at one batch size."""
-    prompts = held_out_prompts(max(options.num_prompts, batch))
+    prompts = shipped_prompts(max(options.num_prompts, batch))
     groups = [prompts[start : start + batch] for start in range(0, len(prompts) - batch + 1, batch)]
     layout = backbone.layout(options.pixels, options.pixels)
     methods, choices = resolve_windows(
@@ -191,7 +192,7 @@ def against_generate(
     """
     layout, device = backbone.layout(options.pixels, options.pixels), backbone.device
     ours, theirs = [], []
-    for item in held_out_prompts(options.generate_prompts):
+    for item in shipped_prompts(options.generate_prompts):
         ids = backbone.prompt_ids(item.prompt, layout)
         fed = torch.tensor([ids, ids], device=device)
 
@@ -239,7 +240,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--generate-prompts", type=int, default=3, help="0 leaves the comparison out")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
-    parser.add_argument("--pixels", type=int, default=64)
+    parser.add_argument("--pixels", type=int, default=shipped_pixels())
     parser.add_argument(
         "--methods",
         nargs="+",

@@ -22,8 +22,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.shipped import shipped_pixels, shipped_prompts
 from sjd2_lightning.decoding import DecodingConfig, Iteration, Sampling, decode
-from sjd2_lightning.evaluation.prompts import held_out_prompts
 from sjd2_lightning.metrics.bootstrap import mean_result
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import load_backbone
@@ -67,7 +67,7 @@ def reach(sizes: Tensor, kind: torch.dtype, sampling: Sampling) -> Tensor:
 def measure(backbone: Backbone, sampling: Sampling, options: argparse.Namespace) -> dict[str, Any]:
     """Near ties of autoregression in float32."""
     layout = backbone.layout(options.pixels, options.pixels)
-    prompts = held_out_prompts(options.num_prompts)
+    prompts = shipped_prompts(options.num_prompts)
     gaps, sizes, images = [], [], []
     for start in range(0, len(prompts), options.batch):
         part = prompts[start : start + options.batch]
@@ -112,7 +112,7 @@ def differing(
     """
     layout = backbone.layout(options.pixels, options.pixels)
     first = []
-    for item in held_out_prompts(options.num_prompts):
+    for item in shipped_prompts(options.num_prompts):
         job = backbone, [item.prompt], [item.seed]
         ar = decode(*job, DecodingConfig("ar", window=1, sampling=sampling, **way), layout).slot_ids[0]
         config = DecodingConfig("sjd2", options.window, 2, sampling=sampling, **way)
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--weights", default="weights/tiny")
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--pixels", type=int, default=64)
+    parser.add_argument("--pixels", type=int, default=shipped_pixels())
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--guidance-scales", type=float, nargs="+", default=[1.0, 3.0])
     parser.add_argument("--trunk-dtype", choices=[*FORMATS, "none"], default="none")

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.shipped import shipped_pixels, shipped_prompts
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
-from sjd2_lightning.evaluation.prompts import held_out_prompts
 from sjd2_lightning.metrics.bootstrap import ratio_of_totals
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.registry import load_backbone
@@ -58,11 +58,11 @@ def settings(options: argparse.Namespace, sampling: Sampling) -> Iterator[tuple[
 def measure(options: argparse.Namespace) -> tuple[Cell, dict[str, Cell]]:
     """Decodes all prompts by autoregression and by every setting."""
     backbone = load_backbone("chameleon", options.weights, options.trunk).eval()
-    layout = backbone.layout(64, 64)
+    layout = backbone.layout(shipped_pixels(), shipped_pixels())
     sampling = Sampling(options.temperature, guidance_scale=options.guidance_scale)
     baseline = Cell(DecodingConfig("ar", window=1, sampling=sampling))
     cells = {name: Cell(config) for name, config in settings(options, sampling)}
-    prompts = held_out_prompts(options.num_prompts)
+    prompts = shipped_prompts(options.num_prompts)
     decode(backbone, [prompts[0].prompt], [prompts[0].seed], baseline.config, layout)  # warm-up
     for item in track(prompts, "prompts"):
         ar = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.processes import failing_together
 from sjd2_lightning.run.stages import stage
+
+log = logging.getLogger(__name__)
 
 
 class SamplingCallback(Callback):
@@ -202,6 +205,9 @@ class SamplingCallback(Callback):
         if self._meter is None:
             with stage("measuring the real images"):
                 self._meter = QualityMeter(self.metrics, self.reference)
+            for control in self._meter.controls:
+                if not control.passed:
+                    log.warning("%s", control.sentence)
         self._meter.forget_images()
         with stage("measuring the samples"):
             return measure_methods(

@@ -17,10 +17,19 @@ from sjd2_lightning.callbacks import SamplingCallback
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.evaluation import auto_window, compare, store
 from sjd2_lightning.evaluation.prompts import PromptItem
+from sjd2_lightning.evaluation.quality import QualityMetrics
 from sjd2_lightning.run import harmless
 from sjd2_lightning.run.provenance import weights_hash
 from sjd2_lightning.training.resume import Retention
-from tests.tools.small_evaluation import METHODS, PROMPTS, SIDE, metrics, reference_set, small_backbone
+from tests.tools.small_evaluation import (
+    METHODS,
+    PROMPTS,
+    SIDE,
+    fake_clip,
+    metrics,
+    reference_set,
+    small_backbone,
+)
 from tests.tools.wandb_files import offline_run
 
 
@@ -277,3 +286,12 @@ def test_a_prompt_that_is_too_long_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="prompt 3 of 3, 'long', cannot be decoded"):
         fit(tmp_path, module, callback)
     assert not module.draws
+
+
+def test_a_scorer_that_fails_its_controls_is_named_once_and_logs_nothing(tmp_path, caplog):
+    blind = QualityMetrics(clip=fake_clip(knows=False), num_resamples=20)
+    fit(tmp_path, Module(), sampling(tmp_path, metrics=blind, prompts=PROMPTS[:2]), epochs=2)
+    assert not [key for line in lines_of(tmp_path) for key in line if "clip" in key]
+    said = [record.getMessage() for record in caplog.records if "is not shown" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("clip_score_fake is not shown: its gain is")

@@ -30,12 +30,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.shipped import shipped_pixels, shipped_prompts
 from benchmarks.study.acceptance_statistics import Statistics, summary
 from benchmarks.study.replay_map import VIEWS, ReplayMap, Shape, expected_passes
 from benchmarks.study.study import as_text, held, weights_digest
 from benchmarks.study.study_table import rounded, shown
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
-from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts
+from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.metrics.bootstrap import ratio_of_totals
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import load_backbone
@@ -110,7 +111,7 @@ def measure(backbone: Backbone, options: argparse.Namespace) -> dict[str, Any]:
     """Everything that `--json` gets."""
     layout = backbone.layout(options.pixels, options.pixels)
     sampling = Sampling(options.temperature, guidance_scale=options.guidance_scale)
-    items = held_out_prompts(options.num_prompts)
+    items = shipped_prompts(options.num_prompts)
     batches = [items[start : start + options.batch] for start in range(0, len(items), options.batch)]
     groups = [(ReplayMap(backbone, batch, layout, sampling), batch) for batch in track(batches, "images")]
     codes = layout.code_slots
@@ -198,7 +199,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--trunk", default="trunk")
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--pixels", type=int, default=64)
+    parser.add_argument("--pixels", type=int, default=shipped_pixels())
     parser.add_argument("--windows", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--statistics-window", type=int, default=32)
     parser.add_argument("--parts", type=int, nargs="*", default=[2, 4, 8])

@@ -38,12 +38,13 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.likelihood import log_laws
+from benchmarks.shipped import shipped_prompts
 from benchmarks.study.study_table import COLUMNS, Run, figure, lines, markdown, tabulate
 from sjd2_lightning.config.groups import Group
 from sjd2_lightning.config.reading import conf_dir, evaluate_config
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.config import BASELINE
-from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts
+from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.evaluation.store import method_fields
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone
@@ -220,7 +221,7 @@ def held(path: Path, wanted: str) -> dict[str, Any] | None:
 
 def measure(run: Run, options: argparse.Namespace) -> None:
     """Fills a run with the results of its settings, decoding those that are missing."""
-    prompts = held_out_prompts(options.num_prompts)
+    prompts = shipped_prompts(options.num_prompts)
     sampling = f"t{options.temperature:g}-g{options.guidance_scale:g}"
     out = options.out / run.folder.name / sampling
     weights = weights_digest(run.folder / "model")
@@ -250,7 +251,7 @@ def measure_times(
     options: argparse.Namespace,
 ) -> None:
     """Wall clock at batch 1: each prompt by every setting in turn, so that drift of the machine hits all."""
-    layout, prompts = backbone.layout(*run.pixels), held_out_prompts(options.num_prompts)
+    layout, prompts = backbone.layout(*run.pixels), shipped_prompts(options.num_prompts)
     run.times = (held(path, wanted) or {"rounds": []})["rounds"]
     if options.tabulate:
         return

@@ -365,4 +365,7 @@ def trainings_after(config: TrainConfig, num_steps: int) -> list[dict[str, Any]]
     if not model.random_name:
         unknown = {"weights": model.hub_id or model.path, "noise": None}
         before = trainings_of(shipped(model.path)) or [unknown]
-    return [*before, {"data": config.data.data_dir, "steps": num_steps, "noise": asdict(config.noise)}]
+    return [
+        *before,
+        {"data": Path(config.data.data_dir).name, "steps": num_steps, "noise": asdict(config.noise)},
+    ]

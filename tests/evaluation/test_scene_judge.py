@@ -35,6 +35,12 @@ def test_prompts_are_equally_many_of_each_category():
     assert [item.asked for item in repeat_prompts(prompts[:1], 2)] == [prompts[0].asked] * 2
 
 
+def test_more_prompts_than_can_be_made_in_seconds_are_refused():
+    for number in (0, 1_000_000):
+        with pytest.raises(ValueError, match=f"num_prompts is {number}: ask for 1 to 10000 scenes"):
+            scene_prompts(number)
+
+
 def test_real_scenes_are_those_of_the_prompts():
     prompts, reference = scene_prompts(6, variety=FEW), scene_reference(64, 10, variety=FEW)
     part = reference.matching(prompts)

@@ -11,6 +11,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from benchmarks.shipped import shipped_pixels
 from sjd2_lightning.models.registry import load_backbone
 from sjd2_lightning.playground.offer import Offer
 from sjd2_lightning.playground.player import Player
@@ -33,7 +34,7 @@ def page(tiny_weights) -> Iterator[SimpleNamespace]:
         "weights/tiny on cpu",
         methods(),
         "sjd2",
-        (64, 64),
+        (shipped_pixels(), shipped_pixels()),
         ["red heart", "cloud", "hot face"],
     )
     player = Player()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from benchmarks.shipped import shipped_pixels
 from sjd2_lightning.cli.evaluate import evaluate
 from sjd2_lightning.cli.plan import USABLE
 from sjd2_lightning.cli.train import train
@@ -179,7 +180,7 @@ def test_the_plan_of_the_shipped_model_counts_its_weights(composed, repo):
     plan = train(composed("train", "print_plan=true", f"model.path={repo / 'weights/tiny'}"))
     backbone = load_backbone("chameleon", repo / "weights" / "tiny")
     assert plan["parameters"] == sum(p.numel() for p in backbone.model.parameters())
-    assert plan["tokens_per_image"] == backbone.layout(64, 64).num_slots
+    assert plan["tokens_per_image"] == backbone.layout(shipped_pixels(), shipped_pixels()).num_slots
     assert plan["missing_files"] == 0
 
 

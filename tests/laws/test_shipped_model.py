@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from sjd2_lightning.data.sources.emoji import load_emoji_index
+from benchmarks.shipped import shipped_pixels, shipped_prompts
 from sjd2_lightning.decoding import DecodingConfig, NearTies, Sampling, decode, decode_reference
 from sjd2_lightning.models.registry import load_backbone
 
@@ -34,7 +34,7 @@ def shipped(tiny_weights):
     """The shipped backbone and captions of held-out images, of unequal length."""
     if not (tiny_weights / "backbone.json").is_file():
         pytest.skip("no weights in weights/tiny: train them with `python train.py experiment=tiny_base`")
-    captions = sorted({image.caption for image in load_emoji_index() if image.split == "val"})
+    captions = sorted({item.prompt for item in shipped_prompts(64)})
     return load_backbone("chameleon", tiny_weights), captions
 
 
@@ -62,7 +62,7 @@ def kept_autoregression(shipped, tmp_path_factory):
         path = folder / f"ar {sampling} {part}.pt"
         with FileLock(f"{path}.lock"):
             if not path.is_file():
-                layout = backbone.layout(64, 64)
+                layout = backbone.layout(shipped_pixels(), shipped_pixels())
                 torch.save(autoregression(backbone, prompts, seeds, SAMPLINGS[sampling], layout), path)
             return prompts, seeds, *torch.load(path, weights_only=True)
 
@@ -105,7 +105,7 @@ def test_some_small_images_in_a_ragged_batch(shipped, sampling):
 
 def test_one_whole_image_alone(shipped):
     backbone, captions = shipped
-    layout = backbone.layout(64, 64)
+    layout = backbone.layout(shipped_pixels(), shipped_pixels())
     wanted, ends = autoregression(backbone, captions[7:8], range(1), Sampling(), layout)
     config = METHODS["sjd2, one level"]
     assert_replayed(backbone, config, layout, captions[7:8], range(1), wanted, ends, 1)
@@ -113,7 +113,7 @@ def test_one_whole_image_alone(shipped):
 
 def test_the_reference_agrees(shipped):
     backbone, captions = shipped
-    layout = backbone.layout(64, 64)
+    layout = backbone.layout(shipped_pixels(), shipped_pixels())
     sampling = SAMPLINGS["guidance 3"]
     config = DecodingConfig("sjd2", window=8, num_levels=1, sampling=sampling)
     fast = decode(backbone, captions[:1], [3], config, layout).slot_ids[0, :40]
@@ -127,7 +127,7 @@ def test_the_reference_agrees(shipped):
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_sixty_four_images(shipped, kept_autoregression, sampling, part, method, batch_size, record_property):
     backbone, _ = shipped
-    layout = backbone.layout(64, 64)
+    layout = backbone.layout(shipped_pixels(), shipped_pixels())
     prompts, seeds, wanted, ends = kept_autoregression(sampling, part)
     num_cut = sum(end < layout.num_slots for end in ends)
     record_property("images_with_a_near_tie", num_cut)

@@ -203,4 +203,4 @@ def test_report_holds_what_was_observed(result, provenance, seen, tmp_path):
     assert [entry["window"] for entry in report["cost"]["passes"]] == [1, 4]
     markdown = files.markdown.read_text()
     assert "## How drafts settle" in markdown
-    assert markdown.count("| sjd2 |") == 3
+    assert markdown.count("| sjd2 |") == 4

@@ -16,7 +16,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
@@ -29,7 +29,7 @@ from sjd2_lightning.evaluation.references import ReferenceSet
 from sjd2_lightning.evaluation.results import EvaluationResult, measure_methods
 from sjd2_lightning.evaluation.store import RecordStore
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, evaluation_mode
-from sjd2_lightning.report.figures import acceptance_histogram, image_grid, save_figure
+from sjd2_lightning.report.figures import acceptance_histogram, figure_pixels, image_grid, save_figure
 from sjd2_lightning.report.wandb_log import media_row, scalar_row
 from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.harmless import harmless
@@ -46,7 +46,7 @@ class SamplingCallback(Callback):
     `grid.png` and `acceptance.png`. Log keys: numbers of the first method that is not the baseline are plain
     (`val/nfe`, `val/fd_EffNetLite0`), those of the others end in the method's name (`val/nfe_ar`). W&B gets
     numbers and images in one row, each other method in a section of its own (`val_ar/nfe`); other loggers
-    the numbers.
+    the numbers, TensorBoard and MLflow the image grid too.
 
     Ranks share the decoding. It runs in eval mode, with averaged weights if a `WeightAveraging` callback
     comes later in the list, and leaves modes and global random states unchanged. The baseline's images are
@@ -251,6 +251,16 @@ class SamplingCallback(Callback):
                     logger.experiment.log({**media, "trainer/global_step": step}, step=step)
                 else:
                     logger.log_metrics(dict(row), step)
+                    self._log_picture(logger, result, step)
+
+    def _log_picture(self, logger: Logger, result: EvaluationResult, step: int) -> None:
+        """The image grid, for loggers that take pictures."""
+        if isinstance(logger, TensorBoardLogger):
+            pixels = figure_pixels(image_grid(result, self.num_shown))
+            logger.experiment.add_image("val/images", pixels, step, dataformats="HWC")
+        elif isinstance(logger, MLFlowLogger):
+            pixels = figure_pixels(image_grid(result, self.num_shown))
+            logger.experiment.log_image(logger.run_id, pixels, f"samples/step_{step:08d}.png")
 
 
 def _append_line(path: Path, entry: Mapping[str, Any]) -> None:

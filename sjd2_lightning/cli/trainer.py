@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sjd2_lightning.callbacks import SamplingCallback
 from sjd2_lightning.cli.build import build_metrics, build_prompts, build_reference, left_out
+from sjd2_lightning.cli.loggers import mlflow_logger, tensorboard_logger
 from sjd2_lightning.config.groups import WandbConfig
 from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.report import wandb_log
@@ -195,7 +196,7 @@ class Table(CSVLogger):
 
 
 def build_loggers(config: TrainConfig) -> list[Logger]:
-    """CSV and W&B, as asked; none for a trial run."""
+    """CSV, TensorBoard, MLflow and W&B, as asked; none for a trial run."""
     if config.trainer.fast_dev_run:
         return []
     # A version for every start: going on with a run must not delete what it logged before.
@@ -205,6 +206,13 @@ def build_loggers(config: TrainConfig) -> list[Logger]:
             table = Table(config.run_dir, name="csv")
             _ = table.experiment  # makes the folder
             found.append(table)
+    if config.logger.tensorboard:
+        with harmless(f"making {config.run_dir}/tensorboard"):
+            found.append(tensorboard_logger(Path(config.run_dir)))
+    if config.logger.mlflow is not None and is_first_process():
+        with harmless("starting MLflow"):
+            values = redact(config.model_dump(mode="json"))
+            found.append(mlflow_logger(config.logger.mlflow, Path(config.run_dir), values))
     if config.logger.wandb is not None and is_first_process():
         run_dir = Path(config.run_dir)
         values = redact(config.model_dump(mode="json"))

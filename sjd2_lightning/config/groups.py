@@ -6,6 +6,7 @@ Values live in `conf/`; there are no defaults here.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -143,11 +144,31 @@ class WandbConfig(Group):
     tags: tuple[Annotated[str, Field(max_length=64)], ...]
 
 
+class MlflowConfig(Group):
+    """MLflow."""
+
+    tracking_uri: str | None
+    experiment: str | None
+    name: str | None
+
+
 class LoggerConfig(Group):
     """Where metrics go beside the console."""
 
     csv: bool
     wandb: WandbConfig | None
+    tensorboard: bool
+    mlflow: MlflowConfig | None
+
+    def problems(self) -> list[str]:
+        """A logger whose package is not installed."""
+        wanted = {"tensorboard": self.tensorboard, "mlflow": self.mlflow is not None}
+        return [
+            f"{name}: the package {name} is not installed; `pip install 'sjd2-lightning[{name}]'`, or use "
+            "logger=csv"
+            for name, is_wanted in wanted.items()
+            if is_wanted and importlib.util.find_spec(name) is None
+        ]
 
 
 class MetricsConfig(Group):

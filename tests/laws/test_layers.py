@@ -30,7 +30,7 @@ FORWARDING = {"teacher_samples", "data.prepare", "data.pairs"}
 # 120 when the rooms were made; scenes and their judge added nine, engines and invariant layers eight,
 # generating and the doctor three, the guard of logging and the owner of a run two, the page to play eight,
 # names and captions that all sources share two, what is refused before a run begins four, taming one,
-# three families of models seven, their cards and previews two, the judge and controls in reports three, sweeps
+# three families of models seven, their cards and previews two, judge and controls in reports three, sweeps
 # and loggers four, codes that are cut-outs two
 MOST_FILES = 175
 

@@ -198,6 +198,7 @@ class EvaluateConfig(SharedConfig):
     benchmark_prompts: str | None
     batch_size: Count
     device: Literal["auto", "cpu", "cuda", "mps"]
+    optimized_metric: str | None
     warm_up: bool
     replace_images: bool
     report: ReportConfig

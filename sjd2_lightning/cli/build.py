@@ -362,7 +362,9 @@ def trainings_after(config: TrainConfig, num_steps: int) -> list[dict[str, Any]]
     """
     model = config.model
     before: list[dict[str, Any]] = []
-    if not model.random_name:
+    if model.init == "random_tiny":
+        before = [{"random": model.random_name}]
+    elif not model.random_name:
         unknown = {"weights": model.hub_id or model.path, "noise": None}
         before = trainings_of(shipped(model.path)) or [unknown]
     return [

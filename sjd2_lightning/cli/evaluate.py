@@ -16,7 +16,7 @@ from sjd2_lightning.cli.check import check_evaluate
 from sjd2_lightning.cli.launch import launch
 from sjd2_lightning.config.groups import shipped
 from sjd2_lightning.config.reading import save_config
-from sjd2_lightning.config.runs import EvaluateConfig
+from sjd2_lightning.config.runs import RANDOM_TAG, EvaluateConfig
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.owner import owned
 from sjd2_lightning.run.stages import stage
@@ -195,7 +195,7 @@ def hand_out(
     with stage("laying out images for the benchmark"):
         export(config, result)
     with stage("logging to W&B"), harmless("logging to W&B"):
-        publish(config, result, provenance, files)
+        publish(config, result, weights, provenance, files)
     show(config, result, weights, files)
 
 
@@ -223,21 +223,23 @@ def weights_folder(config: EvaluateConfig) -> Path:
 
 def weights_name(config: EvaluateConfig, weights: Path) -> str:
     """What the measured weights are called: their place, or that they are random."""
-    name = config.model.random_name
-    if not name:
-        # not where an installed package lies
-        own = config.model.path if weights == shipped(config.model.path) else weights
-        return str(config.ckpt_path or own)
-    if config.ckpt_path is None and weights == shipped(config.model.path):
-        return name
-    return f"{config.ckpt_path or weights}, trained from {name}"
+    from sjd2_lightning.run.provenance import random_origin
+
+    own, is_asked = config.model.random_name, weights == shipped(config.model.path)
+    if own and config.ckpt_path is None and is_asked:
+        return own
+    place = str(config.ckpt_path or (config.model.path if is_asked else weights))  # not where a package lies
+    name = own or random_origin(weights)
+    return f"{place}, trained from {name}" if name else place
 
 
 def with_word_of_random_weights(
     result: EvaluationResult, config: EvaluateConfig, weights: Path
 ) -> EvaluationResult:
     """The result, with a warning in front where no training made the weights."""
-    if not config.model.random_name:
+    from sjd2_lightning.run.provenance import random_origin
+
+    if not (config.model.random_name or random_origin(weights)):
         return result
     warning = f"{weights_name(config, weights)}: a dry run, nothing here is a figure of a release"
     return replace(result, warnings=(warning, *result.warnings))
@@ -276,15 +278,21 @@ def check_mode(config: EvaluateConfig) -> None:
 
 
 def publish(
-    config: EvaluateConfig, result: EvaluationResult, provenance: dict[str, Any], files: ReportFiles
+    config: EvaluateConfig,
+    result: EvaluationResult,
+    weights: Path,
+    provenance: dict[str, Any],
+    files: ReportFiles,
 ) -> None:
     """Logs the evaluation to W&B, and publishes it as a W&B Report, if that is asked for."""
     from sjd2_lightning.report.wandb_log import log_to_wandb
+    from sjd2_lightning.run.provenance import random_origin
 
     if config.logger.wandb is None:
         return
     settings = config.logger.wandb.model_dump(include={"mode", "project", "entity", "name", "group"})
-    settings["tags"] = config.wandb_tags
+    is_random = random_origin(weights) and RANDOM_TAG not in config.wandb_tags
+    settings["tags"] = (*config.wandb_tags, RANDOM_TAG) if is_random else config.wandb_tags
     pictures = {"cost": files.cost} | ({"settling": files.settling} if files.settling else {})
     folder = log_to_wandb(result, provenance, config.run_dir, **settings, pictures=pictures)
     if config.report.publish == "wandb":

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import errno
+import importlib.util
 import json
 import logging
+import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sjd2_lightning.cli.arguments import one_line, readable_arguments, with_suggestion
 from sjd2_lightning.cli.naming import SWEPT, name_run, num_runs, swept_keys
 from sjd2_lightning.config.reading import ALLOWED_TARGETS, conf_dir
+from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.run.files import remove
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.owner import Taken
@@ -67,7 +70,7 @@ def launch(
     is listed in the sweep's report, and the exit status is 1 if all of them failed.
     """
 
-    def run(cfg: DictConfig) -> None:
+    def run(cfg: DictConfig) -> float:
         folder = run_folder(HydraConfig.get().runtime.output_dir)
         with open_dict(cfg):
             cfg.run_dir = str(folder)
@@ -76,9 +79,9 @@ def launch(
         name_run(cfg, overrides, folder, hydra_config.runtime.choices.get("experiment"), in_sweep)
         with _handing_down(script, overrides, str(folder)):
             if in_sweep:
-                _run_in_sweep(script, job, cfg, folder)
-            else:
-                _run_alone(script, job, cfg, folder)
+                return _run_in_sweep(script, job, cfg, folder)
+            _run_alone(script, job, cfg, folder)
+        return math.nan
 
     logging.raiseExceptions = False  # a line that a full disk does not take is not worth a traceback each
     # whatever a library asks for, no file of this process is unpickled
@@ -91,6 +94,7 @@ def launch(
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     SweepReport.all_failed, Preflight.check = False, check
     try:
+        refuse_missing_sweeper(sys.argv[1:])
         sys.argv[1:] = readable_arguments(script, sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=script)(run)()
     except Exception as error:
@@ -100,6 +104,42 @@ def launch(
         sys.exit(_fail(message))
     if SweepReport.all_failed:
         sys.exit(1)
+
+
+def refuse_missing_sweeper(arguments: list[str]) -> None:
+    """Raises ValueError, with the command to install it, where a search needs a package that is not there."""
+    if "hparams_search=optuna" not in arguments:
+        return
+    if importlib.util.find_spec("optuna") is None:
+        raise ValueError(
+            "hparams_search=optuna: the package hydra-optuna-sweeper is not installed; "
+            "`pip install 'sjd2-lightning[optuna]'`"
+        )
+    if not {"-m", "--multirun"} & set(arguments):
+        raise ValueError("hparams_search=optuna: a search is a sweep; add -m")
+
+
+def objective(outcome: object, name: str | None) -> float:
+    """The number of an evaluation that a search tunes: of the first method that is not the baseline.
+
+    Args:
+        outcome: what the run returned, the content of report.json.
+        name: `tokens_per_second`, or a number of a method in report.json; None tunes nothing.
+
+    Raises:
+        ValueError: there is no such number.
+    """
+    methods = outcome.get("methods") if isinstance(outcome, Mapping) else None
+    if name is None or not methods:
+        return math.nan
+    own = next((numbers for method, numbers in methods.items() if method != BASELINE), None)
+    own = own or methods[BASELINE]
+    if name == "tokens_per_second":
+        return float(own["step_compression"] * own["nfe"] / own["seconds_per_image"])
+    if not isinstance(own.get(name), (int, float)):
+        known = ", ".join(key for key, value in own.items() if isinstance(value, (int, float)))
+        raise ValueError(f"optimized_metric={name}: no such number; use tokens_per_second, {known}")
+    return float(own[name])
 
 
 def run_folder(output_dir: str) -> Path:
@@ -171,22 +211,25 @@ def _run_alone(script: str, job: Callable[[DictConfig], object], cfg: DictConfig
         _wrote_nothing(script, folder)
 
 
-def _run_in_sweep(script: str, job: Callable[[DictConfig], object], cfg: DictConfig, folder: Path) -> None:
+def _run_in_sweep(script: str, job: Callable[[DictConfig], object], cfg: DictConfig, folder: Path) -> float:
+    """The number that a search tunes; NaN where there is none, or the run failed."""
     from sjd2_lightning.report.sweep import write_job
 
-    outcome, message, is_taken = None, None, False
+    outcome, message, tuned, is_taken = None, None, math.nan, False
     try:
         outcome = job(cfg)
+        tuned = objective(outcome, cfg.get("optimized_metric"))
     except Exception as error:  # whatever stops one run, the others go on
         log.error("this run of the sweep failed", exc_info=not isinstance(error, ValueError))
         message = " ".join(str(error).split()) or type(error).__name__
         is_taken = isinstance(error, Taken)
     is_gone = _wrote_nothing(script, folder)
     if message is None and (is_gone or not outcome):
-        return  # a plan, or a run that was at its end before
+        return tuned  # a plan, or a run that was at its end before
     with harmless(f"noting the run in {folder} for the sweep's report"):
         overrides = list(HydraConfig.get().overrides.task)
         write_job(folder, overrides, outcome, message, is_owned=not (is_gone or is_taken))
+    return tuned
 
 
 def _wrote_nothing(script: str, folder: Path) -> bool:
@@ -224,6 +267,8 @@ OF_HYDRA = frozenset(
     {
         "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
         "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+        "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper",
+        "optuna.samplers.TPESampler",
         "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
         "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
         "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",

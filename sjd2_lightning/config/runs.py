@@ -30,6 +30,8 @@ from sjd2_lightning.training.noise import TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig
 from sjd2_lightning.training.recipes import ClipRecipe, TokenizerRecipe
 
+RANDOM_TAG = "random weights"  # of a run in W&B behind whose weights no release is
+
 
 def _is_checkpoint(path: str) -> str:
     if not Path(path).is_file():
@@ -99,7 +101,7 @@ class SharedConfig(Group):
     def wandb_tags(self) -> tuple[str, ...]:
         """Tags of the W&B run: those that were asked for, and that its figures are of random weights."""
         tags = () if self.logger.wandb is None else self.logger.wandb.tags
-        return (*tags, "random weights") if self.model.init == "random_tiny" else tags
+        return (*tags, RANDOM_TAG) if self.model.init == "random_tiny" else tags
 
     def problems(self) -> list[str]:
         """Methods that cannot be compared, two sources of prompts."""
@@ -197,6 +199,7 @@ class EvaluateConfig(SharedConfig):
     benchmark_prompts: str | None
     batch_size: Count
     device: Literal["auto", "cpu", "cuda", "mps"]
+    optimized_metric: str | None
     warm_up: bool
     replace_images: bool
     report: ReportConfig

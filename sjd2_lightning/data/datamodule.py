@@ -19,7 +19,7 @@ from sjd2_lightning.data.reading import any_caption
 from sjd2_lightning.data.sources.emoji import SOURCE as EMOJI
 from sjd2_lightning.data.sources.emoji import prepare_emoji
 from sjd2_lightning.data.sources.scene_shards import SOURCE as SCENES
-from sjd2_lightning.data.sources.scene_shards import prepare_scenes
+from sjd2_lightning.data.sources.scene_shards import held_out_for, prepare_scenes
 from sjd2_lightning.data.sources.scenes import Variety
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
@@ -128,8 +128,14 @@ class CodeDataModule(L.LightningDataModule):
         coder = tokenizer if self.config.kind == "codes" else None
         if self.config.source == SCENES:
             variety = Variety(self.config.num_nouns, self.config.aligned)
+            most = self.config.max_images
             prepare_scenes(
-                self.data_dir, coder, self.config.num_scenes, size=self.image_size, variety=variety
+                self.data_dir,
+                coder,
+                min(self.config.num_scenes, most or self.config.num_scenes),
+                size=self.image_size,
+                variety=variety,
+                held_out_per_category=held_out_for(most),
             )
         else:
             prepare_emoji(

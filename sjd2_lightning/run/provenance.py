@@ -107,6 +107,11 @@ def never_saw_noise(trainings: Sequence[Mapping[str, Any]] | None) -> bool:
     return bool(noises) and all(isinstance(noise, Mapping) and not noise.get("enabled") for noise in noises)
 
 
+def random_origin(folder: str | Path) -> str:
+    """What shrunken random model the weights of a folder were trained from; "" where none is known."""
+    return next((str(entry["random"]) for entry in trainings_of(folder) or () if "random" in entry), "")
+
+
 _ROW = 2**18  # words that are summed together, 2 MiB: fits a core's cache
 _ROWS_ON_GPU = 64  # rows of one launch
 _SUMS = "sums-"  # begins every `weights_hash`

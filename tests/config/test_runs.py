@@ -12,6 +12,7 @@ from sjd2_lightning.config.groups import Group
 from sjd2_lightning.config.reading import evaluate_config, train_config
 from sjd2_lightning.config.runs import EvaluateConfig, TrainConfig
 from sjd2_lightning.noise import NoiseProcess
+from sjd2_lightning.run.provenance import write_trainings
 from tests.tools.configurations import CONF, EXPERIMENTS, composed, problems, put_named_files, typed
 
 
@@ -137,7 +138,7 @@ def test_no_other_run_is_a_dry_run():
     assert typed("evaluate", "model=lumina_mgpt").model.image_size == (768, 768)
 
 
-def test_random_weights_are_called_that():
+def test_random_weights_are_called_that(tmp_path):
     config = typed("evaluate", "model=lumina_mgpt", "model.init=random_tiny", "logger.wandb.tags=[mine]")
     name = "random_tiny (a shrunken chameleon, random weights)"
     assert weights_name(config, Path(config.model.path)) == name
@@ -145,3 +146,7 @@ def test_random_weights_are_called_that():
     assert config.wandb_tags == ("mine", "random weights")
     own = typed("evaluate")
     assert (weights_name(own, Path("weights/tiny")), own.wandb_tags) == ("weights/tiny", ())
+    write_trainings(tmp_path, [{"random": name}, {"steps": 3, "noise": {}}])
+    assert weights_name(own, tmp_path) == f"{tmp_path}, trained from {name}", "without the key too"
+    write_trainings(tmp_path, [{"steps": 3, "noise": {}}])
+    assert weights_name(own, tmp_path) == str(tmp_path)

@@ -84,7 +84,8 @@ def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, pe
     report = evaluate(
         composed(
             "evaluate",
-            *chosen,
+            *(word for word in chosen if word != "model.init=random_tiny"),  # the weights say it themselves
+            f"model.path={run / 'model'}",
             f"weights={run / 'model'}",
             f"run_dir={tmp_path / 'compared'}",
             "num_prompts=1",

@@ -30,6 +30,13 @@ SCENES_VERSION = 1  # raise it when the same seed and index give another scene
 HELD_OUT_PER_CATEGORY = 128  # in the validation shards
 
 
+def held_out_for(max_images: int | None) -> int:
+    """Held-out scenes of each category where a split may have so many pictures; one at least."""
+    if max_images is None:
+        return HELD_OUT_PER_CATEGORY
+    return min(max(max_images // len(CATEGORY_SHARES), 1), HELD_OUT_PER_CATEGORY)
+
+
 @dataclass(frozen=True)
 class SceneSet:
     """Scenes of one split in shard order: a `build.PictureSet`.

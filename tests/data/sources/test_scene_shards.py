@@ -19,7 +19,7 @@ from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.reading import read_all
 from sjd2_lightning.data.sources import scene_shards
 from sjd2_lightning.data.sources.emoji import ATTRIBUTION, prepare_emoji
-from sjd2_lightning.data.sources.scene_shards import prepare_scenes
+from sjd2_lightning.data.sources.scene_shards import held_out_for, prepare_scenes
 from sjd2_lightning.data.sources.scenes import CATEGORY_SHARES, held_out_scene, training_scene
 from tests.data.test_datamodule import Recorder, trainer
 from tests.tools.shards import GreyTokenizer
@@ -144,3 +144,8 @@ def test_the_recipes_of_scenes_compose(name: str) -> None:
     assert config.data.aligned
     assert config.model.image_size == (128, 128)
     assert config.export_dir.startswith("weights/scenes")
+
+
+@pytest.mark.parametrize(("most", "each"), [(None, 128), (1, 1), (8, 1), (40, 5), (10**6, 128)])
+def test_a_limit_of_pictures_bounds_the_held_out_scenes_too(most, each):
+    assert held_out_for(most) == each

@@ -191,7 +191,7 @@ def test_baseline_is_decoded_again_only_when_weights_change(tmp_path, monkeypatc
     def watched(*args, **settings):
         found = real(*args, **settings)
         lines = (args[4] / "records.jsonl").read_text().splitlines()
-        decoded.append({json.loads(line)["process"] for line in lines if '"method": "ar"' in line})
+        decoded.append({json.loads(line)["seconds"] for line in lines if '"method": "ar"' in line})
         return found
 
     monkeypatch.setattr(callbacks, "decode_methods", watched)

@@ -365,7 +365,7 @@ def trainings_after(config: TrainConfig, num_steps: int) -> list[dict[str, Any]]
     if model.init == "random_tiny":
         before = [{"random": model.random_name}]
     elif not model.random_name:
-        unknown = {"weights": model.hub_id or model.path, "noise": None}
+        unknown = {"weights": model.hub_id or Path(model.path).name, "noise": None}
         before = trainings_of(shipped(model.path)) or [unknown]
     return [
         *before,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from sjd2_lightning.evaluation.references import (
     patch_shuffled,
 )
 from sjd2_lightning.metrics.features import extract_features
-from tests.tools.small_evaluation import Colours, evaluate, reference_set
+from tests.tools.small_evaluation import Colours, evaluate, metrics, reference_set
 
 COCO_SIZES = {9: (20, 30), 3: (30, 20), 7: (16, 16), 5: (40, 12)}
 
@@ -217,7 +218,8 @@ def test_real_images_are_measured_at_their_own_sizes(tmp_path):
 def test_an_evaluation_by_a_protocol(tmp_path):
     protocol = tiny_coco(tmp_path / "coco")
     items = coco_items(protocol)
-    settings = {"reference": coco_reference(protocol, items), "batch_size": 2}
+    quality = replace(metrics(), clip=None)  # the small scorer prepares no images of many sizes
+    settings = {"reference": coco_reference(protocol, items), "batch_size": 2, "metrics": quality}
     prompts = coco_prompts(items)
     result = evaluate(tmp_path / "all", prompts=prompts, **settings)
     assert (result.reference_name, result.references) == ("coco2017_5k", {})

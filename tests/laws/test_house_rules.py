@@ -39,6 +39,7 @@ UNCALLED = {
     "data.loader: CodeLoader.sampler": "Lightning asks a loader for its sampler",
     "data.loader: CodeLoader.set_epoch": "Lightning tells a sampler the epoch",
     "training.recipes.clip: OnePerConcept.set_epoch": "Lightning tells a sampler the epoch",
+    "cli.loggers: Tracking.finalize": "Lightning ends its loggers",
     "cli.preview: PictureProgress.get_renderables": "rich asks a progress for what it shows",
     "training.resume: Retention._save_topk_checkpoint": "Lightning saves checkpoints by it",
     "decoding.output: DecodeOutput.image_ids_by_row": "public: codes of images of several sizes",

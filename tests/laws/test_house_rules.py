@@ -41,7 +41,6 @@ UNCALLED = {
     "training.recipes.clip: OnePerConcept.set_epoch": "Lightning tells a sampler the epoch",
     "cli.loggers: Tracking.finalize": "Lightning ends its loggers",
     "cli.preview: PictureProgress.get_renderables": "rich asks a progress for what it shows",
-    "training.resume: Retention._save_topk_checkpoint": "Lightning saves checkpoints by it",
     "decoding.output: DecodeOutput.image_ids_by_row": "public: codes of images of several sizes",
 }
 

@@ -140,11 +140,15 @@ def command(tmp_path, monkeypatch):
     """Runs `launch` as the command line does, in an empty folder; the exit status."""
     monkeypatch.chdir(tmp_path)
 
+    def job(cfg) -> None:
+        Path("seen").write_text(cfg.run_dir)
+        (Path(cfg.run_dir) / "result").touch()  # a run that wrote nothing leaves no folder
+
     def run(*arguments: str, check=None) -> int:
         monkeypatch.setattr(sys, "argv", ["script", *arguments])
         GlobalHydra.instance().clear()
         try:
-            launching.launch("train", lambda cfg: Path("seen").write_text(cfg.run_dir), check)
+            launching.launch("train", job, check)
         except SystemExit as end:
             return end.code
         finally:

@@ -36,7 +36,6 @@ HOOKS = {
 # What nothing in the package calls, and why it is there all the same.
 UNCALLED = {
     "config.groups: Group._no_problems": "pydantic calls validators",
-    "data.loader: CodeLoader.sampler": "Lightning asks a loader for its sampler",
     "data.loader: CodeLoader.set_epoch": "Lightning tells a sampler the epoch",
     "training.recipes.clip: OnePerConcept.set_epoch": "Lightning tells a sampler the epoch",
     "cli.loggers: Tracking.finalize": "Lightning ends its loggers",

@@ -167,7 +167,7 @@ def test_every_key_with_every_bad_value(part):
         ("train", "data.views", 10**6, "data.views=1000000: must be at most 256"),
         ("train", "data.num_workers", 500, "data.num_workers=500: this machine has"),
         ("train", "data.prompt_file", "${oc.env:NOPE}", "data.prompt_file: Environment variable 'NOPE'"),
-        ("train, tokenizer", "tokenizer.num_grounds", "2048", "tokenizer.num_grounds=2048: must be less than"),
+        ("train, tokenizer", "tokenizer.num_grounds", 2048, "tokenizer.num_grounds=2048: must be less"),
         ("train, clip", "clip.text_dir", "gone", "clip.text_dir=gone: there is no tokenizer.json"),
         ("evaluate", "methods.ar.window", 3, "methods.ar.window=3: method=ar needs window 1"),
         ("evaluate", "decoding.sampling.guidance_end", 0, "decoding.sampling.guidance_end=0.0: must be"),

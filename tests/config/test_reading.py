@@ -35,7 +35,7 @@ def test_root_is_valid(root):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_is_valid(option):
-    only_evaluate = option.startswith("report=")
+    only_evaluate = option.startswith(("report=", "hparams_search="))
     assert typed("evaluate" if only_evaluate else "train", option)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -35,11 +36,13 @@ def test_a_missing_package_and_a_missing_m_are_one_line(monkeypatch):
         refuse_missing_sweeper(["hparams_search=optuna"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs the extra optuna")
 def test_optuna_finds_the_window_of_most_tokens_a_second(tmp_path, monkeypatch):
     """With a job whose best window and levels are known."""
 
     def job(cfg):
+        (Path(cfg.run_dir) / "result").touch()  # a run that wrote nothing leaves no folder
         seconds = 1 + abs(cfg.methods.sjd2.window - 48) + cfg.methods.sjd2.num_levels
         return {"methods": {"sjd2": {**NUMBERS, "seconds_per_image": float(seconds)}}}
 

@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weights", default="weights/scenes", help="folder of the model")
     parser.add_argument("--per-category", type=int, default=20, help="captions of each category")
     parser.add_argument("--seed", type=int, default=1, help="seed of the scenes")
-    parser.add_argument("--num-nouns", type=int, default=48, help="nouns of the captions, as in training")
+    parser.add_argument("--num-nouns", type=int, default=32, help="nouns of the captions, as in training")
     parser.add_argument("--temperature", type=float, default=0.7, help="temperature of sampling")
     parser.add_argument("--top-k", type=int, default=0, help="codes to draw from; 0 is all")
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of classifier-free guidance")

@@ -213,7 +213,13 @@ def test_a_taken_port_is_named(page):
 def test_the_command_serves_the_page_until_it_is_interrupted():
     command = [sys.executable, "-m", "sjd2_lightning", "play", "--no-browser", "weights=model"]
     with subprocess.Popen(
-        command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # what a shell starts in the background, tests included, ignores interrupts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as ran:
         address = ran.stdout.readline().split()[0]
         with urlopen(address) as answer:

@@ -116,7 +116,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         same, compression = drawn(backbone, few, sjd2, 1)
         found["tokens_a_pass"] = float(np.mean(compression))
         found["equal_to_ar"] = float((same == codes[: len(few)]).flatten(1).all(1).float().mean())
-    return {**found, "options": {name: str(value) for name, value in vars(options).items()}}
+    asked = {name: str(value) for name, value in vars(options).items() if name not in ("json", "page")}
+    return {**found, "options": asked}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -33,6 +33,13 @@ def weights_identity(module: nn.Module, prefix: bytes = b"") -> str:
     return digest.hexdigest()
 
 
+def check_image_size(images: Tensor, downsample: int) -> None:
+    """Raises ValueError if a side of images (B, 3, h, w) is no multiple of what a code covers."""
+    height, width = images.shape[-2:]
+    if height % downsample or width % downsample:
+        raise ValueError(f"images of {width}x{height} pixels: must be multiples of {downsample}")
+
+
 def check_image_ids(image_ids: Tensor, num_codes: int) -> None:
     """Raises ValueError if an id lies outside the codebook."""
     if image_ids.numel() and (image_ids.min() < 0 or image_ids.max() >= num_codes):

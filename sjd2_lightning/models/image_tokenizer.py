@@ -16,7 +16,12 @@ from diffusers import VQModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sjd2_lightning.models.image_codes import PATCH_SETTINGS, check_image_ids, weights_identity
+from sjd2_lightning.models.image_codes import (
+    PATCH_SETTINGS,
+    check_image_ids,
+    check_image_size,
+    weights_identity,
+)
 from sjd2_lightning.models.patch_tokenizer import PatchTokenizer, load_patch_tokenizer
 from sjd2_lightning.models.weights import finite, open_weights, read_json
 
@@ -203,9 +208,7 @@ class InnerTokenizer:
         Raises:
             ValueError: if the size is no multiple of `downsample`.
         """
-        height, width = images.shape[-2:]
-        if height % self.downsample or width % self.downsample:
-            raise ValueError(f"images of {width}x{height} pixels: must be multiples of {self.downsample}")
+        check_image_size(images, self.downsample)
         return self._codes(images * 2 - 1)
 
     @torch.no_grad()

@@ -16,7 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sjd2_lightning.models.image_codes import PATCH_SETTINGS, check_image_ids, weights_identity
+from sjd2_lightning.models.image_codes import (
+    PATCH_SETTINGS,
+    check_image_ids,
+    check_image_size,
+    weights_identity,
+)
 from sjd2_lightning.models.weights import open_weights, read_json
 
 WEIGHTS = "patch_tokenizer.safetensors"
@@ -62,9 +67,7 @@ class PatchTokenizer(nn.Module):
             ValueError: if the size is no multiple of `downsample`.
         """
         side = self.downsample
-        height, width = images.shape[-2:]
-        if height % side or width % side:
-            raise ValueError(f"images of {width}x{height} pixels: must be multiples of {side}")
+        check_image_size(images, side)
         pixels = (images * 255).round().unflatten(-1, (-1, side)).unflatten(-3, (-1, side))
         patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(-2)  # (B, H, W, 3, side * side)
         ground = fitted_ground(patches)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from sjd2_lightning.models.backbone import ImageLayout
-from sjd2_lightning.models.image_codes import check_image_ids, weights_identity
+from sjd2_lightning.models.image_codes import check_image_ids, check_image_size, weights_identity
 from sjd2_lightning.models.pretrained import PROMPT, PromptTokens, VocabularyBackbone
 from sjd2_lightning.models.weights import TOKENIZER, LoadOptions, damage, load_parts
 
@@ -93,9 +93,7 @@ class CosmosTokenizer(nn.Module):
         Raises:
             ValueError: if the size is no multiple of `downsample`.
         """
-        height, width = images.shape[-2:]
-        if height % self.downsample or width % self.downsample:
-            raise ValueError(f"images of {width}x{height} pixels: must be multiples of {self.downsample}")
+        check_image_size(images, self.downsample)
         number = next(self.encoder.parameters())
         found = self.encoder((images[:, :, None] * 2 - 1).to(number))
         return (found[0] if isinstance(found, tuple) else found)[:, 0].long()

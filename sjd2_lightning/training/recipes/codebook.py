@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from sjd2_lightning.data.sources.scenes import (
 from sjd2_lightning.models.patch_tokenizer import PatchTokenizer
 from sjd2_lightning.run.stages import stage
 from sjd2_lightning.training.recipes import TokenizerRecipe
+
+log = logging.getLogger(__name__)
 
 _NUM_GROUNDS = 3000  # scenes whose grounds are looked at
 _MOST_COLOURS = 40_000
@@ -58,6 +61,7 @@ def make_tokenizer(recipe: TokenizerRecipe, variety: Variety, folder: str | Path
     with stage("measuring it on held-out scenes"):
         psnr = _held_out_psnr(tokenizer, variety)
     tokenizer.save(folder)
+    log.info("val/psnr %.1f dB on held-out scenes; the tokenizer is in %s", psnr, folder)
     return {"val/psnr": psnr}
 
 

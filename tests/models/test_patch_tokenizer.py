@@ -91,3 +91,13 @@ def test_errors_name_what_is_wrong(tokenizer: PatchTokenizer, tmp_path):
     (tmp_path / PATCH_SETTINGS).write_text("{}")
     with pytest.raises(ValueError, match="does not fit"):
         load_image_tokenizer(tmp_path)
+
+
+def test_a_ground_is_smooth_between_its_colours(tokenizer: PatchTokenizer):
+    ids = scene(1)
+    ids[0, :, GRID // 2 :] = 3
+    row = tokenizer.decode(ids)[0, 0, 0] * 255
+    whole = GROUNDS[3, 0] - GROUNDS[1, 0]
+    steps = row.diff()
+    assert (steps >= -1e-3).all()
+    assert 0 < steps.max() < whole / 2, "no edge where two patches meet"

@@ -2,7 +2,8 @@
 
 A training scene is a function of (seed, index) alone, a held-out one of (category, seed, index). Training
 shows every object, but never a held-out combination, whether the caption speaks of it or not: two objects in
-one scene, a number of one object, an object on a ground, two objects in a relation, a large or small object.
+one scene, a number of one object, an object on a ground, two objects in a relation, a large or small object
+(of aligned sizes see `_counted`).
 A held-out scene has the combination that its category is about held out; "single" and "names" have none.
 """
 
@@ -151,6 +152,19 @@ def combinations_of(objects: Sequence[Placed], ground: Ground) -> Iterator[Combi
             yield from _canonical(one, other)
 
 
+def _counted(
+    objects: Sequence[Placed], ground: Ground, sizes: dict[str, str], variety: Variety
+) -> Iterator[Combination]:
+    """The combinations that decide the split: all that a scene shows, of aligned sizes those its caption names.
+
+    Among three aligned sizes a large object shares no patch with a smaller one: an object that training never
+    shows large could not be drawn so by any model that draws known patches.
+    """
+    for entry in combinations_of(objects, ground):
+        if entry[0] != "size" or not variety.aligned or entry[2] in sizes:
+            yield entry
+
+
 def _canonical(one: Placed, other: Placed) -> Iterator[Combination]:
     """The relation of two objects from the left or upper one: "a left of b" is "b right of a"."""
     found = relation(one, other)
@@ -226,7 +240,7 @@ def _attempt(split: str, category: str, key: str, draws: Draws, variety: Variety
     objects = ground and _placed(nouns, dict(sizes), draws, variety.aligned)
     if not ground or not objects:
         return None
-    shown = [entry for entry in combinations_of(objects, ground) if held_out(entry)]
+    shown = [entry for entry in _counted(objects, ground, dict(sizes), variety) if held_out(entry)]
     keeps_to_split = not shown if split == "train" else _is_new(category, sizes, shown)
     if not keeps_to_split:
         return None

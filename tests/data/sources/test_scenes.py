@@ -61,7 +61,7 @@ def held_out() -> tuple[Scene, ...]:
     )
 
 
-def shown(scene: Scene) -> set[tuple[str, ...]]:
+def shown(scene: Scene, aligned: bool = False) -> set[tuple[str, ...]]:
     """Every combination of a scene, read anew from where its objects are and from what its caption claims."""
     found: set[tuple[str, ...]] = set()
     counts = Counter(item.noun for item in scene.objects)
@@ -81,8 +81,9 @@ def shown(scene: Scene) -> set[tuple[str, ...]]:
         pair = (second_noun, first_noun) if name else (first_noun, second_noun)
         found.add(("relation", name or scene.asked.relation, *pair))
     found |= {("size", size, noun) for noun, size in scene.asked.sizes}
-    found |= {("size", "small", item.noun) for item in scene.objects if item.side <= 40}
-    found |= {("size", "large", item.noun) for item in scene.objects if item.side >= 68}
+    if not aligned:
+        found |= {("size", "small", item.noun) for item in scene.objects if item.side <= 40}
+        found |= {("size", "large", item.noun) for item in scene.objects if item.side >= 68}
     return found
 
 
@@ -353,9 +354,21 @@ def test_held_out_combinations_of_few_nouns_are_of_trained_nouns() -> None:
             scene = held_out_scene(category, 0, index, FEW)
             assert {item.noun for item in scene.objects} <= set(EVERYDAY[:12])
             if category != "single":
-                assert any(is_held_out(entry) for entry in shown(scene))
-    seen = {entry for index in range(1000) for entry in shown(training_scene(0, index, FEW))}
+                assert any(is_held_out(entry) for entry in shown(scene, aligned=True))
+    seen = {entry for index in range(1000) for entry in shown(training_scene(0, index, FEW), aligned=True)}
     assert not [entry for entry in seen if is_held_out(entry)]
+
+
+def test_every_aligned_object_is_trained_in_every_size() -> None:
+    """One that training never shows large cannot be drawn so: of aligned sizes, captions are held out."""
+    sides = {
+        (item.noun, item.side)
+        for index in range(3000)
+        for item in training_scene(0, index, FEW).objects
+    }
+    assert len(sides) == 12 * 3
+    held = [("size", size, noun) for size in ("small", "large") for noun in EVERYDAY[:12]]
+    assert any(is_held_out(entry) for entry in held), "else this shows nothing"
 
 
 @pytest.mark.parametrize("number", [11, len(EVERYDAY) + 1])

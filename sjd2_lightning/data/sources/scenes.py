@@ -54,7 +54,7 @@ _SIDES = {1: (40, 112), 2: (36, 60), 3: (32, 54), 4: (30, 48)}  # of objects, by
 _ABOUT = {"two": "pair", "three": "pair", "counting": "count", "position": "relation", "ground": "ground"}
 _MOST_ATTEMPTS = 20_000
 _LEAST_NOUNS = 12  # fewer may lack a held-out combination of some kind
-_CELL = 8  # unit of aligned places
+_FIRST, _STEP = 8, 16  # aligned corners lie at 8, 24, 40, ...
 _ALIGNED_SMALL, _ALIGNED_LARGE = 32, 72
 _ALIGNED_SIDES = {
     1: (48, _ALIGNED_LARGE),
@@ -72,8 +72,8 @@ class Variety:
 
     Args:
         num_nouns: number of nouns, the most everyday first (nouns.EVERYDAY); None shows every trained noun.
-        aligned: whether corners lie on multiples of 8 and longer sides are 32, 48 or 72, all in 128ths, so
-            that patches of 8 x 8 repeat from scene to scene.
+        aligned: whether corners lie at 8, 24, 40, ... and longer sides are 32, 48 or 72, all in 128ths, so
+            that patches of 8 x 8 repeat from scene to scene and an object has few places to begin.
 
     Raises:
         ValueError: that many everyday nouns are not known, or with so few a category may lack held-out
@@ -308,7 +308,7 @@ def _placed(
     sides = {}
     for noun in nouns:
         sides[noun] = drawn_side(len(nouns), sizes.get(noun), draws)
-    cell = _CELL if aligned else 1
+    first, step = (_FIRST, _STEP) if aligned else (_MARGIN, 1)
     placed: list[Placed] = []
     for noun in nouns:
         side = sides[noun]
@@ -316,10 +316,11 @@ def _placed(
             shrunken = max(LEAST_SIDE, side * draws.between(92, 100) // 100)
             side = side if sizes.get(noun) == "large" else shrunken
         width, height = _box(noun, side)
-        first = -(-_MARGIN // cell)
         for _ in range(12):
-            left = cell * draws.between(first, (UNITS - _MARGIN - width) // cell)
-            top = cell * draws.between(first, (UNITS - _MARGIN - height) // cell)
+            left, top = (
+                first + step * draws.between(0, (UNITS - _MARGIN - side - first) // step)
+                for side in (width, height)
+            )
             item = Placed(noun, left, top, width, height)
             if all(_apart(item, other) for other in placed):
                 placed.append(item)

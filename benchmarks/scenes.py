@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--page", type=Path, help="write the first 48 pictures here")
-    parser.add_argument("--weights", default="weights/scenes", help="folder of the model")
+    parser.add_argument("--weights", default="weights/tiny_plain", help="folder of the model")
     parser.add_argument("--per-category", type=int, default=20, help="captions of each category")
     parser.add_argument("--seed", type=int, default=1, help="seed of the scenes")
     parser.add_argument("--num-nouns", type=int, default=32, help="nouns of the captions, as in training")

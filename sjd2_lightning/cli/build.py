@@ -49,7 +49,7 @@ from sjd2_lightning.run.stages import stage
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
 from sjd2_lightning.training.module import SJD2Module
-from sjd2_lightning.training.recipes.clip import ClipModule, EmojiPairs
+from sjd2_lightning.training.recipes.clip import ClipModule, ScenePairs
 
 _HELD_OUT_PROMPTS = 64
 _REFERENCE_SCENES = 252  # real scenes for the distances, at least as many as there are prompts
@@ -67,7 +67,7 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
             config.optimizer.lr,
             config.optimizer.weight_decay,
         )
-        return clip, EmojiPairs(data.batch_size, side, config.seed, data.num_workers)
+        return clip, ScenePairs(data.batch_size, side, variety_of(data), config.seed, data.num_workers)
     backbone = build_backbone(config.model, captions=captions_of(config.data))
     return build_module(config, backbone), build_data(config, backbone)
 
@@ -189,7 +189,7 @@ def build_module(config: TrainConfig, backbone: Backbone) -> SJD2Module:
 
 
 def build_data(config: TrainConfig, backbone: Backbone) -> CodeDataModule:
-    """Shards; the emoji's are made by the backbone's own tokenizer where they are missing.
+    """Shards; those of embedded sets are made by the backbone's own tokenizer where they are missing.
 
     Raises:
         ValueError: shards that are there are of another image tokenizer.
@@ -287,8 +287,8 @@ def left_out(config: SharedConfig, reference: ReferenceSet | None, num_prompts: 
         return
     if metrics.clip is None:
         yield (
-            "no CLIP score: the shipped scorer has seen emoji alone; metrics.clip=hf-hub:OWNER/MODEL, or the "
-            "folder of one, scores other pictures"
+            "no CLIP score: the shipped scorer has seen scenes alone; metrics.clip=hf-hub:OWNER/MODEL, or "
+            "the folder of one, scores other pictures"
         )
     num = num_of_distances(reference, num_prompts)
     if reference is None:

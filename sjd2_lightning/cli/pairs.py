@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="sjd2 pairs",
         description=__doc__,
-        epilog="example:\n  sjd2 pairs data/emoji_demo/codes/train outputs/pairs.safetensors",
+        epilog="example:\n  sjd2 pairs data/scenes_demo/codes/train outputs/pairs.safetensors",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shards", type=Path, help="folder of training shards of codes")

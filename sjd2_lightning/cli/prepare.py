@@ -163,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", type=Path, metavar="FOLDER", help="image tokenizer in diffusers' layout")
     add("--model-family", metavar="NAME", help="tokenizer of a model: chameleon, simple_ar, ...")
     add("--model-path", type=Path, metavar="FOLDER", help="its folder; random_tiny: a dry run")
-    add("--image-size", type=int, nargs="+", metavar="N", help="height and width (64)")
+    add("--image-size", type=int, nargs="+", metavar="N", help="height and width (128)")
     add("--size", dest="image_size", type=int, nargs="+", help=argparse.SUPPRESS)
     add("--split", choices=list(SPLITS), default="both", metavar="NAME", help="train, val or both (default)")
     add("--val-share", type=float, metavar="X", help="share held out (0.01, 8 pictures at least)")
@@ -344,7 +344,7 @@ def load_coder(options: argparse.Namespace) -> Coder | None:
 
 
 def _size(options: argparse.Namespace) -> tuple[int, int]:
-    sides = options.image_size or [64]
+    sides = options.image_size or [128]
     if len(sides) > 2 or min(sides) < 1:
         raise ValueError(f"--image-size {' '.join(map(str, sides))}: give height and width, or one side")
     return sides[0], sides[-1]

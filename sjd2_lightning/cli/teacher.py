@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="sjd2 teacher",
         usage="%(prog)s SHARDS OUT --weights FOLDER [options]",
         description=__doc__,
-        epilog="example:\n  sjd2 teacher data/emoji_demo/codes data/teacher/codes --weights weights/tiny\n"
+        epilog="example:\n  sjd2 teacher data/scenes_demo/codes data/teacher/codes --weights weights/tiny\n"
         "  sjd2 train data=shards data.data_dir=data/teacher noise.consistency=1",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=25),
     )

@@ -286,7 +286,7 @@ class ScratchConfig(Group):
         if not has_image_tokenizer(shipped(self.image_tokenizer)):
             found.append(
                 f"image_tokenizer={self.image_tokenizer}: there is no image tokenizer; train it with "
-                "`sjd2 train experiment=scenes_tokenizer`"
+                "`sjd2 train experiment=tiny_tokenizer`"
             )
         return found
 

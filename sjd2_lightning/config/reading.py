@@ -26,11 +26,11 @@ from sjd2_lightning.run.processes import run_id
 OmegaConf.register_new_resolver("run_id", lambda: run_id(), use_cache=True, replace=True)
 # `${dry_run:${model.init},a,b}` in conf: a for a dry run on random weights, else b
 OmegaConf.register_new_resolver("dry_run", lambda init, a, b: a if init == "random_tiny" else b, replace=True)
-# `${if_emoji:${data.prepare},${data.source},${data.reference_dir},a}` in conf/metrics: a where pictures are
-# embedded emoji, else null: what has seen emoji alone says nothing about other pictures
+# `${if_scenes:${data.prepare},${data.source},${data.reference_dir},a}` in conf/metrics: a where pictures are
+# embedded scenes, else null: what has seen scenes alone says nothing about other pictures
 OmegaConf.register_new_resolver(
-    "if_emoji",
-    lambda prepare, source, reference, a: a if prepare and source == "emoji" and not reference else None,
+    "if_scenes",
+    lambda prepare, source, reference, a: a if prepare and source == "scenes" and not reference else None,
     replace=True,
 )
 # `${either:a,b}` in conf/method: a, or b where a is null

@@ -158,7 +158,7 @@ class TrainConfig(SharedConfig):
         """A recipe without its sizes, a checkpoint that is not there."""
         found = super().problems()
         if self.task in ("tokenizer", "clip") and getattr(self, self.task) is None:
-            recipe = {"tokenizer": "scenes_tokenizer", "clip": "tiny_clip"}[self.task]
+            recipe = {"tokenizer": "tiny_tokenizer", "clip": "tiny_clip"}[self.task]
             found.append(f"task={self.task}: needs the group of keys `{self.task}`; use experiment={recipe}")
         if self.task == "clip" and self.clip is not None:
             text = shipped(self.clip.text_dir)

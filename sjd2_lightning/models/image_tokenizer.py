@@ -158,7 +158,7 @@ def load_image_tokenizer(folder: str | Path) -> VQImageTokenizer | PatchTokenize
     if not weights.is_file():
         raise ValueError(
             f"no image tokenizer in {folder}: {weights.name} is missing; "
-            "make that of the scenes with `sjd2 train experiment=scenes_tokenizer`"
+            "make that of the scenes with `sjd2 train experiment=tiny_tokenizer`"
         )
     with open_weights(weights):
         pass

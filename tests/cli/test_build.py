@@ -50,19 +50,19 @@ def test_own_pictures_bring_their_prompts(tmp_path, capsys):
     reference = build_reference(composed("data=raw", f"data.data_dir={out}"))
     assert sorted(reference.keys) == held_out
     assert reference.name == "held-out pictures of shards"
-    assert reference.images.shape[1:] == (64, 64, 3)
+    assert reference.images.shape[1:] == (128, 128, 3)
     assert all(text in reference.captions for text in own)
     (tmp_path / "other.txt").write_text("a heart\n")
     assert texts("data=raw", f"data.data_dir={out}", f"data.prompt_file={tmp_path / 'other.txt'}") == [
         "a heart"
     ]
-    emoji = texts()
-    assert not set(emoji) & set(own)
-    assert texts(f"data.data_dir={out}") == emoji, "the embedded set is built there, and has its own names"
+    embedded = texts()
+    assert not set(embedded) & set(own)
+    assert texts(f"data.data_dir={out}") == embedded, "the embedded set is built there, and has its own prompts"
 
 
 def test_scores_that_say_nothing_of_own_pictures_are_left_out(tmp_path):
-    """With one sentence each; what is asked for by name is measured, and the emoji as ever."""
+    """With one sentence each; what is asked for by name is measured, and scenes as ever."""
     (tmp_path / "held_out").mkdir()
     for number in range(3):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "held_out" / f"p{number}.png")
@@ -92,7 +92,7 @@ def test_scores_that_say_nothing_of_own_pictures_are_left_out(tmp_path):
         "the prompts are names of emoji"
     )
     photos = (f"data.reference_dir={tmp_path / 'held_out'}", "metrics.min_images=2")
-    assert said(*photos)[1:] == (1, False), "the scorer of emoji judges no photos"
+    assert said(*photos)[1:] == (1, False), "the scorer of scenes judges no photos"
 
 
 def test_codes_of_another_tokenizer_are_refused_before_loggers_are_made(tmp_path, monkeypatch):
@@ -102,9 +102,9 @@ def test_codes_of_another_tokenizer_are_refused_before_loggers_are_made(tmp_path
         folder = tmp_path / "mine/codes" / split
         folder.mkdir(parents=True)
         (folder / "a.tar").touch()
-        meta = ShardMeta("codes", split, "folder", 16, 16, "", "", num_codes=512, tokenizer_hash="a" * 64)
+        meta = ShardMeta("codes", split, "folder", 16, 16, "", "", num_codes=2048, tokenizer_hash="a" * 64)
         ShardIndex(folder, meta, (Shard("a.tar", "", 0, 20),)).save(folder)
-    backbone = SimpleNamespace(num_codes=512, image_tokenizer=SimpleNamespace(identity="a" * 64))
+    backbone = SimpleNamespace(num_codes=2048, image_tokenizer=SimpleNamespace(identity="a" * 64))
     assert build_data(config, backbone).index("val").num_samples == 20
     backbone.image_tokenizer.identity = "b" * 64
     with pytest.raises(ValueError, match="made with image tokenizer aaaaaaaaaaaa, the model has bbbb"):

@@ -11,7 +11,7 @@ def test_a_card_says_what_it_is_and_how_to_use_it():
         "# weights/tiny, fine-tuned",
         "with noisy codes",
         "100 steps of 8 pictures a device, of `data/photos`",
-        "Images of 64 x 64 pixels",
+        "Images of 128 x 128 pixels",
         'Pipeline.load("outputs/mine/model")',
         "`hf upload OWNER/NAME outputs/mine/model`",
         "Pictures: my own, CC-BY 4.0",

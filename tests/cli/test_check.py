@@ -31,7 +31,7 @@ BAD = (None, "", [], {}, -1, 0, 10**30, 1e300, math.nan, "nonsense", True, [[1]]
 ROOTS = {
     "train": ("train",),
     "train, clip": ("train", "experiment=tiny_clip"),
-    "train, tokenizer": ("train", "experiment=scenes_tokenizer"),
+    "train, tokenizer": ("train", "experiment=tiny_tokenizer"),
     "train, base": ("train", "experiment=tiny_base"),
     "evaluate": ("evaluate",),
     "evaluate, coco": (
@@ -268,7 +268,7 @@ def test_progress_of_a_damaged_checkpoint_is_left_to_its_reader(tmp_path):
 
 
 def test_data_are_refused_before_anything_is_loaded(tmp_path, tiny_weights):
-    for name in ("trunk/config.json", "tokenizer/config.json"):
+    for name in ("trunk/config.json", "tokenizer/patch_tokenizer.json"):
         (tmp_path / "weights/tiny" / name).parent.mkdir(exist_ok=True)
         shutil.copy(tiny_weights / name, tmp_path / "weights/tiny" / name)
 
@@ -286,7 +286,7 @@ def test_data_are_refused_before_anything_is_loaded(tmp_path, tiny_weights):
         folder = tmp_path / "mine/codes" / split
         folder.mkdir(parents=True)
         (folder / "a.tar").touch()
-        meta = ShardMeta("codes", split, "folder", 16, 16, "", "", num_codes=512, tokenizer_hash="x")
+        meta = ShardMeta("codes", split, "folder", 16, 16, "", "", num_codes=2048, tokenizer_hash="x")
         ShardIndex(folder, meta, (Shard("a.tar", "", 0, 20),)).save(folder)
     assert lines("data.data_dir=mine") == []
     [line] = lines("data.data_dir=mine", "model.image_size=[96,96]")
@@ -294,7 +294,7 @@ def test_data_are_refused_before_anything_is_loaded(tmp_path, tiny_weights):
     [line] = lines("data.data_dir=mine", "data.batch_size=21")
     assert line.startswith("data.batch_size=21: 20 training samples do not fill one batch of 21")
     [line] = lines("data.data_dir=mine", "model.image_size=[65,64]")
-    assert line == "model.image_size=[65, 64]: must be multiples of 4"
+    assert line == "model.image_size=[65, 64]: must be multiples of 8"
     (tmp_path / "mine/codes/val/a.tar").unlink()
     [line] = lines("data.data_dir=mine")
     assert "mine/codes/val lacks 1 of the 1 shards" in line

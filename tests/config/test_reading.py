@@ -57,8 +57,8 @@ def test_experiment_says_what_it_claims(experiment):
 def test_option_list_is_not_empty():
     assert {"model=tiny", "noise=off", "decoding=default", "trainer=cpu", "logger=none"} <= set(OPTIONS)
     alone = {name for name in EXPERIMENTS if "/" not in name}
-    scenes = {"scenes_base", "scenes_tokenizer"}
-    assert alone == {"demo", "tiny_base", "tiny_clip", "smoke", *scenes}
+    recipes = {"tiny_base", "tiny_tokenizer", "tiny_tuned", "tiny_clip"}
+    assert alone == {"demo", "smoke", *recipes}
     assert {"study/plain", "study/recipe", "study/tied"} <= set(EXPERIMENTS) - alone
 
 

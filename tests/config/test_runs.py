@@ -132,8 +132,8 @@ def test_a_model_of_random_weights_alone_is_a_dry_run(model):
 
 def test_no_other_run_is_a_dry_run():
     config = typed("train")
-    assert (config.trainer.max_steps, config.data.views, config.data.max_images) == (400, 4, None)
-    assert (config.data.data_dir, config.data.batch_size) == ("data/emoji", 16)
+    assert (config.trainer.max_steps, config.data.views, config.data.max_images) == (400, 1, None)
+    assert (config.data.data_dir, config.data.batch_size) == ("data/scenes_small", 16)
     assert typed("evaluate").num_prompts is None
     assert typed("evaluate", "model=lumina_mgpt").model.image_size == (768, 768)
 

@@ -346,7 +346,7 @@ def test_which_weights_are_measured(composed, tmp_path):
         (train_main, ["ckpt_path=last"], "ckpt_path=last: no run in"),
         (evaluate_main, ["decoding.window=abc"], "decoding.window='abc': must be a whole number"),
         (evaluate_main, ["compare=[ar,sdj]"], "unknown method 'sdj'; did you mean `sjd`?"),
-        (evaluate_main, ["num_prompts=100000"], "held-out emoji names"),
+        (evaluate_main, ["num_prompts=100000"], "ask for 1 to 10000 scenes"),
         (evaluate_main, ["optimizer.lr=1"], "optimizer.lr: unknown key"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

@@ -23,7 +23,7 @@ from tests.tools.source import REPO
 
 # Configurations in which groups that are null otherwise have their keys.
 FULL = {
-    "train": ("experiment=scenes_tokenizer", "experiment=tiny_clip", "experiment=tiny_base"),
+    "train": ("experiment=tiny_tokenizer", "experiment=tiny_clip", "experiment=tiny_base"),
     "evaluate": ("metrics=coco2017_5k",),
 }
 

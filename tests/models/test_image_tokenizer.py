@@ -96,7 +96,7 @@ def test_isolated_patches_have_codes_of_their_own_pixels_alone(tokenizer, tmp_pa
 
 
 def test_a_folder_without_weights_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"no image tokenizer in {tmp_path}.*experiment=scenes_tokenizer"):
+    with pytest.raises(ValueError, match=f"no image tokenizer in {tmp_path}.*experiment=tiny_tokenizer"):
         load_image_tokenizer(tmp_path)
 
 

@@ -24,11 +24,11 @@ OPTIONS = sorted(
 )
 # What configurations name but this checkout need not hold.
 NAMED_FILES = (
-    "weights/scenes/backbone.json",
-    "weights/scenes/tokenizer/patch_tokenizer.json",
+    "weights/tiny_plain/backbone.json",
+    "weights/tiny_plain/tokenizer/patch_tokenizer.json",
     "weights/tiny/backbone.json",
     "weights/tiny/pairs.safetensors",
-    "weights/tiny/tokenizer/config.json",
+    "weights/tiny/tokenizer/patch_tokenizer.json",
     "weights/tiny/clip/open_clip_config.json",
     *(f"weights/lumina_mgpt_7b_{size}/backbone.json" for size in (512, 768, 1024)),
     *(f"weights/{name}/config.json" for name in ("emu3_gen", "janus_pro_1b", "janus_pro_7b")),

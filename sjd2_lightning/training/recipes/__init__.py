@@ -53,15 +53,15 @@ class ClipRecipe:
     """
 
     text_dir: str = "weights/tiny/text"
-    name: str = "TinyEmojiCLIP"
-    patch_size: Width = 8
+    name: str = "TinySceneCLIP"
+    patch_size: Width = 16
     vision_width: Width = 128
     vision_layers: Annotated[int, Within(1, 1000)] = 4
     text_width: Width = 128
     text_layers: Annotated[int, Within(1, 1000)] = 2
     head_width: Width = 32
     embed_dim: Width = 128
-    context_length: Width = 24
+    context_length: Width = 32
     patch_dropout: Part = 0.5
     text_dropout: Part = 0.2
     warmup_share: Part = 0.05

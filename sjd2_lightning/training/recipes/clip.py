@@ -1,12 +1,12 @@
-"""Recipe of the tiny CLIP: the offline scorer, trained on the training concepts of the emoji pictures."""
+"""Recipe of the tiny CLIP: the offline scorer of scenes, which tells them from shuffled copies too."""
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -15,19 +15,32 @@ import torch
 from safetensors import torch as safetensors
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, Subset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from sjd2_lightning.data.sources.emoji import EmojiPictures, Picture
+from sjd2_lightning.data.sources.scenes import (
+    ALL,
+    CATEGORY_SHARES,
+    Scene,
+    Variety,
+    held_out_scene,
+    training_scene,
+)
 from sjd2_lightning.metrics.alignment import CONFIG_FILE
 from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.training.recipes import ClipRecipe
 
 _MEAN = _STD = 0.5  # of the pixels a CLIP sees: maps [0, 1] to [-1, 1]
+_GRIDS = (4, 8, 16)  # blocks on a side of the shuffled copies
+_HELD_OUT_PER_CATEGORY = 32
 
 
 class ClipModule(L.LightningModule):
     """A small open_clip CLIP with the contrastive loss of Radford et al. 2021 (their figure 3).
+
+    Captions must also tell their picture from copies of all pictures whose blocks are shuffled (ours; after
+    Yuksekgonul et al. 2023, who found that CLIP reads pictures and captions as bags of parts).
 
     Args:
         recipe: sizes and regularisation.
@@ -46,7 +59,7 @@ class ClipModule(L.LightningModule):
         self,
         recipe: ClipRecipe,
         out_dir: str | None = "weights/tiny/clip",
-        image_size: int = 64,
+        image_size: int = 128,
         lr: float = 1e-3,
         weight_decay: float = 0.2,
     ) -> None:
@@ -82,7 +95,6 @@ class ClipModule(L.LightningModule):
         }
         training_cfg = self.model_cfg["vision_cfg"] | {"patch_dropout": recipe.patch_dropout}
         self.clip = open_clip.CLIP(recipe.embed_dim, training_cfg, self.model_cfg["text_cfg"])
-        self.loss = open_clip.ClipLoss()
         self._held_out: list[tuple[Tensor, Tensor]] = []
 
     def embed(self, images: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -101,16 +113,21 @@ class ClipModule(L.LightningModule):
         image_embeds = self.clip.encode_image((images - _MEAN) / _STD, normalize=True)
         return image_embeds, self.clip.encode_text(ids.to(images.device), normalize=True)
 
-    def training_step(self, batch: Picture, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
         with torch.no_grad():  # Radford et al. keep the temperature from passing 100
             self.clip.logit_scale.clamp_(max=float(np.log(100)))
-        image_embeds, text_embeds = self.embed(batch.image, batch.caption)
-        loss = self.loss(image_embeds, text_embeds, self.clip.logit_scale.exp())
+        grid = int(torch.randint(len(_GRIDS), ()))
+        images = torch.cat([batch.images, block_shuffled(batch.images, _GRIDS[grid])])
+        image_embeds, text_embeds = self.embed(images, batch.captions)
+        by_text = self.clip.logit_scale.exp() * text_embeds @ image_embeds.T  # (B, 2 B)
+        own = torch.arange(len(by_text), device=by_text.device)
+        by_image = by_text[:, : len(by_text)].T
+        loss = (F.cross_entropy(by_text, own) + F.cross_entropy(by_image, own)) / 2
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Picture, batch_idx: int) -> None:
-        self._held_out.append(self.embed(batch.image, batch.caption))
+    def validation_step(self, batch: Pairs, batch_idx: int) -> None:
+        self._held_out.append(self.embed(batch.images, batch.captions))
 
     def on_validation_epoch_end(self) -> None:
         images, texts = (torch.cat(parts) for parts in zip(*self._held_out, strict=True))
@@ -150,58 +167,86 @@ class ClipModule(L.LightningModule):
         write_whole(target / "open_clip_model.safetensors", safetensors.save(weights))
 
 
-class EmojiPairs(L.LightningDataModule):
-    """One jittered picture of every training concept an epoch; validation on one of every held-out concept.
+class Pairs(NamedTuple):
+    """Pictures (B, 3, size, size) in [0, 1] and their captions."""
 
-    A batch never holds a concept twice, so no picture is pushed away from a caption that fits it.
+    images: Tensor
+    captions: list[str]
+
+
+class SceneBatches(IterableDataset[Pairs]):
+    """Endless batches of training scenes; no two of a batch ask for the same.
+
+    A batch without such doubles pushes no picture away from a caption that fits it.
 
     Args:
         batch_size: pictures that are each other's negatives.
         size: side of the pictures.
-        seed: decides order, choice and jitter.
+        variety: how much scenes differ.
+        seed: seed of the scenes.
+    """
+
+    def __init__(self, batch_size: int, size: int, variety: Variety, seed: int) -> None:
+        self.batch_size, self.size, self.variety, self.seed = batch_size, size, variety, seed
+
+    def __iter__(self) -> Iterator[Pairs]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        batch: dict[str, Scene] = {}
+        for index in count(first, step):
+            scene = training_scene(self.seed, index, self.variety)
+            batch.setdefault(_wish(scene), scene)
+            if len(batch) == self.batch_size:
+                yield painted(list(batch.values()), self.size)
+                batch.clear()
+
+
+class ScenePairs(L.LightningDataModule):
+    """Training scenes, and for validation held-out ones that ask for different things.
+
+    Args:
+        batch_size: pictures that are each other's negatives.
+        size: side of the pictures.
+        variety: how much scenes differ.
+        seed: seed of the scenes.
         num_workers: number of processes of the training loader.
     """
 
-    def __init__(self, batch_size: int = 256, size: int = 64, seed: int = 0, num_workers: int = 0) -> None:
+    def __init__(
+        self, batch_size: int, size: int, variety: Variety = ALL, seed: int = 0, num_workers: int = 0
+    ) -> None:
         super().__init__()
-        self.batch_size, self.size, self.seed, self.num_workers = batch_size, size, seed, num_workers
+        self.batches = SceneBatches(batch_size, size, variety, seed)
+        self.num_workers = num_workers
 
-    def train_dataloader(self) -> DataLoader[Picture]:
-        pictures = EmojiPictures("train", self.size, self.seed)
-        order = OnePerConcept(pictures, self.seed)
-        if self.batch_size > len(order):
-            raise ValueError(
-                f"batch_size={self.batch_size} exceeds the {len(order)} training concepts; lower it"
-            )
-        return DataLoader(
-            pictures, self.batch_size, sampler=order, drop_last=True, num_workers=self.num_workers
-        )
+    def train_dataloader(self) -> DataLoader[Pairs]:
+        return DataLoader(self.batches, batch_size=None, num_workers=self.num_workers)
 
-    def val_dataloader(self) -> DataLoader[Picture]:
-        pictures = EmojiPictures("val", self.size)
-        first = [members[0] for members in _by_concept(pictures).values()]
-        return DataLoader(Subset(pictures, first), batch_size=64)
+    def val_dataloader(self) -> DataLoader[Pairs]:
+        size, variety = self.batches.size, self.batches.variety
+        scenes = [
+            held_out_scene(category, self.batches.seed, index, variety)
+            for category in CATEGORY_SHARES
+            for index in range(_HELD_OUT_PER_CATEGORY)
+        ]
+        distinct = list({_wish(scene): scene for scene in scenes}.values())
+        batches = [painted(distinct[start : start + 64], size) for start in range(0, len(distinct), 64)]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
-class OnePerConcept(Sampler[int]):
-    """Indices of one picture a concept, in an order and choice drawn anew for each epoch (ours)."""
+def painted(scenes: Sequence[Scene], size: int) -> Pairs:
+    """Scenes as pictures of a side and captions."""
+    images = torch.from_numpy(np.stack([scene.image(size) for scene in scenes]))
+    return Pairs(images.permute(0, 3, 1, 2).float() / 255, [scene.caption for scene in scenes])
 
-    def __init__(self, pictures: EmojiPictures, seed: int) -> None:
-        self.pictures = pictures
-        self.members = list(_by_concept(pictures).values())
-        self.seed = seed
 
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self.seed, self.pictures.epoch])
-        for concept in rng.permutation(len(self.members)):
-            yield int(rng.choice(self.members[concept]))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch: draws another order, another choice and another jitter."""
-        self.pictures.epoch = epoch
+def block_shuffled(images: Tensor, grid: int) -> Tensor:
+    """Images (B, C, h, w) cut into grid x grid blocks that change places at random."""
+    blocks = images.unflatten(-1, (grid, -1)).unflatten(-3, (grid, -1))  # (B, C, grid, rows, grid, columns)
+    blocks = blocks.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    order = torch.rand(blocks.shape[:2], device=images.device).argsort(1)
+    blocks = blocks.gather(1, order[..., None, None, None].expand_as(blocks))
+    return blocks.unflatten(1, (grid, grid)).permute(0, 3, 1, 4, 2, 5).flatten(-2).flatten(-3, -2)
 
 
 def recall_at(k: int, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
@@ -211,11 +256,10 @@ def recall_at(k: int, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     return (rank < k).float().mean()
 
 
-def _by_concept(pictures: EmojiPictures) -> dict[str, list[int]]:
-    members: dict[str, list[int]] = defaultdict(list)
-    for index, item in enumerate(pictures.items):
-        members[item.concept].append(index)
-    return members
+def _wish(scene: Scene) -> str:
+    """What a scene's caption claims, whatever its words."""
+    asked = scene.asked
+    return repr((sorted(asked.counts), asked.relation, sorted(asked.sizes), asked.ground))
 
 
 def _end_marked(text_dir: str) -> PreTrainedTokenizerFast:

@@ -263,7 +263,7 @@ def test_a_small_set_holds_out_eight_or_a_fifth() -> None:
         ),
         (
             ["--model-family", "emu3", "--model-path", "weights/emu3_gen"],
-            "model=emu3 'model.image_size=[64,64]'",
+            "model=emu3 'model.image_size=[128,128]'",
         ),
         (["--model-family", "chameleon", "--model-path", "weights/tiny"], ""),
         (["--model-family", "chameleon", "--model-path", "my own"], "'model.path=my own'"),
@@ -299,7 +299,7 @@ def test_command_line_from_folder_to_samples(
     photos: Path, tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    options = ["folder", "--input", photos, "--out", out, "--image-size", 64]
+    options = ["folder", "--input", photos, "--out", out]
     options += ["--val-share", 0.3, "--max-bad-share", 0.5]
     run(*options, "--model-family", "chameleon", "--model-path", tiny_weights, "--attribution", "mine")
     printed = capsys.readouterr().out
@@ -312,7 +312,7 @@ def test_command_line_from_folder_to_samples(
         index = ShardIndex.load(out / "codes" / split)
         meta = index.meta
         assert (meta.source, meta.attribution, meta.transform) == ("photos", "mine", CROPPED)
-        assert (meta.height, meta.width, meta.pixel_size, meta.num_codes) == (16, 16, (64, 64), 512)
+        assert (meta.height, meta.width, meta.pixel_size, meta.num_codes) == (16, 16, (128, 128), 2048)
         assert meta.tokenizer == f"chameleon in {tiny_weights}"
         samples |= {sample.caption: sample for sample in read_all(out / "codes" / split)}
     assert sorted(samples) == sorted(f"picture {n}" for n in range(12))

@@ -1,16 +1,25 @@
 """The CLIP recipe: batches without false negatives, a loss that can be learnt, a folder the scorer reads."""
 
 import json
+from itertools import islice
 
 import lightning as L
 import pytest
 import torch
 
-from sjd2_lightning.data.sources.emoji import Picture, load_emoji_index, render
+from sjd2_lightning.data.sources.scene_captions import read_caption
+from sjd2_lightning.data.sources.scenes import Variety, held_out_scene, training_scene
 from sjd2_lightning.metrics.alignment import load_clip_scorer, own_scores
 from sjd2_lightning.models.small import train_text_tokenizer
 from sjd2_lightning.training.recipes import ClipRecipe
-from sjd2_lightning.training.recipes.clip import ClipModule, EmojiPairs, recall_at
+from sjd2_lightning.training.recipes.clip import (
+    ClipModule,
+    SceneBatches,
+    ScenePairs,
+    block_shuffled,
+    painted,
+    recall_at,
+)
 
 SMALL = {
     "patch_size": 8,
@@ -23,6 +32,7 @@ SMALL = {
     "patch_dropout": 0.0,
     "text_dropout": 0.0,
 }
+FEW = Variety(12, True)
 
 
 def clip(text_dir: str, out_dir: str | None = None, **sizes) -> ClipModule:
@@ -33,7 +43,8 @@ def clip(text_dir: str, out_dir: str | None = None, **sizes) -> ClipModule:
 @pytest.fixture(scope="module")
 def text_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    train_text_tokenizer([item.caption for item in load_emoji_index()[::20]], 8, 600).save_pretrained(folder)
+    captions = [training_scene(0, index, FEW).caption for index in range(100)]
+    train_text_tokenizer(captions, 8, 600).save_pretrained(folder)
     return str(folder)
 
 
@@ -49,27 +60,41 @@ def quiet_trainer(**options):
     )
 
 
-def test_training_batches_never_hold_a_concept_twice_and_change_by_epoch():
-    data = EmojiPairs(batch_size=64, size=8, seed=3)
-    loader = data.train_dataloader()
-    items = loader.dataset.items
-    assert all(item.split == "train" for item in items)
-    epochs = []
-    for epoch in (0, 1, 0):
-        loader.sampler.set_epoch(epoch)
-        epochs.append(list(loader.sampler))
-    assert epochs[0] == epochs[2] != epochs[1]
-    for order in epochs:
-        concepts = [items[index].concept for index in order]
-        assert len(set(concepts)) == len(concepts) == len({item.concept for item in items})
-    assert {items[i].key for i in epochs[0]} != {items[i].key for i in epochs[1]}
+def test_training_batches_never_ask_twice_for_the_same():
+    batches = list(islice(SceneBatches(24, 8, FEW, seed=3), 4))
+    for batch in batches:
+        assert batch.images.shape == (24, 3, 8, 8)
+        asked = [read_caption(caption) for caption in batch.captions]
+        wishes = [repr((sorted(a.counts), a.relation, sorted(a.sizes), a.ground)) for a in asked]
+        assert len(set(wishes)) == 24
+    assert batches[0].captions != batches[1].captions
+    again = next(iter(SceneBatches(24, 8, FEW, seed=3)))
+    assert again.captions == batches[0].captions
+    assert again.images.equal(batches[0].images)
 
 
-def test_validation_holds_one_picture_of_every_held_out_concept():
-    pictures = EmojiPairs(size=8).val_dataloader().dataset
-    concepts = [pictures.dataset.items[index].concept for index in pictures.indices]
-    held_out = {item.concept for item in load_emoji_index() if item.split == "val"}
-    assert sorted(concepts) == sorted(held_out)
+def test_validation_holds_out_what_training_never_asks_for():
+    batches = list(ScenePairs(4, 8, FEW).val_dataloader())
+    captions = [caption for batch in batches for caption in batch.captions]
+    assert len(captions) > 60
+    held_out = {held_out_scene("two", 0, index, FEW).caption for index in range(32)}
+    assert len(held_out & set(captions)) > 10
+
+
+@pytest.mark.parametrize("grid", [2, 4])
+def test_blocks_change_places_and_nothing_else(grid):
+    torch.manual_seed(0)
+    images = torch.rand(3, 3, 8, 16)
+    shuffled = block_shuffled(images, grid)
+    rows, columns = 8 // grid, 16 // grid
+
+    def blocks(image):
+        cut = image.unfold(1, rows, rows).unfold(2, columns, columns).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        return sorted(block.flatten().tolist() for block in cut)
+
+    for before, after in zip(images, shuffled, strict=True):
+        assert blocks(before) == blocks(after)
+        assert not before.equal(after)
 
 
 def test_recall_counts_own_captions_among_the_nearest():
@@ -91,44 +116,43 @@ def test_text_is_pooled_at_its_end_whatever_follows(text_dir):
     assert not torch.allclose(short[1], same[1])
 
 
-def test_a_few_pairs_are_learnt(text_dir):
+def test_a_few_pairs_are_learnt_and_told_from_shuffled_copies(text_dir):
     torch.manual_seed(0)
-    items = load_emoji_index()[::450]
-    images = torch.stack([torch.tensor(render(item.path, 32)) for item in items]).permute(0, 3, 1, 2) / 255
-    batch = Picture(images, [item.caption for item in items], [item.concept for item in items])
+    batch = next(iter(SceneBatches(8, 32, FEW, seed=0)))
     module = clip(text_dir)
     module.log = lambda *args, **kwargs: None
     optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
     losses = []
-    for _ in range(40):
+    for _ in range(80):
         losses.append(module.training_step(batch, 0))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    assert losses[-1] < 0.3 * losses[0]
-    assert recall_at(1, *module.eval().embed(images, batch.caption)) == 1
+    assert losses[-1] < 0.4 * losses[0]
+    own, texts = module.eval().embed(batch.images, batch.captions)
+    assert recall_at(1, own, texts) == 1
+    copies, _ = module.embed(block_shuffled(batch.images, 4), batch.captions)
+    assert (own * texts).sum(-1).mean() > (copies * texts).sum(-1).mean() + 0.2
 
 
 def test_training_ends_in_a_folder_that_scores_as_the_module_does(text_dir, tmp_path):
     L.seed_everything(0)
     out = tmp_path / "clip"
     module = clip(text_dir, str(out))
-    trainer = quiet_trainer(max_epochs=1, limit_train_batches=2)
-    trainer.fit(module, EmojiPairs(batch_size=16, size=32))
-    assert (
-        0 <= trainer.callback_metrics["val/recall_at_1"] <= trainer.callback_metrics["val/recall_at_5"] <= 1
-    )
-    assert float(trainer.callback_metrics["val/recall_at_1_by_chance"]) == pytest.approx(1 / 78, rel=0.1)
+    trainer = quiet_trainer(max_steps=2, val_check_interval=2)
+    trainer.fit(module, ScenePairs(16, 32, FEW))
+    measured = trainer.callback_metrics
+    assert 0 <= measured["val/recall_at_1"] <= measured["val/recall_at_5"] <= 1
+    assert 0 < float(measured["val/recall_at_1_by_chance"]) < 1 / 60
 
     scorer = load_clip_scorer(out)
-    assert scorer.metric_name == "clip_score_TinyEmojiCLIP"
-    items = load_emoji_index()[::500]
-    captions = [item.caption for item in items]
-    images = torch.stack([torch.tensor(render(item.path, 32)) for item in items])
+    assert scorer.metric_name == "clip_score_TinySceneCLIP"
+    pairs = painted([held_out_scene("two", 1, index, FEW) for index in range(8)], 32)
     with torch.no_grad():
-        image_embeds, text_embeds = module.eval().embed(images.permute(0, 3, 1, 2) / 255, captions)
+        image_embeds, text_embeds = module.eval().embed(pairs.images, pairs.captions)
     expected = 100 * (image_embeds * text_embeds).sum(-1).clamp(min=0)
-    found = own_scores(scorer.embed_images(images), scorer.embed_captions(captions))
+    images = (pairs.images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    found = own_scores(scorer.embed_images(images), scorer.embed_captions(pairs.captions))
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=0.2)  # saved in fp16
 
 
@@ -161,5 +185,3 @@ def test_settings_that_do_not_fit_are_named_together(text_dir, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="has no eos_token"):
         clip(str(tmp_path))
-    with pytest.raises(ValueError, match="exceeds the"):
-        EmojiPairs(batch_size=5000).train_dataloader()

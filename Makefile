@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PLAY_ARGS ?=
 SCREENSHOT_PAGE ?= outputs/demo/report.html
-SCREENSHOT_PLAY ?= --prompt "grinning face" experiment=demo
+SCREENSHOT_PLAY ?= --prompt "two dogs on a green background" experiment=demo
 
 # Nothing but the set-up uses the network, unless the user says otherwise.
 export HF_HUB_OFFLINE ?= 1

@@ -32,8 +32,8 @@ def count_pairs(folder: Path) -> Tensor:
     counts = torch.zeros(num_codes * num_codes, dtype=torch.float64)
     with counted("counting pairs", index.num_samples, "images") as advance:
         for sample in read_all(folder):
-            pairs = sample.image_ids[:, :-1].long() * num_codes + sample.image_ids[:, 1:].long()
-            counts += torch.bincount(pairs.flatten(), minlength=len(counts))
+            pairs = (sample.image_ids[:, :-1].long() * num_codes + sample.image_ids[:, 1:].long()).flatten()
+            counts.index_add_(0, pairs, torch.ones(len(pairs), dtype=counts.dtype))
             advance(1)
     return counts.view(num_codes, num_codes)
 

@@ -9,7 +9,6 @@ import torch
 from sjd2_lightning.data.sources.scenes import Variety
 from sjd2_lightning.evaluation.controls import altered_copies, clip_control, judge_control
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
-from sjd2_lightning.evaluation.references import held_out_emoji
 from sjd2_lightning.evaluation.scene_judge import scene_judge, scene_reference
 from sjd2_lightning.metrics.alignment import load_clip_scorer
 from tests.tools.small_evaluation import fake_clip, reference_set

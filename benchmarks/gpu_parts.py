@@ -35,7 +35,7 @@ from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import load_backbone
 from sjd2_lightning.models.weights import TOKENIZER, TRUNK
 
-MINIATURE, MINIATURE_PIXELS = "weights/tiny", 64
+MINIATURE, MINIATURE_PIXELS = "weights/tiny", 128
 
 
 def card(bench: Bench) -> dict[str, float]:

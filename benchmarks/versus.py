@@ -40,26 +40,27 @@ METHODS = {
 PROMPTS = ("red heart", "police car", "blue cat", "green apple")
 
 
-def serve() -> None:
+def serve(weights: Path, pixels: int) -> None:
     """Decodes what standard input asks for, a line "method batch" each, and prints a JSON object each."""
-    backbone = load_backbone("chameleon", HERE / "weights/tiny", "trunk").eval()
+    backbone = load_backbone("chameleon", weights, "trunk").eval()
+    layout = backbone.layout(pixels, pixels)
     for line in sys.stdin:
         name, batch = line.split()
         prompts = PROMPTS[: int(batch)]
         start = time.perf_counter()
-        output = decode(backbone, prompts, range(len(prompts)), METHODS[name], backbone.layout(64, 64))
+        output = decode(backbone, prompts, range(len(prompts)), METHODS[name], layout)
         seconds = time.perf_counter() - start
         found = {"seconds": seconds, "nfe": output.stats.nfe.tolist(), "ids": output.slot_ids.tolist()}
         print(json.dumps(found), flush=True)
 
 
 class Checkout:
-    """A process that decodes with the package of a checkout."""
+    """A process that decodes with the package of a checkout; weights must be of a kind that both can read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weights: Path, pixels: int) -> None:
         # this file serves in both: of the other package it needs the public names alone
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve"],
+            [sys.executable, __file__, "--serve", "--weights", str(weights), "--pixels", str(pixels)],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(folder)},
             stdin=subprocess.PIPE,
@@ -118,10 +119,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, choices=range(1, len(PROMPTS) + 1))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--weights", type=Path, default=HERE / "weights/tiny", help="folder of the model")
+    parser.add_argument("--pixels", type=int, default=128, help="side of the images")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve()
+        serve(options.weights, options.pixels)
         return
     if options.other is None or not (options.other / "sjd2_lightning").is_dir():
         parser.error(f"{options.other}: is no checkout of this package; make one by `git worktree add`")
@@ -129,7 +132,7 @@ def main() -> None:
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in options.methods}
     for number in track(range(options.rounds), "rounds"):
         order = list(folders)[:: 1 if number % 2 else -1]
-        sides = {side: Checkout(folders[side]) for side in order}
+        sides = {side: Checkout(folders[side], options.weights.resolve(), options.pixels) for side in order}
         for name in options.methods:
             rows[name].append(compared(sides, name, options.batch, options.repeats))
         for side in sides.values():

@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 
 from sjd2_lightning.cli.check import check_evaluate
 from sjd2_lightning.cli.launch import launch
-from sjd2_lightning.config.groups import shipped
 from sjd2_lightning.config.reading import save_config
 from sjd2_lightning.config.runs import RANDOM_TAG, EvaluateConfig
 from sjd2_lightning.run.harmless import harmless
@@ -218,14 +217,14 @@ def weights_folder(config: EvaluateConfig) -> Path:
     exports = sorted(Path().glob(EXPORTS), key=lambda path: path.stat().st_mtime)
     if config.weights == "auto" and config.model.path == SHIPPED_MODEL and exports:
         return exports[-1].parent
-    return shipped(config.model.path)
+    return config.model.folder
 
 
 def weights_name(config: EvaluateConfig, weights: Path) -> str:
     """What the measured weights are called: their place, or that they are random."""
     from sjd2_lightning.run.provenance import random_origin
 
-    own, is_asked = config.model.random_name, weights == shipped(config.model.path)
+    own, is_asked = config.model.random_name, weights == config.model.folder
     if own and config.ckpt_path is None and is_asked:
         return own
     place = str(config.ckpt_path or (config.model.path if is_asked else weights))  # not where a package lies

@@ -332,7 +332,7 @@ class ModelConfig(Group):
     @property
     def folder(self) -> Path:
         """The folder of `path`; one that is a name on the hub is downloaded, or raises ValueError."""
-        return located(shipped(self.path), "path")
+        return located(shipped(self.path), "model.path")
 
     @property
     def source(self) -> WeightsSource:
@@ -376,27 +376,22 @@ class ModelConfig(Group):
         return [*found, *self._adapter_problems()]
 
     def _adapter_problems(self) -> list[str]:
-        if self.adapter is None:
-            return []
         try:
-            folder = located(self.adapter, "adapter")
+            folder = located(self.adapter or ".", "adapter")
         except ValueError as error:
             return [str(error)]
-        if (folder / "adapter_config.json").is_file():
+        if self.adapter is None or (folder / "adapter_config.json").is_file():
             return []
         return [f"adapter={self.adapter}: there is no adapter_config.json; give an exported adapter"]
 
     def _weights_problems(self) -> list[str]:
-        try:
-            folder = self.folder
-        except ValueError as error:
-            return [str(error)]
+        folder = shipped(self.path)
         if not folder.is_dir() and self.hub_id is not None and self.get is None and not self.local_files_only:
             return []  # to be downloaded
         try:
             folder = self.source.folder()
         except ValueError as error:
-            return [f"path={self.path}: {error}"]
+            return [f"path={self.path}: {str(error).removeprefix(f'model.path={self.path}: ')}"]
         if any((folder / name).is_file() for name in ("backbone.json", "config.json", "model_index.json")):
             if self.trunk == TRUNK or (folder / self.trunk).is_dir() or Path(self.trunk).is_dir():
                 return []

@@ -1,4 +1,4 @@
-"""A hub on this machine: as much of the Hugging Face hub's API as an upload and a download of a model ask for."""
+"""A hub on this machine: as much of the hub's API as an upload and a download of a model ask for."""
 
 from __future__ import annotations
 

@@ -80,6 +80,7 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
             left_out,
         )
         from sjd2_lightning.evaluation.compare import evaluate_methods
+        from sjd2_lightning.evaluation.judged import with_judged
         from sjd2_lightning.report.observe import observe
         from sjd2_lightning.report.write import report_object, write_report
         from sjd2_lightning.run.provenance import collect_provenance, redact, trainings_of
@@ -111,6 +112,8 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
     )
     if result is None:  # rank 0 reports
         return {}
+    if config.report.judged is not None:
+        result = with_judged(result, config.report.judged, config.metrics.num_resamples)
     result = with_word_of_noise(with_word_of_random_weights(result, config, weights), config, weights)
     said = tuple(left_out(config, reference, len(prompts)))
     result = replace(result, warnings=(*result.warnings, *said))

@@ -267,6 +267,7 @@ class ReportConfig(Group):
     num_frames: Annotated[int, Field(ge=2, le=10_000)]
     cost_windows: tuple[Slots, ...]
     publish: Literal["none", "wandb"]
+    judged: str | None
 
 
 class ScratchConfig(Group):

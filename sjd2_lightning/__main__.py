@@ -23,7 +23,8 @@ COMMANDS = {
     "pairs": ("cli.pairs", "count which codes stand side by side: methods.sjd2.pairs.table"),
     "teacher": ("cli.teacher", "let a model draw the images of a data set, for distillation"),
     "doctor": ("cli.doctor", "what this machine can do, which models are ready: sjd2 doctor"),
-    "publish": ("report.wandb_report", "publish a finished evaluation as a W&B Report"),
+    "publish": ("cli.publish", "share tuned weights on the hub, with a card made from a report"),
+    "wandb": ("report.wandb_report", "publish a finished evaluation as a W&B Report"),
 }
 
 

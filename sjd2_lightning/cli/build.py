@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -13,7 +12,8 @@ import lightning as L
 import torch
 import transformers
 
-from sjd2_lightning.cli.card import model_card
+from sjd2_lightning.cli.card import Card
+from sjd2_lightning.cli.settings import write_settings
 from sjd2_lightning.config.groups import ModelConfig, shipped
 from sjd2_lightning.config.runs import SharedConfig, TrainConfig
 from sjd2_lightning.data import DataConfig
@@ -36,12 +36,12 @@ from sjd2_lightning.evaluation.scene_judge import scene_judge, scene_prompts, sc
 from sjd2_lightning.metrics.alignment import load_clip_scorer
 from sjd2_lightning.metrics.features import load_feature_extractor
 from sjd2_lightning.models.backbone import Backbone
+from sjd2_lightning.models.hub import located
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.models.lora import has_adapter
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.small import build_tiny
-from sjd2_lightning.models.weights import SETTINGS_FILE
 from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.provenance import trainings_of, write_trainings
@@ -103,7 +103,7 @@ def build_backbone(
         sizes = model.scratch.model_dump() | {"image_tokenizer": shipped(model.scratch.image_tokenizer)}
         with stage("making a new model"):
             return build_tiny(captions, **sizes)
-    if model.init == "random_tiny" and path in (None, shipped(model.path)):
+    if model.init == "random_tiny" and path in (None, model.folder):
         backbone = build_shrunken(model.family)
     else:
         source = replace(model.source, path=path or model.source.path)
@@ -114,7 +114,8 @@ def build_backbone(
                 model.family, source, model.trunk, dtype, model.load_onto, model.unconditional
             )
     if model.peft is not None or model.adapter is not None:
-        backbone.add_lora(model.lora, model.adapter)
+        folder = None if model.adapter is None else located(model.adapter, "model.adapter")
+        backbone.add_lora(model.lora, folder)
     if model.activation_checkpointing:
         backbone.checkpoint_activations()
     return backbone
@@ -343,14 +344,13 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
     dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
     with stage(f"writing the weights to {config.export_dir}"):
         backbone.save(config.export_dir, dtype)
-        settings = {"image_size": config.model.image_size, "sampling": config.model.sampling.model_dump()}
-        write_whole(Path(config.export_dir) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
-        write_trainings(config.export_dir, trainings_after(config, trainer.global_step))
-    with harmless(f"writing {config.export_dir}/README.md"):
         data: Any = getattr(trainer, "datamodule", None)
         attribution = data.index("train").meta.attribution if isinstance(data, CodeDataModule) else ""
-        card = model_card(config, trainer.global_step, attribution)
-        write_whole(Path(config.export_dir) / "README.md", card)
+        card = Card.of(config, trainer.global_step, attribution)
+        write_settings(config, card)
+        write_trainings(config.export_dir, trainings_after(config, trainer.global_step))
+    with harmless(f"writing {config.export_dir}/README.md"):
+        write_whole(Path(config.export_dir) / "README.md", card.text(config.export_dir))
 
 
 def trainings_after(config: TrainConfig, num_steps: int) -> list[dict[str, Any]]:
@@ -366,7 +366,7 @@ def trainings_after(config: TrainConfig, num_steps: int) -> list[dict[str, Any]]
         before = [{"random": model.random_name}]
     elif not model.random_name:
         unknown = {"weights": model.hub_id or Path(model.path).name, "noise": None}
-        before = trainings_of(shipped(model.path)) or [unknown]
+        before = trainings_of(model.folder) or [unknown]
     return [
         *before,
         {"data": Path(config.data.data_dir).name, "steps": num_steps, "noise": asdict(config.noise)},

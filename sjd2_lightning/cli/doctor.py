@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from sjd2_lightning.config.groups import shipped
 from sjd2_lightning.config.reading import model_choices
-from sjd2_lightning.models.weights import BACKBONE_FILE, TRUNK, WeightsSource, missing_weights
+from sjd2_lightning.models.hub import WeightsSource
+from sjd2_lightning.models.weights import BACKBONE_FILE, TRUNK, missing_weights
 
 _GIB = 2**30
 _EXTRAS = {  # package that an extra brings: the extra, and what it is for

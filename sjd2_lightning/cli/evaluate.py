@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 
 from sjd2_lightning.cli.check import check_evaluate
 from sjd2_lightning.cli.launch import launch
-from sjd2_lightning.config.groups import shipped
 from sjd2_lightning.config.reading import save_config
 from sjd2_lightning.config.runs import RANDOM_TAG, EvaluateConfig
 from sjd2_lightning.run.harmless import harmless
@@ -81,6 +80,7 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
             left_out,
         )
         from sjd2_lightning.evaluation.compare import evaluate_methods
+        from sjd2_lightning.evaluation.judged import with_judged
         from sjd2_lightning.report.observe import observe
         from sjd2_lightning.report.write import report_object, write_report
         from sjd2_lightning.run.provenance import collect_provenance, redact, trainings_of
@@ -112,6 +112,8 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
     )
     if result is None:  # rank 0 reports
         return {}
+    if config.report.judged is not None:
+        result = with_judged(result, config.report.judged, config.metrics.num_resamples)
     result = with_word_of_noise(with_word_of_random_weights(result, config, weights), config, weights)
     said = tuple(left_out(config, reference, len(prompts)))
     result = replace(result, warnings=(*result.warnings, *said))
@@ -218,14 +220,14 @@ def weights_folder(config: EvaluateConfig) -> Path:
     exports = sorted(Path().glob(EXPORTS), key=lambda path: path.stat().st_mtime)
     if config.weights == "auto" and config.model.path == SHIPPED_MODEL and exports:
         return exports[-1].parent
-    return shipped(config.model.path)
+    return config.model.folder
 
 
 def weights_name(config: EvaluateConfig, weights: Path) -> str:
     """What the measured weights are called: their place, or that they are random."""
     from sjd2_lightning.run.provenance import random_origin
 
-    own, is_asked = config.model.random_name, weights == shipped(config.model.path)
+    own, is_asked = config.model.random_name, weights == config.model.folder
     if own and config.ckpt_path is None and is_asked:
         return own
     place = str(config.ckpt_path or (config.model.path if is_asked else weights))  # not where a package lies

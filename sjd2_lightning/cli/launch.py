@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sjd2_lightning.cli.arguments import one_line, readable_arguments, with_suggestion
 from sjd2_lightning.cli.naming import SWEPT, name_run, num_runs, swept_keys
+from sjd2_lightning.cli.settings import with_settings
 from sjd2_lightning.config.reading import ALLOWED_TARGETS, conf_dir
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.run.files import remove
@@ -95,7 +96,7 @@ def launch(
     SweepReport.all_failed, Preflight.check = False, check
     try:
         refuse_missing_sweeper(sys.argv[1:])
-        sys.argv[1:] = readable_arguments(script, sys.argv[1:])
+        sys.argv[1:] = with_settings(script, readable_arguments(script, sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=script)(run)()
     except Exception as error:
         message = refusal(script, error)
@@ -256,7 +257,7 @@ def composed(script: str, overrides: list[str]) -> DictConfig:
     """
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose(script, readable_arguments(script, overrides))
+            return compose(script, with_settings(script, readable_arguments(script, overrides)))
     except HydraException as error:
         raise ValueError(with_suggestion(script, error)) from error
 

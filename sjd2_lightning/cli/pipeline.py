@@ -9,8 +9,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from sjd2_lightning.cli.build import decoding_backbone
 from sjd2_lightning.cli.check import check_evaluate
 from sjd2_lightning.cli.evaluate import pick_device, weights_folder
 from sjd2_lightning.cli.launch import composed
+from sjd2_lightning.cli.settings import family_in, quoted, settings_keys
 from sjd2_lightning.config.groups import did_you_mean, shipped
 from sjd2_lightning.config.reading import model_choices
 from sjd2_lightning.config.runs import EvaluateConfig
@@ -31,8 +31,9 @@ from sjd2_lightning.decoding import DecodeOutput, Observer, decode
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.glm_pixels import draw_pixels, load_pixels
+from sjd2_lightning.models.hub import HubName, located
 from sjd2_lightning.models.image_tokenizer import to_uint8
-from sjd2_lightning.models.weights import ADAPTER_FILE, BACKBONE_FILE, SETTINGS_FILE, WeightsSource
+from sjd2_lightning.models.weights import ADAPTER_FILE, BACKBONE_FILE
 from sjd2_lightning.run.stages import stage
 
 
@@ -107,7 +108,7 @@ class Pipeline:
         """The model of a configuration; raises ValueError for weights that are missing or damaged."""
         folder, device = weights_folder(config), pick_device(config.device)
         backbone = decoding_backbone(config.model, folder, config.ckpt_path, device)
-        is_own = config.weights == "model" or folder == shipped(config.model.path)
+        is_own = config.weights == "model" or folder == config.model.folder
         named = config.model.path if is_own else str(folder)  # not where an installed package lies
         return cls(backbone, config, config.ckpt_path or config.model.adapter or named)
 
@@ -162,50 +163,23 @@ def evaluation_settings(keys: Sequence[str]) -> EvaluateConfig:
 
 def _keys_of(source: str | Path) -> list[str]:
     """Keys that choose what lies in a folder or on the hub: a release, an adapter or an export."""
+    name_on_hub = HubName.of(source)
     for name, fields in model_choices().items():
-        if str(source) == fields["hub_id"]:
-            return [f"model={name}", "model.local_files_only=false", "weights=model"]
+        if name_on_hub is not None and name_on_hub.hub_id == fields["hub_id"]:
+            pin = [f"model.revision={name_on_hub.revision}"] if name_on_hub.revision else []
+            return [f"model={name}", "model.local_files_only=false", "weights=model", *pin]
         if str(source).rstrip("/") == fields["path"]:
             return [f"model={name}", "weights=model"]
         if fields["get"] is not None and str(source) in fields["get"].split():
             raise ValueError(f"{source}: get it with `{fields['get']}`, then load {fields['path']!r}")
-    folder = WeightsSource(source, hub_id=str(source), local_files_only=False).folder()
+    folder = located(source, "source")
+    if not folder.is_dir():
+        raise ValueError(f"no backbone in {source}: there is no such folder")
     if (folder / ADAPTER_FILE).is_file():
-        return [f"model.adapter={_quoted(folder)}", "weights=model"]
+        return [f"model.adapter={quoted(folder)}", "weights=model"]
     if not (folder / BACKBONE_FILE).is_file():
         raise ValueError(
             f"{source}: there is neither {BACKBONE_FILE} nor {ADAPTER_FILE}; give a folder that training "
             "exported or an adapter, or choose a released model by the key model="
         )
-    return [f"model.family={_family_in(folder)}", f"weights={_quoted(folder)}", *_settings_in(folder)]
-
-
-def _settings_in(folder: Path) -> Iterator[str]:
-    """Keys of the size and sampling that an export was trained with; older exports do not know them."""
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        return
-    try:
-        found = json.loads(path.read_text())
-        height, width = found["image_size"]
-        sampling = dict(found["sampling"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} names no size and sampling ({error}); remove it, or export again"
-        ) from error
-    yield f"model.image_size=[{height},{width}]"
-    yield from (f"model.sampling.{name}={value}" for name, value in sampling.items())
-
-
-def _quoted(path: Path) -> str:
-    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def _family_in(folder: Path) -> str:
-    """The family that `backbone.json` names; raises ValueError for a damaged one."""
-    path = folder / BACKBONE_FILE
-    try:
-        return str(json.loads(path.read_text())["family"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} names no family ({error}); export the model again") from error
+    return [f"model.family={family_in(folder)}", f"weights={quoted(folder)}", *settings_keys(folder)]

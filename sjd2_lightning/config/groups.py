@@ -18,10 +18,11 @@ from pydantic_core import PydanticCustomError
 from sjd2_lightning.data.sources.coco import CocoProtocol
 from sjd2_lightning.decoding.config import MOST_SLOTS
 from sjd2_lightning.decoding.law import Sampling
+from sjd2_lightning.models.hub import HubName, WeightsSource, located
 from sjd2_lightning.models.image_codes import has_image_tokenizer
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.registry import FAMILIES
-from sjd2_lightning.models.weights import TRUNK, WeightsSource
+from sjd2_lightning.models.weights import TRUNK
 from sjd2_lightning.run.values import MOST
 
 Count = Annotated[int, Field(ge=1, le=MOST)]
@@ -266,6 +267,7 @@ class ReportConfig(Group):
     num_frames: Annotated[int, Field(ge=2, le=10_000)]
     cost_windows: tuple[Slots, ...]
     publish: Literal["none", "wandb"]
+    judged: str | None
 
 
 class ScratchConfig(Group):
@@ -329,8 +331,15 @@ class ModelConfig(Group):
     scratch: ScratchConfig | None
 
     @property
+    def folder(self) -> Path:
+        """The folder of `path`; one that is a name on the hub is downloaded, or raises ValueError."""
+        return located(shipped(self.path), "model.path")
+
+    @property
     def source(self) -> WeightsSource:
         """Where the weights are."""
+        if HubName.of(shipped(self.path)) is not None:
+            return WeightsSource(self.folder)
         return WeightsSource(shipped(self.path), self.hub_id, self.revision, self.local_files_only, self.get)
 
     @property
@@ -365,9 +374,16 @@ class ModelConfig(Group):
                 f"quantize={self.quantize}: an adapter is trained on whole weights; set model.quantize=null, "
                 "or evaluate the folder that training exported, which has the adapter merged"
             )
-        if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
-            found.append(f"adapter={self.adapter}: there is no adapter_config.json; give an exported adapter")
-        return found
+        return [*found, *self._adapter_problems()]
+
+    def _adapter_problems(self) -> list[str]:
+        try:
+            folder = located(self.adapter or ".", "adapter")
+        except ValueError as error:
+            return [str(error)]
+        if self.adapter is None or (folder / "adapter_config.json").is_file():
+            return []
+        return [f"adapter={self.adapter}: there is no adapter_config.json; give an exported adapter"]
 
     def _weights_problems(self) -> list[str]:
         folder = shipped(self.path)
@@ -376,7 +392,7 @@ class ModelConfig(Group):
         try:
             folder = self.source.folder()
         except ValueError as error:
-            return [f"path={self.path}: {error}"]
+            return [f"path={self.path}: {str(error).removeprefix(f'model.path={self.path}: ')}"]
         if any((folder / name).is_file() for name in ("backbone.json", "config.json", "model_index.json")):
             if self.trunk == TRUNK or (folder / self.trunk).is_dir() or Path(self.trunk).is_dir():
                 return []

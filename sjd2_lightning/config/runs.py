@@ -205,11 +205,17 @@ class EvaluateConfig(SharedConfig):
     report: ReportConfig
 
     def problems(self) -> list[str]:
-        """A benchmark without its prompts or samples, a W&B Report without a run."""
+        """A benchmark without its prompts, samples or verdicts, a W&B Report without a run."""
         found = super().problems()
         if self.report.publish == "wandb" and self.logger.wandb is None:
             found.append(
                 "report.publish=wandb: a W&B Report shows a W&B run; use logger=wandb, or publish=none"
+            )
+        judged = self.report.judged
+        if judged is not None and (self.benchmark != "geneval" or not Path(judged).is_file()):
+            found.append(
+                f"report.judged={judged}: must be the --outfile of GenEval's evaluate_images.py, beside "
+                "benchmark=geneval"
             )
         if self.benchmark is not None:
             if self.benchmark_prompts is None or not Path(self.benchmark_prompts).exists():

@@ -111,19 +111,21 @@ def repeat_key(key: str, repeat: int) -> str:
 
 def read_prompts(path: str | Path, seed: int = 0) -> list[PromptItem]:
     """Prompts of a file: `.txt`, one a line, `.json`, a list of strings or objects, `.jsonl`, one of them a
-    line, or a WebDataset `.tar`, which may be compressed.
+    line, `.tsv`, a table with a column `Prompt` (PartiPrompts), or a WebDataset `.tar`, which may be
+    compressed.
 
     An object has `prompt` and may have `key` and `seed`. Without a key a prompt is named by its place, and
-    must not occur twice. A sample of a tar file has such an object in `.json`, or its text in `.txt`, or a
-    `caption` in `.json`; without a key it is named by its files.
+    must not occur twice; rows of a table are always named so. A sample of a tar file has
+    such an object in `.json`, or its text in `.txt`, or a `caption` in `.json`; without a key it is named by
+    its files.
 
     Raises:
         ValueError: the file is missing, unreadable, or holds an unusable prompt.
     """
     path = Path(path)
     is_tar = path.name.lower().endswith(_TARS)
-    if not is_tar and path.suffix.lower() not in (".txt", ".json", ".jsonl"):
-        raise ValueError(f"prompt file {path}: its name must end in .txt, .json, .jsonl or .tar")
+    if not is_tar and path.suffix.lower() not in (".txt", ".json", ".jsonl", ".tsv"):
+        raise ValueError(f"prompt file {path}: its name must end in .txt, .json, .jsonl, .tsv or .tar")
     try:
         entries: Any = _tar_entries(path) if is_tar else _text_entries(path)
     except (OSError, ValueError) as error:  # undecodable text, broken JSON or tar
@@ -172,9 +174,25 @@ def _text_entries(path: Path) -> Any:
     if path.suffix.lower() == ".json":
         return json_of(content)
     lines = text_of(content).replace("\r\n", "\n").replace("\r", "\n").rstrip().split("\n")
+    if path.suffix.lower() == ".tsv":
+        return _rows(lines)
     if path.suffix.lower() == ".jsonl":
         return [json_of(line.encode()) for line in lines if line.strip()]
     return lines
+
+
+def _rows(lines: list[str]) -> list[dict[str, str]]:
+    """Prompts of a table whose fields are parted by tabs; quotation marks are part of the text."""
+    names = [name.strip().lower() for name in lines[0].split("\t")]
+    if "prompt" not in names:
+        raise ValueError(f"its first line names no column `Prompt`, but {', '.join(names)}")
+    found = []
+    for number, line in enumerate(lines[1:]):
+        fields = line.split("\t")
+        if not names.index("prompt") < len(fields) <= len(names):  # empty ones at the end may be cut off
+            raise ValueError(f"line {number + 2} has {len(fields)} fields, and the first line {len(names)}")
+        found.append({"prompt": fields[names.index("prompt")], "key": f"{number:05d}"})
+    return found
 
 
 def _tar_entries(path: Path) -> list[Any]:

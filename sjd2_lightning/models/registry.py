@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sjd2_lightning.models.weights import LoadOptions, WeightsSource
+from sjd2_lightning.models.hub import WeightsSource
+from sjd2_lightning.models.weights import LoadOptions
 
 if TYPE_CHECKING:
     from sjd2_lightning.models.pretrained import PretrainedBackbone

@@ -72,6 +72,7 @@ _SPEED = (
 )
 _QUALITY = (
     ("judge", 2),
+    ("geneval", 3),
     ("clip_score", 2),
     ("clip_gain", 2),
     ("fd", 1),

@@ -132,9 +132,9 @@ def _workspaces() -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="sjd2 publish",
+        prog="sjd2 wandb",
         description=__doc__,
-        epilog="example:\n  sjd2 publish outputs/demo --project sjd2-lightning --run 1a2b3c4d",
+        epilog="example:\n  sjd2 wandb outputs/demo --project sjd2-lightning --run 1a2b3c4d",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="run_dir of an evaluation")

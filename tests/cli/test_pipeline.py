@@ -119,5 +119,5 @@ def test_bad_input_is_named(pipeline, tmp_path):
     (tmp_path / "backbone.json").write_text("{}")
     with pytest.raises(ValueError, match=r"names no family \('family'\); export the model again"):
         Pipeline.load(tmp_path)
-    with pytest.raises(ValueError, match="no backbone in nobody/nothing"):
+    with pytest.raises(ValueError, match="source=nobody/nothing: it is neither in the hub's cache"):
         Pipeline.load("nobody/nothing")

@@ -147,6 +147,11 @@ def test_option_list_is_not_empty():
         ),
         (
             "evaluate",
+            ["report.judged=gone.jsonl"],
+            "report.judged=gone.jsonl: must be the --outfile of GenEval's evaluate_images.py, beside",
+        ),
+        (
+            "evaluate",
             ["benchmark=dpg", "benchmark_prompts=weights"],
             "samples_per_prompt=1: dpg judges four images of each prompt",
         ),

@@ -48,6 +48,29 @@ def test_files(tmp_path):
     assert second[1] == PromptItem("cat", "a cat", 4)
 
 
+def test_a_table_of_prompts(tmp_path):
+    """PartiPrompts as it is published: quotation marks are text, and a text may stand in two rows."""
+    rows = [
+        "a cat\tAnimals\tBasic\t",
+        '"Fly" on a wall, "high"\tArts\tComplex\tDALL-E',
+        "a cat\tArts\tBasic\t",
+    ]
+    path = tmp_path / "PartiPrompts.tsv"
+    path.write_text("\n".join(["Prompt\tCategory\tChallenge\tNote", *rows]) + "\n")
+    found = read_prompts(path)
+    assert [item.prompt for item in found] == ["a cat", '"Fly" on a wall, "high"', "a cat"]
+    assert [item.key for item in found] == ["00000", "00001", "00002"]
+    assert len({item.seed for item in found}) == 3
+    for content, named in (
+        ("Text\tCategory\na\tb", "names no column `Prompt`, but text, category"),
+        ("Prompt\tCategory\na\tb\tc", "line 2 has 3 fields, and the first line 2"),
+        ("Prompt\tCategory\n \tb", "prompt '00000' is empty"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=named):
+            read_prompts(path)
+
+
 def write_tar(path, files):
     with tarfile.open(path, "w") as archive:
         for name, content in files.items():

@@ -19,7 +19,7 @@ OLD = {
     "sjd2_lightning.data.pairs": "sjd2 pairs",
     "sjd2_lightning.teacher_samples": "sjd2 teacher",
     "sjd2_lightning.models.convert": "sjd2 convert",
-    "sjd2_lightning.report.wandb_report": "sjd2 publish",
+    "sjd2_lightning.report.wandb_report": "sjd2 wandb",
 }
 
 

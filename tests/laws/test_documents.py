@@ -17,6 +17,7 @@ DOCUMENTS = [
     *("docs/evaluation.md", "docs/gpu.md", "docs/play.md", "docs/data.md", "docs/models.md"),
     *("docs/scaling.md", "docs/training.md", "docs/reference/configuration.md"),
     *("docs/index.md", "docs/first-steps.md", "docs/glossary.md", "docs/tutorials/own-pictures.md"),
+    "docs/first-checkpoint.md",
     *(f"docs/how-to/{name}.md" for name in ("sweeps", "large-model", "resume", "wandb", "gpu")),
 ]
 FENCE = re.compile(r"(<!-- run -->\n)?```(\w+)\n(.*?)```", re.S)

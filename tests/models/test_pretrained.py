@@ -13,13 +13,14 @@ from torch import nn
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.loop import decode
 from sjd2_lightning.models.emu3 import Emu3Tokens, load_emu3
+from sjd2_lightning.models.hub import WeightsSource
 from sjd2_lightning.models.janus import JanusBackbone
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.registry import FAMILIES, build_shrunken, load_backbone
 from sjd2_lightning.models.shrunken import shrunken_cosmos
 from sjd2_lightning.models.simple_ar import SimpleARBackbone, SimpleARTokens
 from sjd2_lightning.models.small import byte_tokenizer
-from sjd2_lightning.models.weights import LoadOptions, WeightsSource
+from sjd2_lightning.models.weights import LoadOptions
 from sjd2_lightning.run.provenance import weights_hash
 from tests.tools.conformance import image_token_ids
 from tests.tools.source import REPO

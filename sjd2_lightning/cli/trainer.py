@@ -73,7 +73,7 @@ def build_trainer(
 ) -> L.Trainer:
     """The trainer of a configuration."""
     return L.Trainer(
-        **config.trainer.model_dump(exclude={"max_time"}) | {"strategy": build_strategy(config, module)},
+        **config.trainer.lightning() | {"strategy": build_strategy(config, module)},
         plugins=build_plugins(),
         logger=loggers or False,
         callbacks=callbacks,
@@ -96,7 +96,7 @@ def build_strategy(config: TrainConfig, module: L.LightningModule) -> str | Stra
 
         if not isinstance(module, ShardedModule):
             raise ValueError(f"trainer.strategy=fsdp: task={config.task} is small; use trainer.strategy=ddp")
-        return ShardedStrategy()
+        return ShardedStrategy(config.trainer.reshard)
     if name.startswith("deepspeed"):
         if importlib.util.find_spec("deepspeed") is None:
             raise ValueError(

@@ -94,6 +94,7 @@ class TrainerConfig(Group):
     devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
     num_nodes: Annotated[int, Field(ge=1, le=65536)]
     strategy: str
+    reshard: bool
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
     max_steps: NaturalOrAll
     max_epochs: NaturalOrAll | None
@@ -110,9 +111,15 @@ class TrainerConfig(Group):
     fast_dev_run: bool | Count
     deterministic: bool | Literal["warn"]
 
+    def lightning(self) -> dict[str, Any]:
+        """What Lightning's own trainer takes of it."""
+        return self.model_dump(exclude={"max_time", "reshard"})
+
     def problems(self) -> list[str]:
         """A run without an end, a time of validation that Lightning does not know."""
         found = []
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            found.append("precision=16-mixed: FSDP2 has no gradient scaler; use trainer.precision=bf16-mixed")
         if self.max_steps == -1 and self.max_epochs in (-1, None) and not self.fast_dev_run:
             found.append(
                 f"max_steps=-1: needs trainer.max_epochs, which is {self.max_epochs}: the learning rate "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import lightning as L
 import torch
@@ -45,6 +45,7 @@ class SJD2Module(L.LightningModule):
         ValueError: choices of the noise that do not go together.
     """
 
+    IN_STEP: ClassVar[bool] = False  # whether all ranks must take the same passes
     LOGGED = ("train/loss", "val/loss_clean", "val/loss_low", "val/loss_high")
 
     def __init__(
@@ -117,6 +118,19 @@ class SJD2Module(L.LightningModule):
         logits = logits_of(self.backbone, sample, noise)
         return next_clean_token_loss(logits, batch.image_ids.flatten(1), own_law)
 
+    def noise_of(
+        self, sample: TeacherForced, levels: Tensor, grid: Tensor, noise: TrainingNoise, rng: torch.Generator
+    ) -> NoisyCodes:
+        """What the noisy codes of a batch hold; see `noisy_codes`."""
+        return noisy_codes(self.backbone, sample, levels, grid, noise, rng, self.IN_STEP)
+
+    def _num_levels(self, rng: torch.Generator, index: int) -> int:
+        """Number of levels of a batch; where ranks go in step they draw the same one."""
+        if self.IN_STEP:
+            rng = torch.Generator().manual_seed(hash((self.seed, 2, index)) % 2**63)
+        fewest, most = self.noise.num_levels
+        return int(torch.randint(fewest, most + 1, (), generator=rng))
+
     def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
         # global_step does not move inside gradient accumulation, batch_idx does
         rng = self._rng(0, self.global_step * 1_000_003 + batch_idx)
@@ -124,15 +138,14 @@ class SJD2Module(L.LightningModule):
         noise = None
         if self.noise.enabled:
             # 1. how noisy each code is: a number of levels for the batch, and segments of rising level
-            fewest, most = self.noise.num_levels
-            num_levels = int(torch.randint(fewest, most + 1, (), generator=rng))
+            num_levels = self._num_levels(rng, self.global_step * 1_000_003 + batch_idx)
             batch_size, num_codes = batch.image_ids.flatten(1).shape
             levels = draw_levels(batch_size, num_codes, num_levels, self.noise.ramp, rng)
             random_grid = self.noise.random_grid
             grid = random_timesteps(num_levels, rng) if random_grid else self.noise.process.grid(num_levels)
             # 2. what noisy codes hold: x_t, or what decoding's own passes would have made of them
             images = TeacherForced(prompts, batch.image_ids, self.image_layout)
-            noise = noisy_codes(self.backbone, images, levels, grid, self.noise, rng)
+            noise = self.noise_of(images, levels, grid, self.noise, rng)
         # 3. one pass, and 4. cross-entropy against the clean codes
         loss = self.losses(batch, prompts, noise).total
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.image_ids))
@@ -154,7 +167,7 @@ class SJD2Module(L.LightningModule):
         grid = self.noise.process.grid(self.noise.val_levels)
         # against the true codes alone: comparable whatever the targets of training
         alone = replace(self.noise, consistency=0.0)
-        noise = noisy_codes(self.backbone, sample, levels, grid, alone, rng)
+        noise = self.noise_of(sample, levels, grid, alone, rng)
         per_token = self.losses(batch, prompts, noise).per_token
         levels = levels.roll(1, dims=1)  # the token left of a code is what the code is predicted from
         levels[:, 0] = 0

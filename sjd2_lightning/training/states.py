@@ -35,6 +35,7 @@ def noisy_codes(
     grid: Tensor,
     noise: TrainingNoise,
     rng: torch.Generator,
+    dry: bool = False,
 ) -> NoisyCodes:
     """Noise of one batch.
 
@@ -46,6 +47,8 @@ def noisy_codes(
         grid: (L + 1,) amounts of noise.
         noise: its source, whether codes walk a trajectory, and what they hold on it.
         rng: on the CPU.
+        dry: whether passes of a trajectory that move no code are taken all the same, so that their number
+            depends on the grid alone: ranks that gather weights from each other must take as many.
     """
     with torch.no_grad():
         law = logits_of(backbone, sample, None).log_softmax(-1) if noise.reads_law else None
@@ -60,7 +63,7 @@ def noisy_codes(
         kept = law if noise.consistency else None
         found = NoisyCodes(levels, grid, eps, marked=noise.mark_drafts, clean_law=kept)
         if gumbel is not None and noise.trajectory:
-            found = found._replace(states=walk(backbone, sample, found, gumbel, noise.process))
+            found = found._replace(states=walk(backbone, sample, found, gumbel, noise.process, dry))
     # autocast of some versions keeps weights that it cast without gradients for the pass that needs them
     torch.clear_autocast_cache()
     return found
@@ -92,7 +95,12 @@ def _start(
 
 
 def walk(
-    backbone: Backbone, sample: TeacherForced, start: NoisyCodes, gumbel: Tensor, process: NoiseProcess
+    backbone: Backbone,
+    sample: TeacherForced,
+    start: NoisyCodes,
+    gumbel: Tensor,
+    process: NoiseProcess,
+    dry: bool = False,
 ) -> Tensor:
     """States (B, n, D) float32 in which decoding would find the noisy codes, normalised.
 
@@ -105,13 +113,14 @@ def walk(
         start: levels, grid, and what codes start from (B, n, D).
         gumbel: (B, n, K) of each code.
         process: how noise goes.
+        dry: whether passes that move nothing are taken too.
     """
     top, levels = len(start.timesteps) - 1, start.levels
     rows, states = _normalised_rows(backbone), start.eps
     grid = start.timesteps
     for ago in range(top - 1, 0, -1):
         moves = (levels > 0) & (levels + ago <= top)
-        if not moves.any():  # levels are on the CPU: no wait for the device
+        if not dry and not moves.any():  # levels are on the CPU: no wait for the device
             continue
         before = torch.where(levels > 0, (levels + ago).clamp_max(top), 0)
         logits = logits_of(backbone, sample, start._replace(levels=before, states=states))

@@ -40,6 +40,7 @@ class SJD2Module(L.LightningModule):
         prompt_dropout: share of training prompts replaced by the unconditional context, for guidance.
         seed: decides levels, noise and prompt dropout, together with global step and rank.
         save_trained_only: checkpoints hold the weights that are trained, as for a low-rank adapter.
+        bucket: lengths of passes are multiples of it: what is compiled for one serves many batches.
 
     Raises:
         ValueError: choices of the noise that do not go together.
@@ -57,6 +58,7 @@ class SJD2Module(L.LightningModule):
         prompt_dropout: float = 0.1,
         seed: int = 0,
         save_trained_only: bool = False,
+        bucket: int = 1,
     ) -> None:
         super().__init__()
         if found := noise.problems():
@@ -67,6 +69,7 @@ class SJD2Module(L.LightningModule):
         self.optimizer_config = optimizer
         self.prompt_dropout = prompt_dropout
         self.seed = seed
+        self.bucket = bucket
         self.image_layout: ImageLayout = backbone.layout(*image_size)
         for name, parameter in backbone.named_parameters():
             if name.startswith(optimizer.freeze):
@@ -106,11 +109,14 @@ class SJD2Module(L.LightningModule):
             for row, ids in enumerate(rows)
         ]
 
+    def _forced(self, batch: CodeBatch, prompts: Sequence[Sequence[int]]) -> TeacherForced:
+        return TeacherForced(prompts, batch.image_ids, self.image_layout, self.bucket)
+
     def losses(
         self, batch: CodeBatch, prompts: Sequence[Sequence[int]], noise: NoisyCodes | None
     ) -> TokenLoss:
         """Next-clean-token loss of a batch in nats a code; a law of clean input shares in the target."""
-        sample = TeacherForced(prompts, batch.image_ids, self.image_layout)
+        sample = self._forced(batch, prompts)
         own_law = None
         if noise is not None and noise.clean_law is not None:
             share = self.noise.consistency * noise.reaches().to(noise.clean_law)
@@ -144,7 +150,7 @@ class SJD2Module(L.LightningModule):
             random_grid = self.noise.random_grid
             grid = random_timesteps(num_levels, rng) if random_grid else self.noise.process.grid(num_levels)
             # 2. what noisy codes hold: x_t, or what decoding's own passes would have made of them
-            images = TeacherForced(prompts, batch.image_ids, self.image_layout)
+            images = self._forced(batch, prompts)
             noise = self.noise_of(images, levels, grid, self.noise, rng)
         # 3. one pass, and 4. cross-entropy against the clean codes
         loss = self.losses(batch, prompts, noise).total
@@ -163,7 +169,7 @@ class SJD2Module(L.LightningModule):
         self.log("val/loss_clean", clean, prog_bar=True, sync_dist=True, batch_size=size)
         ramp = replace(self.noise.ramp, clean_share=0.0)
         levels = draw_levels(size, batch.image_ids[0].numel(), self.noise.val_levels, ramp, rng)
-        sample = TeacherForced(prompts, batch.image_ids, self.image_layout)
+        sample = self._forced(batch, prompts)
         grid = self.noise.process.grid(self.noise.val_levels)
         # against the true codes alone: comparable whatever the targets of training
         alone = replace(self.noise, consistency=0.0)

@@ -21,11 +21,15 @@ from sjd2_lightning.training.noise import TrainingNoise
 
 
 class TeacherForced(NamedTuple):
-    """Images under teacher forcing: B prompts as token ids, clean codes (B, height, width), their layout."""
+    """Images under teacher forcing: B prompts as token ids, clean codes (B, height, width), their layout.
+
+    Lengths are made multiples of `bucket`.
+    """
 
     prompts: Sequence[Sequence[int]]
     image_ids: Tensor
     layout: ImageLayout
+    bucket: int = 1
 
 
 def noisy_codes(
@@ -134,7 +138,7 @@ def walk(
 
 def logits_of(backbone: Backbone, sample: TeacherForced, noise: NoisyCodes | None) -> Tensor:
     """Logits (B, n, K) float32 of every code; `None` is clean input."""
-    fed = trunk_input(backbone, sample.prompts, sample.image_ids, sample.layout, noise)
+    fed = trunk_input(backbone, sample.prompts, sample.image_ids, sample.layout, noise, sample.bucket)
     return code_logits(backbone, fed, sample.layout).float()
 
 

@@ -28,10 +28,19 @@ def alone(tmp_path_factory):
     return {kind: scale_runs.few_steps("auto", folder / kind, kind=kind) for kind in scale_runs.KINDS}
 
 
-@pytest.mark.parametrize("kind", ["plain", "trajectory"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_are_one_process(ranks, alone, strategy, kind):
-    found, wanted = ranks[0][f"{strategy} {kind}"], alone[kind]
+@pytest.mark.parametrize(
+    ("run", "kind"),
+    [
+        *(
+            (f"{name} {kind}", kind)
+            for name in ("ddp", "fsdp")
+            for kind in ("plain", "trajectory", "adapter")
+        ),
+        ("fsdp adapter compiled", "adapter"),
+    ],
+)
+def test_two_ranks_are_one_process(ranks, alone, run, kind):
+    found, wanted = ranks[0][run], alone[kind]
     assert found["losses"] == pytest.approx(wanted["losses"], abs=1e-5)
     assert len(wanted["losses"]) == scale_runs.NUM_STEPS * scale_runs.ACCUMULATE
     for name, value in wanted["state"].items():

@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.noise import NoiseProcess
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, ShardedStrategy, gathered_state
@@ -27,11 +28,12 @@ from tests.training.test_module import NOISE, OFF, QUIET, Batch, batch_of, loade
 
 NUM_STEPS, ACCUMULATE = 4, 2
 TRAJECTORY = replace(NOISE, process=NoiseProcess(source="mean", state="draft"), trajectory=True)
-KINDS = {  # of runs: noise and precision
-    "plain": (OFF, "32-true"),
-    "trajectory": (TRAJECTORY, "32-true"),
-    "bf16": (OFF, "bf16-mixed"),
-    "bf16 trajectory": (TRAJECTORY, "bf16-mixed"),
+KINDS = {  # of runs: noise, precision, and whether an adapter is trained
+    "plain": (OFF, "32-true", False),
+    "trajectory": (TRAJECTORY, "32-true", False),
+    "adapter": (NOISE, "32-true", True),
+    "bf16": (OFF, "bf16-mixed", False),
+    "bf16 trajectory": (TRAJECTORY, "bf16-mixed", False),
 }
 
 
@@ -61,6 +63,7 @@ def few_steps(
     num_steps: int = NUM_STEPS,
     start: Path | None = None,
     kind: str = "plain",
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Steps with accumulation, clipping and activation checkpointing; the mean loss of each batch.
 
@@ -70,15 +73,22 @@ def few_steps(
         num_steps: optimizer steps.
         start: checkpoint to go on from.
         kind: one of `KINDS`.
+        compiled: whether layers are, by autograd's own kernels, with selective checkpointing.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE_OF_TEST", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    noise, precision = KINDS[kind]
+    noise, precision, adapter = KINDS[kind]
     sharded = isinstance(strategy, ShardedStrategy)
     # ragged prompts of one batch are padded to different widths on the ranks, which changes nothing
     backbone = tiny_chameleon(7, seed=4, scale=0.3)
-    backbone.checkpoint_activations()
+    if adapter:
+        torch.manual_seed(0)
+        backbone.add_lora(LoraSettings(rank=2))
+    backbone.checkpoint_activations("selective" if compiled else "full")
+    if compiled:
+        backbone.compile_layers("aot_eager")
     made = TwoRanks if world_size == 1 else ShardedModule
-    module = made(backbone, noise, OptimizerConfig(lr=2e-2, warmup_steps=1), (6, 6), prompt_dropout=0.0)
+    module = made(backbone, noise, OptimizerConfig(lr=2e-2, warmup_steps=1), (6, 6), 0.0)
+    module.bucket = 16 if compiled else 1
     losses: list[torch.Tensor] = []
     accumulate = ACCUMULATE * 2 // world_size
 
@@ -123,6 +133,7 @@ if __name__ == "__main__":
         for kind in KINDS
         for name, strategy in {"ddp": "ddp", "fsdp": ShardedStrategy()}.items()
     }
+    found["fsdp adapter compiled"] = few_steps(ShardedStrategy(), out / "c", kind="adapter", compiled=True)
     found["fsdp kept"] = few_steps(ShardedStrategy(reshard=False), out / "kept")
     saved = out / "fsdp" / "plain" / "step=2.ckpt"
     found["fsdp resumed"] = few_steps(ShardedStrategy(), out / "resumed", start=saved)

@@ -105,6 +105,7 @@ def run_settings(config: TrainConfig) -> RunSettings:
         window=max(longest if method.window == "auto" else method.window for method in methods),
         guided=any(method.sampling.guidance_scale != 1 for method in methods),
         quantized=config.model.quantize is not None,
+        reshard=trainer.reshard,
     )
 
 
@@ -179,6 +180,7 @@ class RunSettings:
         window: slots drafted ahead.
         guided: whether guidance doubles the rows.
         quantized: whether the trunk's layers decode with one byte a weight.
+        reshard: whether a gathered layer is dropped behind its forward pass.
     """
 
     dtype: torch.dtype
@@ -192,6 +194,7 @@ class RunSettings:
     window: int
     guided: bool
     quantized: bool = False
+    reshard: bool = True
 
 
 @dataclass(frozen=True)
@@ -303,6 +306,9 @@ def _training(
     stage = {"fsdp": 3, "deepspeed_stage_3": 3, "deepspeed_stage_2": 2}.get(settings.strategy, 0)
     weights_share = settings.num_devices if stage == 3 else 1
     states_share = settings.num_devices if stage >= 2 else 1
+    # FSDP2 gathers in the type that it computes in, DeepSpeed in that of the weights
+    fsdp = settings.strategy == "fsdp"
+    gathered = 2 * total * (min(width, settings.compute_dtype.itemsize) if fsdp else width)
     tokens = settings.batch_size * (slots + _TEXT_TOKENS)
     layer = _ACTIVATION_BYTES * text.hidden_size * settings.compute_dtype.itemsize // 2
     kept = text.hidden_size * settings.compute_dtype.itemsize
@@ -317,7 +323,7 @@ def _training(
         # logits, their gradient and the law, in single precision
         "logits": settings.batch_size * slots * num_codes * 3 * 4,
         # the weights of a layer are gathered before use, and the next ones with them
-        "gathered": 2 * total * width // text.num_hidden_layers if stage == 3 else 0,
+        "gathered": gathered // (text.num_hidden_layers if settings.reshard else 2) if stage == 3 else 0,
     }
 
 

@@ -388,6 +388,11 @@ class VocabularyBackbone(PretrainedBackbone):
     def slot_table(self) -> Tensor:
         return self.embed_tokens(self.slot_token_ids)
 
+    def image_head(self) -> Tensor | None:
+        head = self.model.lm_head
+        plain = isinstance(head, nn.Linear) and head.bias is None and self._columns_in_order
+        return head.weight.narrow(0, self._first_code, self._num_rows) if plain else None
+
     def image_logits(self, hidden: Tensor) -> Tensor:
         head = self.model.lm_head
         if isinstance(head, nn.Linear):

@@ -112,6 +112,11 @@ def trunk_input(
 
 def code_logits(backbone: Backbone, fed: TrunkInput, layout: ImageLayout) -> Tensor:
     """Logits (B, height * width, K) for every code, read at the column to its left."""
+    return backbone.image_logits(code_hidden(backbone, fed, layout))
+
+
+def code_hidden(backbone: Backbone, fed: TrunkInput, layout: ImageLayout) -> Tensor:
+    """Hidden states (B, height * width, D) of the columns to the left of every code."""
     hidden = backbone(fed.embeddings, fed.position_ids, fed.attention_mask)
     before_slot = layout.code_slots.to(hidden.device) + fed.num_side + fed.prompt_len - 1
-    return backbone.image_logits(hidden[:, before_slot])
+    return hidden[:, before_slot]

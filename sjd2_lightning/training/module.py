@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.training import objective
 from sjd2_lightning.training.batch import NoisyCodes
 from sjd2_lightning.training.noise import TrainingNoise as TrainingNoise
 from sjd2_lightning.training.noise import draw_levels, random_timesteps
 from sjd2_lightning.training.objective import OwnLaw, TokenLoss, next_clean_token_loss
 from sjd2_lightning.training.optimizer import OptimizerConfig, build_optimizer, warmup_cosine
-from sjd2_lightning.training.states import TeacherForced, logits_of, noisy_codes
+from sjd2_lightning.training.states import TeacherForced, hidden_of, logits_of, noisy_codes
 
 
 class CodeBatch(Protocol):
@@ -121,6 +122,10 @@ class SJD2Module(L.LightningModule):
         if noise is not None and noise.clean_law is not None:
             share = self.noise.consistency * noise.reaches().to(noise.clean_law)
             own_law = OwnLaw(noise.clean_law, share)
+        head = self.backbone.image_head() if own_law is None and objective.HAS_CHUNKS else None
+        if head is not None and len(head) >= objective.MANY_CODES:
+            hidden = hidden_of(self.backbone, sample, noise)
+            return objective.chunked_loss(hidden, head, batch.image_ids.flatten(1))
         logits = logits_of(self.backbone, sample, noise)
         return next_clean_token_loss(logits, batch.image_ids.flatten(1), own_law)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.noise import TIED, NoiseProcess, tied_noise, tied_rows
-from sjd2_lightning.training.batch import NoisyCodes, code_logits, trunk_input
+from sjd2_lightning.training.batch import NoisyCodes, TrunkInput, code_hidden, code_logits, trunk_input
 from sjd2_lightning.training.noise import TrainingNoise
 
 
@@ -138,8 +138,17 @@ def walk(
 
 def logits_of(backbone: Backbone, sample: TeacherForced, noise: NoisyCodes | None) -> Tensor:
     """Logits (B, n, K) float32 of every code; `None` is clean input."""
-    fed = trunk_input(backbone, sample.prompts, sample.image_ids, sample.layout, noise, sample.bucket)
-    return code_logits(backbone, fed, sample.layout).float()
+    return code_logits(backbone, fed_of(backbone, sample, noise), sample.layout).float()
+
+
+def hidden_of(backbone: Backbone, sample: TeacherForced, noise: NoisyCodes | None) -> Tensor:
+    """Hidden states (B, n, D) that the head reads each code from; `None` is clean input."""
+    return code_hidden(backbone, fed_of(backbone, sample, noise), sample.layout)
+
+
+def fed_of(backbone: Backbone, sample: TeacherForced, noise: NoisyCodes | None) -> TrunkInput:
+    """What the trunk is fed of images under teacher forcing."""
+    return trunk_input(backbone, sample.prompts, sample.image_ids, sample.layout, noise, sample.bucket)
 
 
 def posterior_gumbel(

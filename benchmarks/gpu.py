@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,13 @@ def read(path: Path, where: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure(path: Path, parts: list[str] | None, smoke: bool, device: torch.device) -> bool:
+def measure(
+    path: Path,
+    parts: Sequence[str] | None,
+    smoke: bool,
+    device: torch.device,
+    table: Mapping[str, Callable[[Bench], Any]] = PARTS,
+) -> bool:
     """Runs the parts that are missing or named; returns whether all went well.
 
     Args:
@@ -67,12 +74,13 @@ def measure(path: Path, parts: list[str] | None, smoke: bool, device: torch.devi
         parts: names of the parts; None = those that the file lacks.
         smoke: two layers and tiny sizes.
         device: device of the models.
+        table: all parts, by name.
     """
     where = machine(device, smoke)
     held = read(path, where)
     bench = Bench(device, smoke, {name: entry["found"] for name, entry in held.items()})
     well = True
-    for name in PARTS if parts is None else [part for part in PARTS if part in parts]:
+    for name in table if parts is None else [part for part in table if part in parts]:
         if parts is None and name in held:
             print(f"{name}: already measured here", flush=True)
             continue
@@ -80,7 +88,7 @@ def measure(path: Path, parts: list[str] | None, smoke: bool, device: torch.devi
         began = time.perf_counter()
         entry: dict[str, Any] = {"machine": where}
         try:
-            entry["found"] = bench.found[name] = PARTS[name](bench)
+            entry["found"] = bench.found[name] = table[name](bench)
         except Exception as error:  # the others go on
             entry["error"], well = f"{type(error).__name__}: {error}", False
             bench.drop()

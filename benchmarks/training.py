@@ -1,6 +1,8 @@
 """What a training step costs: against plain fine-tuning, by batch and length, in memory, and to feed.
 
     .venv/bin/python benchmarks/training.py --json outputs/training.json
+    .venv/bin/python benchmarks/training.py --gpu --json outputs/gpu.json   # the shapes of releases
+    .venv/bin/python benchmarks/training.py --gpu --smoke --json outputs/smoke.json   # tiny, on a CPU
 
 Overhead: our step (noise, mask, timestep tokens) against a plain next-token step of the same trunk by
 transformers, with the whole head at every position as its causal models do, and with the head on the image
@@ -19,6 +21,7 @@ import argparse
 import ctypes
 import json
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
@@ -26,7 +29,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from rich.console import Console
@@ -46,6 +49,7 @@ CAPTIONS = ("red apple", "smiling face with open mouth", "flag", "person in lotu
 GROWTH = {"batch": (2, 4, 8, 16), "pixels": (32, 64, 96)}
 BASE = {"batch": 4, "pixels": 64}
 PARTS = ("overhead", "growth", "feeding")
+GPU_PARTS = ("lora", "full")
 
 
 class Batch(NamedTuple):
@@ -251,6 +255,19 @@ def show(found: dict[str, Any]) -> None:
     console.print({name: round(rate) for name, rate in found.get("samples_per_s", {}).items()})
 
 
+def on_gpu(parser: argparse.ArgumentParser, given: argparse.Namespace) -> NoReturn:
+    """Measures the shapes of releases; ends the process."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # also as a script
+    from benchmarks import gpu, training_gpu
+
+    if given.json is None:
+        parser.error("--json PATH: say where the results go")
+    if not given.smoke and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; --smoke runs every part on a CPU with tiny sizes")
+    device = torch.device("cpu" if given.smoke else "cuda")
+    sys.exit(0 if gpu.measure(given.json, given.parts, given.smoke, device, training_gpu.PARTS) else 1)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(
@@ -259,11 +276,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where the numbers go")
     parser.add_argument("--model", default="weights/tiny", help="a backbone folder of the chameleon family")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, *GPU_PARTS), help="these; all by default")
+    parser.add_argument("--gpu", action="store_true", help="an adapter at 7 B, all weights at 1 B, on CUDA")
+    parser.add_argument("--smoke", action="store_true", help="with --gpu: two layers, tiny sizes, on a CPU")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step, of the overhead")
     parser.add_argument("--repeats", type=int, default=8, help="steps of each kind")
     parser.add_argument("--num-images", type=int, default=256, help="pictures to feed")
     given = parser.parse_args(arguments)
+    known = GPU_PARTS if given.gpu else PARTS
+    if given.parts and not set(given.parts) <= set(known):
+        parser.error(f"--parts: with{'' if given.gpu else 'out'} --gpu these are {', '.join(known)}")
+    if given.gpu:
+        on_gpu(parser, given)
+    given.parts = given.parts or PARTS
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     if "growth" in given.parts:  # first: a process that has trained is no place to fork from

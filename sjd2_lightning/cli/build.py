@@ -53,6 +53,7 @@ from sjd2_lightning.training.recipes.clip import ClipModule, ScenePairs
 
 _HELD_OUT_PROMPTS = 64
 _REFERENCE_SCENES = 252  # real scenes for the distances, at least as many as there are prompts
+_BUCKET = 64  # columns that lengths of compiled passes are multiples of
 _NUM_CAPTIONS = 5000  # of scenes, enough to hold every word often
 
 
@@ -69,6 +70,8 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
         )
         return clip, ScenePairs(data.batch_size, side, variety_of(data), config.seed, data.num_workers)
     backbone = build_backbone(config.model, captions=captions_of(config.data))
+    if config.trainer.compiled:
+        backbone.compile_layers()
     return build_module(config, backbone), build_data(config, backbone)
 
 
@@ -116,8 +119,8 @@ def build_backbone(
     if model.peft is not None or model.adapter is not None:
         folder = None if model.adapter is None else located(model.adapter, "model.adapter")
         backbone.add_lora(model.lora, folder)
-    if model.activation_checkpointing:
-        backbone.checkpoint_activations()
+    if model.activation_checkpointing != "none":
+        backbone.checkpoint_activations(model.activation_checkpointing)
     return backbone
 
 
@@ -186,6 +189,7 @@ def build_module(config: TrainConfig, backbone: Backbone) -> SJD2Module:
         prompt_dropout=config.data.prompt_dropout,
         seed=config.seed,
         save_trained_only=has_adapter(backbone),
+        bucket=_BUCKET if config.trainer.compiled else 1,
     )
 
 

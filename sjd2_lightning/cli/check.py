@@ -294,7 +294,7 @@ def _lightning_problems(config: TrainConfig) -> Iterator[str]:
     quiet.setLevel(logging.ERROR)
     try:
         L.Trainer(
-            **config.trainer.model_dump(exclude={"max_time"}),
+            **config.trainer.lightning(),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

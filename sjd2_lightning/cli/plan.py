@@ -17,6 +17,7 @@ from sjd2_lightning.config.reading import train_config
 from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.pretrained import PretrainedBackbone
+from sjd2_lightning.models.recompute import Checkpointing
 from sjd2_lightning.models.registry import family_of
 from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK, missing_weights, read_json
 
@@ -104,6 +105,7 @@ def run_settings(config: TrainConfig) -> RunSettings:
         window=max(longest if method.window == "auto" else method.window for method in methods),
         guided=any(method.sampling.guidance_scale != 1 for method in methods),
         quantized=config.model.quantize is not None,
+        reshard=trainer.reshard,
     )
 
 
@@ -156,6 +158,7 @@ def remarks(config: TrainConfig) -> list[str]:
 _ACTIVATION_BYTES = (
     34  # a layer, token and unit of width in 16 bits without attention scores (arXiv 2205.05198)
 )
+_SELECTED = 14  # of them are kept by `selective`: attention's result and every second matrix product
 _OPTIMIZER_STATES = 2  # AdamW
 _TEXT_TOKENS = 128  # a long prompt
 
@@ -172,11 +175,12 @@ class RunSettings:
         strategy: Lightning's name: with "fsdp" and "deepspeed_stage_3" everything is shared out, with
             "deepspeed_stage_2" gradients and optimizer states are; otherwise each device has all.
         lora: sizes of an adapter; None trains all weights.
-        checkpointing: whether activations are computed again in the backward pass.
+        checkpointing: what is computed again in the backward pass.
         decode_batch: prompts decoded together.
         window: slots drafted ahead.
         guided: whether guidance doubles the rows.
         quantized: whether the trunk's layers decode with one byte a weight.
+        reshard: whether a gathered layer is dropped behind its forward pass.
     """
 
     dtype: torch.dtype
@@ -185,11 +189,12 @@ class RunSettings:
     num_devices: int
     strategy: str
     lora: LoraSettings | None
-    checkpointing: bool
+    checkpointing: Checkpointing
     decode_batch: int
     window: int
     guided: bool
     quantized: bool = False
+    reshard: bool = True
 
 
 @dataclass(frozen=True)
@@ -301,20 +306,24 @@ def _training(
     stage = {"fsdp": 3, "deepspeed_stage_3": 3, "deepspeed_stage_2": 2}.get(settings.strategy, 0)
     weights_share = settings.num_devices if stage == 3 else 1
     states_share = settings.num_devices if stage >= 2 else 1
+    # FSDP2 gathers in the type that it computes in, DeepSpeed in that of the weights
+    fsdp = settings.strategy == "fsdp"
+    gathered = 2 * total * (min(width, settings.compute_dtype.itemsize) if fsdp else width)
     tokens = settings.batch_size * (slots + _TEXT_TOKENS)
     layer = _ACTIVATION_BYTES * text.hidden_size * settings.compute_dtype.itemsize // 2
     kept = text.hidden_size * settings.compute_dtype.itemsize
-    per_token = text.num_hidden_layers * (kept if settings.checkpointing else layer)
+    each = {"full": kept, "selective": kept + layer * _SELECTED // _ACTIVATION_BYTES, "none": layer}
+    per_token = text.num_hidden_layers * each[settings.checkpointing]
     return {
         "weights": total * width // weights_share,
         "gradients": trained * width // states_share,
         "optimizer": trained * _OPTIMIZER_STATES * width // states_share,
         # with recomputation one layer at a time is whole
-        "activations": tokens * (per_token + (layer if settings.checkpointing else 0)),
+        "activations": tokens * (per_token + (layer if settings.checkpointing != "none" else 0)),
         # logits, their gradient and the law, in single precision
         "logits": settings.batch_size * slots * num_codes * 3 * 4,
         # the weights of a layer are gathered before use, and the next ones with them
-        "gathered": 2 * total * width // text.num_hidden_layers if stage == 3 else 0,
+        "gathered": gathered // (text.num_hidden_layers if settings.reshard else 2) if stage == 3 else 0,
     }
 
 

@@ -183,7 +183,7 @@ def shown_metrics(metrics: Mapping[str, float]) -> list[str]:
     return sorted(
         name
         for name in metrics
-        if not name.startswith(("start/", *(f"val/{key}" for key in _OF_THE_CLOCK)))
+        if not name.startswith(("start/", "train/hours_left", *(f"val/{key}" for key in _OF_THE_CLOCK)))
         and not (name.endswith(f"_{BASELINE}") and name.removesuffix(f"_{BASELINE}") in metrics)
     )
 

@@ -42,6 +42,8 @@ from sjd2_lightning.training.resume import (
     requeue_command,
     seconds_of,
 )
+from sjd2_lightning.training.speed import Speed
+from sjd2_lightning.training.trace import Trace
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -73,7 +75,7 @@ def build_trainer(
 ) -> L.Trainer:
     """The trainer of a configuration."""
     return L.Trainer(
-        **config.trainer.model_dump(exclude={"max_time"}) | {"strategy": build_strategy(config, module)},
+        **config.trainer.lightning() | {"strategy": build_strategy(config, module)},
         plugins=build_plugins(),
         logger=loggers or False,
         callbacks=callbacks,
@@ -96,7 +98,7 @@ def build_strategy(config: TrainConfig, module: L.LightningModule) -> str | Stra
 
         if not isinstance(module, ShardedModule):
             raise ValueError(f"trainer.strategy=fsdp: task={config.task} is small; use trainer.strategy=ddp")
-        return ShardedStrategy()
+        return ShardedStrategy(config.trainer.reshard)
     if name.startswith("deepspeed"):
         if importlib.util.find_spec("deepspeed") is None:
             raise ValueError(
@@ -149,7 +151,9 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: 
     if wanted.nonfinite is not None:
         found.append(NonFiniteGuard(wanted.nonfinite))
     found.append(TrainingWatch(wanted.loss_spike))
-    found.append(Pace())
+    found += [Pace(), Speed()]
+    if config.trainer.profiler is not None:
+        found.append(Trace(Path(config.run_dir) / "profile"))
     folder = None if wanted.checkpoint is None else Path(config.run_dir) / "checkpoints"
     limit = None if config.trainer.max_time is None else seconds_of(config.trainer.max_time)
     last = None if folder is None or config.trainer.fast_dev_run else folder / "last.ckpt"

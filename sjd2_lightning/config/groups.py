@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sjd2_lightning.data.sources.coco import CocoProtocol
@@ -21,6 +21,7 @@ from sjd2_lightning.decoding.law import Sampling
 from sjd2_lightning.models.hub import HubName, WeightsSource, located
 from sjd2_lightning.models.image_codes import has_image_tokenizer
 from sjd2_lightning.models.lora import LoraSettings
+from sjd2_lightning.models.recompute import Checkpointing
 from sjd2_lightning.models.registry import FAMILIES
 from sjd2_lightning.models.weights import TRUNK
 from sjd2_lightning.run.values import MOST
@@ -95,6 +96,8 @@ class TrainerConfig(Group):
     devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
     num_nodes: Annotated[int, Field(ge=1, le=65536)]
     strategy: str
+    reshard: bool
+    compile: bool | Literal["auto"]
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
     max_steps: NaturalOrAll
     max_epochs: NaturalOrAll | None
@@ -110,10 +113,24 @@ class TrainerConfig(Group):
     reload_dataloaders_every_n_epochs: Natural
     fast_dev_run: bool | Count
     deterministic: bool | Literal["warn"]
+    profiler: Literal["torch"] | None
+
+    def lightning(self) -> dict[str, Any]:
+        """What Lightning's own trainer takes of it."""
+        return self.model_dump(exclude={"max_time", "reshard", "compile", "profiler"})
+
+    @property
+    def compiled(self) -> bool:
+        """Whether layers are compiled; `auto` does on CUDA, where Triton is installed."""
+        on_cuda = self.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+        has_triton = importlib.util.find_spec("triton") is not None
+        return on_cuda and has_triton if self.compile == "auto" else self.compile
 
     def problems(self) -> list[str]:
         """A run without an end, a time of validation that Lightning does not know."""
         found = []
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            found.append("precision=16-mixed: FSDP2 has no gradient scaler; use trainer.precision=bf16-mixed")
         if self.max_steps == -1 and self.max_epochs in (-1, None) and not self.fast_dev_run:
             found.append(
                 f"max_steps=-1: needs trainer.max_epochs, which is {self.max_epochs}: the learning rate "
@@ -306,6 +323,11 @@ class ModelSampling(Group):
         return Sampling(**self.model_dump()).problems()
 
 
+def _checkpointing(value: object) -> object:
+    """What 0.1.0 called true and false."""
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
 class ModelConfig(Group):
     """The backbone: its family, where its weights are, what of it trains, and the size of the images."""
 
@@ -327,7 +349,7 @@ class ModelConfig(Group):
     lora: Annotated[LoraSettings, AfterValidator(sound)]
     sampling: ModelSampling
     adapter: str | None
-    activation_checkpointing: bool
+    activation_checkpointing: Annotated[Checkpointing, BeforeValidator(_checkpointing)]
     scratch: ScratchConfig | None
 
     @property

@@ -180,11 +180,6 @@ class TrainConfig(SharedConfig):
                 found.append(
                     "optimizer.name=muon: needs whole matrices; with trainer.strategy=fsdp use adamw"
                 )
-            if self.noise.trajectory:
-                found.append(
-                    "noise.trajectory: ranks take different numbers of passes; with trainer.strategy=fsdp "
-                    "set it to false"
-                )
         return found
 
 

@@ -183,6 +183,10 @@ class Backbone(nn.Module, ABC):
     def image_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the K codes, (..., K), of hidden states (..., D)."""
 
+    def image_head(self) -> Tensor | None:
+        """(K, D) of which `image_logits` are the products with hidden states; None where it is more."""
+        return None
+
     @abstractmethod
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """An empty cache for `batch` rows of at most `max_len` columns."""

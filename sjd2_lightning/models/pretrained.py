@@ -29,7 +29,8 @@ from sjd2_lightning.models.lora import (
     merged_state,
     save_adapter,
 )
-from sjd2_lightning.models.trunk import InvariantTrunk, LayeredTrunk, cache_argument
+from sjd2_lightning.models.recompute import checkpoint_arguments
+from sjd2_lightning.models.trunk import ARTEFACTS, InvariantTrunk, LayeredTrunk, cache_argument
 from sjd2_lightning.models.weights import ADAPTER, BACKBONE_FILE, TEXT, TRUNK
 
 PROMPT = "{prompt}"  # place of a user's words in a template
@@ -104,6 +105,7 @@ class PretrainedBackbone(Backbone):
         for part in self.UNTRAINED:
             model.get_submodule(part).requires_grad_(False)
         self._cache_name = cache_argument(self.trunk)
+        self._compiled = False
         self.quantized: str | None = None  # what `quantize` was asked for
         self.num_codes = image_tokenizer.num_codes
         self.hidden_size = model.config.get_text_config().hidden_size
@@ -145,11 +147,24 @@ class PretrainedBackbone(Backbone):
             self.image_tokenizer.eval()
         return self
 
-    def checkpoint_activations(self) -> None:
-        """Keeps only layer inputs for the backward pass and computes the rest again, in train mode."""
+    def checkpoint_activations(self, kind: Literal["full", "selective"] = "full") -> None:
+        """Keeps layer inputs, and what `kind` names, for the backward pass and computes the rest again.
+
+        In train mode; see `recompute`.
+        """
         # transformers renamed it: 5.24 says `activation_`
         enable = getattr(self.model, "activation_checkpointing_enable", None)
-        (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+        (enable or self.model.gradient_checkpointing_enable)(checkpoint_arguments(kind))
+
+    def compile_layers(self, backend: Any = "inductor") -> None:
+        """Compiles the trunk's layers for passes without a cache: one artefact for all layers of a shape.
+
+        Shapes are static: batches should come in few lengths. Decoding has its own way, see `trunk`.
+        """
+        for layer in self.trunk.layers:
+            layer.compile(fullgraph=True, dynamic=False, backend=backend)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, ARTEFACTS)
+        self._compiled = True
 
     def add_lora(self, settings: LoraSettings, folder: str | Path | None = None) -> None:
         """Trains a low-rank adapter of the trunk instead of the model's weights.
@@ -219,6 +234,17 @@ class PretrainedBackbone(Backbone):
 
     def forward(
         self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        if self._compiled and cache is not None:
+            with torch.compiler.set_stance("force_eager"):
+                return self._hidden(embeddings, position_ids, attention_mask, cache)
+        if self._compiled and torch.is_grad_enabled() and not embeddings.requires_grad:
+            # behind frozen embeddings the first layer would be compiled apart from the others
+            embeddings = embeddings.detach().requires_grad_()
+        return self._hidden(embeddings, position_ids, attention_mask, cache)
+
+    def _hidden(
+        self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None
     ) -> Tensor:
         return self.trunk(
             inputs_embeds=embeddings,
@@ -361,6 +387,11 @@ class VocabularyBackbone(PretrainedBackbone):
 
     def slot_table(self) -> Tensor:
         return self.embed_tokens(self.slot_token_ids)
+
+    def image_head(self) -> Tensor | None:
+        head = self.model.lm_head
+        plain = isinstance(head, nn.Linear) and head.bias is None and self._columns_in_order
+        return head.weight.narrow(0, self._first_code, self._num_rows) if plain else None
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         head = self.model.lm_head

@@ -19,7 +19,7 @@ from sjd2_lightning.masks import Visible
 from sjd2_lightning.models.attention import DENSE, FLEX, SMALLEST_HEAD
 from sjd2_lightning.models.backbone import Backbone, KVCache, LayerCache, Trunk
 
-_ARTEFACTS = 64  # versions of a layer that may be compiled: by sizes that are 1, dtype and device
+ARTEFACTS = 64  # versions of a layer that may be compiled: by sizes that are 1, dtype and device
 
 
 class LayeredTrunk(Trunk):
@@ -55,7 +55,7 @@ class LayeredTrunk(Trunk):
         # not where FlexAttention runs on a CPU, whose code mixes up the names of open sizes (torch 2.14)
         opened = self.attention is DENSE or self.backbone.device.type != "cpu"
         self.layer = torch.compile(self.one_layer, dynamic=opened, fullgraph=True)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _ARTEFACTS)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, ARTEFACTS)
 
     def run(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:
         rotations = self.trunk.rotary_emb(embeddings, positions)

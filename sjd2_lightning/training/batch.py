@@ -61,6 +61,7 @@ def trunk_input(
     image_ids: Tensor,
     layout: ImageLayout,
     noise: NoisyCodes | None,
+    bucket: int = 1,
 ) -> TrunkInput:
     """Builds what the trunk is fed for teacher forcing; a noise of `None` or all-clean levels adds nothing.
 
@@ -68,6 +69,7 @@ def trunk_input(
         prompt_ids: B lists of token ids in front of the first slot.
         image_ids: (B, height, width) clean codes.
         noise: levels and noise of the codes; structural slots and prompts stay clean.
+        bucket: the number of columns is made a multiple of it, by padding in front of the prompts.
     """
     device = image_ids.device
     slots = layout.slot_ids(image_ids)[:, :-1]  # nothing is predicted from the last slot
@@ -90,7 +92,9 @@ def trunk_input(
         seen, grid = noise.seen()
         levels = levels.index_copy(1, fed, seen[:, :-1].to(device))
         side = space.timestep_tokens(grid[1:].to(device))
-    ids, starts = right_aligned(prompt_ids)
+    longest = max(map(len, prompt_ids))
+    spare = -(len(side) + longest + slots.shape[1]) % bucket
+    ids, starts = right_aligned(prompt_ids, longest + spare)
     ids, starts = ids.to(device), starts.to(device)
     num_side, prompt_len, batch = len(side), ids.shape[1], len(ids)
     prompts = backbone.embed_prompts(ids, starts)
@@ -108,6 +112,11 @@ def trunk_input(
 
 def code_logits(backbone: Backbone, fed: TrunkInput, layout: ImageLayout) -> Tensor:
     """Logits (B, height * width, K) for every code, read at the column to its left."""
+    return backbone.image_logits(code_hidden(backbone, fed, layout))
+
+
+def code_hidden(backbone: Backbone, fed: TrunkInput, layout: ImageLayout) -> Tensor:
+    """Hidden states (B, height * width, D) of the columns to the left of every code."""
     hidden = backbone(fed.embeddings, fed.position_ids, fed.attention_mask)
     before_slot = layout.code_slots.to(hidden.device) + fed.num_side + fed.prompt_len - 1
-    return backbone.image_logits(hidden[:, before_slot])
+    return hidden[:, before_slot]

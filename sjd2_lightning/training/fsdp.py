@@ -5,39 +5,80 @@ Around Lightning's `ModelParallelStrategy` and torch's distributed checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sjd2_lightning.run.files import TEMPORARY, fsync_below, remove
+from sjd2_lightning.training.batch import NoisyCodes
 from sjd2_lightning.training.checkpoints import check_sharded, only_plain_values, write_sums
-from sjd2_lightning.training.module import SJD2Module
+from sjd2_lightning.training.module import CodeBatch, SJD2Module
+from sjd2_lightning.training.noise import TrainingNoise
+from sjd2_lightning.training.objective import TokenLoss
+from sjd2_lightning.training.states import TeacherForced
 
 _OLD = f".old{TEMPORARY}"
+Found = TypeVar("Found")
 
 
 class ShardedModule(SJD2Module):
-    """`SJD2Module` whose trunk is gathered a layer at a time, and whose other weights for a whole step."""
+    """`SJD2Module` whose trunk is gathered a layer at a time, and whose other weights for a whole step.
+
+    With `bf16-mixed` weights are gathered in bfloat16, half of the traffic, and gradients are summed over the
+    ranks in float32; what each rank keeps, and the optimizer steps on, has the type that it was loaded with.
+    """
+
+    IN_STEP = True
 
     def configure_model(self) -> None:
         """Shards over the data-parallel ranks; Lightning calls it once these exist, and again before use."""
-        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import (
+            FSDPModule,
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
 
         mesh = self.device_mesh
         if mesh is None or isinstance(self, FSDPModule):
             return
-        trunk: Any = self.backbone.trunk
+        trunk, strategy = self.backbone.trunk, self.trainer.strategy
+        assert isinstance(strategy, ShardedStrategy)
+        assert isinstance(trunk, nn.Module)
+        policy = MixedPrecisionPolicy()
+        if self.trainer.precision == "bf16-mixed":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         plain = {p for p in self.parameters() if not p.requires_grad and not _within(p, trunk)}
-        settings: dict[str, Any] = {"mesh": mesh["data_parallel"], "reshard_after_forward": True}
-        for layer in trunk.layers:
-            fully_shard(layer, **settings)
-        fully_shard(self, **settings, ignored_params=plain)
+        settings: dict[str, Any] = {"mesh": mesh["data_parallel"], "mp_policy": policy}
+        for layer in trunk.get_submodule("layers").children():
+            fully_shard(layer, reshard_after_forward=strategy.reshard, **settings)
+        fully_shard(self, reshard_after_forward=strategy.reshard, ignored_params=plain, **settings)
         # embeddings and head are used outside a forward: everything a step does with weights is in here
-        register_fsdp_forward_method(self, "losses")
+        register_fsdp_forward_method(self, "gathered")
+
+    def gathered(self, call: Callable[[], Found]) -> Found:
+        """What a call finds that needs whole weights.
+
+        Its arguments stay out of FSDP's sight, which would move levels of noise to the device.
+        """
+        return call()
+
+    def losses(
+        self, batch: CodeBatch, prompts: Sequence[Sequence[int]], noise: NoisyCodes | None
+    ) -> TokenLoss:
+        whole = super().losses
+        return self.gathered(lambda: whole(batch, prompts, noise))
+
+    def noise_of(
+        self, sample: TeacherForced, levels: Tensor, grid: Tensor, noise: TrainingNoise, rng: torch.Generator
+    ) -> NoisyCodes:
+        whole = super().noise_of
+        return self.gathered(lambda: whole(sample, levels, grid, noise, rng))
 
 
 def _within(parameter: nn.Parameter, module: nn.Module) -> bool:
@@ -49,7 +90,15 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Only plain values and tensors are read back: torch's own index is a pickle, whose names are compared with
     a list before it is opened.
+
+    Args:
+        reshard: whether a layer's gathered weights are dropped behind its forward pass and gathered again for
+            the backward pass; otherwise they stay, which saves a third of the traffic and holds all weights.
     """
+
+    def __init__(self, reshard: bool = True) -> None:
+        super().__init__()
+        self.reshard = reshard
 
     def setup_environment(self) -> None:
         """The mesh: all ranks hold parts of one copy."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.training import objective
 from sjd2_lightning.training.batch import NoisyCodes
 from sjd2_lightning.training.noise import TrainingNoise as TrainingNoise
 from sjd2_lightning.training.noise import draw_levels, random_timesteps
 from sjd2_lightning.training.objective import OwnLaw, TokenLoss, next_clean_token_loss
 from sjd2_lightning.training.optimizer import OptimizerConfig, build_optimizer, warmup_cosine
-from sjd2_lightning.training.states import TeacherForced, logits_of, noisy_codes
+from sjd2_lightning.training.states import TeacherForced, hidden_of, logits_of, noisy_codes
 
 
 class CodeBatch(Protocol):
@@ -40,11 +41,13 @@ class SJD2Module(L.LightningModule):
         prompt_dropout: share of training prompts replaced by the unconditional context, for guidance.
         seed: decides levels, noise and prompt dropout, together with global step and rank.
         save_trained_only: checkpoints hold the weights that are trained, as for a low-rank adapter.
+        bucket: lengths of passes are multiples of it: what is compiled for one serves many batches.
 
     Raises:
         ValueError: choices of the noise that do not go together.
     """
 
+    IN_STEP: ClassVar[bool] = False  # whether all ranks must take the same passes
     LOGGED = ("train/loss", "val/loss_clean", "val/loss_low", "val/loss_high")
 
     def __init__(
@@ -56,6 +59,7 @@ class SJD2Module(L.LightningModule):
         prompt_dropout: float = 0.1,
         seed: int = 0,
         save_trained_only: bool = False,
+        bucket: int = 1,
     ) -> None:
         super().__init__()
         if found := noise.problems():
@@ -66,6 +70,7 @@ class SJD2Module(L.LightningModule):
         self.optimizer_config = optimizer
         self.prompt_dropout = prompt_dropout
         self.seed = seed
+        self.bucket = bucket
         self.image_layout: ImageLayout = backbone.layout(*image_size)
         for name, parameter in backbone.named_parameters():
             if name.startswith(optimizer.freeze):
@@ -105,17 +110,37 @@ class SJD2Module(L.LightningModule):
             for row, ids in enumerate(rows)
         ]
 
+    def _forced(self, batch: CodeBatch, prompts: Sequence[Sequence[int]]) -> TeacherForced:
+        return TeacherForced(prompts, batch.image_ids, self.image_layout, self.bucket)
+
     def losses(
         self, batch: CodeBatch, prompts: Sequence[Sequence[int]], noise: NoisyCodes | None
     ) -> TokenLoss:
         """Next-clean-token loss of a batch in nats a code; a law of clean input shares in the target."""
-        sample = TeacherForced(prompts, batch.image_ids, self.image_layout)
+        sample = self._forced(batch, prompts)
         own_law = None
         if noise is not None and noise.clean_law is not None:
             share = self.noise.consistency * noise.reaches().to(noise.clean_law)
             own_law = OwnLaw(noise.clean_law, share)
+        head = self.backbone.image_head() if own_law is None and objective.HAS_CHUNKS else None
+        if head is not None and len(head) >= objective.MANY_CODES:
+            hidden = hidden_of(self.backbone, sample, noise)
+            return objective.chunked_loss(hidden, head, batch.image_ids.flatten(1))
         logits = logits_of(self.backbone, sample, noise)
         return next_clean_token_loss(logits, batch.image_ids.flatten(1), own_law)
+
+    def noise_of(
+        self, sample: TeacherForced, levels: Tensor, grid: Tensor, noise: TrainingNoise, rng: torch.Generator
+    ) -> NoisyCodes:
+        """What the noisy codes of a batch hold; see `noisy_codes`."""
+        return noisy_codes(self.backbone, sample, levels, grid, noise, rng, self.IN_STEP)
+
+    def _num_levels(self, rng: torch.Generator, index: int) -> int:
+        """Number of levels of a batch; where ranks go in step they draw the same one."""
+        if self.IN_STEP:
+            rng = torch.Generator().manual_seed(hash((self.seed, 2, index)) % 2**63)
+        fewest, most = self.noise.num_levels
+        return int(torch.randint(fewest, most + 1, (), generator=rng))
 
     def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
         # global_step does not move inside gradient accumulation, batch_idx does
@@ -124,15 +149,14 @@ class SJD2Module(L.LightningModule):
         noise = None
         if self.noise.enabled:
             # 1. how noisy each code is: a number of levels for the batch, and segments of rising level
-            fewest, most = self.noise.num_levels
-            num_levels = int(torch.randint(fewest, most + 1, (), generator=rng))
+            num_levels = self._num_levels(rng, self.global_step * 1_000_003 + batch_idx)
             batch_size, num_codes = batch.image_ids.flatten(1).shape
             levels = draw_levels(batch_size, num_codes, num_levels, self.noise.ramp, rng)
             random_grid = self.noise.random_grid
             grid = random_timesteps(num_levels, rng) if random_grid else self.noise.process.grid(num_levels)
             # 2. what noisy codes hold: x_t, or what decoding's own passes would have made of them
-            images = TeacherForced(prompts, batch.image_ids, self.image_layout)
-            noise = noisy_codes(self.backbone, images, levels, grid, self.noise, rng)
+            images = self._forced(batch, prompts)
+            noise = self.noise_of(images, levels, grid, self.noise, rng)
         # 3. one pass, and 4. cross-entropy against the clean codes
         loss = self.losses(batch, prompts, noise).total
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.image_ids))
@@ -150,11 +174,11 @@ class SJD2Module(L.LightningModule):
         self.log("val/loss_clean", clean, prog_bar=True, sync_dist=True, batch_size=size)
         ramp = replace(self.noise.ramp, clean_share=0.0)
         levels = draw_levels(size, batch.image_ids[0].numel(), self.noise.val_levels, ramp, rng)
-        sample = TeacherForced(prompts, batch.image_ids, self.image_layout)
+        sample = self._forced(batch, prompts)
         grid = self.noise.process.grid(self.noise.val_levels)
         # against the true codes alone: comparable whatever the targets of training
         alone = replace(self.noise, consistency=0.0)
-        noise = noisy_codes(self.backbone, sample, levels, grid, alone, rng)
+        noise = self.noise_of(sample, levels, grid, alone, rng)
         per_token = self.losses(batch, prompts, noise).per_token
         levels = levels.roll(1, dims=1)  # the token left of a code is what the code is predicted from
         levels[:, 0] = 0

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+HAS_CHUNKS = hasattr(torch.nn, "LinearCrossEntropyOptions")  # not in the oldest torch that is allowed
+MANY_CODES = 32_768  # from so many on logits are not worth their memory
 
 
 class TokenLoss(NamedTuple):
@@ -49,4 +53,31 @@ def next_clean_token_loss(
     if own_law is not None:
         soft = -(own_law.log_probs.exp() * logits.float().log_softmax(-1)).sum(-1)
         per_token = per_token.lerp(soft, own_law.share)
+    return TokenLoss(per_token.mean(), per_token)
+
+
+def chunked_loss(
+    hidden: Float[Tensor, "B n D"], head: Float[Tensor, "K D"], image_ids: Int[Tensor, "B n"]
+) -> TokenLoss:
+    """The plain cross-entropy of the same law without its logits, by torch's chunked kernel.
+
+    Some positions at a time are multiplied by the head, and once more in the backward pass.
+
+    Args:
+        hidden: (B, n, D) hidden states at the position left of each code.
+        head: (K, D) of which the logits are `hidden @ head.T`.
+        image_ids: (B, n) the clean codes.
+    """
+    from torch.nn import LinearCrossEntropyOptions
+
+    device = hidden.device.type  # the kernel is none that autocast knows
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+    per_token = F.linear_cross_entropy(
+        hidden.flatten(0, 1).to(kind),
+        head.to(kind),
+        image_ids.flatten(),
+        reduction="none",
+        options=LinearCrossEntropyOptions(),
+    )
+    per_token = per_token.float().view_as(image_ids)
     return TokenLoss(per_token.mean(), per_token)

@@ -16,16 +16,20 @@ from torch.nn import functional as F
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.noise import TIED, NoiseProcess, tied_noise, tied_rows
-from sjd2_lightning.training.batch import NoisyCodes, code_logits, trunk_input
+from sjd2_lightning.training.batch import NoisyCodes, TrunkInput, code_hidden, code_logits, trunk_input
 from sjd2_lightning.training.noise import TrainingNoise
 
 
 class TeacherForced(NamedTuple):
-    """Images under teacher forcing: B prompts as token ids, clean codes (B, height, width), their layout."""
+    """Images under teacher forcing: B prompts as token ids, clean codes (B, height, width), their layout.
+
+    Lengths are made multiples of `bucket`.
+    """
 
     prompts: Sequence[Sequence[int]]
     image_ids: Tensor
     layout: ImageLayout
+    bucket: int = 1
 
 
 def noisy_codes(
@@ -35,6 +39,7 @@ def noisy_codes(
     grid: Tensor,
     noise: TrainingNoise,
     rng: torch.Generator,
+    dry: bool = False,
 ) -> NoisyCodes:
     """Noise of one batch.
 
@@ -46,6 +51,8 @@ def noisy_codes(
         grid: (L + 1,) amounts of noise.
         noise: its source, whether codes walk a trajectory, and what they hold on it.
         rng: on the CPU.
+        dry: whether passes of a trajectory that move no code are taken all the same, so that their number
+            depends on the grid alone: ranks that gather weights from each other must take as many.
     """
     with torch.no_grad():
         law = logits_of(backbone, sample, None).log_softmax(-1) if noise.reads_law else None
@@ -60,7 +67,7 @@ def noisy_codes(
         kept = law if noise.consistency else None
         found = NoisyCodes(levels, grid, eps, marked=noise.mark_drafts, clean_law=kept)
         if gumbel is not None and noise.trajectory:
-            found = found._replace(states=walk(backbone, sample, found, gumbel, noise.process))
+            found = found._replace(states=walk(backbone, sample, found, gumbel, noise.process, dry))
     # autocast of some versions keeps weights that it cast without gradients for the pass that needs them
     torch.clear_autocast_cache()
     return found
@@ -92,7 +99,12 @@ def _start(
 
 
 def walk(
-    backbone: Backbone, sample: TeacherForced, start: NoisyCodes, gumbel: Tensor, process: NoiseProcess
+    backbone: Backbone,
+    sample: TeacherForced,
+    start: NoisyCodes,
+    gumbel: Tensor,
+    process: NoiseProcess,
+    dry: bool = False,
 ) -> Tensor:
     """States (B, n, D) float32 in which decoding would find the noisy codes, normalised.
 
@@ -105,13 +117,14 @@ def walk(
         start: levels, grid, and what codes start from (B, n, D).
         gumbel: (B, n, K) of each code.
         process: how noise goes.
+        dry: whether passes that move nothing are taken too.
     """
     top, levels = len(start.timesteps) - 1, start.levels
     rows, states = _normalised_rows(backbone), start.eps
     grid = start.timesteps
     for ago in range(top - 1, 0, -1):
         moves = (levels > 0) & (levels + ago <= top)
-        if not moves.any():  # levels are on the CPU: no wait for the device
+        if not dry and not moves.any():  # levels are on the CPU: no wait for the device
             continue
         before = torch.where(levels > 0, (levels + ago).clamp_max(top), 0)
         logits = logits_of(backbone, sample, start._replace(levels=before, states=states))
@@ -125,8 +138,17 @@ def walk(
 
 def logits_of(backbone: Backbone, sample: TeacherForced, noise: NoisyCodes | None) -> Tensor:
     """Logits (B, n, K) float32 of every code; `None` is clean input."""
-    fed = trunk_input(backbone, sample.prompts, sample.image_ids, sample.layout, noise)
-    return code_logits(backbone, fed, sample.layout).float()
+    return code_logits(backbone, fed_of(backbone, sample, noise), sample.layout).float()
+
+
+def hidden_of(backbone: Backbone, sample: TeacherForced, noise: NoisyCodes | None) -> Tensor:
+    """Hidden states (B, n, D) that the head reads each code from; `None` is clean input."""
+    return code_hidden(backbone, fed_of(backbone, sample, noise), sample.layout)
+
+
+def fed_of(backbone: Backbone, sample: TeacherForced, noise: NoisyCodes | None) -> TrunkInput:
+    """What the trunk is fed of images under teacher forcing."""
+    return trunk_input(backbone, sample.prompts, sample.image_ids, sample.layout, noise, sample.bucket)
 
 
 def posterior_gumbel(

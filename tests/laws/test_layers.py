@@ -31,8 +31,9 @@ FORWARDING = {"teacher_samples", "data.prepare", "data.pairs"}
 # generating and the doctor three, the guard of logging and the owner of a run two, the page to play eight,
 # names and captions that all sources share two, what is refused before a run begins four, taming one,
 # three families of models seven, their cards and previews two, judge and controls in reports three, sweeps
-# and loggers four, codes that are cut-outs two, the way to the hub and back three, a judge's lines one
-MOST_FILES = 179
+# and loggers four, codes that are cut-outs two, the way to the hub and back three, a judge's lines one, what
+# a backward pass computes again one, the speed of training and its trace two
+MOST_FILES = 182
 
 TORCH_ONLY = ("noise", "embedding", "masks", "decoding", "models.backbone")
 TORCH_ONLY += ("training.batch", "training.noise", "training.states", "training.objective")

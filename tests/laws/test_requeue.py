@@ -115,7 +115,7 @@ def test_a_sweep_over_ranks_has_one_folder_for_each_run(folder, tmp_path):
 
 def test_sharded_training_from_the_command_line_exports_whole_weights(folder, tmp_path):
     overrides = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
-    overrides += ["trainer.max_steps=2", "run_dir=run", "model.activation_checkpointing=true", NO_LOGGER]
+    overrides += ["trainer.max_steps=2", "run_dir=run", "model.activation_checkpointing=full", NO_LOGGER]
     assert started(folder, tmp_path, *overrides).wait(900) == 0, (tmp_path / "log.txt").read_text()[-3000:]
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_dir()
     from sjd2_lightning.models.registry import load_backbone

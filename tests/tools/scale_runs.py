@@ -5,8 +5,10 @@ As a program (`python -m tests.tools.scale_runs OUT`, with LOCAL_RANK and so on)
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,39 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from sjd2_lightning.models.lora import LoraSettings
+from sjd2_lightning.noise import NoiseProcess
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, ShardedStrategy, gathered_state
 from sjd2_lightning.training.guards import NonFiniteGuard
-from sjd2_lightning.training.module import SJD2Module
 from sjd2_lightning.training.optimizer import OptimizerConfig
 from sjd2_lightning.training.resume import RandomStates
 from tests.tools.tiny_backbones import tiny_chameleon
-from tests.training.test_module import OFF, QUIET, Batch, batch_of, loader
+from tests.training.test_module import NOISE, OFF, QUIET, Batch, batch_of, loader
 
 NUM_STEPS, ACCUMULATE = 4, 2
+TRAJECTORY = replace(NOISE, process=NoiseProcess(source="mean", state="draft"), trajectory=True)
+KINDS = {  # of runs: noise, precision, and whether an adapter is trained
+    "plain": (OFF, "32-true", False),
+    "trajectory": (TRAJECTORY, "32-true", False),
+    "adapter": (NOISE, "32-true", True),
+    "bf16": (OFF, "bf16-mixed", False),
+    "bf16 trajectory": (TRAJECTORY, "bf16-mixed", False),
+}
+
+
+class TwoRanks(ShardedModule):
+    """One process in the place of two ranks: its batches are theirs in turn, with their noise."""
+
+    turn = 0
+
+    @property
+    def global_rank(self) -> int:
+        return self.turn
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        self.turn = batch_idx % 2
+        return super().training_step(batch, batch_idx // 2)
 
 
 def share_of(batch: Batch, rank: int, world_size: int) -> Batch:
@@ -33,30 +58,52 @@ def share_of(batch: Batch, rank: int, world_size: int) -> Batch:
 
 
 def few_steps(
-    strategy: Any, folder: Path, num_steps: int = NUM_STEPS, start: Path | None = None
+    strategy: Any,
+    folder: Path,
+    num_steps: int = NUM_STEPS,
+    start: Path | None = None,
+    kind: str = "plain",
+    compiled: bool = False,
 ) -> dict[str, Any]:
-    """Steps with accumulation, clipping and activation checkpointing; the mean loss of each batch."""
+    """Steps with accumulation, clipping and activation checkpointing; the mean loss of each batch.
+
+    Args:
+        strategy: of Lightning's; on one process its batches are those of both ranks in turn.
+        folder: of checkpoints.
+        num_steps: optimizer steps.
+        start: checkpoint to go on from.
+        kind: one of `KINDS`.
+        compiled: whether layers are, by autograd's own kernels, with selective checkpointing.
+    """
     world_size, rank = int(os.environ.get("WORLD_SIZE_OF_TEST", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    noise, precision, adapter = KINDS[kind]
     sharded = isinstance(strategy, ShardedStrategy)
     # ragged prompts of one batch are padded to different widths on the ranks, which changes nothing
     backbone = tiny_chameleon(7, seed=4, scale=0.3)
-    backbone.checkpoint_activations()
-    kind = ShardedModule if sharded else SJD2Module
-    module = kind(backbone, OFF, OptimizerConfig(lr=2e-2, warmup_steps=1), (6, 6), prompt_dropout=0.0)
+    if adapter:
+        torch.manual_seed(0)
+        backbone.add_lora(LoraSettings(rank=2))
+    backbone.checkpoint_activations("selective" if compiled else "full")
+    if compiled:
+        backbone.compile_layers("aot_eager")
+    made = TwoRanks if world_size == 1 else ShardedModule
+    module = made(backbone, noise, OptimizerConfig(lr=2e-2, warmup_steps=1), (6, 6), 0.0)
+    module.bucket = 16 if compiled else 1
     losses: list[torch.Tensor] = []
+    accumulate = ACCUMULATE * 2 // world_size
 
     class Note(L.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            losses.append(
-                trainer.strategy.reduce(outputs["loss"].detach().clone() * ACCUMULATE, reduce_op="mean")
-            )
+            loss = outputs["loss"].detach().clone() * accumulate
+            losses.append(trainer.strategy.reduce(loss, reduce_op="mean"))
 
     trainer = L.Trainer(
         max_steps=num_steps,
         devices=world_size,
         strategy=strategy,
+        precision=precision,
         plugins=[VerifiedCheckpointIO()],
-        accumulate_grad_batches=ACCUMULATE,
+        accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5,
         callbacks=[
             Note(),
@@ -68,19 +115,27 @@ def few_steps(
     )
     used = 0 if start is None else 2 * ACCUMULATE  # the loader is a plain one
     order = [*range(used, NUM_STEPS * ACCUMULATE), *range(used)]
-    batches = [share_of(batch_of(seed), rank, world_size) for seed in order]
+    ranks = [rank] if world_size == 2 else [0, 1]
+    batches = [share_of(batch_of(seed), own, 2) for seed, own in itertools.product(order, ranks)]
     trainer.fit(module, loader(batches), ckpt_path=start)
     state = gathered_state(module.backbone) if sharded else module.backbone.state_dict()
-    return {"losses": [float(loss) for loss in losses], "state": state}
+    found = [float(loss) for loss in losses]
+    if world_size == 1:  # the mean over both ranks
+        found = [(first + second) / 2 for first, second in zip(found[::2], found[1::2], strict=True)]
+    return {"losses": found, "state": state}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
     found = {
-        "ddp": few_steps("ddp", out / "ddp"),
-        "fsdp": few_steps(ShardedStrategy(), out / "fsdp"),
-        "fsdp resumed": few_steps(ShardedStrategy(), out / "fsdp2", start=out / "fsdp" / "step=2.ckpt"),
+        f"{name} {kind}": few_steps(strategy, out / name / kind, kind=kind)
+        for kind in KINDS
+        for name, strategy in {"ddp": "ddp", "fsdp": ShardedStrategy()}.items()
     }
+    found["fsdp adapter compiled"] = few_steps(ShardedStrategy(), out / "c", kind="adapter", compiled=True)
+    found["fsdp kept"] = few_steps(ShardedStrategy(reshard=False), out / "kept")
+    saved = out / "fsdp" / "plain" / "step=2.ckpt"
+    found["fsdp resumed"] = few_steps(ShardedStrategy(), out / "resumed", start=saved)
     if os.environ["LOCAL_RANK"] == "0":
         torch.save(found, out / "found.pt")

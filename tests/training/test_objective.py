@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sjd2_lightning.training import objective
 from sjd2_lightning.training.objective import OwnLaw, next_clean_token_loss
+from tests.training.test_module import NOISE, OFF, batch_of, module_of
 
 
 def test_loss_is_the_mean_negative_log_probability():
@@ -48,3 +50,35 @@ def test_a_share_of_the_own_law_is_torch_cross_entropy_with_mixed_labels(share):
         gradients.append((loss.detach(), leaf.grad))
     assert torch.allclose(gradients[0][0], gradients[1][0], atol=1e-6)
     assert torch.allclose(gradients[0][1], gradients[1][1], atol=1e-7)
+
+
+@pytest.mark.parametrize("noise", ["off", "on"])
+def test_chunks_give_the_losses_and_gradients_of_whole_logits(monkeypatch, noise):
+    """In float32 to 1e-5, and the head's gradient with them."""
+    batch, found, calls, real = batch_of(), {}, [], objective.chunked_loss
+    monkeypatch.setattr(objective, "chunked_loss", lambda *given: calls.append(1) or real(*given))
+    for name, most in (("chunks", 1), ("logits", 10**9)):
+        monkeypatch.setattr(objective, "MANY_CODES", most)
+        module = module_of(NOISE if noise == "on" else OFF)
+        module.log = lambda *_, **__: None
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        found[name] = {"loss": loss.detach()} | {
+            key: p.grad for key, p in module.named_parameters() if p.grad is not None
+        }
+    assert len(calls) == 1
+    assert found["chunks"].keys() == found["logits"].keys()
+    for key, value in found["logits"].items():
+        assert torch.allclose(found["chunks"][key], value, atol=1e-5), key
+
+
+def test_chunks_follow_autocast():
+    rng = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(2, 8, 16, generator=rng), torch.randn(100, 16, generator=rng)
+    ids = torch.randint(100, (2, 8), generator=rng)
+    wanted = next_clean_token_loss(hidden @ head.T, ids).per_token
+    with torch.autocast("cpu", torch.bfloat16):
+        found = objective.chunked_loss(hidden, head, ids).per_token
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, wanted)
+    assert torch.allclose(found, wanted, atol=0.1)

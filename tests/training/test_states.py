@@ -7,6 +7,7 @@ import torch
 
 from sjd2_lightning.decoding import DecodingConfig
 from sjd2_lightning.noise import NoiseProcess, timesteps
+from sjd2_lightning.training import states
 from sjd2_lightning.training.batch import NoisyCodes
 from sjd2_lightning.training.noise import RampLaw, TrainingNoise
 from sjd2_lightning.training.states import TeacherForced, logits_of, noisy_codes, posterior_gumbel, walk
@@ -260,3 +261,17 @@ def test_values_that_do_not_go_together_are_named():
     ):
         [line] = with_process(**values).problems()
         assert line.startswith(key)
+
+
+def test_dry_passes_are_as_many_as_the_grid_asks_for_and_change_nothing(backbone, sample, monkeypatch):
+    """Levels of one rank may need none of them; ranks that gather weights from each other must agree."""
+    calls = []
+    real = logits_of
+    monkeypatch.setattr(states, "logits_of", lambda *given: calls.append(1) or real(*given))
+    noise, clean = with_process(trajectory=True), torch.zeros_like(LEVELS)
+    for levels, dry, passes in ((clean, False, 1), (clean, True, 3), (LEVELS, False, 3), (LEVELS, True, 3)):
+        calls.clear()
+        found = noisy_codes(backbone, sample, levels, timesteps(3), noise, rng(), dry)
+        assert len(calls) == passes
+        usual = noisy_codes(backbone, sample, levels, timesteps(3), noise, rng())
+        assert torch.equal(found.states, usual.states)

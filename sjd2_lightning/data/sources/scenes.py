@@ -155,7 +155,7 @@ def combinations_of(objects: Sequence[Placed], ground: Ground) -> Iterator[Combi
 def _counted(
     objects: Sequence[Placed], ground: Ground, sizes: dict[str, str], variety: Variety
 ) -> Iterator[Combination]:
-    """The combinations that decide the split: all that a scene shows; of aligned sizes, those captions name.
+    """The combinations that decide the split: all of a scene, of aligned sizes those its caption names.
 
     Among three aligned sizes a large object shares no patch with a smaller one: an object that training never
     shows large could not be drawn so by any model that draws known patches.

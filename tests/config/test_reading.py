@@ -58,7 +58,7 @@ def test_option_list_is_not_empty():
     assert {"model=tiny", "noise=off", "decoding=default", "trainer=cpu", "logger=none"} <= set(OPTIONS)
     alone = {name for name in EXPERIMENTS if "/" not in name}
     scenes = {"scenes_base", "scenes_tokenizer"}
-    assert alone == {"demo", "tiny_base", "tiny_clip", "smoke", *scenes}
+    assert alone == {"demo", "tiny_base", "tiny_clip", "tarflow", "smoke", *scenes}
     assert {"study/plain", "study/recipe", "study/tied"} <= set(EXPERIMENTS) - alone
 
 

@@ -26,6 +26,7 @@ from sjd2_lightning.config.groups import (
 )
 from sjd2_lightning.data import DataConfig
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
+from sjd2_lightning.evaluation.flow_methods import FlowEvaluation
 from sjd2_lightning.training.noise import TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig
 from sjd2_lightning.training.recipes import ClipRecipe, FlowRecipe, TokenizerRecipe
@@ -204,6 +205,7 @@ class EvaluateConfig(SharedConfig):
     optimized_metric: str | None
     warm_up: bool
     replace_images: bool
+    flow: Annotated[FlowEvaluation, AfterValidator(sound)] | None
     report: ReportConfig
 
     def problems(self) -> list[str]:

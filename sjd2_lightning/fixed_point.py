@@ -19,6 +19,11 @@ from torch.nn.utils.rnn import pad_sequence
 from sjd2_lightning.run.values import Natural, Within, wrong_values
 
 
+# Iterates beyond it begin again at 0: they are wrong, and their squares would overflow in layers, where what
+# is not finite reaches columns that it is hidden from, since 0 times infinity is no number.
+_LARGEST = 1e15
+
+
 @dataclass(frozen=True)
 class DecodeStats:
     """The trace of passes of a batch, on the CPU: what decoding counts, and every fixed point.
@@ -111,7 +116,7 @@ class Solution:
         values: (B, T, ...) all columns.
         stats: columns behind the given one that each pass made final, the same in all rows.
         residuals: for each pass (B,) the largest change of a number that the pass was fed a guess of.
-        num_nonfinite: number of iterates that were not finite and began again at 0.
+        num_nonfinite: number of iterates that were not finite, or beyond 1e15, and began again at 0.
     """
 
     values: Tensor
@@ -134,9 +139,9 @@ def solve(causal: CausalMap, guess: Tensor, schedule: Schedule) -> Solution:
     Raises:
         ValueError: the fixed point itself is not finite in a column, which is named.
     """
-    x = guess.clone()
-    if schedule.guess == "zero":
-        x[:, 1:] = 0
+    usable = guess.abs() < _LARGEST
+    usable[:, 1:] &= schedule.guess == "given"
+    x = torch.where(usable, guess, 0)
     # columns up to `head` are final; of those before `cached` the cache holds what they are
     head = cached = num_nonfinite = 0
     counts: list[int] = []
@@ -148,7 +153,7 @@ def solve(causal: CausalMap, guess: Tensor, schedule: Schedule) -> Solution:
             last = min(head + schedule.window, end) if schedule.window else end
             new = causal.values(cached, x[:, cached:last])[:, head - cached :]
             num_passes += 1
-            finite = new.isfinite()
+            finite = new.abs() < _LARGEST
             if not finite[:, 0].all():
                 raise ValueError(f"column {head + 1} of the fixed point is not finite")
             # 2. columns head + 2 .. last were judged on what they were fed to their left

@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sjd2_lightning.run.values import Natural, Within, wrong_values
 
-
 # Iterates beyond it begin again at 0: they are wrong, and their squares would overflow in layers, where what
 # is not finite reaches columns that it is hidden from, since 0 times infinity is no number.
 _LARGEST = 1e15

@@ -125,7 +125,7 @@ def test_iterates_that_overflow_begin_again_and_are_counted():
     torch.testing.assert_close(found.values, loop(0).values)
     assert found.num_nonfinite > 0
     guess[:, 7] = torch.nan
-    torch.testing.assert_close(solve(Overflowing(0), guess, Schedule()).values, loop(0).values)
+    torch.testing.assert_close(solve(Overflowing(0), guess, Schedule(tolerance=0)).values, loop(0).values)
     guess[:, 0] = 100
     with pytest.raises(ValueError, match="column 1 of the fixed point is not finite"):
         solve(Overflowing(0), guess, Schedule())

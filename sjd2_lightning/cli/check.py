@@ -80,12 +80,8 @@ def already_done(config: TrainConfig, start: Path | None) -> str | None:
         where, remedy = f"epoch {epochs} of {trainer.max_epochs}", "raise trainer.max_epochs"
     else:
         return None
-    files = (
-        "backbone.json",
-        "config.json",
-        "open_clip_config.json",
-        "flow.json",
-    )  # one of them in every export
+    # one of them in every export
+    files = ("backbone.json", "config.json", "open_clip_config.json", "flow.json")
     exports = [Path(config.export_dir) / name for name in files]
     written = max((path.stat().st_mtime for path in exports if path.is_file()), default=0.0)
     is_own = start.resolve().is_relative_to(Path(config.run_dir).resolve())

@@ -63,7 +63,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     check_mode(config)
     with owned(Path(config.run_dir), "evaluate"):
         if config.flow is not None:
-            from sjd2_lightning.cli.flow import evaluate_flow
+            from sjd2_lightning.cli.inversions import evaluate_flow
 
             prompts, device = chosen_prompts(config), pick_device(config.device)
             return evaluate_flow(config, config.flow, prompts, device, hand_out)

@@ -23,8 +23,9 @@ from tests.tools.source import REPO
 
 # Configurations in which groups that are null otherwise have their keys.
 FULL = {
-    "train": tuple(
-        f"experiment={name}" for name in ("scenes_tokenizer", "tiny_clip", "tiny_base", "tarflow")
+    "train": (
+        *("experiment=scenes_tokenizer", "experiment=tiny_clip"),
+        *("experiment=tiny_base", "experiment=tarflow"),
     ),
     "evaluate": ("metrics=coco2017_5k", "experiment=tarflow"),
 }

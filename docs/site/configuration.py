@@ -24,6 +24,8 @@ from sjd2_lightning.config.runs import EvaluateConfig, TrainConfig
 
 ROOTS = {"train": TrainConfig, "evaluate": EvaluateConfig}
 METHOD = "methods.<name>"
+# Groups whose keys are names of one's own, each with the same keys below it.
+NAMED = {"methods": METHOD, "flow.inversions": "flow.inversions.<name>"}
 # Which file of a group says what its keys are; the others say what differs.
 _FIRST = ("shared", "base", "default", "auto", "offline", "wandb", "adamw")
 _LARGE = 1e6  # an upper bound from here on is no choice, only a guard
@@ -79,8 +81,8 @@ def leaves(kind: type, path: str = "") -> Iterator[tuple[str, Any, type]]:
         inner = group_in(hint)
         if inner is None:
             yield here, hint, kind
-        elif here == "methods":
-            yield from leaves(inner, METHOD)
+        elif here in NAMED:
+            yield from leaves(inner, NAMED[here])
         else:
             yield from leaves(inner, here)
 

@@ -50,6 +50,7 @@ from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
 from sjd2_lightning.training.module import SJD2Module
 from sjd2_lightning.training.recipes.clip import ClipModule, ScenePairs
+from sjd2_lightning.training.recipes.flow import FlowModule
 
 _HELD_OUT_PROMPTS = 64
 _REFERENCE_SCENES = 252  # real scenes for the distances, at least as many as there are prompts
@@ -69,6 +70,11 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
             config.optimizer.weight_decay,
         )
         return clip, ScenePairs(data.batch_size, side, variety_of(data), config.seed, data.num_workers)
+    if config.task == "tarflow" and config.tarflow is not None:
+        side, variety = config.tarflow.sizes.image_size, variety_of(data)
+        scorer = load_clip_scorer(shipped(config.tarflow.clip_dir))
+        flow = FlowModule(config.tarflow, scorer, recipe_dir(config), config.optimizer.lr, variety)
+        return flow, ScenePairs(data.batch_size, side, variety, config.seed, data.num_workers)
     backbone = build_backbone(config.model, captions=captions_of(config.data))
     if config.trainer.compiled:
         backbone.compile_layers()

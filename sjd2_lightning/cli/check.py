@@ -80,7 +80,8 @@ def already_done(config: TrainConfig, start: Path | None) -> str | None:
         where, remedy = f"epoch {epochs} of {trainer.max_epochs}", "raise trainer.max_epochs"
     else:
         return None
-    files = ("backbone.json", "config.json", "open_clip_config.json")  # one of them in every export
+    # one of them in every export
+    files = ("backbone.json", "config.json", "open_clip_config.json", "flow.json")
     exports = [Path(config.export_dir) / name for name in files]
     written = max((path.stat().st_mtime for path in exports if path.is_file()), default=0.0)
     is_own = start.resolve().is_relative_to(Path(config.run_dir).resolve())
@@ -267,10 +268,12 @@ def logged_names(config: TrainConfig) -> list[str]:
     from sjd2_lightning.report.wandb_log import sampled_names
     from sjd2_lightning.training.module import SJD2Module
     from sjd2_lightning.training.recipes.clip import ClipModule
+    from sjd2_lightning.training.recipes.flow import FlowModule
 
     if config.task == "tokenizer":
         return []
-    module: Any = SJD2Module if config.task == "finetune" else ClipModule
+    modules: dict[str, Any] = {"finetune": SJD2Module, "clip": ClipModule, "tarflow": FlowModule}
+    module = modules[config.task]
     names = [*module.LOGGED]
     if config.callbacks.sampling is not None and config.task == "finetune":
         metrics = config.metrics

@@ -61,6 +61,11 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     config = check_evaluate(cfg)
     check_mode(config)
     with owned(Path(config.run_dir), "evaluate"):
+        if config.flow is not None:
+            from sjd2_lightning.cli.inversions import evaluate_flow
+
+            prompts, device = chosen_prompts(config), pick_device(config.device)
+            return evaluate_flow(config, config.flow, prompts, device, hand_out)
         return evaluate_owned(config)
 
 

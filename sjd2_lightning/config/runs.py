@@ -26,9 +26,10 @@ from sjd2_lightning.config.groups import (
 )
 from sjd2_lightning.data import DataConfig
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
+from sjd2_lightning.evaluation.flow_methods import FlowEvaluation
 from sjd2_lightning.training.noise import TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig
-from sjd2_lightning.training.recipes import ClipRecipe, TokenizerRecipe
+from sjd2_lightning.training.recipes import ClipRecipe, FlowRecipe, TokenizerRecipe
 
 RANDOM_TAG = "random weights"  # of a run in W&B behind whose weights no release is
 
@@ -143,13 +144,14 @@ class TrainConfig(SharedConfig):
     """The whole configuration of train.py."""
 
     ckpt_path: Start | None
-    task: Literal["finetune", "tokenizer", "clip"]
+    task: Literal["finetune", "tokenizer", "clip", "tarflow"]
     export_dir: Folder
     export_dtype: Literal["float32", "bfloat16", "float16"] | None
     validate_first: bool
     print_plan: bool
     tokenizer: Annotated[TokenizerRecipe, AfterValidator(sound)] | None
     clip: Annotated[ClipRecipe, AfterValidator(sound)] | None
+    tarflow: Annotated[FlowRecipe, AfterValidator(sound)] | None
     optimizer: Annotated[OptimizerConfig, AfterValidator(sound)]
     trainer: TrainerConfig
     callbacks: CallbacksConfig
@@ -157,8 +159,9 @@ class TrainConfig(SharedConfig):
     def problems(self) -> list[str]:
         """A recipe without its sizes, a checkpoint that is not there."""
         found = super().problems()
-        if self.task in ("tokenizer", "clip") and getattr(self, self.task) is None:
-            recipe = {"tokenizer": "tiny_tokenizer", "clip": "tiny_clip"}[self.task]
+        recipes = {"tokenizer": "tiny_tokenizer", "clip": "tiny_clip", "tarflow": "tarflow"}
+        if self.task in recipes and getattr(self, self.task) is None:
+            recipe = recipes[self.task]
             found.append(f"task={self.task}: needs the group of keys `{self.task}`; use experiment={recipe}")
         if self.task == "clip" and self.clip is not None:
             text = shipped(self.clip.text_dir)
@@ -197,6 +200,7 @@ class EvaluateConfig(SharedConfig):
     optimized_metric: str | None
     warm_up: bool
     replace_images: bool
+    flow: Annotated[FlowEvaluation, AfterValidator(sound)] | None
     report: ReportConfig
 
     def problems(self) -> list[str]:

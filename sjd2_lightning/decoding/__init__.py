@@ -30,8 +30,9 @@ Read `reference` first (autoregression, slow and obvious), then `loop`, `passes`
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.law import Sampling
 from sjd2_lightning.decoding.loop import Decoder, Observer, decode
-from sjd2_lightning.decoding.output import DecodeOutput, DecodeStats, Iteration, NearTies
+from sjd2_lightning.decoding.output import DecodeOutput, Iteration, NearTies
 from sjd2_lightning.decoding.reference import decode_reference
+from sjd2_lightning.fixed_point import DecodeStats
 
 __all__ = [
     "DecodeOutput",

@@ -14,7 +14,8 @@ from sjd2_lightning.decoding.context import Context, Shape
 from sjd2_lightning.decoding.engine import Engine, Graphs, Progress
 from sjd2_lightning.decoding.law import without_law
 from sjd2_lightning.decoding.method import Method
-from sjd2_lightning.decoding.output import DecodeOutput, DecodeStats
+from sjd2_lightning.decoding.output import DecodeOutput
+from sjd2_lightning.fixed_point import DecodeStats
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, Trunk
 
 LEAVE_SHARE = 0.25  # finished rows leave the batch once they are this share of it: leaving copies the cache

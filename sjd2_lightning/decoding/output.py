@@ -7,47 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from sjd2_lightning.fixed_point import DecodeStats
 from sjd2_lightning.models.backbone import ImageLayout
-
-
-@dataclass(frozen=True)
-class DecodeStats:
-    """Counts of a batch, on the CPU.
-
-    Attributes:
-        committed: (iterations, B) slots that each forward pass committed; 0 once a row is done.
-    """
-
-    committed: Tensor
-
-    @property
-    def settled_iteration(self) -> Tensor:
-        """(B, N) forward pass (from 0) that committed each slot; -1 right of an image shorter than others."""
-        passes = torch.arange(len(self.committed))
-        rows = [passes.repeat_interleave(row) for row in self.committed.T]
-        return pad_sequence(rows, batch_first=True, padding_value=-1)
-
-    @property
-    def nfe(self) -> Tensor:
-        """(B,) forward passes of each image, prefill excluded."""
-        return (self.committed > 0).sum(0)
-
-    @property
-    def num_generated(self) -> Tensor:
-        """(B,) slots of each image."""
-        return self.committed.sum(0)
-
-    @property
-    def step_compression(self) -> Tensor:
-        """(B,) generated tokens a forward pass."""
-        return self.num_generated / self.nfe
-
-    @property
-    def accepted(self) -> list[list[int]]:
-        """For each image, the slots that each of its passes committed."""
-        return [row[row > 0].tolist() for row in self.committed.T]
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ import torch
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.engine import Engine
 from sjd2_lightning.decoding.loop import decode, decoder_of, iterate
-from sjd2_lightning.decoding.output import DecodeStats
 from sjd2_lightning.evaluation.prompts import PromptItem
+from sjd2_lightning.fixed_point import DecodeStats
 from sjd2_lightning.metrics.efficiency import timed
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.run.files import sha256_of_json, write_whole

@@ -20,7 +20,7 @@ from sjd2_lightning.data.captions import plain_caption
 from sjd2_lightning.data.names import passed_over
 from sjd2_lightning.data.pictures import png_bytes, read_image
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts, repeat_key, seed_of
-from sjd2_lightning.evaluation.store import ImageRecord, RecordStore
+from sjd2_lightning.evaluation.store import Record, RecordStore
 from sjd2_lightning.run.files import text_of
 
 NUM_SAMPLES = 4  # images of each prompt, in both benchmarks
@@ -47,7 +47,7 @@ def export_benchmark(
     benchmark: str,
     source: str | Path,
     store: RecordStore,
-    records: Sequence[ImageRecord],
+    records: Sequence[Record],
     folder: str | Path,
 ) -> Path:
     """Writes one method's images in a benchmark's layout; the folder appears whole, and replaces an old one.

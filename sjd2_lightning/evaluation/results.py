@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
+from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.controls import Control
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.evaluation.quality import Quality, QualityMeter, judged_less
 from sjd2_lightning.evaluation.references import ReferenceSet, reference_rows
-from sjd2_lightning.evaluation.store import ImageRecord, RecordStore
+from sjd2_lightning.evaluation.store import Record, RecordStore
 from sjd2_lightning.metrics.bootstrap import (
     Interval,
     MetricResult,
@@ -33,14 +34,15 @@ class MethodResult:
 
     Attributes:
         name: its name in the report.
-        config: what it decoded with.
+        config: what it decoded with, a `DecodingConfig`, or what another task has in its place; see
+            `flow_methods.FlowMethod`.
         measured: nfe, step_compression, speedup, seconds_per_image, images_per_second, flops_per_token,
             peak_memory_gib, fd, kid, precision, recall, density, coverage, clip_score, clip_score_shuffled,
             clip_gain, clip_score_minus_ar, judge and judge_<category>, and these with _minus_ar; what could
             not be measured is absent.
         seconds_p95: 95th percentile of the seconds an image.
         acceptance_counts: entry n counts the forward passes that committed n slots.
-        equal_to_ar: share of images whose codes equal the baseline's; None without a baseline.
+        equal_to_ar: share of images that equal the baseline's, as their records say; None without a baseline.
         near_ties: number of images that differ from the baseline's in replay mode where rounding may be why;
             see `jobs.explained_by_ties`.
         records: records of all images, in the order of the prompts.
@@ -49,13 +51,13 @@ class MethodResult:
     """
 
     name: str
-    config: DecodingConfig
+    config: Any
     measured: dict[str, MetricResult]
     seconds_p95: float
     acceptance_counts: tuple[int, ...]
     equal_to_ar: float | None
     near_ties: int
-    records: tuple[ImageRecord, ...]
+    records: tuple[Record, ...]
     clip_scores: tuple[float, ...]
     verdicts: tuple[Verdict | None, ...] = ()
 
@@ -105,7 +107,7 @@ class EvaluationResult:
 
 def measure_methods(
     store: RecordStore,
-    methods: Mapping[str, DecodingConfig],
+    methods: Mapping[str, Any],
     prompts: Sequence[PromptItem],
     meter: QualityMeter,
     references: Mapping[str, tuple[int, Quality]] | None = None,
@@ -181,7 +183,7 @@ def measure_references(
 
 def records_by_method(
     store: RecordStore, methods: Iterable[str], prompts: Sequence[PromptItem]
-) -> dict[str, list[ImageRecord]]:
+) -> dict[str, list[Any]]:
     """Records of each method, in the order of the prompts.
 
     Raises:
@@ -199,8 +201,8 @@ def records_by_method(
 
 def _method_result(
     name: str,
-    config: DecodingConfig,
-    records: Mapping[str, Sequence[ImageRecord]],
+    config: Any,
+    records: Mapping[str, Sequence[Record]],
     qualities: Mapping[str, Quality],
     num_resamples: int,
     near_ties: int,
@@ -245,7 +247,7 @@ def _method_result(
     )
 
 
-def _clock(own: Sequence[ImageRecord], median: float, num_resamples: int) -> dict[str, MetricResult]:
+def _clock(own: Sequence[Record], median: float, num_resamples: int) -> dict[str, MetricResult]:
     """Latency, throughput and memory; intervals resample batches, which is what was timed."""
     batches = list({record.batch: record for record in own}.values())
     interval = _median_interval([record.seconds / record.batch_size for record in batches], num_resamples)
@@ -271,7 +273,7 @@ def _clock(own: Sequence[ImageRecord], median: float, num_resamples: int) -> dic
 
 
 def speedup(
-    baseline: Sequence[ImageRecord], method: Sequence[ImageRecord], num_resamples: int = 2000, seed: int = 0
+    baseline: Sequence[Record], method: Sequence[Record], num_resamples: int = 2000, seed: int = 0
 ) -> MetricResult:
     """Median over prompt batches of baseline seconds / method seconds; the interval resamples batches.
 
@@ -296,8 +298,8 @@ def _median_interval(values: Sequence[float], num_resamples: int, seed: int = 0)
     return percentile_interval(np.median(np.array(values)[rows], axis=1))
 
 
-def _share_equal(own: Sequence[ImageRecord], baseline: Sequence[ImageRecord]) -> float:
-    same = [a.image_ids == b.image_ids for a, b in zip(own, baseline, strict=True)]
+def _share_equal(own: Sequence[Record], baseline: Sequence[Record]) -> float:
+    same = [a.percent_equal(b) == 100 for a, b in zip(own, baseline, strict=True)]
     return float(np.mean(same))
 
 

@@ -11,10 +11,11 @@ import io
 import json
 import os
 import shutil
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image
@@ -28,9 +29,9 @@ from sjd2_lightning.run.processes import wait_for_all
 RUN_FILE = "run.json"
 
 
-@dataclass(frozen=True)
-class ImageRecord:
-    """One decoded image without its pixels.
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One result of one method, without its pixels: what all tasks have in common.
 
     Attributes:
         key, prompt, seed: the prompt item.
@@ -39,9 +40,8 @@ class ImageRecord:
         nfe: forward passes, prefill excluded.
         num_generated: generated slots, structural ones included.
         accepted: number of slots that each pass committed.
-        settled_iteration: pass, from 0, that committed each code; raster order.
-        image_ids: the codes, raster order.
-        size: (height, width) in codes.
+        settled_iteration: pass, from 0, that committed each code or patch; raster order.
+        size: (height, width) in codes or patches.
         seconds: wall clock of decoding the whole batch.
         process: name of the process; only decodes of one process are compared in time.
         peak_bytes: most memory the device held while it decoded the batch; None where it cannot be told.
@@ -57,26 +57,51 @@ class ImageRecord:
     num_generated: int
     accepted: tuple[int, ...]
     settled_iteration: tuple[int, ...]
-    image_ids: tuple[int, ...]
     size: tuple[int, int]
     seconds: float
     process: str
     peak_bytes: int | None = None
 
+    SAME: ClassVar[str]  # how equal results of this task are that count as equal
+
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> ImageRecord:
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """A record from its JSON object."""
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
         return cls(**plain)
 
+    @abstractmethod
+    def percent_equal(self, other: Self) -> int:
+        """Share of another method's result that is equal to this one, in percent, never rounded up to all."""
 
-def method_fields(config: DecodingConfig) -> dict[str, Any]:
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord(Record):
+    """One decoded image of codes.
+
+    Attributes:
+        image_ids: the codes, raster order.
+    """
+
+    image_ids: tuple[int, ...]
+
+    SAME: ClassVar[str] = "token for token"
+
+    def percent_equal(self, other: ImageRecord) -> int:
+        same = sum(a == b for a, b in zip(self.image_ids, other.image_ids, strict=True))
+        return 100 * same // len(self.image_ids)
+
+
+def method_fields(config: Any) -> dict[str, Any]:
     """A method as run.json and report.json hold it: the fields of its noise lie beside the others.
 
     Keep this form, whose names are those of 0.1.0, with later fields where they say something: a folder
-    continues only where the hash of its identity is the same as before.
+    continues only where the hash of its identity is the same as before. Methods of other tasks are held as
+    they are.
     """
     fields = asdict(config)
+    if not isinstance(config, DecodingConfig):
+        return fields
     engine, attention = fields.pop("engine"), fields.pop("attention")
     later = {name: fields.pop(name) for name in ("invariant", "window_shape")}
     if engine not in ("auto", "compiled"):
@@ -126,24 +151,31 @@ class RecordStore:
         folder: place of records and images; created when missing.
         identity: JSON object of everything that decides the images; a folder holds one identity only.
         rank: rank of this process; each rank appends to a file of its own.
+        kind: class of the records.
 
     Raises:
         ValueError: the folder holds images of another identity; the message names what differs.
     """
 
-    def __init__(self, folder: str | Path, identity: Mapping[str, Any], rank: int = 0) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        identity: Mapping[str, Any],
+        rank: int = 0,
+        kind: type[Record] = ImageRecord,
+    ) -> None:
+        self.folder, self.kind = Path(folder), kind
         self.identity = dict(identity)
         self.hash = sha256_of_json(identity)
         self._claim(identity)
         self.path = self.folder / ("records.jsonl" if rank == 0 else f"records.rank{rank}.jsonl")
         _cut_torn_line(self.path)
 
-    def image_path(self, record: ImageRecord) -> Path:
+    def image_path(self, record: Record) -> Path:
         """Path of a record's PNG."""
         return self.folder / "images" / record.method / f"{record.key}.png"
 
-    def append(self, records: Sequence[ImageRecord], images: Iterable[Tensor | np.ndarray]) -> None:
+    def append(self, records: Sequence[Record], images: Iterable[Tensor | np.ndarray]) -> None:
         """Writes decoded images, uint8 (h, w, 3) each: first the PNGs, then all their records at once."""
         for record, pixels in zip(records, images, strict=True):
             write_whole(self.image_path(record), png_bytes(pixels))
@@ -153,15 +185,18 @@ class RecordStore:
             file.flush()
             os.fsync(file.fileno())
 
-    def load(self) -> list[ImageRecord]:
-        """Records of all ranks whose PNG exists, one for each method and key, sorted by batch and method."""
-        found: dict[tuple[str, str], ImageRecord] = {}
+    def load(self) -> list[Any]:
+        """Records of all ranks whose PNG exists, each of `kind`, one for each method and key.
+
+        They are sorted by batch and method.
+        """
+        found: dict[tuple[str, str], Record] = {}
         for path in sorted(self.folder.glob("records*.jsonl")):
             # Behind the last newline is what a kill cut short, or what another rank is writing now.
             whole, _, _ = path.read_text().rpartition("\n")
             for number, line in enumerate(whole.splitlines(), start=1):
                 try:
-                    record = ImageRecord.from_json(json.loads(line))
+                    record = self.kind.from_json(json.loads(line))
                 except (ValueError, TypeError) as error:
                     raise ValueError(
                         f"{path}, line {number} is no record ({error}); remove the line to decode again"
@@ -170,7 +205,7 @@ class RecordStore:
                     found.setdefault((record.method, record.key), record)
         return sorted(found.values(), key=lambda record: (record.batch, record.method, record.key))
 
-    def images(self, records: Sequence[ImageRecord]) -> LazyImages:
+    def images(self, records: Sequence[Record]) -> LazyImages:
         """Pixels of records, each read when it is looked at; an unreadable one raises ValueError then."""
         return LazyImages(read_image, [self.image_path(record) for record in records])
 
@@ -231,5 +266,5 @@ def collect_on_rank_zero(store: RecordStore, rank: int, world_size: int) -> None
     gathered: list[Any] | None = [None] * world_size if rank == 0 else None
     distributed.gather_object(mine, gathered, dst=0)
     for parts in gathered or ():
-        records: list[ImageRecord] = [record for record, _ in parts]
+        records: list[Record] = [record for record, _ in parts]
         store.append(records, [np.array(Image.open(io.BytesIO(png)).convert("RGB")) for _, png in parts])

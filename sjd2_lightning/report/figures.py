@@ -23,7 +23,7 @@ from torch import Tensor
 from sjd2_lightning.data.pictures import png_bytes
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
-from sjd2_lightning.evaluation.store import ImageRecord
+from sjd2_lightning.evaluation.store import Record
 from sjd2_lightning.report.cost import MethodCost, PassCost
 from sjd2_lightning.report.html import LINE, QUIET, method_colour
 from sjd2_lightning.report.observe import Settling, Trajectory
@@ -116,12 +116,12 @@ def acceptance_maps(result: EvaluationResult, num_prompts: int = 4) -> Figure:
     return figure
 
 
-def settled_map(record: ImageRecord) -> np.ndarray:
-    """(height, width) pass, from 0, that committed each code."""
+def settled_map(record: Record) -> np.ndarray:
+    """(height, width) pass, from 0, that committed each code or patch."""
     return np.array(record.settled_iteration).reshape(record.size)
 
 
-def heat_map_png(record: ImageRecord) -> bytes:
+def heat_map_png(record: Record) -> bytes:
     """`settled_map` as PNG, one pixel a code: dark ones were committed first, bright ones last."""
     passes = settled_map(record)
     colours = colormaps["viridis"](passes / max(record.nfe - 1, 1))[..., :3]

@@ -8,7 +8,6 @@ from typing import Any
 
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
-from sjd2_lightning.evaluation.store import ImageRecord
 from sjd2_lightning.report.cost import method_costs
 from sjd2_lightning.report.figures import cost_chart, heat_map_png, settling_curve, settling_map
 from sjd2_lightning.report.html import (
@@ -121,7 +120,7 @@ def _prompts(result: EvaluationResult, num_prompts: int, room: float) -> list[di
         if room < 0 and found:
             break
         records = [method.records[place] for method in result.methods.values()]
-        equal = [[_percent_equal(a, b) for b in records] for a in records]
+        equal = [[a.percent_equal(b) for b in records] for a in records]
         found.append(
             {
                 "caption": item.prompt,
@@ -145,18 +144,12 @@ def _image(result: EvaluationResult, method: MethodResult, place: int) -> dict[s
         "clip": round(method.clip_scores[place], 1) if method.clip_scores else None,
         "same": baseline is not None
         and method is not baseline
-        and baseline.records[place].image_ids == record.image_ids,
+        and record.percent_equal(baseline.records[place]) == 100,
         "judge": None if verdict is None else verdict.sentence,
         "right": verdict is not None and verdict.right,
         "picture": embedded_image(result.store.image_path(record)),
         "map": data_uri(heat_map_png(record)),
     }
-
-
-def _percent_equal(own: ImageRecord, other: ImageRecord) -> int:
-    """Share of equal codes in percent, never rounded up to all."""
-    same = sum(a == b for a, b in zip(own.image_ids, other.image_ids, strict=True))
-    return 100 * same // len(own.image_ids)
 
 
 def _script_data(prompt: Mapping[str, Any]) -> dict[str, Any]:

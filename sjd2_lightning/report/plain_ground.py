@@ -47,16 +47,17 @@ def plain_thirds(method: MethodResult, num_resamples: int = 2000) -> tuple[Plain
     """The images of a method in three parts of about equal number, from the least plain to the plainest.
 
     Args:
-        method: a method's result; of fewer than three images there are no parts.
+        method: a method's result; of fewer than three images of codes there are no parts.
         num_resamples: bootstrap resamples over images.
     """
-    if len(method.records) < len(THIRDS):
+    coded = [record for record in method.records if isinstance(record, ImageRecord)]
+    if len(coded) < len(THIRDS):
         return ()
-    shares = np.array([plain_share(record) for record in method.records])
+    shares = np.array([plain_share(record) for record in coded])
     parts = np.array_split(np.argsort(shares, kind="stable"), len(THIRDS))
     found = []
     for part in parts:
-        records = [method.records[place] for place in part]
+        records = [coded[place] for place in part]
         tokens = ratio_of_totals(
             "step_compression",
             [record.num_generated for record in records],

@@ -166,7 +166,7 @@ def acceptance_text(method: MethodResult) -> str:
 
 
 def equal_text(method: MethodResult) -> str:
-    """Share of images whose tokens equal the baseline's, never rounded up to all."""
+    """Share of images that equal the baseline's, never rounded up to all."""
     if method.equal_to_ar is None or method.name == BASELINE:
         return MISSING
     return f"{math.floor(100 * method.equal_to_ar)} %"
@@ -322,8 +322,8 @@ def headline_missing(result: EvaluationResult) -> str:
 
 def _promise(best: MethodResult) -> str:
     if best.equal_to_ar == 1:
-        return ": its images are those of plain decoding, token for token"
-    if best.config.acceptance == "replay":
+        return f": its images are those of plain decoding, {best.records[0].SAME}"
+    if best.config.acceptance in ("replay", "tolerance"):
         return ""
     return ": it draws other images than plain decoding, by the same law"
 

@@ -33,7 +33,9 @@ ROOTS = {
     "train, clip": ("train", "experiment=tiny_clip"),
     "train, tokenizer": ("train", "experiment=tiny_tokenizer"),
     "train, base": ("train", "experiment=tiny_base"),
+    "train, flow": ("train", "experiment=tarflow"),
     "evaluate": ("evaluate",),
+    "evaluate, flow": ("evaluate", "experiment=tarflow"),
     "evaluate, coco": (
         "evaluate",
         "metrics=coco2017_5k",
@@ -42,7 +44,7 @@ ROOTS = {
     ),
 }
 FURTHER = {"train, clip": "clip", "train, tokenizer": "tokenizer", "train, base": "model.scratch"}
-FURTHER |= {"evaluate, coco": "metrics.protocol"}
+FURTHER |= {"evaluate, coco": "metrics.protocol", "train, flow": "tarflow", "evaluate, flow": "flow"}
 _METHODS = ("methods.ar.", "methods.sjd2.", "methods.sjd2_exact.")  # the others have the same fields
 
 

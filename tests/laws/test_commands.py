@@ -144,7 +144,7 @@ def test_a_step_of_fine_tuning(composed, overrides):
     assert metrics["train/loss"] > 0
 
 
-@pytest.mark.parametrize("experiment", ["tiny_base", "tiny_clip"])
+@pytest.mark.parametrize("experiment", ["tiny_base", "tiny_clip", "tarflow"])
 def test_a_step_of_each_recipe(composed, tiny_folder, experiment):
     own = {
         "tiny_base": [
@@ -160,6 +160,7 @@ def test_a_step_of_each_recipe(composed, tiny_folder, experiment):
             "clip.text_layers=1",
             "callbacks=none",
         ],
+        "tarflow": [f"tarflow.clip_dir={REPO / 'weights' / 'tiny' / 'clip'}", "tarflow.sizes.width=32"],
     }[experiment]
     shipped = Path("weights")
     metrics = train(

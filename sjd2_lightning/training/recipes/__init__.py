@@ -1,11 +1,12 @@
-"""Recipes of the shipped image tokenizer and CLIP scorer; here are their sizes, which need no framework."""
+"""Recipes of networks beside the backbone; here are their sizes, which need no framework."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
-from sjd2_lightning.run.values import Within, wrong_values
+from sjd2_lightning.models.tarflow import FlowSizes
+from sjd2_lightning.run.values import Share, Within, wrong_values
 
 Width = Annotated[int, Within(1, 2**16)]
 Part = Annotated[float, Within(0, 1, without="most")]  # a share that leaves something
@@ -75,3 +76,24 @@ class ClipRecipe:
             if self.head_width > 0 and getattr(self, name) % self.head_width
         ]
         return found
+
+
+@dataclass(frozen=True)
+class FlowRecipe:
+    """How a TarFlow is trained; the group `tarflow` of the configuration.
+
+    Attributes:
+        sizes: sizes of the flow and noise of its pixels.
+        clip_dir: folder of the CLIP whose text vectors are its prompts.
+        prompt_dropout: share of training prompts that are replaced by the mean vector, for guidance.
+        warmup_share: share of all steps in which the learning rate rises before its cosine fall.
+    """
+
+    sizes: FlowSizes = field(default_factory=FlowSizes)
+    clip_dir: str = "weights/tiny/clip"
+    prompt_dropout: Share = 0.1
+    warmup_share: Part = 0.05
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a line each, starting with the key."""
+        return [*wrong_values(self), *(f"sizes.{line}" for line in self.sizes.problems())]

@@ -58,7 +58,9 @@ def test_own_pictures_bring_their_prompts(tmp_path, capsys):
     ]
     embedded = texts()
     assert not set(embedded) & set(own)
-    assert texts(f"data.data_dir={out}") == embedded, "the embedded set is built there, and has its own prompts"
+    assert texts(f"data.data_dir={out}") == embedded, (
+        "the embedded set is built there, and has its own prompts"
+    )
 
 
 def test_scores_that_say_nothing_of_own_pictures_are_left_out(tmp_path):

@@ -1,8 +1,9 @@
 """Shares tuned weights on the Hugging Face hub, with a card made from a report.
 
-First everything that will be uploaded is written into a folder, so that it can be looked at. The upload takes
-that folder as it is; where it fails the folder stays, and the same command tries again. Files of weights are
-linked, not copied, where the disk can.
+First everything that will be uploaded is written into a folder, so that it
+can be looked at. The upload takes that folder as it is; where it fails the
+folder stays, and the same command tries again. Files of weights are linked,
+not copied, where the disk can.
 """
 
 from __future__ import annotations

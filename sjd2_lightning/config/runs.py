@@ -16,7 +16,6 @@ from sjd2_lightning.config.groups import (
     Group,
     LoggerConfig,
     MetricsConfig,
-    ModelConfig,
     ReportConfig,
     TrainerConfig,
     did_you_mean,
@@ -24,6 +23,7 @@ from sjd2_lightning.config.groups import (
     shipped,
     sound,
 )
+from sjd2_lightning.config.model import ModelConfig
 from sjd2_lightning.data import DataConfig
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.evaluation.flow_methods import FlowEvaluation

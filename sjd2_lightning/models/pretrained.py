@@ -148,19 +148,13 @@ class PretrainedBackbone(Backbone):
         return self
 
     def checkpoint_activations(self, kind: Literal["full", "selective"] = "full") -> None:
-        """Keeps layer inputs, and what `kind` names, for the backward pass and computes the rest again.
-
-        In train mode; see `recompute`.
-        """
+        """Keeps layer inputs, and what `kind` names, for the backward pass in train mode; see `recompute`."""
         # transformers renamed it: 5.24 says `activation_`
         enable = getattr(self.model, "activation_checkpointing_enable", None)
         (enable or self.model.gradient_checkpointing_enable)(checkpoint_arguments(kind))
 
     def compile_layers(self, backend: Any = "inductor") -> None:
-        """Compiles the trunk's layers for passes without a cache: one artefact for all layers of a shape.
-
-        Shapes are static: batches should come in few lengths. Decoding has its own way, see `trunk`.
-        """
+        """Compiles the layers for passes without a cache, once a shape; decoding's own way is in `trunk`."""
         for layer in self.trunk.layers:
             layer.compile(fullgraph=True, dynamic=False, backend=backend)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, ARTEFACTS)

@@ -37,7 +37,6 @@ HOOKS = {
 UNCALLED = {
     "config.groups: Group._no_problems": "pydantic calls validators",
     "data.loader: CodeLoader.set_epoch": "Lightning tells a sampler the epoch",
-    "training.recipes.clip: OnePerConcept.set_epoch": "Lightning tells a sampler the epoch",
     "cli.loggers: Tracking.finalize": "Lightning ends its loggers",
     "cli.preview: PictureProgress.get_renderables": "rich asks a progress for what it shows",
     "decoding.output: DecodeOutput.image_ids_by_row": "public: codes of images of several sizes",

@@ -33,8 +33,9 @@ FORWARDING = {"teacher_samples", "data.prepare", "data.pairs"}
 # names and captions that all sources share two, what is refused before a run begins four, taming one,
 # three families of models seven, their cards and previews two, judge and controls in reports three, sweeps
 # and loggers four, codes that are cut-outs two, the way to the hub and back three, a judge's lines one, what
-# a backward pass computes again one, the speed of training and its trace two, fixed points and TarFlow seven
-MOST_FILES = 189
+# a backward pass computes again one, the speed of training and its trace two, fixed points and TarFlow seven,
+# a file for the group of the model one
+MOST_FILES = 190
 
 TORCH_ONLY = ("noise", "embedding", "masks", "fixed_point", "decoding", "models.backbone")
 TORCH_ONLY += ("training.batch", "training.noise", "training.states", "training.objective")

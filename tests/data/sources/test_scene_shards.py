@@ -136,14 +136,14 @@ def test_data_scenes_is_a_choice_of_the_configuration() -> None:
     assert (config.data.source, config.data.num_scenes, config.data.prepare) == ("scenes", 50, True)
 
 
-@pytest.mark.parametrize("name", ["scenes_tokenizer", "scenes_base"])
+@pytest.mark.parametrize("name", ["tiny_tokenizer", "tiny_base"])
 def test_the_recipes_of_scenes_compose(name: str) -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = train_config(compose("train", [f"experiment={name}"]))
     assert config.data.source == "scenes"
     assert config.data.aligned
     assert config.model.image_size == (128, 128)
-    assert config.export_dir.startswith("weights/scenes")
+    assert config.export_dir.startswith("weights/tiny_plain")
 
 
 @pytest.mark.parametrize(("most", "each"), [(None, 128), (1, 1), (8, 1), (40, 5), (10**6, 128)])

@@ -1,8 +1,8 @@
 """Shares tuned weights on the Hugging Face hub, with a card from a report.
 
 What will be uploaded is written into a folder first, to be looked at. Where the
-upload fails the folder stays, and the same command tries again. Files of weights
-are linked, not copied, where the disk can.
+upload fails the folder stays, and the same command tries again. Weights are
+linked into it, not copied, where the disk can.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Shares tuned weights on the Hugging Face hub, with a card made from a report.
+"""Shares tuned weights on the Hugging Face hub, with a card from a report.
 
-First everything that will be uploaded is written into a folder, so that it
-can be looked at. The upload takes that folder as it is; where it fails the
-folder stays, and the same command tries again. Files of weights are linked,
-not copied, where the disk can.
+What will be uploaded is written into a folder first, to be looked at. Where the
+upload fails the folder stays, and the same command tries again. Weights are
+linked into it, not copied, where the disk can.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sjd2 publish",
         description=__doc__,
-        epilog="example:\n  sjd2 publish outputs/mine --repo me/mine --report outputs/measured --dry-run",
+        epilog="example:\n  sjd2 publish outputs/mine --repo me/mine --report outputs/seen --dry-run",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

@@ -89,7 +89,7 @@ def scores_of(verdicts: Verdicts, protocol: str, num_resamples: int) -> dict[str
     """`geneval`, the mean over tags, and `geneval_<tag>`; intervals are over prompts.
 
     Args:
-        verdicts: verdicts on one method.
+        verdicts: verdicts of one method.
         protocol: how they came about.
         num_resamples: bootstrap resamples; 0 leaves intervals out.
     """

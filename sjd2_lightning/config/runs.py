@@ -18,12 +18,12 @@ from sjd2_lightning.config.groups import (
     MetricsConfig,
     ModelConfig,
     ReportConfig,
-    TrainerConfig,
     did_you_mean,
     several,
     shipped,
     sound,
 )
+from sjd2_lightning.config.trainer import TrainerConfig
 from sjd2_lightning.data import DataConfig
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.training.noise import TrainingNoise

@@ -32,8 +32,9 @@ FORWARDING = {"teacher_samples", "data.prepare", "data.pairs"}
 # names and captions that all sources share two, what is refused before a run begins four, taming one,
 # three families of models seven, their cards and previews two, judge and controls in reports three, sweeps
 # and loggers four, codes that are cut-outs two, what
-# a backward pass computes again one, the speed of training and its trace two
-MOST_FILES = 178
+# a backward pass computes again one, the speed of training and its trace two, the
+# trainer's keys one
+MOST_FILES = 179
 
 TORCH_ONLY = ("noise", "embedding", "masks", "decoding", "models.backbone")
 TORCH_ONLY += ("training.batch", "training.noise", "training.states", "training.objective")

@@ -17,13 +17,13 @@ from sjd2_lightning.config.groups import (
     LoggerConfig,
     MetricsConfig,
     ReportConfig,
-    TrainerConfig,
     did_you_mean,
     several,
     shipped,
     sound,
 )
 from sjd2_lightning.config.model import ModelConfig
+from sjd2_lightning.config.trainer import TrainerConfig
 from sjd2_lightning.data import DataConfig
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.evaluation.flow_methods import FlowEvaluation

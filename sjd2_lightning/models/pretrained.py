@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -229,24 +230,18 @@ class PretrainedBackbone(Backbone):
     def forward(
         self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None
     ) -> Tensor:
-        if self._compiled and cache is not None:
-            with torch.compiler.set_stance("force_eager"):
-                return self._hidden(embeddings, position_ids, attention_mask, cache)
+        decodes = self._compiled and cache is not None
         if self._compiled and torch.is_grad_enabled() and not embeddings.requires_grad:
             # behind frozen embeddings the first layer would be compiled apart from the others
             embeddings = embeddings.detach().requires_grad_()
-        return self._hidden(embeddings, position_ids, attention_mask, cache)
-
-    def _hidden(
-        self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None
-    ) -> Tensor:
-        return self.trunk(
-            inputs_embeds=embeddings,
-            position_ids=position_ids,
-            attention_mask=additive(attention_mask, embeddings.dtype),
-            use_cache=False,
-            **{self._cache_name: cache},
-        ).last_hidden_state
+        with torch.compiler.set_stance("force_eager") if decodes else nullcontext():
+            return self.trunk(
+                inputs_embeds=embeddings,
+                position_ids=position_ids,
+                attention_mask=additive(attention_mask, embeddings.dtype),
+                use_cache=False,
+                **{self._cache_name: cache},
+            ).last_hidden_state
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         config = self.model.config.get_text_config()

@@ -8,7 +8,8 @@ import torch
 
 from sjd2_lightning.decoding import DecodingConfig, decode
 from sjd2_lightning.decoding.config import PairSweeps
-from sjd2_lightning.decoding.variants.pairs import PairTable
+from sjd2_lightning.decoding.rules import Scores, Slots, Verdict
+from sjd2_lightning.decoding.variants.pairs import PairTable, Sweeper
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
 AR = DecodingConfig("ar", window=1)
@@ -89,3 +90,24 @@ def test_a_table_of_another_vocabulary_is_refused_before_the_first_pass(tmp_path
     config = DecodingConfig("sjd2", 4, 1, pairs=PairSweeps(str(path)))
     with pytest.raises(ValueError, match="is of 6 codes, the model has 7"):
         decode(backbone, ["red cat"], [0], config, backbone.layout(4, 4))
+
+
+def test_of_a_row_end_to_the_left_nothing_is_known(tmp_path):
+    """It is not taken for a code: what stands behind it stays what the pass said."""
+    path = tmp_path / "pairs.safetensors"
+    left = torch.zeros(3, 2)
+    left[2] = 50.0  # of the last code, which a clamped row end would be
+    PairTable(left, torch.eye(3)[:, :2]).save(path)
+    sweeper = Sweeper(PairSweeps(str(path)), torch.zeros(4, 5), 3)
+    tokens = torch.tensor([[3, 1]])
+    log = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]])
+    slots = Slots(
+        tokens=tokens,
+        levels=torch.tensor([[1, 0]]),  # the pass read the law behind noise
+        is_code=torch.tensor([[False, True]]),
+        gumbel=torch.zeros(1, 2, 3),
+    )
+    drawn = torch.tensor([[3, 2]])
+    verdict = Verdict(drawn, torch.zeros(1, 2, dtype=torch.bool), drawn)
+    settled = torch.zeros(1, 2, dtype=torch.bool)
+    assert sweeper(slots, verdict, Scores(log), settled).tolist() == [[3, 2]]

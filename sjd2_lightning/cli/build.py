@@ -15,7 +15,7 @@ import transformers
 from sjd2_lightning.cli.card import Card
 from sjd2_lightning.cli.settings import write_settings
 from sjd2_lightning.config.groups import shipped
-from sjd2_lightning.config.model import ModelConfig
+from sjd2_lightning.config.model_group import ModelConfig
 from sjd2_lightning.config.runs import SharedConfig, TrainConfig
 from sjd2_lightning.data import DataConfig
 from sjd2_lightning.data.datamodule import CodeDataModule

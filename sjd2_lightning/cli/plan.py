@@ -15,7 +15,9 @@ from torch import nn
 from sjd2_lightning.cli.sizes import downsample
 from sjd2_lightning.config.reading import train_config
 from sjd2_lightning.config.runs import TrainConfig
+from sjd2_lightning.models.image_codes import PATCH_SETTINGS
 from sjd2_lightning.models.lora import LoraSettings
+from sjd2_lightning.models.patch_tokenizer import WEIGHTS as PATCHES
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.recompute import Checkpointing
 from sjd2_lightning.models.registry import family_of
@@ -275,7 +277,8 @@ def missing_files(folder: Path, weights: Path, saved: bool, adapter: type[Pretra
     wanted = [folder / (TEXT if saved else adapter.PLACES[1]) / "tokenizer.json"]
     wanted += [folder / BACKBONE_FILE] if saved else [folder / name for name in adapter.FILES]
     if weights.name == TRUNK:
-        wanted.append(folder / TOKENIZER / "diffusion_pytorch_model.safetensors")
+        is_patches = (folder / TOKENIZER / PATCH_SETTINGS).is_file()
+        wanted.append(folder / TOKENIZER / (PATCHES if is_patches else "diffusion_pytorch_model.safetensors"))
     return [str(path) for path in [*found, *(path for path in wanted if not path.is_file())]]
 
 

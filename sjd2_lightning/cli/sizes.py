@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sjd2_lightning.config.groups import shipped
-from sjd2_lightning.config.model import ModelConfig
+from sjd2_lightning.config.model_group import ModelConfig
 from sjd2_lightning.models.image_codes import PATCH_SETTINGS, has_image_tokenizer
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import family_of

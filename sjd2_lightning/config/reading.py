@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -22,10 +22,18 @@ from sjd2_lightning.config.runs import EvaluateConfig, SharedConfig, TrainConfig
 from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.processes import run_id
 
+
+def _as_node(value: Any) -> Any:
+    """A list as OmegaConf's own, which `--cfg job --resolve` can write into a configuration."""
+    return OmegaConf.create(list(value)) if isinstance(value, list | ListConfig) else value
+
+
 # `${run_id:}` in conf/train.yaml; kept for the process, so that every key with it names one folder.
 OmegaConf.register_new_resolver("run_id", lambda: run_id(), use_cache=True, replace=True)
 # `${dry_run:${model.init},a,b}` in conf: a for a dry run on random weights, else b
-OmegaConf.register_new_resolver("dry_run", lambda init, a, b: a if init == "random_tiny" else b, replace=True)
+OmegaConf.register_new_resolver(
+    "dry_run", lambda init, a, b: _as_node(a if init == "random_tiny" else b), replace=True
+)
 # `${if_scenes:${data.prepare},${data.source},${data.reference_dir},a}` in conf/metrics: a where pictures are
 # embedded scenes, else null: what has seen scenes alone says nothing about other pictures
 OmegaConf.register_new_resolver(

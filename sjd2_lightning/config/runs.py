@@ -22,8 +22,8 @@ from sjd2_lightning.config.groups import (
     shipped,
     sound,
 )
-from sjd2_lightning.config.model import ModelConfig
-from sjd2_lightning.config.trainer import TrainerConfig
+from sjd2_lightning.config.model_group import ModelConfig
+from sjd2_lightning.config.trainer_group import TrainerConfig
 from sjd2_lightning.data import DataConfig
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.evaluation.flow_methods import FlowEvaluation

@@ -85,7 +85,7 @@ def test_scores_that_say_nothing_of_own_pictures_are_left_out(tmp_path):
     assert said(*own, "metrics=none") == ([], 0, False)
     assert said(num=24) == ([], 1, True)
     assert said(num=23)[1:] == (0, True)
-    assert said("data=scenes")[0][1].startswith("no distances: 8 pictures are too few")
+    assert said("data=scenes")[0][0].startswith("no distances: 8 pictures are too few")
     (tmp_path / "one" / "held_out").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "held_out" / "p.png")
     assert said("data=shards", f"data.data_dir={tmp_path / 'one'}")[1:] == (0, False), "one picture is no set"

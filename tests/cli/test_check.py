@@ -292,7 +292,7 @@ def test_data_are_refused_before_anything_is_loaded(tmp_path, tiny_weights):
         ShardIndex(folder, meta, (Shard("a.tar", "", 0, 20),)).save(folder)
     assert lines("data.data_dir=mine") == []
     [line] = lines("data.data_dir=mine", "model.image_size=[96,96]")
-    assert "mine/codes/train holds images of 16x16 codes, the model draws 24x24" in line
+    assert "mine/codes/train holds images of 16x16 codes, the model draws 12x12" in line
     [line] = lines("data.data_dir=mine", "data.batch_size=21")
     assert line.startswith("data.batch_size=21: 20 training samples do not fill one batch of 21")
     [line] = lines("data.data_dir=mine", "model.image_size=[65,64]")

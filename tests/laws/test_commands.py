@@ -255,7 +255,7 @@ def test_evaluation_writes_what_it_returns(command, tiny_folder, tmp_path):
     assert status == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report["methods"]) == ["ar", "sjd", "mc_sjd", "sjd2", "sjd2_paper"]
-    assert report["methods"]["sjd2"]["nfe"] < report["methods"]["ar"]["nfe"] == 71
+    assert report["methods"]["sjd2"]["nfe"] < report["methods"]["ar"]["nfe"] == 271
     assert report["provenance"]["weights"] == str(tiny_folder / "model")
     assert len(list((tmp_path / "out" / "images" / "sjd2").glob("*.png"))) == 2
 

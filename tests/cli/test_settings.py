@@ -22,7 +22,7 @@ def export(tmp_path):
 
 def test_size_sampling_noise_and_levels_are_keys(export):
     keys = list(settings_keys(export))
-    for key in ("model.image_size=[64,64]", "model.sampling.temperature=0.5", "noise.process.source=mean"):
+    for key in ("model.image_size=[128,128]", "model.sampling.temperature=0.5", "noise.process.source=mean"):
         assert key in keys
     assert keys[-1] == "decoding.num_levels=2"
     composed = typed("evaluate", *keys, "weights=model")

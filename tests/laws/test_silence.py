@@ -122,7 +122,7 @@ def test_the_other_commands(folder, tmp_path, watch, monkeypatch):
     weights = str(folder / "model")
     table.main(["teacher", f"{out}/codes", str(tmp_path / "drawn"), "--weights", weights])
     table.main(["convert", "--trunk", "a", "--vqgan", "b", "--out", "c"])
-    table.main(["publish", "d"])
+    table.main(["wandb", "d"])
     names = ("import_module", "load_coder", "list_records", "start_build", "make_shard", "real_images")
     check(watch, *names, "drawn_samples", "load_backbone", "read_all", "convert", "publish_report")
     assert json.loads((tmp_path / "drawn" / "train" / "index.json").read_text())

@@ -272,9 +272,9 @@ def _wish(offer: Offer) -> list[Any]:
     guidance = gr.Slider(0, 10, sampling.guidance_scale, step=0.1, label="Guidance")
     with gr.Row():
         size = gr.Dropdown(
-            sizes, value=sizes[0], label="Height x width", allow_custom_value=True, min_width=110
+            sizes, value=sizes[0], label="Height x width", allow_custom_value=True, scale=3, min_width=130
         )
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80)
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=2, min_width=70)
     return [size, seed, temperature, guidance]
 
 

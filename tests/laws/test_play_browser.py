@@ -35,7 +35,7 @@ def page(tiny_weights) -> Iterator[SimpleNamespace]:
         methods(),
         "sjd2",
         (shipped_pixels(), shipped_pixels()),
-        ["red heart", "cloud", "hot face"],
+        ["three candles", "a pig", "a key left of a duck"],
     )
     player = Player()
     blocks = tabs.build(offer, player)
@@ -163,7 +163,7 @@ def test_two_methods_on_a_list_end_in_a_gallery(session):
     widths = session.execute_script(
         "return [...document.querySelectorAll('.gallery img')].map((i) => i.naturalWidth)"
     )
-    assert widths == [64] * 4
+    assert widths == [128] * 4
     screenshot(session, SHOTS / "play_compare.png")
 
 
@@ -174,7 +174,7 @@ def test_a_finished_decoding_is_scrubbed_pass_by_pass(session):
     said = "return document.getElementById('moment').innerText"
     wait_for(session, lambda: "After pass 271 of 271." in session.execute_script(said))
     pictures = {session.execute_script("return document.querySelectorAll('#moment img')[1].src")}
-    for place in (10, 40):
+    for place in (4, 12):
         session.execute_script(
             "const input = document.querySelector('#scrubber input[type=range]'); input.value = arguments[0];"
             "input.dispatchEvent(new Event('input', {bubbles: true}));"

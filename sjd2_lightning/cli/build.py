@@ -353,15 +353,15 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
         backbone = build_backbone(config.model, captions=captions_of(config.data))
         backbone.load_state_dict(state)
     dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
-    with stage(f"writing the weights to {config.export_dir}"):
-        backbone.save(config.export_dir, dtype)
-        data: Any = getattr(trainer, "datamodule", None)
-        attribution = data.index("train").meta.attribution if isinstance(data, CodeDataModule) else ""
-        card = Card.of(config, trainer.global_step, attribution)
-        write_settings(config, card)
-        write_trainings(config.export_dir, trainings_after(config, trainer.global_step))
+    data: Any = getattr(trainer, "datamodule", None)
+    attribution = data.index("train").meta.attribution if isinstance(data, CodeDataModule) else ""
+    card = Card.of(config, trainer.global_step, attribution)
     with harmless(f"writing {config.export_dir}/README.md"):
         write_whole(Path(config.export_dir) / "README.md", card.text(config.export_dir))
+    with stage(f"writing the weights to {config.export_dir}"):
+        write_settings(config, card)
+        write_trainings(config.export_dir, trainings_after(config, trainer.global_step))
+        backbone.save(config.export_dir, dtype)  # backbone.json comes last: an export that has it is whole
 
 
 def trainings_after(config: TrainConfig, num_steps: int) -> list[dict[str, Any]]:

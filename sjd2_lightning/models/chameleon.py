@@ -107,8 +107,8 @@ class ChameleonBackbone(VocabularyBackbone):
         ]
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        super().save(folder, dtype)
         self.image_tokenizer.save(Path(folder) / TOKENIZER, half=None)
+        super().save(folder, dtype)
 
 
 def load_chameleon(

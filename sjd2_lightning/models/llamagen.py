@@ -243,13 +243,13 @@ class LlamaGenBackbone(PretrainedBackbone):
         return self.model.lm_head(hidden)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        super().save(folder, dtype)
         folder = Path(folder)
         self.image_tokenizer.save(folder / TOKENIZER, half=None)
         state = {name: value.to(dtype or value.dtype) for name, value in self.prefix.state_dict().items()}
         save_file({name: value.contiguous() for name, value in state.items()}, folder / PREFIX)
         if self.text_encoder is not None:
             self.text_encoder.save_pretrained(folder / ENCODER)
+        super().save(folder, dtype)
 
 
 def cleaned(caption: str) -> str:

@@ -311,7 +311,8 @@ class PretrainedBackbone(Backbone):
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes weights and everything needed to load them again into a local folder.
 
-        A low-rank adapter is merged into the weights, and lies alone in `adapter/` too.
+        A low-rank adapter is merged into the weights, and lies alone in `adapter/` too. `backbone.json` comes
+        last, also behind what adapters of families write: a folder that has it is whole.
 
         Raises:
             ValueError: for quantised weights.

@@ -199,8 +199,8 @@ class SimpleARBackbone(VocabularyBackbone):
         return self.text_ids([self.tokens.negative if negative else self.tokens.empty])
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        super().save(folder, dtype)
         self.image_tokenizer.save(Path(folder) / TOKENIZER)
+        super().save(folder, dtype)
 
 
 def load_simple_ar(

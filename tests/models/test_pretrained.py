@@ -365,3 +365,11 @@ def test_replay_of_rounded_weights_draws_the_images_of_their_autoregression():
         for name, window in (("ar", 1), ("sjd2", 8))
     )
     assert torch.equal(ar, sjd2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_says_that_an_export_is_whole_is_written_last(family, backbones, tmp_path):
+    """A save that was killed leaves no folder that passes for an export."""
+    backbones[family].save(tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert max(files, key=lambda path: path.stat().st_mtime_ns).name == "backbone.json"

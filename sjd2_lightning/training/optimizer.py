@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch.nn import Parameter
@@ -89,3 +89,20 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, config: OptimizerConfig, num
         return config.final_lr_share + (1 - config.final_lr_share) * 0.5 * (1 + math.cos(math.pi * done))
 
     return LambdaLR(optimizer, share)
+
+
+def with_one_cycle(
+    optimizer: torch.optim.Optimizer, lr: float, num_steps: int, warmup_share: float
+) -> dict[str, Any]:
+    """What `configure_optimizers` returns where the rate rises to a peak once, then falls by a cosine.
+
+    Args:
+        optimizer: what steps.
+        lr: learning rate at the peak.
+        num_steps: number of steps of the whole training.
+        warmup_share: share of the steps in which the rate rises.
+    """
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=num_steps + 1, pct_start=warmup_share, cycle_momentum=False
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -29,6 +29,7 @@ from sjd2_lightning.data.sources.scenes import (
 )
 from sjd2_lightning.metrics.alignment import CONFIG_FILE
 from sjd2_lightning.run.files import write_whole
+from sjd2_lightning.training.optimizer import with_one_cycle
 from sjd2_lightning.training.recipes import ClipRecipe
 
 _MEAN = _STD = 0.5  # of the pixels a CLIP sees: maps [0, 1] to [-1, 1]
@@ -141,15 +142,8 @@ class ClipModule(L.LightningModule):
         decaying = [p for p in self.clip.parameters() if p.ndim >= 2]
         groups: list[dict[str, Any]] = [{"params": decaying}, {"params": still, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98), weight_decay=self.weight_decay)
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            self.lr,
-            total_steps=total + 1,
-            pct_start=self.recipe.warmup_share,
-            cycle_momentum=False,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        steps = int(self.trainer.estimated_stepping_batches)
+        return with_one_cycle(optimizer, self.lr, steps, self.recipe.warmup_share)
 
     def on_train_end(self) -> None:
         if self.out_dir is not None and self.trainer.is_global_zero:

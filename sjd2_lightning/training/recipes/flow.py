@@ -12,6 +12,7 @@ from torch import Tensor
 from sjd2_lightning.data.sources.scenes import ALL, Variety, training_scene
 from sjd2_lightning.metrics.alignment import CLIPScorer
 from sjd2_lightning.models.tarflow import TarFlow, bits_per_dim, flow_loss
+from sjd2_lightning.training.optimizer import with_one_cycle
 from sjd2_lightning.training.recipes import FlowRecipe
 from sjd2_lightning.training.recipes.clip import Pairs
 
@@ -78,15 +79,8 @@ class FlowModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.flow.parameters(), self.lr, _BETAS, weight_decay=_DECAY)
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            self.lr,
-            total_steps=total + 1,
-            pct_start=self.recipe.warmup_share,
-            cycle_momentum=False,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        steps = int(self.trainer.estimated_stepping_batches)
+        return with_one_cycle(optimizer, self.lr, steps, self.recipe.warmup_share)
 
     def on_train_end(self) -> None:
         if self.out_dir is not None and self.trainer.is_global_zero:

@@ -121,7 +121,9 @@ class Player:
                 run.stop()
 
     def _num_before(self, mine: tuple[str, Run]) -> int:
-        return sum(not run.ended for _, run in self._runs[: self._runs.index(mine)])
+        # a race that is done holds nobody up, though its thread may have a moment's tidying left
+        before = self._runs[: self._runs.index(mine)]
+        return sum(not (run.ended or run.race.done) for _, run in before)
 
     def close(self) -> None:
         """Ends all races and waits for the thread."""

@@ -5,6 +5,7 @@ Weights are random, drawn on the device: a step takes as long whatever they say.
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from itertools import product
@@ -19,6 +20,7 @@ from sjd2_lightning.cli.plan import RunSettings, plan_run
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.recompute import Checkpointing
+from sjd2_lightning.models.rounding import train_in_fp8
 from sjd2_lightning.training.module import SJD2Module, TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig, build_optimizer
 from sjd2_lightning.training.speed import memory_bytes, peak_of, picture_flops
@@ -42,12 +44,14 @@ class Shape(NamedTuple):
         name: what `print_plan` knows it by.
         lora: whether an adapter is trained; otherwise all weights, kept in float32.
         sizes: (pixels, pictures a step).
+        fp8: whether layers multiply in fp8; on a CPU that is emulated.
     """
 
     release: Release
     name: str
     lora: bool
     sizes: tuple[tuple[int, int], ...]
+    fp8: bool = False
 
 
 def shapes(bench: Bench) -> Mapping[str, Shape]:
@@ -74,6 +78,8 @@ def trainee(bench: Bench, shape: Shape, pixels: int, compiled: bool, kind: Check
         backbone.add_lora(LoraSettings())
     else:
         whole(backbone)
+    if shape.fp8:
+        train_in_fp8(backbone.trunk.layers, emulate=bench.device.type == "cpu")
     if kind != "none":
         backbone.checkpoint_activations(kind)
     if compiled:
@@ -185,4 +191,12 @@ def full(bench: Bench) -> list[dict[str, Any]]:
     return cells(bench, shapes(bench)["full"])
 
 
-PARTS: dict[str, Callable[[Bench], Any]] = {"lora": lora, "full": full}
+def fp8(bench: Bench) -> list[dict[str, Any]]:
+    """The same with products in fp8; nothing without torchao."""
+    if importlib.util.find_spec("torchao") is None:
+        print("fp8: torchao is not installed; pip install 'sjd2-lightning[quantize]'")
+        return []
+    return cells(bench, shapes(bench)["full"]._replace(fp8=True))
+
+
+PARTS: dict[str, Callable[[Bench], Any]] = {"lora": lora, "full": full, "fp8": fp8}

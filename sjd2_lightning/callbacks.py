@@ -11,8 +11,9 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
@@ -35,6 +36,7 @@ from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.harmless import harmless
 from sjd2_lightning.run.processes import failing_together
 from sjd2_lightning.run.stages import stage
+from sjd2_lightning.training.module import SJD2Module
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,8 @@ class SamplingCallback(Callback):
 
     Ranks share the decoding. It runs in eval mode, with averaged weights if a `WeightAveraging` callback
     comes later in the list, and leaves modes and global random states unchanged. The baseline's images are
-    decoded again only when weights have changed. Nothing is decoded in the sanity check. Where samples cannot
+    decoded again only when weights have changed. Of sharded weights each rank gathers all to decode; where
+    they do not fit a sentence says so. Nothing is decoded in the sanity check. Where samples cannot
     be written, as on a full disk, a validation ends without them.
 
     Args:
@@ -148,13 +151,15 @@ class SamplingCallback(Callback):
         self._num_validations += 1
         if number % self.every_n_validations:
             return
-        result = None
-        with isolate_rng(), harmless(f"decoding samples into {self.out_dir}", OSError):
-            result = self._decode_and_measure(trainer, pl_module)
+        result, module = None, cast(Any, pl_module)
+        whole = module.whole_backbone() if isinstance(module, SJD2Module) else nullcontext(module.backbone)
+        with isolate_rng(), harmless(f"decoding samples into {self.out_dir}", OSError), whole as backbone:
+            if backbone is not None:
+                result = self._decode_and_measure(trainer, module, backbone)
         row = None if result is None else scalar_row(result) | self._windows_row()
         # Every rank logs what rank 0 measured: a checkpoint may be chosen by it on any rank.
         row = trainer.strategy.broadcast(row)
-        if row is None:  # there was no room for the samples
+        if row is None:  # there was no room for the samples, or for whole weights
             return
         pl_module.log_dict(row, logger=False, sync_dist=trainer.world_size > 1)
         if result is not None:
@@ -163,10 +168,11 @@ class SamplingCallback(Callback):
                     self._write(trainer, result, row)
                 self._log(trainer, result, row)
 
-    def _decode_and_measure(self, trainer: Trainer, pl_module: LightningModule) -> EvaluationResult | None:
+    def _decode_and_measure(
+        self, trainer: Trainer, module: Any, backbone: Backbone
+    ) -> EvaluationResult | None:
         """The result; None on ranks other than 0."""
-        module: Any = pl_module
-        backbone, layout = module.backbone, module.image_layout
+        layout = module.image_layout
         prompts = self.prompts[:1] if trainer.fast_dev_run else self.prompts  # type: ignore[attr-defined]
         # 1. windows, at the first decoding only
         if not self._choices:

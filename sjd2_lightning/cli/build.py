@@ -42,6 +42,7 @@ from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.models.lora import has_adapter
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
+from sjd2_lightning.models.rounding import round_frozen, train_in_fp8
 from sjd2_lightning.models.small import build_tiny
 from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.harmless import harmless
@@ -77,6 +78,14 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
         flow = FlowModule(config.tarflow, scorer, recipe_dir(config), config.optimizer.lr, variety)
         return flow, ScenePairs(data.batch_size, side, variety, config.seed, data.num_workers)
     backbone = build_backbone(config.model, captions=captions_of(config.data))
+    if config.model.quantize is not None:
+        with stage("rounding the weights"):
+            round_frozen(backbone.trunk.layers)
+        backbone.quantized = config.model.quantize
+    if config.trainer.fp8:
+        train_in_fp8(backbone.trunk.layers)
+    if config.trainer.attends_flexibly(backbone.layout(*config.model.image_size).num_slots):
+        backbone.attend_flexibly()
     if config.trainer.compiled:
         backbone.compile_layers()
     return build_module(config, backbone), build_data(config, backbone)
@@ -349,9 +358,14 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
     state, backbone = gathered_state(module.backbone), module.backbone
     if not trainer.is_global_zero:
         return
+    if config.model.quantize is not None:  # the adapter is merged into whole weights
+        named = module.backbone.named_parameters()
+        state = {name: value.detach() for name, value in named if value.requires_grad}
     if state is not None:
-        backbone = build_backbone(config.model, captions=captions_of(config.data))
-        backbone.load_state_dict(state)
+        # not onto the device, where what was trained is yet
+        model = config.model.model_copy(update={"load_onto": None})
+        backbone = build_backbone(model, captions=captions_of(config.data))
+        backbone.load_state_dict({**backbone.state_dict(), **state})
     dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
     data: Any = getattr(trainer, "datamodule", None)
     attribution = data.index("train").meta.attribution if isinstance(data, CodeDataModule) else ""

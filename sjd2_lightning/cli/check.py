@@ -6,6 +6,7 @@ written, so that a refused run leaves no trace.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -207,6 +208,8 @@ def _trainer_problems(config: TrainConfig) -> Iterator[str]:
     import torch
     from lightning.pytorch.strategies import StrategyRegistry
 
+    from sjd2_lightning.models.rounding import has_fp8
+
     trainer = config.trainer
     names = {"auto", "fsdp", "deepspeed", *StrategyRegistry.available_strategies()}
     known = sorted(name for name in names if "xla" not in name and "tpu" not in name)
@@ -224,6 +227,24 @@ def _trainer_problems(config: TrainConfig) -> Iterator[str]:
         if trainer.devices > most:
             what = "GPUs" if on_gpus else "processes"
             yield f"trainer.devices={trainer.devices}: this machine has room for {most} {what}"
+    if trainer.fp8 and not (trainer.on_cuda and has_fp8(torch.device("cuda"))):
+        yield (
+            "trainer.fp8=true: this machine has no card with fp8 (NVIDIA's from Ada and Hopper on have); set "
+            "it to false"
+        )
+    if trainer.attention == "flex" and not (trainer.on_cuda and trainer.compiled):
+        yield (
+            "trainer.attention=flex: FlexAttention trains on CUDA alone, in compiled layers; use "
+            "trainer.attention=auto"
+        )
+    lacking = importlib.util.find_spec("torchao") is None
+    for asked, key, instead in (
+        (config.optimizer.name == "adamw8bit", "optimizer.name=adamw8bit", "use optimizer=adamw"),
+        (trainer.fp8, "trainer.fp8=true", "set it to false"),
+    ):
+        if asked and lacking:
+            install = "`pip install 'sjd2-lightning[quantize]'`"
+            yield f"{key}: torchao is not installed; {install}, or {instead}"
     if config.data.num_workers > _most_processes():
         yield (
             f"data.num_workers={config.data.num_workers}: this machine has {os.cpu_count()} cores; more than "

@@ -24,7 +24,7 @@ _GIB = 2**30
 _EXTRAS = {  # package that an extra brings: the extra, and what it is for
     "gradio": ("play", "the page of `sjd2 play`"),
     "wandb_workspaces": ("reports", "report.publish=wandb"),
-    "torchao": ("quantize", "model.quantize"),
+    "torchao": ("quantize", "model.quantize to decode, optimizer=adamw8bit, trainer.fp8"),
     "pyarrow": ("parquet", "`sjd2 prepare hf`"),
 }
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "firefox")

@@ -52,7 +52,8 @@ def show_plan(cfg: DictConfig) -> dict[str, float]:
 
     console = Console(soft_wrap=True)
     height, width = plan.grid
-    types = f"weights in {model.dtype}{f', layers in {model.quantize} to decode' if model.quantize else ''}"
+    where = "to decode and under an adapter" if model.quantize == "int8" else "to decode"
+    types = f"weights in {model.dtype}{f', layers in {model.quantize} {where}' if model.quantize else ''}"
     console.print(f"{model.family}, {model.image_size[1]}x{model.image_size[0]} pixels, {types}")
     if plan.assumed:
         console.print(f"  sizes of the release as known here: {folder} has no config.json yet")
@@ -108,6 +109,7 @@ def run_settings(config: TrainConfig) -> RunSettings:
         guided=any(method.sampling.guidance_scale != 1 for method in methods),
         quantized=config.model.quantize is not None,
         reshard=trainer.reshard,
+        optimizer=config.optimizer.name,
     )
 
 
@@ -161,7 +163,7 @@ _ACTIVATION_BYTES = (
     34  # a layer, token and unit of width in 16 bits without attention scores (arXiv 2205.05198)
 )
 _SELECTED = 14  # of them are kept by `selective`: attention's result and every second matrix product
-_OPTIMIZER_STATES = 2  # AdamW
+_STATE_OF_8_BITS = 1 + 4 / 256  # bytes, with one number in single precision for each 256
 _TEXT_TOKENS = 128  # a long prompt
 
 
@@ -181,8 +183,9 @@ class RunSettings:
         decode_batch: prompts decoded together.
         window: slots drafted ahead.
         guided: whether guidance doubles the rows.
-        quantized: whether the trunk's layers decode with one byte a weight.
+        quantized: whether the trunk's layers have one byte a weight, to decode and under an adapter.
         reshard: whether a gathered layer is dropped behind its forward pass.
+        optimizer: its name.
     """
 
     dtype: torch.dtype
@@ -197,6 +200,7 @@ class RunSettings:
     guided: bool
     quantized: bool = False
     reshard: bool = True
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -263,8 +267,8 @@ def plan_run(
         trained,
         (height, width),
         slots,
-        _training(config, parameters["total"], trained, slots, codes, settings),
-        _training(config, parameters["total"], in_adapter, slots, codes, settings),
+        _training(config, parameters, trained, slots, codes, settings, settings.lora is not None),
+        _training(config, parameters, in_adapter, slots, codes, settings, True),
         _decoding(config, parameters, slots, codes, settings),
         missing_files(folder, weights, saved, adapter),
         assumed,
@@ -302,10 +306,18 @@ def _lora_parameters(adapter: type[PretrainedBackbone], model: nn.Module, lora: 
 
 
 def _training(
-    config: Any, total: int, trained: int, slots: int, num_codes: int, settings: RunSettings
+    config: Any,
+    parameters: dict[str, int],
+    trained: int,
+    slots: int,
+    num_codes: int,
+    settings: RunSettings,
+    is_adapter: bool,
 ) -> dict[str, int]:
-    text = config.get_text_config()
+    text, total = config.get_text_config(), parameters["total"]
     width = settings.dtype.itemsize
+    rounded = parameters["layers"] if settings.quantized and is_adapter else 0
+    state = 2 * _STATE_OF_8_BITS if settings.optimizer == "adamw8bit" else 2 * width
     stage = {"fsdp": 3, "deepspeed_stage_3": 3, "deepspeed_stage_2": 2}.get(settings.strategy, 0)
     weights_share = settings.num_devices if stage == 3 else 1
     states_share = settings.num_devices if stage >= 2 else 1
@@ -318,9 +330,9 @@ def _training(
     each = {"full": kept, "selective": kept + layer * _SELECTED // _ACTIVATION_BYTES, "none": layer}
     per_token = text.num_hidden_layers * each[settings.checkpointing]
     return {
-        "weights": total * width // weights_share,
+        "weights": ((total - rounded) * width + rounded) // weights_share,
         "gradients": trained * width // states_share,
-        "optimizer": trained * _OPTIMIZER_STATES * width // states_share,
+        "optimizer": int(trained * state) // states_share,
         # with recomputation one layer at a time is whole
         "activations": tokens * (per_token + (layer if settings.checkpointing != "none" else 0)),
         # logits, their gradient and the law, in single precision

@@ -59,6 +59,7 @@ def quiet_lightning() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
         r"Found \d+ module\(s\) in eval mode",  # image tokenizers and what else is not trained, on purpose
         r"Checkpoint directory .* exists and is not empty",  # the run's own: it goes on
+        r"To copy construct from a tensor",  # the learning rate of torchao's optimizers is one
         # of one epoch; the interval is counted through all of them
         r"The number of training batches \(\d+\) is smaller than the logging interval",
     ):
@@ -126,10 +127,7 @@ def build_callbacks(config: TrainConfig, module: L.LightningModule, has_logger: 
     Without a logger there is nothing to log the learning rate to, and Lightning refuses its monitor.
     """
     wanted, found = config.callbacks, list[Callback]()
-    sharded = config.trainer.strategy == "fsdp"
-    if wanted.sampling is not None and sharded:
-        log.warning("trainer.strategy=fsdp: nothing is decoded during validation, which needs whole weights")
-    if wanted.sampling is not None and isinstance(module, SJD2Module) and not sharded:
+    if wanted.sampling is not None and isinstance(module, SJD2Module):
         prompts = build_prompts(config, wanted.sampling.num_prompts)
         reference = build_reference(config, len(prompts))
         for sentence in left_out(config, reference, len(prompts)):

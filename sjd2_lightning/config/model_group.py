@@ -125,11 +125,6 @@ class ModelConfig(Group):
                 f"load_onto={self.load_onto}: must be one device, such as cuda:0; a trunk on several "
                 "devices cannot keep its cache beside its layers"
             )
-        if self.quantize is not None and (self.peft is not None or self.adapter is not None):
-            found.append(
-                f"quantize={self.quantize}: an adapter is trained on whole weights; set model.quantize=null, "
-                "or evaluate the folder that training exported, which has the adapter merged"
-            )
         return [*found, *self._adapter_problems()]
 
     def _adapter_problems(self) -> list[str]:

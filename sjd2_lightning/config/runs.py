@@ -167,10 +167,11 @@ class TrainConfig(SharedConfig):
             text = shipped(self.clip.text_dir)
             if not (text / "tokenizer.json").is_file():
                 found.append(f"clip.text_dir={self.clip.text_dir}: there is no tokenizer.json in it")
-        if self.model.quantize and not self.print_plan:
+        found += [] if self.print_plan else self._rounding_problems()
+        if self.trainer.fp8 and (self.model.peft is not None or self.model.adapter is not None):
             found.append(
-                f"model.quantize={self.model.quantize}: rounded weights cannot be trained or exported; set "
-                "it to null here, and use it in evaluate.py"
+                "trainer.fp8=true: is for training all weights; with an adapter set it to false, and "
+                "model.quantize=int8 for less memory"
             )
         if self.model.peft and self.callbacks.ema_decay:
             found.append("callbacks.ema_decay: averages all weights; with model.peft set it to null")
@@ -183,6 +184,26 @@ class TrainConfig(SharedConfig):
                 found.append(
                     "optimizer.name=muon: needs whole matrices; with trainer.strategy=fsdp use adamw"
                 )
+            if self.optimizer.name == "adamw8bit":
+                found.append(
+                    "optimizer.name=adamw8bit: its states are not written into the checkpoints of "
+                    "trainer.strategy=fsdp, which spreads states over the ranks by itself; use adamw"
+                )
+        return found
+
+    def _rounding_problems(self) -> list[str]:
+        """Rounded weights that nothing could be trained on."""
+        model, found = self.model, list[str]()
+        key = f"model.quantize={model.quantize}"
+        if model.quantize == "fp8":
+            found.append(f"{key}: an adapter is trained on a base in int8; set model.quantize=int8, or null")
+        if model.quantize is not None and model.peft is None and model.adapter is None:
+            found.append(
+                f"{key}: rounded weights cannot be trained; model.peft=lora trains an adapter on top of "
+                "them, or set model.quantize=null"
+            )
+        if model.quantize is not None and self.trainer.strategy == "fsdp":
+            found.append(f"{key}: FSDP2 would gather the codes of weights as weights; use trainer=ddp")
         return found
 
 
@@ -206,6 +227,12 @@ class EvaluateConfig(SharedConfig):
     def problems(self) -> list[str]:
         """A benchmark without its prompts, samples or verdicts, a W&B Report without a run."""
         found = super().problems()
+        model = self.model
+        if model.quantize is not None and (model.peft is not None or model.adapter is not None):
+            found.append(
+                f"model.quantize={model.quantize}: an adapter is not rounded with its base; set it to null, "
+                "or evaluate the folder that training exported, which has the adapter merged"
+            )
         if self.report.publish == "wandb" and self.logger.wandb is None:
             found.append(
                 "report.publish=wandb: a W&B Report shows a W&B run; use logger=wandb, or publish=none"

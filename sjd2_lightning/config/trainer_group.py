@@ -10,6 +10,8 @@ from pydantic import Field
 
 from sjd2_lightning.config.groups import Count, Group, Natural, NaturalOrAll, Positive, Share
 
+_LONG = 4096  # slots of an image from which a dense mask is large; not measured
+
 
 class TrainerConfig(Group):
     """Arguments of `lightning.Trainer`."""
@@ -20,6 +22,8 @@ class TrainerConfig(Group):
     strategy: str
     reshard: bool
     compile: bool | Literal["auto"]
+    attention: Literal["auto", "flex", "sdpa"]
+    fp8: bool
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
     max_steps: NaturalOrAll
     max_epochs: NaturalOrAll | None
@@ -39,20 +43,38 @@ class TrainerConfig(Group):
 
     def lightning(self) -> dict[str, Any]:
         """What Lightning's own trainer takes of it."""
-        return self.model_dump(exclude={"max_time", "reshard", "compile", "profiler"})
+        return self.model_dump(exclude={"max_time", "reshard", "compile", "attention", "fp8", "profiler"})
 
     @property
     def compiled(self) -> bool:
         """Whether layers are compiled; `auto` does on CUDA, where Triton is installed."""
-        on_cuda = self.accelerator in ("auto", "gpu") and torch.cuda.is_available()
         has_triton = importlib.util.find_spec("triton") is not None
-        return on_cuda and has_triton if self.compile == "auto" else self.compile
+        return self.on_cuda and has_triton if self.compile == "auto" else self.compile
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether training runs on CUDA."""
+        return self.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+
+    def attends_flexibly(self, num_slots: int) -> bool:
+        """Whether attention is FlexAttention; `auto` takes it for long sequences in compiled layers on CUDA.
+
+        Args:
+            num_slots: slots of an image.
+        """
+        is_long = self.on_cuda and self.compiled and num_slots >= _LONG
+        return is_long if self.attention == "auto" else self.attention == "flex"
 
     def problems(self) -> list[str]:
         """A run without an end, a time of validation that Lightning does not know."""
         found = []
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             found.append("precision=16-mixed: FSDP2 has no gradient scaler; use trainer.precision=bf16-mixed")
+        if self.fp8 and not self.precision.startswith("bf16"):
+            found.append(
+                f"fp8=true: is rounded from bfloat16, and trainer.precision={self.precision}; set "
+                "trainer.precision=bf16-mixed"
+            )
         if self.max_steps == -1 and self.max_epochs in (-1, None) and not self.fast_dev_run:
             found.append(
                 f"max_steps=-1: needs trainer.max_epochs, which is {self.max_epochs}: the learning rate "

@@ -132,8 +132,10 @@ class Decoder:
         return batch
 
     def release(self) -> None:
-        """Gives back the memory of captured batches; what was compiled stays."""
+        """Gives back the memory of captured batches and lets weights go; what was compiled stays."""
         self.kept.clear()
+        for trunk in self.trunks.values():
+            trunk.weights.clear()
         if self.backbone.device.type == "cuda":
             torch.cuda.empty_cache()
 

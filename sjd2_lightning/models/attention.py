@@ -1,6 +1,6 @@
-"""Attention of a window over the cache, keys never repeated: under a dense mask, or by FlexAttention.
+"""Attention under a dense mask or by FlexAttention: of a window over the cache, and of whole sequences.
 
-transformers repeats keys and values for each query head as soon as there is a mask; neither of these does.
+transformers repeats keys and values for each query head as soon as there is a mask; none of these does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sjd2_lightning.masks import Visible, additive
 
@@ -101,8 +102,62 @@ def flexible_mask(visible: Visible, num_columns: int, dtype: torch.dtype, groups
     )
 
 
+def blocks_of(visible: Visible) -> BlockMask:
+    """What each column of whole sequences sees: the levels are read inside the kernel, by timestep token.
+
+    Blocks above the diagonal are left out. Those below it that hold no padding are seen whole, since every
+    token sees what came before it in its row.
+
+    Args:
+        visible: of columns 0 to L - 1, see `Visible.of_prompt`; contexts end where each query stands.
+    """
+    first, side = visible.first, visible.filled().side
+    assert side is not None
+    length = side.shape[1]
+    block = torch.arange(-(-length // _BLOCK), device=first.device)
+    below = block[:, None] > block
+    whole = below & (block * _BLOCK >= first[:, None, None])  # (B, blocks of queries, of keys)
+    parts = (block[:, None] >= block) & ~whole
+    lists = [_in_order(chosen[:, None]) for chosen in (parts, whole)]
+    return BlockMask.from_kv_blocks(
+        *lists[0],
+        *lists[1],
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=lambda row, _, query, key: (
+            ((key >= first[row]) & (key < query)) | (key == query) | (key == side[row, query])
+        ),
+        seq_lengths=(length, length),
+    )
+
+
+def _in_order(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers (...,) of the chosen blocks (..., K), and their places (..., K), the chosen ones first."""
+    places = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32), places.int()
+
+
+def either_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """`flexible_attention` under a mask of blocks, else transformers' SDPA; arguments are theirs."""
+    if not isinstance(attention_mask, BlockMask):
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
+    # autocast knows SDPA and not this: norms of queries and keys leave them in another type
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return flexible_attention(module, query, key, value, attention_mask, scaling)
+
+
 DENSE = Attention("sjd2_packed", packed_mask)
 FLEX = Attention("sjd2_flexible", flexible_mask)
+EITHER = "sjd2_either"  # the name that transformers knows `either_attention` by
 
 AttentionInterface.register(DENSE.name, packed_attention)
 AttentionInterface.register(FLEX.name, flexible_attention)
+AttentionInterface.register(EITHER, either_attention)

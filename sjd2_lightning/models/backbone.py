@@ -123,12 +123,14 @@ class Backbone(nn.Module, ABC):
         hidden_size: D, width of an embedding.
         num_positions: positions that the model was made for; without a limit, more than any sequence has.
         from_image: whether positions are counted from the first slot, so that prompts have those below 0.
+        takes_visible: whether `forward` takes a `Visible` in the place of a mask.
     """
 
     num_codes: int
     hidden_size: int
     num_positions: int = sys.maxsize
     from_image: bool = False
+    takes_visible: bool = False
     decoder: Any = None  # what decoding keeps of this model; see `decoding.loop.decoder_of`
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,10 +174,15 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None
+        self,
+        embeddings: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | Visible,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Hidden states (B, L, D) of embeddings (B, L, D) under a boolean mask (B, 1, L, S).
 
+        Where `takes_visible`, columns 0 to L - 1 without a cache may come with what they see in its place.
         Position ids are (B, L), or (A, B, L) where layouts have several axes; see `position_ids`.
         """
 
@@ -377,6 +384,7 @@ class Trunk:
 
     def __init__(self, backbone: Backbone, compiled: bool) -> None:
         self.backbone = backbone
+        self.weights: list[dict[str, Tensor]] = []  # of layers, where they are held for a batch
         self.forward = torch.compile(backbone, dynamic=True) if compiled else backbone
 
     def run(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:

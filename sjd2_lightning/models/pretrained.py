@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from sjd2_lightning.masks import additive
+from sjd2_lightning.masks import Visible, additive
+from sjd2_lightning.models.attention import EITHER, blocks_of
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, Trunk
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.models.lora import (
@@ -31,11 +32,11 @@ from sjd2_lightning.models.lora import (
     save_adapter,
 )
 from sjd2_lightning.models.recompute import checkpoint_arguments
+from sjd2_lightning.models.rounding import round_to_decode
 from sjd2_lightning.models.trunk import ARTEFACTS, InvariantTrunk, LayeredTrunk, cache_argument
 from sjd2_lightning.models.weights import ADAPTER, BACKBONE_FILE, TEXT, TRUNK
 
 PROMPT = "{prompt}"  # place of a user's words in a template
-_FP8_CARDS = (8, 9)  # compute capability
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,11 @@ class PretrainedBackbone(Backbone):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, ARTEFACTS)
         self._compiled = True
 
+    def attend_flexibly(self) -> None:
+        """Takes FlexAttention where `forward` is given what queries see, and SDPA under a dense mask."""
+        self.trunk.config._attn_implementation = EITHER
+        self.takes_visible = True
+
     def add_lora(self, settings: LoraSettings, folder: str | Path | None = None) -> None:
         """Trains a low-rank adapter of the trunk instead of the model's weights.
 
@@ -199,22 +205,7 @@ class PretrainedBackbone(Backbone):
                 f"model.quantize={kind}: the model has an adapter; evaluate the exported folder, where it is "
                 "merged"
             )
-        device = torch.device(device)
-        if kind == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CARDS):
-            raise ValueError(
-                f"model.quantize=fp8: the device {device} has no fp8 (NVIDIA cards from Ada and Hopper on "
-                "have); use model.quantize=int8"
-            )
-        try:
-            from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-        except ImportError as error:
-            raise ValueError(
-                f"model.quantize={kind}: torchao is not installed; `pip install 'sjd2-lightning[quantize]'`, "
-                "or set model.quantize=null"
-            ) from error
-        config = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]
-        # torchao would change the compiler's settings for the whole process
-        quantize_(self.trunk.layers, config(set_inductor_config=False))
+        round_to_decode(self.trunk.layers, kind, torch.device(device))
         self.requires_grad_(False)
         self.quantized = kind
 
@@ -228,8 +219,14 @@ class PretrainedBackbone(Backbone):
         return self.trunk.get_input_embeddings()(token_ids)
 
     def forward(
-        self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None
+        self,
+        embeddings: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | Visible,
+        cache: KVCache | None = None,
     ) -> Tensor:
+        mask: Any = attention_mask
+        mask = blocks_of(mask) if isinstance(mask, Visible) else additive(mask, embeddings.dtype)
         decodes = self._compiled and cache is not None
         if self._compiled and torch.is_grad_enabled() and not embeddings.requires_grad:
             # behind frozen embeddings the first layer would be compiled apart from the others
@@ -238,7 +235,7 @@ class PretrainedBackbone(Backbone):
             return self.trunk(
                 inputs_embeds=embeddings,
                 position_ids=position_ids,
-                attention_mask=additive(attention_mask, embeddings.dtype),
+                attention_mask=mask,
                 use_cache=False,
                 **{self._cache_name: cache},
             ).last_hidden_state

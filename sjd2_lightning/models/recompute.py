@@ -17,6 +17,7 @@ _ATTENTION = {
     _OPS._scaled_dot_product_efficient_attention.default,
     _OPS._scaled_dot_product_cudnn_attention.default,
     _OPS._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
 }
 
 

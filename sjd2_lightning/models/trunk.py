@@ -41,7 +41,6 @@ class LayeredTrunk(Trunk):
         self.cache_name = cache_argument(self.template)
         self.layer: Any = self.one_layer
         self.norm: nn.Module = trunk.norm
-        self.weights: list[dict[str, Tensor]] = []
         self.prepare()
 
     def template_of(self, layer: nn.Module) -> Any:

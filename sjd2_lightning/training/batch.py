@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sjd2_lightning.embedding import EmbeddingSpace
-from sjd2_lightning.masks import attention_mask
+from sjd2_lightning.masks import Visible
 from sjd2_lightning.models.backbone import Backbone, ImageLayout, position_ids, right_aligned
 from sjd2_lightning.noise import perturb
 
@@ -50,7 +50,7 @@ class TrunkInput(NamedTuple):
 
     embeddings: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | Visible
     num_side: int
     prompt_len: int
 
@@ -102,7 +102,8 @@ def trunk_input(
     columns = torch.arange(embeddings.shape[1], device=device).expand(batch, -1)
     first = num_side + starts
     levels = torch.cat([levels.new_zeros(batch, num_side + prompt_len), levels], dim=1)
-    mask = attention_mask(columns, levels, first, embeddings.shape[1])
+    visible = Visible.of_prompt(columns, first)._replace(side=levels - 1)
+    mask = visible if backbone.takes_visible else visible.dense(embeddings.shape[1])
     # timestep tokens and padding are where the prompt starts
     places = columns.maximum(first[:, None]) - num_side - prompt_len
     distances = layout.distances(layout.num_slots).to(device).expand(batch, -1, -1) if layout.axes else None

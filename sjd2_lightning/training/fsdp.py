@@ -5,15 +5,20 @@ Around Lightning's `ModelParallelStrategy` and torch's distributed checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.run.files import TEMPORARY, fsync_below, remove
 from sjd2_lightning.training.batch import NoisyCodes
 from sjd2_lightning.training.checkpoints import check_sharded, only_plain_values, write_sums
@@ -22,7 +27,11 @@ from sjd2_lightning.training.noise import TrainingNoise
 from sjd2_lightning.training.objective import TokenLoss
 from sjd2_lightning.training.states import TeacherForced
 
+log = logging.getLogger(__name__)
+
 _OLD = f".old{TEMPORARY}"
+_GIB = 2**30
+_USABLE = 0.8  # share of what a device has left for gathered weights, beside the cache of decoding
 Found = TypeVar("Found")
 
 
@@ -47,6 +56,8 @@ class ShardedModule(SJD2Module):
         mesh = self.device_mesh
         if mesh is None or isinstance(self, FSDPModule):
             return
+        # in a list, since a module would be sharded, trained and saved
+        self._hollow = [hollow_copy(self.backbone)]
         trunk, strategy = self.backbone.trunk, self.trainer.strategy
         assert isinstance(strategy, ShardedStrategy)
         assert isinstance(trunk, nn.Module)
@@ -60,6 +71,39 @@ class ShardedModule(SJD2Module):
         fully_shard(self, reshard_after_forward=strategy.reshard, ignored_params=plain, **settings)
         # embeddings and head are used outside a forward: everything a step does with weights is in here
         register_fsdp_forward_method(self, "gathered")
+
+    @contextmanager
+    def whole_backbone(self) -> Iterator[Backbone | None]:
+        """A copy of the backbone with gathered weights, in the type that they are kept in.
+
+        What decoding has made of the copy is kept for the next time, its weights are not. All ranks must come
+        here.
+        """
+        from torch.distributed.tensor import DTensor
+
+        prefix = "backbone."
+        state = {name.removeprefix(prefix): value for name, value in self.state_dict().items()}
+        sizes = [v.numel() * v.element_size() for v in state.values() if isinstance(v, DTensor)]
+        needed, free = sum(sizes), room_on(self.device)
+        if not self.trainer.strategy.reduce_boolean_decision(needed < _USABLE * free):
+            log.warning(
+                "no samples of this validation: trainer.strategy=fsdp gathers all weights on each device "
+                "to decode, which takes %.1f GiB, and %.1f are left here; evaluate the exported weights "
+                "instead, or set callbacks.sampling=null",
+                needed / _GIB,
+                free / _GIB,
+            )
+            yield None
+            return
+        (whole,) = self._hollow
+        found = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in state.items()}
+        whole.load_state_dict(found, assign=True)
+        del found
+        try:
+            yield whole.to(self.device)
+        finally:
+            empty = {n: torch.empty_like(v, device="meta") for n, v in whole.state_dict().items()}
+            whole.load_state_dict(empty, assign=True)
 
     def gathered(self, call: Callable[[], Found]) -> Found:
         """What a call finds that needs whole weights.
@@ -79,6 +123,23 @@ class ShardedModule(SJD2Module):
     ) -> NoisyCodes:
         whole = super().noise_of
         return self.gathered(lambda: whole(sample, levels, grid, noise, rng))
+
+
+def hollow_copy(backbone: Backbone) -> Backbone:
+    """A copy of a backbone in eval mode, whose weights take no memory: they are yet to be put in."""
+    empty = {
+        id(weight): nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        for weight in backbone.parameters()
+    }
+    return copy.deepcopy(backbone, cast(dict[int, Any], empty)).eval()
+
+
+def room_on(device: torch.device) -> float:
+    """Bytes that this process could still take on a GPU; of main memory nobody knows."""
+    if device.type != "cuda":
+        return math.inf
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _within(parameter: nn.Parameter, module: nn.Module) -> bool:

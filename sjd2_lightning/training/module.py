@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
@@ -16,7 +17,13 @@ from sjd2_lightning.training.batch import NoisyCodes
 from sjd2_lightning.training.noise import TrainingNoise as TrainingNoise
 from sjd2_lightning.training.noise import draw_levels, random_timesteps
 from sjd2_lightning.training.objective import OwnLaw, TokenLoss, next_clean_token_loss
-from sjd2_lightning.training.optimizer import OptimizerConfig, build_optimizer, warmup_cosine
+from sjd2_lightning.training.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    plain_states,
+    warmup_cosine,
+    whole_states,
+)
 from sjd2_lightning.training.states import TeacherForced, hidden_of, logits_of, noisy_codes
 
 
@@ -88,12 +95,28 @@ class SJD2Module(L.LightningModule):
         # pretrained models come in eval mode, where dropout and activation checkpointing are off
         self.backbone.train()
 
+    @contextmanager
+    def whole_backbone(self) -> Iterator[Backbone | None]:
+        """The backbone with all of its weights on this rank, to decode; None where they do not fit.
+
+        All ranks must come here.
+        """
+        yield self.backbone
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves frozen weights out, if that was asked for."""
+        """Leaves frozen weights out, if that was asked for; the optimizer's states become plain tensors."""
+        if (states := checkpoint.get("optimizer_states")) is not None:
+            checkpoint["optimizer_states"] = [plain_states(own) for own in states]
         if not self.strict_loading:
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes the optimizer's states what they were."""
+        if (states := checkpoint.get("optimizer_states")) is not None:
+            name = self.optimizer_config.name
+            checkpoint["optimizer_states"] = [whole_states(own, name) for own in states]
 
     def _rng(self, purpose: int, index: int) -> torch.Generator:
         """A CPU generator for one batch: resuming at any step finds the noise of that step."""

@@ -1,9 +1,12 @@
-"""What turns gradients into steps: AdamW, or Muon for the trunk's matrices, with warm-up and cosine decay."""
+"""What turns gradients into steps: AdamW, also with states of 8 bits, or Muon for the trunk's matrices.
+
+The learning rate warms up and decays by a cosine.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -15,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from sjd2_lightning.run.values import Natural, Share, Within, wrong_values
 
 _LOOKUPS = ("embed", "head")  # parts of the names of tables whose rows are tokens: Muon does not suit them
+_PARTS, _CONTEXT = "eight_bit_parts", "eight_bit_context"  # of a tensor of torchao's, in a checkpoint
 
 DecayRate = Annotated[float, Within(0, 1, without="most")]
 
@@ -24,7 +28,8 @@ class OptimizerConfig:
     """Linear warm-up to `lr`, then cosine decay to `final_lr_share * lr`.
 
     Attributes:
-        name: `adamw`, or `muon`: the trunk's matrices take orthogonalised momentum steps (Jordan et al. 2024)
+        name: `adamw`; `adamw8bit`: the same with its two moments in a byte each (Dettmers et al. 2021), by
+            torchao; or `muon`: the trunk's matrices take orthogonalised momentum steps (Jordan et al. 2024)
             of the size of AdamW's (Liu et al. 2025), everything else AdamW's own.
         lr: peak learning rate.
         weight_decay: decay of matrices; biases and gains do not decay.
@@ -34,7 +39,7 @@ class OptimizerConfig:
         freeze: prefixes of names of the backbone's parameters that are not trained.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: Annotated[float, Within(0, 100, without="least")] = 2e-4
     weight_decay: Annotated[float, Within(0, 1000)] = 0.05
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
@@ -61,9 +66,13 @@ def build_optimizer(
     matrices = [p for name, p in trained if p.ndim > 1 and not any(part in name for part in _LOOKUPS)]
     decay, lr = config.weight_decay, config.lr
     vectors = {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0}
-    if config.name == "adamw":
+    if config.name != "muon":
         groups = [{"params": tables + matrices, "weight_decay": decay}, vectors]
-        return torch.optim.AdamW(groups, lr=lr, betas=config.betas)
+        if config.name == "adamw":
+            return torch.optim.AdamW(groups, lr=lr, betas=config.betas)
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit(groups, lr=lr, betas=config.betas)
     from timm.optim import Muon, muon  # a second to import
 
     if matrices and matrices[0].device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
@@ -77,6 +86,58 @@ def build_optimizer(
         vectors | {"use_fallback": True},
     ]
     return Muon(groups, lr=lr, betas=config.betas, adjust_lr_fn="match_rms_adamw")
+
+
+def plain_states(found: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state without tensors of torchao's, which checkpoints do not hold: by their parts.
+
+    Args:
+        found: what `state_dict` of the optimizer gave; it is left as it is.
+    """
+
+    def plain(value: Any) -> Any:
+        if not hasattr(value, "qmap"):
+            return value
+        names, context = value.__tensor_flatten__()
+        return {_PARTS: {name: getattr(value, name) for name in names}, _CONTEXT: list(context)}
+
+    return _with_states(found, plain)
+
+
+def whole_states(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """What `plain_states` was given.
+
+    Args:
+        found: what it gave.
+        name: name of the optimizer that goes on from it.
+
+    Raises:
+        ValueError: the states have 8 bits, and the optimizer another name.
+    """
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, dict) or _PARTS not in value:
+            return value
+        if name != "adamw8bit":
+            raise ValueError(
+                f"optimizer.name={name}: the checkpoint has states of 8 bits; go on with "
+                "optimizer=adamw8bit, or begin anew"
+            )
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        return OptimState8bit.__tensor_unflatten__(value[_PARTS], value[_CONTEXT])
+
+    return _with_states(found, whole)
+
+
+def _with_states(found: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    if "state" not in found:  # DeepSpeed's own
+        return found
+    states = {
+        parameter: {name: change(value) for name, value in own.items()}
+        for parameter, own in found["state"].items()
+    }
+    return {**found, "state": states}
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, config: OptimizerConfig, num_steps: int) -> LambdaLR:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sjd2_lightning.models.backbone import evaluation_mode
+from sjd2_lightning.models.backbone import Backbone, evaluation_mode
+from sjd2_lightning.models.rounding import Int8Linear
 from sjd2_lightning.training.module import CodeBatch, SJD2Module
 
 # Dense operations a second in bfloat16, by a part of a card's name; by their makers' data sheets, first fit.
@@ -111,6 +113,7 @@ def picture_flops(module: SJD2Module, batch: CodeBatch) -> float:
     # the counter knows matrix products, and of the fused kernels of attention only those of CUDA
     kernels = sdpa_kernel(SDPBackend.MATH) if alone.image_ids.device.type == "cpu" else nullcontext()
     with (
+        _dense_masks(module.backbone),
         evaluation_mode(module.backbone),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
@@ -119,6 +122,17 @@ def picture_flops(module: SJD2Module, batch: CodeBatch) -> float:
     ):
         module.losses(alone, prompts, None)
     return counter.get_total_flops() * (2 + trained_share(module.backbone))
+
+
+@contextmanager
+def _dense_masks(backbone: Backbone) -> Iterator[None]:
+    """FlexAttention that is not compiled would hold all scores, and its operations are not counted."""
+    before = backbone.takes_visible
+    backbone.takes_visible = False
+    try:
+        yield
+    finally:
+        backbone.takes_visible = before
 
 
 class _First:
@@ -130,9 +144,12 @@ class _First:
 
 def trained_share(model: nn.Module) -> float:
     """Share of the weights of linear layers that are trained."""
-    layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
-    trained = sum(layer.weight.numel() for layer in layers if layer.weight.requires_grad)
-    return trained / max(1, sum(layer.weight.numel() for layer in layers))
+    sizes = {False: 0, True: 0}  # by whether they are trained
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | Int8Linear):
+            is_trained = isinstance(layer, nn.Linear) and layer.weight.requires_grad
+            sizes[is_trained] += layer.in_features * layer.out_features
+    return sizes[True] / max(1, sum(sizes.values()))
 
 
 def memory_bytes(device: torch.device) -> int:

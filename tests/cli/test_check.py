@@ -1,5 +1,6 @@
 """What cannot run is refused in one line that names its key, whatever the value: all keys, bad values."""
 
+import importlib.util
 import math
 import random
 import shutil
@@ -314,3 +315,22 @@ def test_prompts_and_references_are_refused_before_anything_is_loaded(tmp_path):
     assert line.startswith("callbacks.sampling.num_prompts=1000000: ")
     [line] = outcome("evaluate", "data.reference_dir", "empty").problems
     assert line.startswith("data.reference_dir=empty: holds 0 files")
+
+
+def test_what_needs_torchao_or_another_card_is_refused_in_one_line_also_fp8(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torchao" else find(name))
+    refused = []
+    for asked in (["optimizer=adamw8bit"], ["trainer.fp8=true", "trainer.precision=bf16-mixed"]):
+        with pytest.raises(ConfigError) as error:
+            check_train(composed("train", *asked))
+        refused.append([line for line in error.value.problems if line.startswith(asked[0].split("=")[0][:9])])
+    [[states], [card, package]] = refused
+    assert states.startswith("optimizer.name=adamw8bit: torchao is not installed; `pip install")
+    assert card.startswith(
+        "trainer.fp8=true: this machine has no card with fp8 (NVIDIA's from Ada and Hopper"
+    )
+    assert package.startswith("trainer.fp8=true: torchao is not installed; `pip install")
+    with pytest.raises(ConfigError) as error:
+        check_train(composed("train", "trainer.attention=flex"))
+    assert "trainer.attention=flex: FlexAttention trains on CUDA alone" in str(error.value)

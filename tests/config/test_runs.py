@@ -107,13 +107,34 @@ def test_methods_that_are_compared_share_law_and_compiler():
     assert line.endswith("set decoding.engine")
 
 
-def test_rounded_weights_are_for_decoding_alone():
+def test_rounded_weights_are_decoded_or_lie_under_an_adapter():
     assert typed("evaluate", "model.quantize=int8").model.quantize == "int8"
+    assert typed("train", "model.quantize=int8", "model.peft=lora").model.quantize == "int8"
     [line] = problems("train", "model.quantize=int8")
-    assert line.startswith("model.quantize=int8: rounded weights cannot be trained or exported")
+    assert line.startswith("model.quantize=int8: rounded weights cannot be trained; model.peft=lora trains")
+    [line] = problems("train", "model.quantize=fp8", "model.peft=lora")
+    assert line.endswith("set model.quantize=int8, or null")
+    [line] = problems("train", "model.quantize=int8", "model.peft=lora", "trainer=fsdp")
+    assert line.endswith("use trainer=ddp")
     [line] = problems("evaluate", "model.quantize=int8", "model.peft=lora")
-    assert line.startswith("model.quantize=int8: an adapter is trained on whole weights")
+    assert line.startswith("model.quantize=int8: an adapter is not rounded with its base")
     assert typed("train", "model.quantize=int8", "print_plan=true").print_plan
+
+
+def test_what_fp8_and_flexible_attention_do_not_go_with(monkeypatch):
+    assert typed("train", "trainer.fp8=true", "trainer.precision=bf16-mixed").trainer.fp8
+    [line] = problems("train", "trainer.fp8=true")
+    assert line.startswith("trainer.fp8=true: is rounded from bfloat16, and trainer.precision=32-true")
+    [line] = problems("train", "trainer.fp8=true", "trainer.precision=bf16-mixed", "model.peft=lora")
+    assert line.startswith("trainer.fp8=true: is for training all weights")
+    [line] = problems("train", "optimizer=adamw8bit", "trainer=fsdp")
+    assert line.startswith("optimizer.name=adamw8bit: its states are not written")
+    trainer = typed("train").trainer
+    assert not trainer.attends_flexibly(10**6), "on a CPU"
+    assert typed("train", "trainer.attention=flex").trainer.attends_flexibly(1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    compiled = typed("train", "trainer.compile=true").trainer
+    assert [compiled.attends_flexibly(length) for length in (4095, 4096)] == [False, True]
 
 
 @pytest.mark.parametrize(

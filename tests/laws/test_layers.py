@@ -34,8 +34,8 @@ FORWARDING = {"teacher_samples", "data.prepare", "data.pairs"}
 # three families of models seven, their cards and previews two, judge and controls in reports three, sweeps
 # and loggers four, codes that are cut-outs two, the way to the hub and back three, a judge's lines one, what
 # a backward pass computes again one, the speed of training and its trace two, fixed points and TarFlow seven,
-# files for the groups of the model and the trainer two
-MOST_FILES = 191
+# files for the groups of the model and the trainer two, layers in int8 under an adapter one
+MOST_FILES = 192
 
 TORCH_ONLY = ("noise", "embedding", "masks", "fixed_point", "decoding", "models.backbone")
 TORCH_ONLY += ("training.batch", "training.noise", "training.states", "training.objective")
@@ -45,7 +45,8 @@ EXTRAS = {  # module: extra and package it asks for
     "playground.tabs": ("play", "gradio"),
     "report.wandb_report": ("reports", "wandb-workspaces"),
     "data.sources.parquet": ("parquet", "pyarrow"),
-    "models.pretrained": ("quantize", "torchao"),
+    "models.rounding": ("quantize", "torchao"),
+    "training.optimizer": ("quantize", "torchao"),
     "models.invariant_kernels": ("triton", "triton"),
 }
 HEAVY = ["lightning", "hydra", "omegaconf", "transformers", "diffusers", "wandb", "webdataset"]

@@ -185,13 +185,27 @@ def test_the_plan_of_the_shipped_model_counts_its_weights(composed, repo):
     assert plan["missing_files"] == 0
 
 
+INT8 = ("model.quantize=int8",)
+
+
 def test_the_plan_knows_of_rounded_weights(composed):
     settings = ("model=lumina_mgpt", "print_plan=true", "data.batch_size=1")
     whole, rounded = (train(composed("train", *settings, *more)) for more in ((), ("model.quantize=int8",)))
     saved = whole["decoding_gib"] - rounded["decoding_gib"]
     layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # a byte of each weight
     assert saved == pytest.approx(layers / 2**30, rel=0.01)
-    assert whole["training_gib"] == rounded["training_gib"]
+    assert whole["training_gib"] == rounded["training_gib"], "all weights are trained whole"
+    less, least = (train(composed("train", *settings, "model.peft=lora", *more)) for more in ((), INT8))
+    assert less["training_gib"] - least["training_gib"] == pytest.approx(layers / 2**30, rel=0.01)
+    assert least["training_gib"] < 24 * USABLE / 2
+
+
+def test_the_plan_knows_of_states_of_8_bits(composed):
+    settings = ("model=janus_pro", "model.dtype=float32", "print_plan=true", "data.batch_size=1")
+    names = ("adamw", "adamw8bit")
+    whole, less = (train(composed("train", *settings, f"optimizer={name}")) for name in names)
+    saved = whole["training_gib"] - less["training_gib"]
+    assert saved * 2**30 == pytest.approx(whole["trained"] * 2 * (4 - 1 - 4 / 256))
 
 
 def test_missing_weights_are_refused_with_the_command(composed):

@@ -5,8 +5,10 @@ import pickle
 import pytest
 import torch
 
+from sjd2_lightning.decoding import decode
 from sjd2_lightning.training.checkpoints import check_checkpoint, newest_sound_checkpoint
 from tests.tools import scale_runs
+from tests.tools.tiny_backbones import tiny_chameleon
 from tests.tools.training_runs import on_ranks
 
 pytestmark = pytest.mark.slow
@@ -71,6 +73,23 @@ def test_a_sharded_run_goes_on_bitwise(ranks):
     check_checkpoint(saved)
     assert newest_sound_checkpoint(folder / "fsdp" / "plain") is not None
     assert not list(folder.rglob(".*.writing"))
+
+
+def test_samples_of_sharded_weights_are_those_of_one_process(ranks):
+    """Before training, and behind two steps, of weights that all ranks have gathered."""
+    found, _ = ranks
+    sampled = found["fsdp sampled"]
+    assert sampled["codes"][0] != sampled["codes"][2], "training changes the pictures"
+    for step, codes in sampled["codes"].items():
+        assert len(codes) == len(scale_runs.PROMPTS) * len(scale_runs.METHODS)
+        backbone = tiny_chameleon(7, seed=4, scale=0.3)
+        if step:
+            backbone.load_state_dict(sampled["state"])
+        layout = backbone.layout(6, 6)
+        for name, config in scale_runs.METHODS.items():
+            for item in scale_runs.PROMPTS:
+                wanted = decode(backbone, [item.prompt], [item.seed], config, layout).image_ids
+                assert codes[f"{name} {item.key}"] == wanted.flatten().tolist()
 
 
 class Payload:

@@ -311,7 +311,7 @@ def test_dropout_is_off_whatever_the_class_says(backbones, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_int8_rounds_the_layers_of_the_trunk_and_nothing_else(family):
+def test_rounding_rounds_the_layers_of_the_trunk_and_nothing_else(family):
     pytest.importorskip("torchao")
     whole, rounded = build_shrunken(family), build_shrunken(family)
     rounded.quantize("int8", "cpu")

@@ -12,7 +12,7 @@ from sjd2_lightning.models.recompute import checkpoint_arguments
 from sjd2_lightning.training.module import SJD2Module
 from sjd2_lightning.training.optimizer import OptimizerConfig
 from tests.tools.tiny_backbones import tiny_chameleon
-from tests.training.test_module import NOISE, batch_of
+from tests.training.test_module import NOISE, Batch, batch_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # no trainer here
 
@@ -34,10 +34,10 @@ def module_of(lora: bool, kind: str = "none", backend=None) -> SJD2Module:
     return module
 
 
-def step(module: SJD2Module) -> dict[str, torch.Tensor]:
+def step(module: SJD2Module, batch: Batch | None = None) -> dict[str, torch.Tensor]:
     """The loss and all gradients of a batch."""
     module.zero_grad()
-    loss = module.training_step(batch_of(), 0)
+    loss = module.training_step(batch or batch_of(), 0)
     loss.backward()
     grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **grads}

@@ -6,6 +6,7 @@ As a program (`python -m tests.tools.scale_runs OUT`, with LOCAL_RANK and so on)
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
 from dataclasses import replace
@@ -16,6 +17,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from sjd2_lightning.callbacks import SamplingCallback
+from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.noise import NoiseProcess
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
@@ -125,6 +129,38 @@ def few_steps(
     return {"losses": found, "state": state}
 
 
+PROMPTS = [PromptItem("a", "red cat", 1), PromptItem("b", "a dog on a mat", 2), PromptItem("c", "blue", 3)]
+METHODS = {"ar": DecodingConfig("ar", window=1), "sjd2": DecodingConfig("sjd2", 4, 1)}
+
+
+def sampled(folder: Path) -> dict[str, Any]:
+    """Codes that validations draw before and behind two sharded steps, and the weights behind them."""
+    backbone = tiny_chameleon(7, seed=4, scale=0.3)
+    module = ShardedModule(backbone, OFF, OptimizerConfig(lr=2e-2, warmup_steps=1), (6, 6), 0.0)
+    sampling = SamplingCallback(PROMPTS, METHODS, folder / "samples", batch_size=1)
+    trainer = L.Trainer(
+        max_steps=2,
+        devices=2,
+        strategy=ShardedStrategy(),
+        callbacks=[sampling],
+        num_sanity_val_steps=0,
+        **QUIET,
+    )
+    val = loader([batch_of()])
+    trainer.validate(module, val, verbose=False)
+    trainer.fit(module, loader([batch_of(seed) for seed in range(4)]), val)
+    state = gathered_state(module.backbone)
+    assert all(value.is_meta for value in module._hollow[0].state_dict().values()), "gathered weights stay"
+    return {"codes": {step: drawn_codes(folder, step) for step in (0, 2)}, "state": state}
+
+
+def drawn_codes(folder: Path, step: int) -> dict[str, list[int]]:
+    """Codes of the images of a validation, by method and prompt."""
+    files = (folder / "samples" / f"step_{step:08d}").glob("records*.jsonl")
+    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return {f"{one['method']} {one['key']}": one["image_ids"] for one in records}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
@@ -137,5 +173,6 @@ if __name__ == "__main__":
     found["fsdp kept"] = few_steps(ShardedStrategy(reshard=False), out / "kept")
     saved = out / "fsdp" / "plain" / "step=2.ckpt"
     found["fsdp resumed"] = few_steps(ShardedStrategy(), out / "resumed", start=saved)
+    found["fsdp sampled"] = sampled(out / "sampled")
     if os.environ["LOCAL_RANK"] == "0":
         torch.save(found, out / "found.pt")

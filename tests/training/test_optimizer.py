@@ -1,11 +1,19 @@
 """Optimizer and schedule: which parameter is stepped how, and the learning rate by step."""
 
+import math
+from dataclasses import replace
+
+import lightning as L
 import pytest
 import torch
 from timm.optim import muon
 
+from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
+from sjd2_lightning.training.module import SJD2Module
 from sjd2_lightning.training.optimizer import OptimizerConfig, build_optimizer, warmup_cosine
 from tests.tools.tiny_backbones import tiny_chameleon
+from tests.tools.training_runs import differences
+from tests.training.test_module import NOISE, QUIET, batch_of, loader
 
 
 @pytest.fixture
@@ -70,3 +78,68 @@ def test_muon_orthogonalises_in_fp32_where_there_are_no_bf16_units(backbone, mon
     used = getattr(muon, name)
     assert getattr(used, "keywords", {}) == ({} if has_units else {"dtype": torch.float32})
     assert used(torch.randn(4, 4), 5, [(3.4445, -4.775, 2.0315)]).isfinite().all()
+
+
+@pytest.fixture
+def eager():
+    """torchao compiles the step of every shape; its values do not change by that."""
+    pytest.importorskip("torchao")
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def eight_bit_run(folder, seed, max_steps, start=None, name="adamw8bit"):
+    """Steps of a model whose matrices are large enough for states of 8 bits, and a checkpoint of the last."""
+    backbone = tiny_chameleon(7, hidden_size=64, seed=seed, scale=0.3)
+    module = SJD2Module(backbone, NOISE, OptimizerConfig(name, lr=1e-2, warmup_steps=1), (6, 6))
+    trainer = L.Trainer(max_steps=max_steps, plugins=[VerifiedCheckpointIO()], **QUIET)
+    done = 0 if start is None else 2
+    batches = [batch_of(number) for number in range(done, 4)]
+    trainer.fit(module, loader(batches), ckpt_path=start)
+    trainer.save_checkpoint(folder / f"{max_steps}.ckpt")
+    return module, trainer.optimizers[0]
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_states_of_8_bits_go_on_bitwise_from_plain_tensors(eager, tmp_path):
+    whole, optimizer = eight_bit_run(tmp_path, 0, 4)
+    states = [value for own in optimizer.state.values() for value in own.values()]
+    assert sum(hasattr(value, "qmap") for value in states) == 2 * 2 * 7, "both moments of every matrix"
+    saved = torch.load(tmp_path / "4.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    kinds = {type(part) for own in saved.values() for value in own.values() for part in parts_of(value)}
+    assert kinds == {torch.Tensor}
+    eight_bit_run(tmp_path, 0, 2)
+    again, _ = eight_bit_run(tmp_path / "again", 1, 4, tmp_path / "2.ckpt")
+    for (name, value), found in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(found, value), name
+    wanted, found = (torch.load(path / "4.ckpt") for path in (tmp_path, tmp_path / "again"))
+    assert not differences(wanted["optimizer_states"], found["optimizer_states"])
+
+
+def parts_of(value):
+    """Tensors of a state as it lies in a checkpoint."""
+    return value["eight_bit_parts"].values() if isinstance(value, dict) else [value]
+
+
+def test_states_of_8_bits_are_not_taken_for_whole_ones(eager, tmp_path):
+    eight_bit_run(tmp_path, 0, 2)
+    with pytest.raises(ValueError, match=r"optimizer\.name=adamw: .*8 bits; go on with optimizer=adamw8bit"):
+        eight_bit_run(tmp_path, 0, 4, tmp_path / "2.ckpt", "adamw")
+
+
+def test_steps_of_8_bits_learn_as_whole_ones(eager, tmp_path):
+    """One batch again and again: the loss falls alike."""
+    losses = {}
+    for name in ("adamw", "adamw8bit"):
+        backbone = tiny_chameleon(7, hidden_size=64, seed=0, scale=0.3).train()
+        optimizer = build_optimizer(backbone.named_parameters(), OptimizerConfig(name, lr=3e-3))
+        module = SJD2Module(backbone, replace(NOISE, enabled=False), OptimizerConfig(name), (6, 6))
+        prompts = module._prompts(batch_of().captions, None)
+        for _ in range(12):
+            optimizer.zero_grad()
+            loss = module.losses(batch_of(), prompts, None).total
+            loss.backward()
+            optimizer.step()
+        losses[name] = float(loss.detach())
+    assert losses["adamw8bit"] == pytest.approx(losses["adamw"], abs=0.05)
+    assert losses["adamw"] < 0.7 * math.log(7)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sjd2_lightning.models.lora import LoraSettings
+from sjd2_lightning.models.rounding import round_frozen
 from sjd2_lightning.training import speed
 from sjd2_lightning.training.speed import Speed, peak_of, picture_flops, trained_share
 from tests.training.test_module import OFF, QUIET, batch_of, loader, module_of
@@ -75,6 +76,9 @@ def test_operations_are_those_of_the_matrices():
     backbone.add_lora(LoraSettings(rank=2))
     assert 0 < trained_share(backbone) < 0.5
     assert picture_flops(module, batch) < 2.7 * 1.3 * forward
+    share, operations = trained_share(backbone), picture_flops(module, batch)
+    round_frozen(layers)
+    assert (trained_share(backbone), picture_flops(module, batch)) == (share, operations)
 
 
 def test_a_card_is_known_by_its_name():

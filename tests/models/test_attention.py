@@ -1,0 +1,116 @@
+"""FlexAttention in training: the columns that a dense mask shows, the same losses and gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sjd2_lightning.masks import Visible
+from sjd2_lightning.models import attention
+from sjd2_lightning.models.attention import blocks_of
+from sjd2_lightning.models.registry import build_shrunken
+from sjd2_lightning.training.module import SJD2Module
+from sjd2_lightning.training.optimizer import OptimizerConfig
+from sjd2_lightning.training.speed import picture_flops
+from tests.models.test_recompute import module_of, step
+from tests.training.test_module import NOISE, batch_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning"),  # no trainer here
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+]
+
+
+def sequences(length: int) -> Visible:
+    """Three rows: without padding, with a little, and with more than a block; levels up to four."""
+    columns = torch.arange(length).expand(3, -1)
+    first = torch.tensor([4, 9, 200])
+    levels = torch.randint(5, (3, length), generator=torch.Generator().manual_seed(0))
+    levels = torch.where(columns < first[:, None], 0, levels)
+    return Visible.of_prompt(columns, first)._replace(side=levels - 1)
+
+
+@pytest.mark.parametrize("length", [384, 411])
+def test_blocks_show_what_the_dense_mask_shows(length):
+    visible = sequences(length)
+    blocks = blocks_of(visible)
+    rows, places = torch.arange(3)[:, None, None], torch.arange(length)
+    seen = blocks.mask_mod(rows, 0, places[None, :, None], places[None, None])
+    number = places // 16
+    num = len(number.unique())
+    parts, whole = torch.zeros(2, 3, num, num, dtype=torch.bool)
+    for chosen, counts, lists in (
+        (parts, blocks.kv_num_blocks, blocks.kv_indices),
+        (whole, blocks.full_kv_num_blocks, blocks.full_kv_indices),
+    ):
+        for row in range(3):
+            for query in range(num):
+                chosen[row, query, lists[row, 0, query, : counts[row, 0, query]].long()] = True
+    assert not (parts & whole).any()
+    assert whole.any()
+    grids = [kind[:, number][:, :, number] for kind in (parts, whole)]
+    found = (grids[0] & seen) | grids[1]
+    assert torch.equal(found[:, None], visible.dense(length))
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    """FlexAttention refuses gradients on a CPU, where only its plain, slow arithmetic has them."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    monkeypatch.setattr(attention, "_BLOCK", 16)  # several blocks to a short sequence
+
+
+def flexible(lora: bool, kind: str, backend) -> SJD2Module:
+    module = module_of(lora, kind, backend)
+    module.backbone.attend_flexibly()
+    return module
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("none", None), ("full", None), ("selective", None), ("full", "aot_eager")]
+)
+def test_losses_and_gradients_are_those_under_a_dense_mask(lora, kind, backend, monkeypatch):
+    used = []
+    flex = attention.flexible_attention
+    if backend is None:
+        monkeypatch.setattr(attention, "flexible_attention", lambda *given: used.append(1) or flex(*given))
+    wanted = step(module_of(lora))
+    assert not used
+    found = step(flexible(lora, kind, backend))
+    assert backend or used
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.allclose(found[name], value, atol=1e-5), name
+
+
+def test_autocast_leaves_queries_and_keys_in_one_type_with_values():
+    wanted, module = module_of(False), flexible(False, "none", None)
+    losses = []
+    for one in (wanted, module):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(float(one.training_step(batch_of(), 0).detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_heads_that_share_keys_and_a_walk_of_trajectories():
+    """Emu3 has fewer heads of keys than of queries; trajectories take several passes."""
+    noise = replace(NOISE, process=replace(NOISE.process, source="mean", state="draft"), trajectory=True)
+    found = []
+    for flex in (False, True):
+        backbone = build_shrunken("emu3")
+        if flex:
+            backbone.attend_flexibly()
+        module = SJD2Module(backbone, noise, OptimizerConfig(), (32, 32))
+        module.on_fit_start()
+        size = module.image_layout.height, module.image_layout.width
+        codes = torch.randint(7, (2, *size), generator=torch.Generator().manual_seed(0))
+        found.append(step(module, batch_of()._replace(captions=["red cat", "a dog"], image_ids=codes)))
+    for name, value in found[0].items():
+        assert torch.allclose(found[1][name], value, atol=1e-5), name
+
+
+def test_operations_are_counted_under_a_dense_mask():
+    wanted, module = module_of(False), flexible(False, "none", None)
+    assert picture_flops(module, batch_of()) == picture_flops(wanted, batch_of()) > 0
+    assert module.backbone.takes_visible

@@ -107,6 +107,7 @@ class ChameleonBackbone(VocabularyBackbone):
         ]
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        self._refuse_quantized("save")  # before anything is written
         self.image_tokenizer.save(Path(folder) / TOKENIZER, half=None)
         super().save(folder, dtype)
 

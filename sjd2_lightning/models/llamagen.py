@@ -243,6 +243,7 @@ class LlamaGenBackbone(PretrainedBackbone):
         return self.model.lm_head(hidden)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        self._refuse_quantized("save")  # before anything is written
         folder = Path(folder)
         self.image_tokenizer.save(folder / TOKENIZER, half=None)
         state = {name: value.to(dtype or value.dtype) for name, value in self.prefix.state_dict().items()}

@@ -199,6 +199,7 @@ class SimpleARBackbone(VocabularyBackbone):
         return self.text_ids([self.tokens.negative if negative else self.tokens.empty])
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        self._refuse_quantized("save")  # before anything is written
         self.image_tokenizer.save(Path(folder) / TOKENIZER)
         super().save(folder, dtype)
 

@@ -96,7 +96,9 @@ class ShardedModule(SJD2Module):
             yield None
             return
         (whole,) = self._hollow
-        found = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in state.items()}
+        # Lightning may validate in inference mode, which tensors of several ranks do not know
+        with torch.inference_mode(False), torch.no_grad():
+            found = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in state.items()}
         whole.load_state_dict(found, assign=True)
         del found
         try:

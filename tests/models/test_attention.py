@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 
@@ -66,11 +67,20 @@ def flexible(lora: bool, kind: str, backend) -> SJD2Module:
     return module
 
 
+@pytest.fixture
+def unchecked():
+    """Inside a checkpoint the compiler does not know what the checks of shapes note."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
 @pytest.mark.parametrize(
     ("kind", "backend"), [("none", None), ("full", None), ("selective", None), ("full", "aot_eager")]
 )
-def test_losses_and_gradients_are_those_under_a_dense_mask(lora, kind, backend, monkeypatch):
+def test_losses_and_gradients_are_those_under_a_dense_mask(lora, kind, backend, unchecked, monkeypatch):
     used = []
     flex = attention.flexible_attention
     if backend is None:

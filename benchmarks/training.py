@@ -49,7 +49,7 @@ CAPTIONS = ("red apple", "smiling face with open mouth", "flag", "person in lotu
 GROWTH = {"batch": (2, 4, 8, 16), "pixels": (32, 64, 96)}
 BASE = {"batch": 4, "pixels": 64}
 PARTS = ("overhead", "growth", "feeding")
-GPU_PARTS = ("lora", "full", "fp8")
+GPU_PARTS = ("lora", "int8", "full", "fp8", "long")
 
 
 class Batch(NamedTuple):

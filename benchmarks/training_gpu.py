@@ -20,7 +20,7 @@ from sjd2_lightning.cli.plan import RunSettings, plan_run
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.recompute import Checkpointing
-from sjd2_lightning.models.rounding import train_in_fp8
+from sjd2_lightning.models.rounding import round_frozen, train_in_fp8
 from sjd2_lightning.training.module import SJD2Module, TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig, build_optimizer
 from sjd2_lightning.training.speed import memory_bytes, peak_of, picture_flops
@@ -45,6 +45,8 @@ class Shape(NamedTuple):
         lora: whether an adapter is trained; otherwise all weights, kept in float32.
         sizes: (pixels, pictures a step).
         fp8: whether layers multiply in fp8; on a CPU that is emulated.
+        int8: whether the base of an adapter has a byte a weight.
+        flex: whether attention is FlexAttention, which has no gradients on a CPU.
     """
 
     release: Release
@@ -52,6 +54,8 @@ class Shape(NamedTuple):
     lora: bool
     sizes: tuple[tuple[int, int], ...]
     fp8: bool = False
+    int8: bool = False
+    flex: bool = False
 
 
 def shapes(bench: Bench) -> Mapping[str, Shape]:
@@ -60,6 +64,7 @@ def shapes(bench: Bench) -> Mapping[str, Shape]:
         return {
             "lora": Shape(SMALL["lumina"], "lumina-mgpt-7b", True, ((64, 2),)),
             "full": Shape(SMALL["janus"], "janus-pro-1b", False, ((SMALL["janus"].pixels, 2),)),
+            "long": Shape(SMALL["emu3"], "emu3-gen", True, ((SMALL["emu3"].pixels, 1),)),
         }
     from benchmarks.gpu_cells import RELEASES
 
@@ -68,6 +73,7 @@ def shapes(bench: Bench) -> Mapping[str, Shape]:
     return {
         "lora": Shape(lumina, "lumina-mgpt-7b", True, ((512, 1), (512, 4), (768, 1), (768, 2), (768, 4))),
         "full": Shape(janus, "janus-pro-1b", False, ((384, 8), (384, 32))),
+        "long": Shape(RELEASES["emu3"], "emu3-gen", True, ((720, 1),)),
     }
 
 
@@ -78,6 +84,10 @@ def trainee(bench: Bench, shape: Shape, pixels: int, compiled: bool, kind: Check
         backbone.add_lora(LoraSettings())
     else:
         whole(backbone)
+    if shape.int8:
+        round_frozen(backbone.trunk.layers)
+    if shape.flex:
+        backbone.attend_flexibly()
     if shape.fp8:
         train_in_fp8(backbone.trunk.layers, emulate=bench.device.type == "cpu")
     if kind != "none":
@@ -139,18 +149,20 @@ def planned_gib(shape: Shape, pixels: int, batch: int, kind: Checkpointing) -> f
         decode_batch=1,
         window=1,
         guided=False,
+        quantized=shape.int8,
     )
     side = (pixels, pixels)
     plan = plan_run(shape.release.family, Path("none"), "trunk", side, settings, shape.name)
     return sum(plan.training.values()) / 2**30
 
 
-def cells(bench: Bench, shape: Shape) -> list[dict[str, Any]]:
+def cells(bench: Bench, shape: Shape, compilers: tuple[bool, ...] = (False, True)) -> list[dict[str, Any]]:
     """A row for each size, with each kind of layers; what fails is a row too."""
     rows = []
     kinds: tuple[Checkpointing, ...] = ("full", "selective")
-    for (pixels, size), compiled, kind in product(shape.sizes, (False, True), kinds):
+    for (pixels, size), compiled, kind in product(shape.sizes, compilers, kinds):
         row: dict[str, Any] = {"pixels": pixels, "batch": size, "compiled": compiled, "checkpointing": kind}
+        row["attention"] = "flex" if shape.flex else "sdpa"
         bench.drop()
         try:
             rows.append(row | cell(bench, shape, pixels, size, compiled, kind))
@@ -164,9 +176,9 @@ def cell(
 ) -> dict[str, Any]:
     """Figures of one kind of step."""
     device = bench.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     module = trainee(bench, shape, pixels, compiled, kind)
+    if device.type == "cuda":  # weights that were rounded since have gone
+        torch.cuda.reset_peak_memory_stats(device)
     batch = batch_of(module.backbone, size, module.image_layout, str(device))  # type: ignore[arg-type]
     flops = picture_flops(module, batch) * size
     seconds = seconds_of(module, batch, device, bench.smoke)
@@ -186,6 +198,11 @@ def lora(bench: Bench) -> list[dict[str, Any]]:
     return cells(bench, shapes(bench)["lora"])
 
 
+def int8(bench: Bench) -> list[dict[str, Any]]:
+    """The same on a base of a byte a weight."""
+    return cells(bench, shapes(bench)["lora"]._replace(int8=True))
+
+
 def full(bench: Bench) -> list[dict[str, Any]]:
     """All weights of Janus-Pro-1B, at its one size."""
     return cells(bench, shapes(bench)["full"])
@@ -199,4 +216,17 @@ def fp8(bench: Bench) -> list[dict[str, Any]]:
     return cells(bench, shapes(bench)["full"]._replace(fp8=True))
 
 
-PARTS: dict[str, Callable[[Bench], Any]] = {"lora": lora, "full": full, "fp8": fp8}
+def long(bench: Bench) -> list[dict[str, Any]]:
+    """An adapter of Emu3 at 8,189 slots: under a dense mask, and on CUDA by FlexAttention."""
+    shape = shapes(bench)["long"]
+    flexible = [] if bench.device.type == "cpu" else cells(bench, shape._replace(flex=True), (True,))
+    return [*cells(bench, shape), *flexible]
+
+
+PARTS: dict[str, Callable[[Bench], Any]] = {
+    "lora": lora,
+    "int8": int8,
+    "full": full,
+    "fp8": fp8,
+    "long": long,
+}

@@ -109,7 +109,7 @@ def blocks_of(visible: Visible) -> BlockMask:
     token sees what came before it in its row.
 
     Args:
-        visible: of columns 0 to L - 1, see `Visible.of_prompt`; contexts end where each query stands.
+        visible: what columns 0 to L - 1 see, see `Visible.of_prompt`; contexts end where each query stands.
     """
     first, side = visible.first, visible.filled().side
     assert side is not None

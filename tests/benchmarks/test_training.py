@@ -33,14 +33,14 @@ def test_every_kind_of_layers_has_a_row(found):
 
 
 def test_figures_hang_together(found):
-    for rows in found.values():
+    for name, rows in found.items():
         for row in rows:
-            tokens = row["batch"] * (row["pixels"] / 16) ** 2
+            tokens = row["batch"] * (row["pixels"] / (8 if name == "long" else 16)) ** 2
             assert row["tokens_per_s"] * row["seconds"] == pytest.approx(tokens)
             assert row["operations"] > 0
             assert row["gib"] > 0
             assert row["mfu"] is None, "the peak of a CPU is not known"
-            assert row["planned_gib"] > 10, "of the release"
+            assert row["planned_gib"] > 7, "of the release"
 
 
 def test_without_a_gpu_it_says_what_to_do():

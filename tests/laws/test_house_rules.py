@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import lightning as L
+import torch
 from hydra.experimental.callback import Callback as HydraCallback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
@@ -30,7 +31,10 @@ SHARED_NAMES = {
 # Methods that frameworks call: names of their base classes.
 HOOKS = {
     name
-    for owner in (ModelCheckpoint, L.LightningDataModule, L.LightningModule, Strategy, HydraCallback)
+    for owner in (
+        *(ModelCheckpoint, L.LightningDataModule, L.LightningModule, Strategy, HydraCallback),
+        torch.autograd.Function,
+    )
     for name in dir(owner)
 } | set(dir(pickle._Unpickler))
 # What nothing in the package calls, and why it is there all the same.

@@ -60,6 +60,7 @@ def quiet_lightning() -> None:
         r"Found \d+ module\(s\) in eval mode",  # image tokenizers and what else is not trained, on purpose
         r"Checkpoint directory .* exists and is not empty",  # the run's own: it goes on
         r"To copy construct from a tensor",  # the learning rate of torchao's optimizers is one
+        r"OptimState8bit does not implement",  # what torch's compiler would keep for the next process
         # of one epoch; the interval is counted through all of them
         r"The number of training batches \(\d+\) is smaller than the logging interval",
     ):

@@ -103,15 +103,16 @@ def test_autocast_leaves_queries_and_keys_in_one_type_with_values():
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-def test_heads_that_share_keys_and_a_walk_of_trajectories():
+@pytest.mark.parametrize(("family", "side"), [("emu3", 32), ("simple_ar", 32), ("janus", 64)])
+def test_heads_that_share_keys_and_a_walk_of_trajectories(family, side):
     """Emu3 has fewer heads of keys than of queries; trajectories take several passes."""
     noise = replace(NOISE, process=replace(NOISE.process, source="mean", state="draft"), trajectory=True)
     found = []
     for flex in (False, True):
-        backbone = build_shrunken("emu3")
+        backbone = build_shrunken(family)
         if flex:
             backbone.attend_flexibly()
-        module = SJD2Module(backbone, noise, OptimizerConfig(), (32, 32))
+        module = SJD2Module(backbone, noise, OptimizerConfig(), (side, side))
         module.on_fit_start()
         size = module.image_layout.height, module.image_layout.width
         codes = torch.randint(7, (2, *size), generator=torch.Generator().manual_seed(0))

@@ -58,6 +58,15 @@ def test_weights_gathered_in_half_as_many_bits_give_nearly_the_losses_of_one_pro
     assert {value.dtype for value in found["state"].values() if value.is_floating_point()} == {torch.float32}
 
 
+def test_an_adapter_on_a_base_in_int8_is_trained_by_two_ranks(ranks, tmp_path):
+    found = ranks[0]["ddp int8"]
+    wanted = scale_runs.few_steps("auto", tmp_path, kind="adapter", rounded=True)
+    assert found["losses"] == pytest.approx(wanted["losses"], abs=1e-5)
+    assert found["losses"] != pytest.approx(ranks[0]["ddp adapter"]["losses"], abs=1e-5), "it is rounded"
+    for name, value in wanted["state"].items():
+        assert torch.allclose(found["state"][name], value, atol=1e-5), name
+
+
 def test_weights_that_stay_gathered_give_the_same_bits(ranks):
     found, _ = ranks
     assert found["fsdp kept"]["losses"] == found["fsdp plain"]["losses"]

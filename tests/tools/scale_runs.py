@@ -22,6 +22,7 @@ from sjd2_lightning.callbacks import SamplingCallback
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.models.lora import LoraSettings
+from sjd2_lightning.models.rounding import round_frozen
 from sjd2_lightning.noise import NoiseProcess
 from sjd2_lightning.training import fsdp
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
@@ -70,6 +71,7 @@ def few_steps(
     start: Path | None = None,
     kind: str = "plain",
     compiled: bool = False,
+    rounded: bool = False,
 ) -> dict[str, Any]:
     """Steps with accumulation, clipping and activation checkpointing; the mean loss of each batch.
 
@@ -80,6 +82,7 @@ def few_steps(
         start: checkpoint to go on from.
         kind: one of `KINDS`.
         compiled: whether layers are, by autograd's own kernels, with selective checkpointing.
+        rounded: whether the base of an adapter is in int8.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE_OF_TEST", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     noise, precision, adapter = KINDS[kind]
@@ -89,6 +92,8 @@ def few_steps(
     if adapter:
         torch.manual_seed(0)
         backbone.add_lora(LoraSettings(rank=2))
+    if rounded:
+        round_frozen(backbone.trunk.layers)
     backbone.checkpoint_activations("selective" if compiled else "full")
     if compiled:
         backbone.compile_layers("aot_eager")
@@ -175,6 +180,7 @@ if __name__ == "__main__":
         for name, strategy in {"ddp": "ddp", "fsdp": ShardedStrategy()}.items()
     }
     found["fsdp adapter compiled"] = few_steps(ShardedStrategy(), out / "c", kind="adapter", compiled=True)
+    found["ddp int8"] = few_steps("ddp", out / "int8", kind="adapter", rounded=True)
     found["fsdp kept"] = few_steps(ShardedStrategy(reshard=False), out / "kept")
     saved = out / "fsdp" / "plain" / "step=2.ckpt"
     found["fsdp resumed"] = few_steps(ShardedStrategy(), out / "resumed", start=saved)

@@ -77,13 +77,8 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
     with stage("loading libraries"):
         import torch
 
-        from sjd2_lightning.cli.build import (
-            build_metrics,
-            build_reference,
-            decoding_backbone,
-            image_tokenizer_of,
-            left_out,
-        )
+        from sjd2_lightning.cli.build import build_reference, decoding_backbone, image_tokenizer_of
+        from sjd2_lightning.cli.scorers import build_metrics, left_out
         from sjd2_lightning.evaluation.compare import evaluate_methods
         from sjd2_lightning.evaluation.judged import with_judged
         from sjd2_lightning.report.observe import observe

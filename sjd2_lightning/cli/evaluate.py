@@ -112,8 +112,9 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
     )
     if result is None:  # rank 0 reports
         return {}
-    if config.report.judged is not None:
-        result = with_judged(result, config.report.judged, config.metrics.num_resamples)
+    if config.report.judged is not None and config.benchmark is not None and config.benchmark_prompts:
+        file, source = config.report.judged, config.benchmark_prompts
+        result = with_judged(result, config.benchmark, source, file, config.metrics.num_resamples)
     result = with_word_of_noise(with_word_of_random_weights(result, config, weights), config, weights)
     said = tuple(left_out(config, reference, len(prompts)))
     result = replace(result, warnings=(*result.warnings, *said))

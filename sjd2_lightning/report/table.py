@@ -73,6 +73,9 @@ _SPEED = (
 _QUALITY = (
     ("judge", 2),
     ("geneval", 3),
+    ("dpg", 2),
+    ("geneval2", 2),
+    ("geneval2_am", 2),
     ("clip_score", 2),
     ("clip_gain", 2),
     ("pick_score", 2),

@@ -24,7 +24,7 @@ from sjd2_lightning.data.sources.coco import coco_items
 from sjd2_lightning.data.sources.emoji import load_emoji_index
 from sjd2_lightning.data.sources.scene_shards import SOURCE as SCENES
 from sjd2_lightning.data.sources.scenes import Variety, training_scene
-from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts, read_prompts
+from sjd2_lightning.evaluation.prompts import PromptItem, class_prompts, held_out_prompts, read_prompts
 from sjd2_lightning.evaluation.references import (
     ReferenceSet,
     coco_prompts,
@@ -112,7 +112,7 @@ def build_backbone(
         with stage("making a new model"):
             return build_tiny(captions, **sizes)
     if model.init == "random_tiny" and path in (None, model.folder):
-        backbone = build_shrunken(model.family)
+        backbone = build_shrunken(model.family, condition=model.condition)
     else:
         source = replace(model.source, path=path or model.source.path)
         dtype = getattr(torch, model.dtype)
@@ -121,6 +121,12 @@ def build_backbone(
             backbone = load_backbone(
                 model.family, source, model.trunk, dtype, model.load_onto, model.unconditional
             )
+    found = getattr(backbone.tokens, "condition", None)
+    if model.condition not in (None, found):
+        raise ValueError(
+            f"model.condition={model.condition}: the weights in {path or model.path} are drawn from "
+            f"{'classes; use model=llamagen_class' if found == 'class' else 'texts; use model=llamagen'}"
+        )
     if model.peft is not None or model.adapter is not None:
         folder = None if model.adapter is None else located(model.adapter, "model.adapter")
         backbone.add_lora(model.lora, folder)
@@ -235,6 +241,8 @@ def build_reference(config: SharedConfig, num_prompts: int = 0) -> ReferenceSet 
         protocol = config.metrics.protocol
         return coco_reference(protocol, coco_items(protocol))
     height, width = config.model.image_size
+    if config.model.condition == "class" and config.data.reference_dir is None and config.data.prepare:
+        return None  # the embedded sets show no classes
     if config.data.reference_dir is not None:
         return image_folder(config.data.reference_dir, (height, width))
     own = Path(config.data.data_dir) / HELD_OUT_NAME
@@ -252,7 +260,8 @@ def build_reference(config: SharedConfig, num_prompts: int = 0) -> ReferenceSet 
 def build_prompts(config: SharedConfig, num_prompts: int | None) -> list[PromptItem]:
     """The first prompts of `metrics.protocol`, of `data.prompt_file`, of own shards, or of the embedded set.
 
-    None is all that the protocol or the file has, or 64 captions that the embedded set holds out.
+    None is all that the protocol or the file has, or 64 captions that the embedded set holds out. A model of
+    classes has names of classes in place of the embedded set's.
     """
     if config.metrics.protocol is not None:
         return coco_prompts(coco_items(config.metrics.protocol), config.seed)[:num_prompts]
@@ -263,6 +272,8 @@ def build_prompts(config: SharedConfig, num_prompts: int | None) -> list[PromptI
     if path is not None:
         found = read_prompts(path, config.seed)[:num_prompts]
         return with_asked(found) if is_scenes else found
+    if config.model.condition == "class":
+        return class_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed)
     if is_scenes:
         return scene_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed, variety_of(config.data))
     return held_out_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed)

@@ -112,6 +112,12 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
     from sjd2_lightning.models.registry import family_of
 
     data, model, trainer = config.data, config.model, config.trainer
+    if model.condition == "class" and data.prepare:
+        yield (
+            f"model.condition=class: captions of data.source={data.source} name no classes; prepare pictures "
+            "whose captions are numbers or names of classes, and use data=shards data.data_dir=FOLDER"
+        )
+        return
     codes = codes_of(model)
     if codes is not None and any(side % codes.pixels for side in model.image_size):
         yield f"model.image_size={list(model.image_size)}: must be multiples of {codes.pixels}"

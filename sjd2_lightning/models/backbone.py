@@ -123,12 +123,14 @@ class Backbone(nn.Module, ABC):
         hidden_size: D, width of an embedding.
         num_positions: positions that the model was made for; without a limit, more than any sequence has.
         from_image: whether positions are counted from the first slot, so that prompts have those below 0.
+        shortest_prompt: a prompt that takes as few token ids as any.
     """
 
     num_codes: int
     hidden_size: int
     num_positions: int = sys.maxsize
     from_image: bool = False
+    shortest_prompt: str = "a"
     decoder: Any = None  # what decoding keeps of this model; see `decoding.loop.decoder_of`
 
     def __getstate__(self) -> dict[str, Any]:

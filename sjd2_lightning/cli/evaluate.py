@@ -39,9 +39,17 @@ def main() -> None:
     launch("evaluate", evaluate, refuse)
 
 
-def refuse(cfg: DictConfig) -> None:
-    """Whether an evaluation can begin, before anything is written; raises as `check_evaluate` does."""
+def refuse(cfg: DictConfig) -> str | None:
+    """Whether an evaluation can begin, before anything is written; raises as `check_evaluate` does.
+
+    Returns:
+        "" where a plan was printed and nothing is to be decoded; None where the evaluation may begin.
+    """
+    if cfg.print_plan:
+        evaluate(cfg)
+        return ""
     check_mode(check_evaluate(cfg))
+    return None
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -51,13 +59,18 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         cfg: composed from `conf/evaluate.yaml`.
 
     Returns:
-        What report.json holds.
+        What report.json holds; with `print_plan` the figures of the plan, and nothing is decoded.
 
     Raises:
         ConfigError: the configuration has problems (all of them, before anything is loaded).
         ValueError: weights, prompts or the folder of images cannot be used, or another process evaluates
             in `run_dir`.
     """
+    if cfg.print_plan:
+        with stage("making the plan"):
+            from sjd2_lightning.cli.plan import show_decoding_plan
+
+            return show_decoding_plan(cfg)
     config = check_evaluate(cfg)
     check_mode(config)
     with owned(Path(config.run_dir), "evaluate"):

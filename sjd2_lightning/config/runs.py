@@ -95,6 +95,7 @@ class SharedConfig(Group):
     logger: LoggerConfig
     auto_window: AutoWindowConfig
     decoding: DecodingDefaults
+    print_plan: bool
     compare: Annotated[tuple[str, ...], Field(min_length=1)]
     methods: Annotated[dict[str, DecodingConfig], Field(min_length=1)]
 
@@ -148,7 +149,6 @@ class TrainConfig(SharedConfig):
     export_dir: Folder
     export_dtype: Literal["float32", "bfloat16", "float16"] | None
     validate_first: bool
-    print_plan: bool
     tokenizer: Annotated[TokenizerRecipe, AfterValidator(sound)] | None
     clip: Annotated[ClipRecipe, AfterValidator(sound)] | None
     tarflow: Annotated[FlowRecipe, AfterValidator(sound)] | None

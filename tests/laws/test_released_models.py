@@ -204,6 +204,21 @@ def test_the_plan_needs_no_weights(composed, capsys, model, parameters, tokens):
     assert less["training_gib"] < 0.75 * plan["training_gib"]
 
 
+@pytest.mark.parametrize("model", ["simple_ar", "llamagen_class"])
+def test_an_evaluation_has_a_plan_too(composed, capsys, tmp_path, model):
+    words = (f"model={model}", "print_plan=true")
+    decoding = evaluate(composed("evaluate", *words, "compare=[ar,sjd2]"))
+    training = train(composed("train", *words, "compare=[ar,sjd2]", "callbacks.sampling.batch_size=1"))
+    assert decoding["decoding_gib"] == training["decoding_gib"]
+    assert not decoding.keys() & {"trained", "training_gib"}
+    assert decoding["missing_files"] > 0
+    shown = printed(capsys).partition("; trained")[0]
+    assert "decoding, 1 at once, window" in shown
+    assert "hf download" in shown
+    assert "training" not in shown
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("model", DOCUMENTED)
 def test_what_the_documents_say_of_memory_is_the_plan(composed, capsys, repo, model):
     settings = [f"model={model}", "print_plan=true", "data.batch_size=1", "callbacks.sampling.batch_size=1"]

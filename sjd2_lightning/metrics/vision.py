@@ -22,6 +22,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from sjd2_lightning.metrics.features import ResizedFeatures
 
@@ -94,11 +95,17 @@ class DINOv2(VisionTransformer):
         return self.network(pixel_values=self._normalized(batch)).pooler_output
 
 
+class _ImageTower(CLIPVisionModelWithProjection):
+    """The image half of a release, whose text half is left where it is."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = ["text_model", "text_projection", "logit_scale"]
+
+
 class CLIPVision(VisionTransformer):
     """Unit image embeddings of CLIP, of the square in the middle of a picture."""
 
     name = "CLIPVision"
-    MODEL = CLIPVisionModelWithProjection
+    MODEL = _ImageTower
     KINDS = ("clip", "clip_vision_model")
     MEAN, STD = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     PUBLISHED = (24, 1024, 14)
@@ -158,6 +165,7 @@ def load_network(model_class: Any, folder: str | Path, kinds: tuple[str, ...]) -
         ValueError: the folder does not hold it, or weights are missing, damaged or of other sizes.
     """
     check_network(folder, kinds)
+    disable_progress_bar()  # the stage speaks where it takes long
     try:
         network, told = model_class.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True

@@ -50,6 +50,14 @@ def test_dinov2_is_the_normalised_cls_token_of_the_whole_picture(dinov2, tmp_pat
     assert (dinov2.name, dinov2.dim) == ("DINOv2", 32)
 
 
+def test_a_whole_clip_is_read_without_a_word(tmp_path, capfd):
+    small_clip(tmp_path)
+    capfd.readouterr()
+    CLIPVision(tmp_path, "x")
+    said = capfd.readouterr()
+    assert said.out + said.err == ""
+
+
 def test_clip_embeds_the_middle_square_as_its_processor_does(clip, tmp_path):
     network = CLIPVisionModelWithProjection.from_pretrained(small_clip(tmp_path)).eval()
     prepare = CLIPImageProcessor(

@@ -26,6 +26,7 @@ def small_clip(folder: Path) -> Path:
     torch.manual_seed(1)
     common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     text = {**common, "vocab_size": 99, "max_position_embeddings": 16, "projection_dim": 12}
+    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # of the tokenizer below
     vision = {**common, "image_size": SIDE, "patch_size": 14, "projection_dim": 12}
     network = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
     for name, weight in network.named_parameters():

@@ -51,11 +51,11 @@ def build_metrics(
         for name in (() if few else metrics.features)
     ]
     if metrics.dinov2 is not None and not few:
-        extractors.append(DINOv2(_folder_of(metrics, "dinov2"), metrics.dinov2, device))
+        extractors.append(DINOv2(*_weights_of(metrics, "dinov2"), device))
     if metrics.cmmd is not None and not few:
-        embedder = CLIPVision(_folder_of(metrics, "cmmd"), metrics.cmmd, device)
+        embedder = CLIPVision(*_weights_of(metrics, "cmmd"), device)
     if metrics.pickscore is not None:
-        pick = PickScorer(_folder_of(metrics, "pickscore"), metrics.pickscore, device)
+        pick = PickScorer(*_weights_of(metrics, "pickscore"), device)
     height, width = config.model.image_size
     has_judge = metrics.judge and config.data.source == SCENES and height == width
     return QualityMetrics(
@@ -81,13 +81,15 @@ def scorer_problems(metrics: MetricsConfig) -> Iterator[str]:
         if value is None or (HubName.of(value) is not None and metrics.allow_download):
             continue
         try:
-            check(_folder_of(metrics, key))
+            check(_weights_of(metrics, key)[0])
         except ValueError as error:
             yield f"metrics.{key}={value}: {str(error).removeprefix(f'metrics.{key}={value}: ')}"
 
 
-def _folder_of(metrics: MetricsConfig, key: str) -> Path:
-    """The folder of a scorer's weights; a release on the hub is downloaded only by `allow_download`.
+def _weights_of(metrics: MetricsConfig, key: str) -> tuple[Path, str]:
+    """The folder of a scorer's weights, and their name in reports, of a release on the hub with its commit.
+
+    A release is downloaded only by `allow_download`.
 
     Raises:
         ValueError: it is not here; the message names key and remedy.
@@ -95,12 +97,13 @@ def _folder_of(metrics: MetricsConfig, key: str) -> Path:
     value = getattr(metrics, key)
     name = HubName.of(value)
     if name is None:
-        return Path(value)
+        return Path(value), value
     try:
-        return download(name, local_files_only=not metrics.allow_download)
+        folder = download(name, local_files_only=not metrics.allow_download)
     except OSError as error:
         leave = "" if metrics.allow_download else ", or metrics.allow_download=true"
         raise ValueError(f"metrics.{key}={value}: {error}{leave}, or give a folder that is here") from error
+    return folder, f"{name.hub_id}@{folder.name}"  # the hub's cache has a folder a commit
 
 
 def num_of_distances(reference: ReferenceSet | None, num_prompts: int) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sjd2_lightning.data.pictures import LazyImages
-from sjd2_lightning.evaluation.controls import Control, clip_control, judge_control
+from sjd2_lightning.evaluation.controls import Control, judge_control, scorer_control
 from sjd2_lightning.evaluation.references import ReferenceSet
 from sjd2_lightning.metrics.alignment import CLIPScorer, own_scores, scores_of_others
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
@@ -110,14 +110,15 @@ class QualityMeter:
         self._hidden = {control.metric for control in self.controls if not control.passed}
 
     def _controls(self) -> Iterator[Control]:
-        """What the judge and the scorer show on real images; nothing where there are none."""
+        """What judge and scorers show on real images; nothing where there are none."""
         metrics, reference = self.metrics, self.reference
         if reference is not None and metrics.judge is not None and reference.asked:
             yield judge_control(metrics.judge, reference, metrics.num_resamples)
-        if reference is not None and metrics.clip is not None:
-            yield clip_control(
-                metrics.clip, self._clip_weights, reference, metrics.num_resamples, metrics.cache_dir
-            )
+        scorers = ((metrics.clip, self._clip_weights), (metrics.pick, self._pick_weights))
+        for scorer, weights in scorers:
+            if reference is not None and scorer is not None:
+                resamples, folder = metrics.num_resamples, metrics.cache_dir
+                yield scorer_control(scorer, weights, reference, resamples, folder)
 
     def forget_images(self) -> None:
         """Drops features and embeddings of measured images; features of the reference stay."""
@@ -217,7 +218,7 @@ class QualityMeter:
         self, images: Sequence[Tensor], keys: Sequence[bytes], captions: Sequence[str]
     ) -> tuple[dict[str, MetricResult], tuple[float, ...]]:
         pick = self.metrics.pick
-        if pick is None or self._picked is None or not all(captions):
+        if pick is None or self._picked is None or not all(captions) or pick.metric_name in self._hidden:
             return {}, ()
         embedded, texts = self._picked(images, keys), pick.embed_captions(captions)
         check_rows(embedded, "PickScore of the images to be measured")
@@ -229,7 +230,7 @@ class QualityMeter:
         )
         found = mean_result("PickScore", scores, protocol, self.metrics.num_resamples)
         flags = _cut_prompts(pick.num_cut(captions), "PickScore", pick.context)
-        return {"pick_score": replace(found, flags=flags)}, tuple(scores.tolist())
+        return {pick.metric_name: replace(found, flags=flags)}, tuple(scores.tolist())
 
     def _verdicts(
         self, images: Sequence[Tensor], asked: Sequence[Asked | None]

@@ -35,6 +35,9 @@ class PickScorer(nn.Module):
         ValueError: a file is missing, is of another model or cannot be read.
     """
 
+    name = "PickScore"
+    metric_name = "pick_score"
+
     def __init__(self, folder: str | Path, source: str, device: str | torch.device = "cpu") -> None:
         super().__init__()
         check_pickscore(folder)
@@ -80,9 +83,13 @@ class PickScorer(nn.Module):
             parts.append(F.normalize(self.model.text_projection(read.pooler_output), dim=-1))
         return torch.cat(parts).float().cpu()
 
+    def scored(self, cosines: Tensor) -> Tensor:
+        """PickScores of cosines of images and prompts."""
+        return self.scale * cosines
+
     def scores(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """PickScore of each image with its own prompt (N,), from unit embeddings (N, D) of both."""
-        return self.scale * (image_embeds * text_embeds).sum(-1)
+        return self.scored((image_embeds * text_embeds).sum(-1))
 
     def num_cut(self, captions: Sequence[str]) -> int:
         """Number of different prompts that are longer than the text encoder reads."""

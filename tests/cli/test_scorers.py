@@ -75,6 +75,24 @@ def test_scorers_are_built_where_they_are_asked_for(folders):
     assert "23 pictures are too few, and metrics.min_images=24 are asked for" in sentence
 
 
+def test_a_release_on_the_hub_is_named_with_its_commit_and_downloaded_by_leave(folders, monkeypatch):
+    asked = []
+
+    def download(name, local_files_only):
+        asked.append((str(name), local_files_only))
+        return folders["dinov2"]
+
+    monkeypatch.setattr("sjd2_lightning.cli.scorers.download", download)
+    for leave in ("false", "true"):
+        words = ["metrics.dinov2=owner/dino@v1", f"metrics.allow_download={leave}", "metrics.clip=null"]
+        config = typed("evaluate", *words, "metrics.features=[]")
+        built = build_metrics(config, build_reference(config), 24)
+        assert built.extractors[0].preprocessing.startswith(
+            f"owner/dino@{folders['dinov2'].name}, licence of"
+        )
+    assert asked == [("owner/dino@v1", True), ("owner/dino@v1", False)]
+
+
 def test_what_training_logs_is_known_before(folders):
     asked = [f"metrics.{key}={folder}" for key, folder in folders.items()]
     names = logged_names(typed("train", "callbacks.sampling.num_prompts=24", *asked))

@@ -1,5 +1,6 @@
 """PickScore equals transformers' own CLIP on the same inputs, and is compared image by image."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -8,7 +9,7 @@ from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
 from sjd2_lightning.metrics.preference import PickScorer
 from sjd2_lightning.report.table import columns, markdown_table
 from sjd2_lightning.report.write import report_object
-from tests.tools.small_evaluation import METHODS, evaluate
+from tests.tools.small_evaluation import METHODS, evaluate, reference_set
 from tests.tools.small_scorers import SIDE, pictures, small_clip, small_pickscore
 
 CAPTIONS = ["a red cat", "dog", "a dog and a cat", "dog"]
@@ -54,6 +55,28 @@ def test_a_score_is_of_single_images(scorer):
     assert meter.measure(images, long).measured["pick_score"].flags == (
         "1 prompt cut by PickScore, which reads 16 tokens",
     )
+
+
+def test_a_scorer_that_sees_no_objects_is_not_shown(scorer, tmp_path):
+    """Random weights rank real pictures as they rank copies with shuffled blocks."""
+    reference = reference_set()
+    metrics = QualityMetrics(pick=scorer, num_resamples=50, cache_dir=tmp_path)
+    meter = QualityMeter(metrics, reference)
+    [control] = meter.controls
+    assert not control.passed
+    assert control.sentence.startswith("pick_score is not shown: its gain is")
+    found = meter.measure(list(reference.images), reference.captions)
+    assert (found.measured, found.pick_scores) == ({}, ())
+    rows, texts = scorer.embed_images(reference.images), scorer.embed_captions(reference.captions)
+    own = [
+        float(scorer.scores(row, text))
+        - np.mean([float(scorer.scores(row, other)) for other, said in pairs if said != caption])
+        for row, text, caption, pairs in (
+            (rows[i], texts[i], reference.captions[i], list(zip(texts, reference.captions, strict=True)))
+            for i in range(len(rows))
+        )
+    ]
+    assert control.measured["real"].value == pytest.approx(np.mean(own), abs=1e-3)
 
 
 def test_methods_are_compared_image_by_image(scorer, tmp_path):

@@ -24,8 +24,7 @@ from sjd2_lightning.data.sources.coco import coco_items
 from sjd2_lightning.data.sources.emoji import load_emoji_index
 from sjd2_lightning.data.sources.scene_shards import SOURCE as SCENES
 from sjd2_lightning.data.sources.scenes import Variety, training_scene
-from sjd2_lightning.evaluation.prompts import PromptItem, held_out_prompts, read_prompts
-from sjd2_lightning.evaluation.quality import QualityMetrics
+from sjd2_lightning.evaluation.prompts import PromptItem, class_prompts, held_out_prompts, read_prompts
 from sjd2_lightning.evaluation.references import (
     ReferenceSet,
     coco_prompts,
@@ -33,9 +32,8 @@ from sjd2_lightning.evaluation.references import (
     held_out_emoji,
     image_folder,
 )
-from sjd2_lightning.evaluation.scene_judge import scene_judge, scene_prompts, scene_reference, with_asked
+from sjd2_lightning.evaluation.scene_judge import scene_prompts, scene_reference, with_asked
 from sjd2_lightning.metrics.alignment import load_clip_scorer
-from sjd2_lightning.metrics.features import load_feature_extractor
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.hub import located
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
@@ -123,7 +121,7 @@ def build_backbone(
         with stage("making a new model"):
             return build_tiny(captions, **sizes)
     if model.init == "random_tiny" and path in (None, model.folder):
-        backbone = build_shrunken(model.family)
+        backbone = build_shrunken(model.family, condition=model.condition)
     else:
         source = replace(model.source, path=path or model.source.path)
         dtype = getattr(torch, model.dtype)
@@ -132,6 +130,12 @@ def build_backbone(
             backbone = load_backbone(
                 model.family, source, model.trunk, dtype, model.load_onto, model.unconditional
             )
+    found = getattr(backbone.tokens, "condition", None)
+    if model.condition not in (None, found):
+        raise ValueError(
+            f"model.condition={model.condition}: the weights in {path or model.path} are drawn from "
+            f"{'classes; use model=llamagen_class' if found == 'class' else 'texts; use model=llamagen'}"
+        )
     if model.peft is not None or model.adapter is not None:
         folder = None if model.adapter is None else located(model.adapter, "model.adapter")
         backbone.add_lora(model.lora, folder)
@@ -229,40 +233,6 @@ def image_tokenizer_of(backbone: Backbone) -> ImageTokenizer | None:
     return getattr(backbone, "image_tokenizer", None)
 
 
-def build_metrics(
-    config: SharedConfig, reference: ReferenceSet | None, num_prompts: int, device: str | torch.device = "cpu"
-) -> QualityMetrics:
-    """What images are measured with: of the metrics that were asked for, those that say something here.
-
-    Args:
-        config: what is asked for.
-        reference: real images, from `build_reference`.
-        num_prompts: number of images that are measured.
-        device: where the scorers go.
-    """
-    metrics = config.metrics
-    few = num_of_distances(reference, num_prompts) < metrics.min_images
-    clip = None
-    if metrics.clip is not None:
-        clip = load_clip_scorer(
-            shipped(metrics.clip) if "/" in metrics.clip else metrics.clip, metrics.clip_pretrained, device
-        )
-    height, width = config.model.image_size
-    has_judge = metrics.judge and config.data.source == SCENES and height == width
-    return QualityMetrics(
-        extractors=[
-            load_feature_extractor(name, device, metrics.inception_dir, metrics.allow_download)
-            for name in (() if few else metrics.features)
-        ],
-        clip=clip,
-        num_resamples=metrics.num_resamples,
-        num_distance_resamples=metrics.num_distance_resamples,
-        nearest_k=metrics.nearest_k,
-        cache_dir=metrics.cache_dir,
-        judge=scene_judge(height) if has_judge else None,
-    )
-
-
 def build_reference(config: SharedConfig, num_prompts: int = 0) -> ReferenceSet | None:
     """Real images for distances and controls; None where speed alone is measured, or where there are none.
 
@@ -273,12 +243,15 @@ def build_reference(config: SharedConfig, num_prompts: int = 0) -> ReferenceSet 
         num_prompts: number of prompts; of scenes at least as many are painted.
     """
     metrics, is_scenes = config.metrics, config.data.source == SCENES
-    if not metrics.features and metrics.clip is None and not (metrics.judge and is_scenes):
+    scored = metrics.clip is not None or metrics.pickscore is not None or (metrics.judge and is_scenes)
+    if not metrics.has_distances and not scored:
         return None
     if config.metrics.protocol is not None:
         protocol = config.metrics.protocol
         return coco_reference(protocol, coco_items(protocol))
     height, width = config.model.image_size
+    if config.model.condition == "class" and config.data.reference_dir is None and config.data.prepare:
+        return None  # the embedded sets show no classes
     if config.data.reference_dir is not None:
         return image_folder(config.data.reference_dir, (height, width))
     own = Path(config.data.data_dir) / HELD_OUT_NAME
@@ -293,41 +266,11 @@ def build_reference(config: SharedConfig, num_prompts: int = 0) -> ReferenceSet 
     return held_out_emoji(height)
 
 
-def num_of_distances(reference: ReferenceSet | None, num_prompts: int) -> int:
-    """Number of images that a distance between real and drawn ones would be of."""
-    return min(0 if reference is None else reference.num_images, num_prompts)
-
-
-def left_out(config: SharedConfig, reference: ReferenceSet | None, num_prompts: int) -> Iterator[str]:
-    """A sentence for each kind of score that says nothing here, with what would change that.
-
-    Silent where nothing was asked for (`metrics=none`). Arguments are those of `build_metrics`.
-    """
-    metrics, data = config.metrics, config.data
-    if not metrics.features:
-        return
-    if metrics.clip is None:
-        yield (
-            "no CLIP score: the shipped scorer has seen scenes alone; metrics.clip=hf-hub:OWNER/MODEL, or "
-            "the folder of one, scores other pictures"
-        )
-    num = num_of_distances(reference, num_prompts)
-    if reference is None:
-        yield "no distances: no real pictures are known for these data; give a folder, data.reference_dir"
-    elif num < metrics.min_images:
-        yield (
-            f"no distances: {num} pictures are too few, and metrics.min_images={metrics.min_images} are "
-            f"asked for ({num_prompts} drawn, {reference.num_images} real)"
-        )
-    has_own = data.prompt_file is not None or (Path(data.data_dir) / PROMPTS_NAME).is_file()
-    if not data.prepare and metrics.protocol is None and not has_own:
-        yield "the prompts are names of emoji, which these data need not know; give yours, data.prompt_file"
-
-
 def build_prompts(config: SharedConfig, num_prompts: int | None) -> list[PromptItem]:
     """The first prompts of `metrics.protocol`, of `data.prompt_file`, of own shards, or of the embedded set.
 
-    None is all that the protocol or the file has, or 64 captions that the embedded set holds out.
+    None is all that the protocol or the file has, or 64 captions that the embedded set holds out. A model of
+    classes has names of classes in place of the embedded set's.
     """
     if config.metrics.protocol is not None:
         return coco_prompts(coco_items(config.metrics.protocol), config.seed)[:num_prompts]
@@ -338,6 +281,8 @@ def build_prompts(config: SharedConfig, num_prompts: int | None) -> list[PromptI
     if path is not None:
         found = read_prompts(path, config.seed)[:num_prompts]
         return with_asked(found) if is_scenes else found
+    if config.model.condition == "class":
+        return class_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed)
     if is_scenes:
         return scene_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed, variety_of(config.data))
     return held_out_prompts(num_prompts or _HELD_OUT_PROMPTS, config.seed)

@@ -113,6 +113,12 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
     from sjd2_lightning.models.registry import family_of
 
     data, model, trainer = config.data, config.model, config.trainer
+    if model.condition == "class" and data.prepare:
+        yield (
+            f"model.condition=class: captions of data.source={data.source} name no classes; prepare pictures "
+            "whose captions are numbers or names of classes, and use data=shards data.data_dir=FOLDER"
+        )
+        return
     codes = codes_of(model)
     if codes is not None and any(side % codes.pixels for side in model.image_size):
         yield f"model.image_size={list(model.image_size)}: must be multiples of {codes.pixels}"
@@ -158,7 +164,7 @@ def _prompt_problems(config: SharedConfig, key: str, num_prompts: int | None) ->
         )
         yield f"{source if protocol is None else f'metrics.protocol={protocol.name}'}: {error}"
     folder = config.data.reference_dir
-    if folder is not None and config.metrics.features:
+    if folder is not None and config.metrics.has_distances:
         num_files = sum(path.is_file() for path in Path(folder).rglob("*"))
         if num_files < 2:
             yield f"data.reference_dir={folder}: holds {num_files} files; distances need at least 2 pictures"
@@ -201,6 +207,10 @@ def _metric_problems(config: SharedConfig) -> Iterator[str]:
             check_inception(metrics.inception_dir, metrics.allow_download)
         except ValueError as error:
             yield f"metrics.inception_dir={metrics.inception_dir}: {error}"
+    if any(value is not None for value in (metrics.dinov2, metrics.cmmd, metrics.pickscore)):
+        from sjd2_lightning.cli.scorers import scorer_problems
+
+        yield from scorer_problems(metrics)
 
 
 def _trainer_problems(config: TrainConfig) -> Iterator[str]:
@@ -300,10 +310,13 @@ def logged_names(config: TrainConfig) -> list[str]:
         metrics = config.metrics
         clip = metrics.clip is not None
         few = config.callbacks.sampling.num_prompts < metrics.min_images
-        features = () if few else metrics.features
+        features = () if few else metrics.extractors
+        further = ["cmmd"] if metrics.cmmd is not None and not few else []
+        further += ["pick_score"] if metrics.pickscore is not None else []
         is_judged = metrics.judge and config.data.source == "scenes"
         judged = ("overall", *PROMPT_CATEGORIES) if is_judged else ()
-        names += sampled_names(config.compare, features, clip, metrics.nearest_k is not None, judged)
+        has_manifold = metrics.nearest_k is not None
+        names += sampled_names(config.compare, features, clip, has_manifold, judged, further)
     return names
 
 

@@ -39,9 +39,17 @@ def main() -> None:
     launch("evaluate", evaluate, refuse)
 
 
-def refuse(cfg: DictConfig) -> None:
-    """Whether an evaluation can begin, before anything is written; raises as `check_evaluate` does."""
+def refuse(cfg: DictConfig) -> str | None:
+    """Whether an evaluation can begin, before anything is written; raises as `check_evaluate` does.
+
+    Returns:
+        "" where a plan was printed and nothing is to be decoded; None where the evaluation may begin.
+    """
+    if cfg.print_plan:
+        evaluate(cfg)
+        return ""
     check_mode(check_evaluate(cfg))
+    return None
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -51,13 +59,18 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         cfg: composed from `conf/evaluate.yaml`.
 
     Returns:
-        What report.json holds.
+        What report.json holds; with `print_plan` the figures of the plan, and nothing is decoded.
 
     Raises:
         ConfigError: the configuration has problems (all of them, before anything is loaded).
         ValueError: weights, prompts or the folder of images cannot be used, or another process evaluates
             in `run_dir`.
     """
+    if cfg.print_plan:
+        with stage("making the plan"):
+            from sjd2_lightning.cli.plan import show_decoding_plan
+
+            return show_decoding_plan(cfg)
     config = check_evaluate(cfg)
     check_mode(config)
     with owned(Path(config.run_dir), "evaluate"):
@@ -77,13 +90,8 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
     with stage("loading libraries"):
         import torch
 
-        from sjd2_lightning.cli.build import (
-            build_metrics,
-            build_reference,
-            decoding_backbone,
-            image_tokenizer_of,
-            left_out,
-        )
+        from sjd2_lightning.cli.build import build_reference, decoding_backbone, image_tokenizer_of
+        from sjd2_lightning.cli.scorers import build_metrics, left_out
         from sjd2_lightning.evaluation.compare import evaluate_methods
         from sjd2_lightning.evaluation.judged import with_judged
         from sjd2_lightning.report.observe import observe
@@ -117,8 +125,9 @@ def evaluate_owned(config: EvaluateConfig) -> dict[str, Any]:
     )
     if result is None:  # rank 0 reports
         return {}
-    if config.report.judged is not None:
-        result = with_judged(result, config.report.judged, config.metrics.num_resamples)
+    if config.report.judged is not None and config.benchmark is not None and config.benchmark_prompts:
+        file, source = config.report.judged, config.benchmark_prompts
+        result = with_judged(result, config.benchmark, source, file, config.metrics.num_resamples)
     result = with_word_of_noise(with_word_of_random_weights(result, config, weights), config, weights)
     said = tuple(left_out(config, reference, len(prompts)))
     result = replace(result, warnings=(*result.warnings, *said))

@@ -1,10 +1,10 @@
-"""`train.py print_plan=true`: what a run needs, before any weight is read."""
+"""`train.py print_plan=true` and evaluate.py's: what a run needs, before any weight is read."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,14 @@ import torch
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
-from sjd2_lightning.cli.sizes import downsample
-from sjd2_lightning.config.reading import train_config
-from sjd2_lightning.config.runs import TrainConfig
-from sjd2_lightning.models.image_codes import PATCH_SETTINGS
+from sjd2_lightning.cli.sizes import downsample, missing_files
+from sjd2_lightning.config.reading import evaluate_config, train_config
+from sjd2_lightning.config.runs import EvaluateConfig, SharedConfig, TrainConfig
 from sjd2_lightning.models.lora import LoraSettings
-from sjd2_lightning.models.patch_tokenizer import WEIGHTS as PATCHES
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.recompute import Checkpointing
 from sjd2_lightning.models.registry import family_of
-from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK, missing_weights, read_json
+from sjd2_lightning.models.weights import BACKBONE_FILE, read_json
 
 _GIB = 2**30
 CARDS = (24, 48, 80)  # GB of common cards; their GiB are as many, nearly
@@ -29,7 +27,7 @@ USABLE = 0.92  # share of a card's memory that is left beside the driver and wha
 
 
 def show_plan(cfg: DictConfig) -> dict[str, float]:
-    """Prints parameters, tokens, memory and missing files of a run; returns the figures.
+    """Prints parameters, tokens, memory and missing files of a training; returns the figures.
 
     Args:
         cfg: composed from `conf/train.yaml`.
@@ -37,17 +35,50 @@ def show_plan(cfg: DictConfig) -> dict[str, float]:
     Raises:
         ConfigError: the configuration has problems other than missing weights.
     """
+    config = train_config(_without_weights(cfg))
+    settings = run_settings(config)
+    title = f"training, batch {settings.batch_size}, {config.trainer.precision}"
+    return _show(config, settings, title, remarks(config))
+
+
+def show_decoding_plan(cfg: DictConfig) -> dict[str, float]:
+    """`show_plan` of an evaluation, which trains nothing.
+
+    Args:
+        cfg: composed from `conf/evaluate.yaml`.
+
+    Raises:
+        ConfigError: the configuration has problems other than missing weights.
+    """
+    config = evaluate_config(_without_weights(cfg))
+    return _show(config, decoding_settings(config))
+
+
+def _without_weights(cfg: DictConfig) -> DictConfig:
+    """A copy for which missing weights are part of the plan, not a problem."""
+    cfg = copy.deepcopy(cfg)
+    with open_dict(cfg):
+        cfg.model.init = "none"
+    return cfg
+
+
+def _show(
+    config: SharedConfig, settings: RunSettings, training: str = "", further: Sequence[str] = ()
+) -> dict[str, float]:
+    """Prints a plan and returns its figures.
+
+    Args:
+        config: the configuration.
+        settings: what of it decides the memory.
+        training: title of the row of training; "" where nothing is trained.
+        further: lines below the table.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    cfg = copy.deepcopy(cfg)
-    with open_dict(cfg):
-        cfg.model.init = "none"  # missing weights are part of the plan, not a problem
-    config = train_config(cfg)
     model = config.model
     name = f"{model.hub_id} {model.path}".lower()
     folder = Path(model.source.path)
-    settings = run_settings(config)
     plan = plan_run(model.family, folder, model.trunk, model.image_size, settings, name)
 
     console = Console(soft_wrap=True)
@@ -58,67 +89,80 @@ def show_plan(cfg: DictConfig) -> dict[str, float]:
     if plan.assumed:
         console.print(f"  sizes of the release as known here: {folder} has no config.json yet")
     parts = ", ".join(f"{name} {count / 1e6:,.0f} M" for name, count in plan.parameters.items())
-    console.print(f"  parameters: {parts}; trained {plan.trained / 1e6:,.1f} M")
+    trained = f"; trained {plan.trained / 1e6:,.1f} M" if training else ""
+    console.print(f"  parameters: {parts}{trained}")
     console.print(f"  tokens an image: {plan.slots:,} ({height} x {width} codes)")
     table = Table("on one device, estimated", "GiB", "of it")
-    named = {
-        f"training, batch {settings.batch_size}, {config.trainer.precision}": plan.training,
-        f"decoding, {settings.decode_batch} at once, window {settings.window}": plan.decoding,
-    }
+    named = {training: plan.training} if training else {}
+    named[f"decoding, {settings.decode_batch} at once, window {settings.window}"] = plan.decoding
     for name, parts_of in named.items():
         shown = ", ".join(f"{part} {count / _GIB:.1f}" for part, count in parts_of.items() if count)
         table.add_row(name, f"{sum(parts_of.values()) / _GIB:.1f}", shown)
     console.print(table)
-    for line in (*what_fits(plan, settings), *remarks(config)):
+    for line in (*what_fits(plan, settings, bool(training)), *further):
         console.print(f"  {line}")
     if plan.missing:
         console.print(f"  missing: {', '.join(plan.missing)}")
         console.print(f"  {model.source.remedy()}")
     else:
         console.print(f"  all files are in {folder}")
-    figures = {
-        "parameters": plan.parameters["total"],
-        "trained": plan.trained,
-        "tokens_per_image": plan.slots,
-    }
+    figures = {"parameters": plan.parameters["total"], "tokens_per_image": plan.slots}
+    figures |= {"trained": plan.trained} if training else {}
+    gib = {"training_gib": sum(plan.training.values()) / _GIB} if training else {}
     return {
         **{name: float(value) for name, value in figures.items()},
-        "training_gib": sum(plan.training.values()) / _GIB,
+        **gib,
         "decoding_gib": sum(plan.decoding.values()) / _GIB,
         "missing_files": float(len(plan.missing)),
     }
 
 
 def run_settings(config: TrainConfig) -> RunSettings:
-    """What of the configuration decides the memory."""
-    import torch
-
+    """What of the configuration of a training decides its memory."""
     trainer, sampling = config.trainer, config.callbacks.sampling
-    methods = [config.methods[name] for name in config.compare]
-    longest = max(config.auto_window.windows)
-    return RunSettings(
-        dtype=getattr(torch, config.model.dtype),
+    return replace(
+        _decoding_settings(config, sampling.batch_size if sampling else 1),
         compute_dtype=torch.float32 if trainer.precision == "32-true" else torch.bfloat16,
         batch_size=config.data.batch_size,
         num_devices=trainer.num_nodes * (trainer.devices if isinstance(trainer.devices, int) else 1),
         strategy=trainer.strategy,
         lora=config.model.lora if config.model.peft else None,
-        checkpointing=config.model.activation_checkpointing,
-        decode_batch=sampling.batch_size if sampling else 1,
-        window=max(longest if method.window == "auto" else method.window for method in methods),
-        guided=any(method.sampling.guidance_scale != 1 for method in methods),
-        quantized=config.model.quantize is not None,
         reshard=trainer.reshard,
         optimizer=config.optimizer.name,
     )
 
 
-def what_fits(plan: Plan, settings: RunSettings) -> list[str]:
+def decoding_settings(config: EvaluateConfig) -> RunSettings:
+    """What of the configuration of an evaluation decides its memory."""
+    return _decoding_settings(config, config.batch_size)
+
+
+def _decoding_settings(config: SharedConfig, decode_batch: int) -> RunSettings:
+    methods = [config.methods[name] for name in config.compare]
+    longest = max(config.auto_window.windows)
+    dtype = getattr(torch, config.model.dtype)
+    return RunSettings(
+        dtype=dtype,
+        compute_dtype=dtype,
+        batch_size=1,
+        num_devices=1,
+        strategy="auto",
+        lora=None,
+        checkpointing=config.model.activation_checkpointing,
+        decode_batch=decode_batch,
+        window=max(longest if method.window == "auto" else method.window for method in methods),
+        guided=any(method.sampling.guidance_scale != 1 for method in methods),
+        quantized=config.model.quantize is not None,
+    )
+
+
+def what_fits(plan: Plan, settings: RunSettings, is_training: bool = True) -> list[str]:
     """A line for each size of card: the largest batches that fit it, of this run and of less than it.
 
     Args:
         plan: plan of the run.
         settings: what of the run decides the memory.
+        is_training: whether it trains; an evaluation only decodes.
     """
     lines = []
     for card in CARDS:
@@ -132,6 +176,8 @@ def what_fits(plan: Plan, settings: RunSettings) -> list[str]:
         }
         if settings.lora is not None:
             del found["training an adapter"]
+        if not is_training:
+            found = {"decoding": found["decoding"]}
         words = {name: f"at batch {most:,}" if most else "does not fit" for name, most in found.items()}
         parts = [f"{name} {word}" for name, word in words.items()]
         lines.append(f"a card of {card} GB: {', '.join(parts)}")
@@ -273,17 +319,6 @@ def plan_run(
         missing_files(folder, weights, saved, adapter),
         assumed,
     )
-
-
-def missing_files(folder: Path, weights: Path, saved: bool, adapter: type[PretrainedBackbone]) -> list[str]:
-    """Paths of the files that a backbone folder lacks."""
-    found = [weights / name for name in missing_weights(weights)]
-    wanted = [folder / (TEXT if saved else adapter.PLACES[1]) / "tokenizer.json"]
-    wanted += [folder / BACKBONE_FILE] if saved else [folder / name for name in adapter.FILES]
-    if weights.name == TRUNK:
-        is_patches = (folder / TOKENIZER / PATCH_SETTINGS).is_file()
-        wanted.append(folder / TOKENIZER / (PATCHES if is_patches else "diffusion_pytorch_model.safetensors"))
-    return [str(path) for path in [*found, *(path for path in wanted if not path.is_file())]]
 
 
 def _count(adapter: type[PretrainedBackbone], model: nn.Module) -> dict[str, int]:

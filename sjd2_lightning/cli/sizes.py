@@ -1,4 +1,4 @@
-"""Sizes of a model from its configuration files alone, or as its release is known here."""
+"""Sizes of a model from its configuration files alone, or as its release is known here, and what it lacks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from sjd2_lightning.config.groups import shipped
 from sjd2_lightning.config.model_group import ModelConfig
 from sjd2_lightning.models.image_codes import PATCH_SETTINGS, has_image_tokenizer
+from sjd2_lightning.models.patch_tokenizer import WEIGHTS as PATCHES
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.registry import family_of
-from sjd2_lightning.models.weights import BACKBONE_FILE, TOKENIZER, read_json
+from sjd2_lightning.models.weights import BACKBONE_FILE, TEXT, TOKENIZER, TRUNK, missing_weights, read_json
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,14 @@ def _saved_codes(folder: Path) -> Codes:
     fields = read_json(folder / "config.json")
     patch = round((fields["in_channels"] / 3) ** 0.5)
     return Codes(int(fields["num_vq_embeddings"]), int(patch * 2 ** (len(fields["block_out_channels"]) - 1)))
+
+
+def missing_files(folder: Path, weights: Path, saved: bool, adapter: type[PretrainedBackbone]) -> list[str]:
+    """Paths of the files that a backbone folder lacks."""
+    found = [weights / name for name in missing_weights(weights)]
+    wanted = [folder / (TEXT if saved else adapter.PLACES[1]) / "tokenizer.json"]
+    wanted += [folder / BACKBONE_FILE] if saved else [folder / name for name in adapter.FILES]
+    if weights.name == TRUNK:
+        is_patches = (folder / TOKENIZER / PATCH_SETTINGS).is_file()
+        wanted.append(folder / TOKENIZER / (PATCHES if is_patches else "diffusion_pytorch_model.safetensors"))
+    return [str(path) for path in [*found, *(path for path in wanted if not path.is_file())]]

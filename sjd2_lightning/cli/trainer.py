@@ -23,8 +23,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sjd2_lightning.callbacks import SamplingCallback
-from sjd2_lightning.cli.build import build_metrics, build_prompts, build_reference, left_out
+from sjd2_lightning.cli.build import build_prompts, build_reference
 from sjd2_lightning.cli.loggers import mlflow_logger, tensorboard_logger
+from sjd2_lightning.cli.scorers import build_metrics, left_out
 from sjd2_lightning.config.groups import WandbConfig
 from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.report import wandb_log

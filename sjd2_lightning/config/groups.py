@@ -128,6 +128,9 @@ class MetricsConfig(Group):
     allow_download: bool
     clip: str | None
     clip_pretrained: str | None
+    dinov2: str | None
+    cmmd: str | None
+    pickscore: str | None
     judge: bool
     num_resamples: Annotated[int, Field(ge=1, le=10**6)]
     num_distance_resamples: Annotated[int, Field(ge=0, le=10**5)]
@@ -135,6 +138,16 @@ class MetricsConfig(Group):
     nearest_k: Count | None
     protocol: Annotated[CocoProtocol, AfterValidator(sound)] | None
     cache_dir: str | None
+
+    @property
+    def extractors(self) -> tuple[str, ...]:
+        """Names of all extractors of distances but CMMD's."""
+        return (*self.features, *(["DINOv2"] if self.dinov2 is not None else []))
+
+    @property
+    def has_distances(self) -> bool:
+        """Whether a distance to real images is asked for."""
+        return bool(self.extractors) or self.cmmd is not None
 
     def problems(self) -> list[str]:
         """A CLIP folder that is not there."""

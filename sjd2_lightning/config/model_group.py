@@ -77,6 +77,7 @@ class ModelConfig(Group):
     quantize: Literal["int8", "fp8"] | None
     load_onto: str | None
     unconditional: str | None
+    condition: Literal["text", "class"] | None
     pixels: str | None
     image_size: tuple[Side, Side]
     peft: Literal["lora"] | None
@@ -110,6 +111,8 @@ class ModelConfig(Group):
         found = self._weights_problems() if self.init == "pretrained" and self.scratch is None else []
         if self.family not in FAMILIES:
             found.append(f"family={self.family}: no such family; {did_you_mean(self.family, list(FAMILIES))}")
+        if self.condition is not None and self.family != "llamagen":
+            found.append(f"condition={self.condition}: {self.family} is drawn from texts; set it to null")
         if self.pixels is not None and self.family != "glm_image":
             found.append(
                 f"pixels={self.pixels}: {self.family} has an image decoder of its own; set model.pixels=null"

@@ -34,11 +34,13 @@ OmegaConf.register_new_resolver("run_id", lambda: run_id(), use_cache=True, repl
 OmegaConf.register_new_resolver(
     "dry_run", lambda init, a, b: _as_node(a if init == "random_tiny" else b), replace=True
 )
-# `${if_scenes:${data.prepare},${data.source},${data.reference_dir},a}` in conf/metrics: a where pictures are
-# embedded scenes, else null: what has seen scenes alone says nothing about other pictures
+# `${if_scenes:${data.prepare},${data.source},${data.reference_dir},${model.condition},a}` in conf/metrics: a
+# where pictures are embedded scenes, else null: what has seen scenes alone says nothing about other pictures
 OmegaConf.register_new_resolver(
     "if_scenes",
-    lambda prepare, source, reference, a: a if prepare and source == "scenes" and not reference else None,
+    lambda prepare, source, reference, condition, a: (
+        a if prepare and source == "scenes" and not reference and condition != "class" else None
+    ),
     replace=True,
 )
 # `${either:a,b}` in conf/method: a, or b where a is null

@@ -95,6 +95,7 @@ class SharedConfig(Group):
     logger: LoggerConfig
     auto_window: AutoWindowConfig
     decoding: DecodingDefaults
+    print_plan: bool
     compare: Annotated[tuple[str, ...], Field(min_length=1)]
     methods: Annotated[dict[str, DecodingConfig], Field(min_length=1)]
 
@@ -148,7 +149,6 @@ class TrainConfig(SharedConfig):
     export_dir: Folder
     export_dtype: Literal["float32", "bfloat16", "float16"] | None
     validate_first: bool
-    print_plan: bool
     tokenizer: Annotated[TokenizerRecipe, AfterValidator(sound)] | None
     clip: Annotated[ClipRecipe, AfterValidator(sound)] | None
     tarflow: Annotated[FlowRecipe, AfterValidator(sound)] | None
@@ -214,7 +214,7 @@ class EvaluateConfig(SharedConfig):
     weights: Export
     num_prompts: Count | None
     samples_per_prompt: Annotated[int, Field(ge=1, le=10_000)]
-    benchmark: Literal["geneval", "dpg"] | None
+    benchmark: Literal["geneval", "dpg", "geneval2"] | None
     benchmark_prompts: str | None
     batch_size: Count
     device: Literal["auto", "cpu", "cuda", "mps"]
@@ -237,23 +237,21 @@ class EvaluateConfig(SharedConfig):
             found.append(
                 "report.publish=wandb: a W&B Report shows a W&B run; use logger=wandb, or publish=none"
             )
-        judged = self.report.judged
-        if judged is not None and (self.benchmark != "geneval" or not Path(judged).is_file()):
-            found.append(
-                f"report.judged={judged}: must be the --outfile of GenEval's evaluate_images.py, beside "
-                "benchmark=geneval"
-            )
+        found += self._judged_problems()
         if self.benchmark is not None:
+            judged_images = 1 if self.benchmark == "geneval2" else 4
             if self.benchmark_prompts is None or not Path(self.benchmark_prompts).exists():
                 what = {"geneval": "its evaluation_metadata.jsonl", "dpg": "its folder of .txt prompts"}
+                what["geneval2"] = "its geneval2_data.jsonl"
                 found.append(
                     f"benchmark_prompts={self.benchmark_prompts}: there is nothing; "
                     f"give {what[self.benchmark]}"
                 )
-            if self.samples_per_prompt != 4:
+            if self.samples_per_prompt != judged_images:
+                images = "one image" if judged_images == 1 else "four images"
                 found.append(
-                    f"samples_per_prompt={self.samples_per_prompt}: {self.benchmark} judges four images of "
-                    "each prompt; set it to 4"
+                    f"samples_per_prompt={self.samples_per_prompt}: {self.benchmark} judges {images} of "
+                    f"each prompt; set it to {judged_images}"
                 )
             if self.metrics.protocol or self.data.prompt_file:
                 found.append(
@@ -261,3 +259,17 @@ class EvaluateConfig(SharedConfig):
                     "data.prompt_file"
                 )
         return found
+
+    def _judged_problems(self) -> list[str]:
+        judged = self.report.judged
+        if judged is None:
+            return []
+        kinds = {
+            "geneval": "the --outfile of GenEval's evaluate_images.py",
+            "dpg": "the --res-path of DPG-Bench's compute_dpg_bench.py",
+            "geneval2": "a METHOD.json that GenEval 2's evaluation.py wrote, or a folder of those",
+        }
+        if self.benchmark is None:
+            return [f"report.judged={judged}: belongs to a benchmark; set benchmark to {', '.join(kinds)}"]
+        is_there = Path(judged).is_file() or (self.benchmark == "geneval2" and Path(judged).is_dir())
+        return [] if is_there else [f"report.judged={judged}: must be {kinds[self.benchmark]}"]

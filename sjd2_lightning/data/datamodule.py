@@ -48,7 +48,7 @@ class CaptionLimit:
     def __init__(self, backbone: Backbone, layout: ImageLayout) -> None:
         self.backbone, self.layout = backbone.without_weights(), layout
         self.num_positions = backbone.num_positions
-        least = backbone.prompt_ids("a", layout)
+        least = backbone.prompt_ids(backbone.shortest_prompt, layout)
         if layout.num_slots + len(least) > self.num_positions:
             raise ValueError(
                 f"images of {layout.pixels[1]}x{layout.pixels[0]} pixels take {layout.num_slots:,} tokens, "
@@ -58,10 +58,14 @@ class CaptionLimit:
         self.sure = (self.num_positions - layout.num_slots - len(least)) // _MOST_TOKENS
 
     def __call__(self, caption: str) -> str:
-        """What the caption has too much of; "" if it fits."""
+        """What the caption has too much of; "" if it fits. Raises ValueError for one that is no prompt."""
         if len(caption.encode()) <= self.sure:
             return ""
-        return self.backbone.excess(self.backbone.prompt_ids(caption, self.layout), self.layout)
+        try:
+            ids = self.backbone.prompt_ids(caption, self.layout)
+        except ValueError as error:
+            raise ValueError(f"data.data_dir: a caption is no prompt of this model: {error}") from error
+        return self.backbone.excess(ids, self.layout)
 
 
 class CodeDataModule(L.LightningDataModule):

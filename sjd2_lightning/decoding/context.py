@@ -16,12 +16,12 @@ from sjd2_lightning.masks import Visible
 from sjd2_lightning.models.backbone import (
     Backbone,
     ImageLayout,
-    KVCache,
     Trunk,
     by_row,
     position_ids,
     right_aligned,
 )
+from sjd2_lightning.models.kv_cache import KVCache
 
 _SHOWN = 40  # letters of a prompt that an error repeats
 

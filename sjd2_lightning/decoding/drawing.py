@@ -16,7 +16,8 @@ from sjd2_lightning.decoding.law import without_law
 from sjd2_lightning.decoding.method import Method
 from sjd2_lightning.decoding.output import DecodeOutput
 from sjd2_lightning.fixed_point import DecodeStats
-from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, Trunk
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, Trunk
+from sjd2_lightning.models.kv_cache import KVCache
 
 LEAVE_SHARE = 0.25  # finished rows leave the batch once they are this share of it: leaving copies the cache
 _MEMORY = Path("/proc/meminfo")  # of Linux; elsewhere memory is taken for large enough

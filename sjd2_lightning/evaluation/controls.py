@@ -1,4 +1,4 @@
-"""What a metric must show on real images before it is believed: controls of the judge and of the CLIP score.
+"""What a metric must show on real images before it is believed: controls of judge, CLIP score and PickScore.
 
 A judge must find real scenes right by their own captions, and wrong by those of other scenes. A scorer of
 images against captions must rank real images above copies that show the same colours and no objects.
@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sjd2_lightning.evaluation.references import ReferenceSet, patch_shuffled
-from sjd2_lightning.metrics.alignment import CLIPScorer, own_scores, scores_of_others
+from sjd2_lightning.metrics.alignment import scores_of_others
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
 from sjd2_lightning.metrics.judge import NAMES, Asked, Judge
 from sjd2_lightning.run.files import write_whole
@@ -76,8 +77,24 @@ def judge_control(judge: Judge, reference: ReferenceSet, num_resamples: int = 20
     return Control("judge", passed, _said("judge", passed, sentence), found)
 
 
-def clip_control(
-    clip: CLIPScorer,
+class CaptionScorer(Protocol):
+    """Scores images by captions, by the cosines of their embeddings."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metric_name(self) -> str: ...
+
+    def embed_images(self, images: Sequence[Tensor]) -> Tensor: ...
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor: ...
+
+    def scored(self, cosines: Tensor) -> Tensor: ...
+
+
+def scorer_control(
+    scorer: CaptionScorer,
     weights: str,
     reference: ReferenceSet,
     num_resamples: int = 2000,
@@ -86,7 +103,7 @@ def clip_control(
     """Gain of real images by their captions, less that of copies with shuffled blocks or of one colour.
 
     Args:
-        clip: the scorer.
+        scorer: the scorer.
         weights: hash of its weights.
         reference: real images; those without captions are passed over.
         num_resamples: bootstrap resamples.
@@ -95,16 +112,20 @@ def clip_control(
     part = reference.part(_evenly([i for i, caption in enumerate(reference.captions) if caption]))
     if len(set(part.captions)) < 2:
         sentence = "there are no real images with captions that it could be held against"
-        return Control(clip.metric_name, False, _said(clip.metric_name, False, sentence), {})
-    gains = _kept_gains(clip, weights, part, folder)
-    real = mean_result(f"{clip.metric_name}_real", gains["real"], "gain of real images", num_resamples)
+        return Control(scorer.metric_name, False, _said(scorer.metric_name, False, sentence), {})
+    gains = _kept_gains(scorer, weights, part, folder)
+    real = mean_result(f"{scorer.metric_name}_real", gains["real"], "gain of real images", num_resamples)
     found = {"real": real}
     wrong, most = [], max(MARGIN * real.value, 0.0)
     for name, values in gains.items():
         if name == "real":
             continue
         less = paired_difference(
-            f"{clip.metric_name}_real_less", gains["real"], values, f"real images less {name}", num_resamples
+            f"{scorer.metric_name}_real_less",
+            gains["real"],
+            values,
+            f"real images less {name}",
+            num_resamples,
         )
         found[name] = less
         low = less.interval[0] if less.interval else less.value
@@ -115,7 +136,7 @@ def clip_control(
         sentence += f" and {', '.join(wrong)}: not {100 * MARGIN:.0f} % less, so it sees no objects"
     else:
         sentence += f", and less of copies with shuffled blocks or {_FLAT}"
-    return Control(clip.metric_name, not wrong, _said(clip.metric_name, not wrong, sentence), found)
+    return Control(scorer.metric_name, not wrong, _said(scorer.metric_name, not wrong, sentence), found)
 
 
 def altered_copies(images: Sequence[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
@@ -129,28 +150,29 @@ def altered_copies(images: Sequence[Tensor]) -> Iterator[tuple[str, list[Tensor]
     yield _FLAT, [image.float().mean((0, 1)).round().to(torch.uint8).expand_as(image) for image in images]
 
 
-def _gains(clip: CLIPScorer, part: ReferenceSet) -> dict[str, NDArray[np.float64]]:
-    texts, images = clip.embed_captions(part.captions), list(part.images)
+def _gains(scorer: CaptionScorer, part: ReferenceSet) -> dict[str, NDArray[np.float64]]:
+    texts, images = scorer.embed_captions(part.captions), list(part.images)
     found = {}
     for name, copies in (("real", images), *altered_copies(images)):
-        rows = clip.embed_images(copies)
-        gain = own_scores(rows, texts) - scores_of_others(rows, texts, part.captions)
+        rows = scorer.embed_images(copies)
+        own = scorer.scored((rows * texts).sum(-1))
+        gain = own - scores_of_others(rows, texts, part.captions, scorer.scored)
         found[name] = gain.double().numpy()
     return found
 
 
 def _kept_gains(
-    clip: CLIPScorer, weights: str, part: ReferenceSet, folder: str | Path | None
+    scorer: CaptionScorer, weights: str, part: ReferenceSet, folder: str | Path | None
 ) -> dict[str, NDArray[np.float64]]:
     """`_gains`, from the folder where an earlier run left those of the same scorer, images and captions."""
-    asked = "\n".join([clip.name, weights, part.identity, *part.captions])
+    asked = "\n".join([scorer.name, weights, part.identity, *part.captions])
     path = Path(folder or ".") / f"clip-control-{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
     if folder is not None and weights and path.is_file():
         try:
             return {name: np.array(values) for name, values in json.loads(path.read_text()).items()}
         except (ValueError, OSError):
             pass  # it is written anew
-    found = _gains(clip, part)
+    found = _gains(scorer, part)
     if folder is not None and weights:
         with harmless(f"keeping controls in metrics.cache_dir={folder}"):
             write_whole(path, json.dumps({name: values.tolist() for name, values in found.items()}))

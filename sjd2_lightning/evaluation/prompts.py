@@ -20,6 +20,7 @@ from sjd2_lightning.data.sources.emoji import EmojiImage, load_emoji_index
 from sjd2_lightning.data.sources.record import key_of
 from sjd2_lightning.data.sources.tars import tar_parts
 from sjd2_lightning.metrics.judge import Asked
+from sjd2_lightning.models.imagenet import NUM_CLASSES, class_name
 from sjd2_lightning.run.files import text_of
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
@@ -86,6 +87,24 @@ def held_out_prompts(num_prompts: int | None = None, seed: int = 0) -> list[Prom
             f"ask for 1..{len(found)} and use samples_per_prompt for more images"
         )
     return [PromptItem(item.key, item.caption, seed_of(item.key, seed)) for item in found[:num_prompts]]
+
+
+def class_prompts(num_prompts: int, seed: int = 0) -> list[PromptItem]:
+    """The first `num_prompts` classes of ImageNet in an order that is the same everywhere, by name.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if not 0 < num_prompts <= NUM_CLASSES:
+        raise ValueError(
+            f"num_prompts is {num_prompts}, but there are {NUM_CLASSES} classes; ask for 1..{NUM_CLASSES} "
+            "and use samples_per_prompt for more images"
+        )
+    order = sorted(
+        range(NUM_CLASSES), key=lambda number: hashlib.sha256(f"{seed}:{number}".encode()).digest()
+    )
+    keys = [(f"class-{number:03d}", class_name(number)) for number in order[:num_prompts]]
+    return [PromptItem(key, name, seed_of(key, seed)) for key, name in keys]
 
 
 def repeat_prompts(prompts: Sequence[PromptItem], samples_per_prompt: int) -> list[PromptItem]:

@@ -1,4 +1,4 @@
-"""Quality of image sets: distances to real images, CLIP scores, verdicts; each different image once.
+"""Quality of image sets: distances to real images, scores by prompts, verdicts; each different image once.
 
 Methods that replay the same randomness draw the same images. A `QualityMeter` keeps features and embeddings
 by content, so equal images cost nothing and get equal numbers, to the last bit.
@@ -10,12 +10,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from sjd2_lightning.data.pictures import LazyImages
-from sjd2_lightning.evaluation.controls import Control, clip_control, judge_control
+from sjd2_lightning.evaluation.controls import Control, judge_control, scorer_control
 from sjd2_lightning.evaluation.references import ReferenceSet
 from sjd2_lightning.metrics.alignment import CLIPScorer, own_scores, scores_of_others
 from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
@@ -27,9 +28,12 @@ from sjd2_lightning.metrics.features import (
     extract_features,
     feature_rows,
 )
-from sjd2_lightning.metrics.fidelity import frechet_result, kid_result, manifold_results
+from sjd2_lightning.metrics.fidelity import cmmd_result, frechet_result, kid_result, manifold_results
 from sjd2_lightning.metrics.judge import Asked, Judge, Verdict, difference, summary
 from sjd2_lightning.run.provenance import weights_hash
+
+if TYPE_CHECKING:
+    from sjd2_lightning.metrics.preference import PickScorer
 
 _MIN_IMAGES = 2  # a covariance needs two
 
@@ -47,6 +51,8 @@ class QualityMetrics:
         nearest_k: neighbours that precision, recall, density and coverage look at; None leaves them out.
         cache_dir: folder that keeps features of the reference images between runs; None computes them anew.
         judge: judge of images whose prompts say what they ask for; None leaves it out.
+        embedder: extractor of unit CLIP embeddings behind cmmd; None leaves it out.
+        pick: scorer of which image people would prefer; None leaves PickScore out.
     """
 
     extractors: Sequence[FeatureExtractor] = ()
@@ -56,6 +62,8 @@ class QualityMetrics:
     nearest_k: int | None = 5
     cache_dir: str | Path | None = None
     judge: Judge | None = None
+    embedder: FeatureExtractor | None = None
+    pick: PickScorer | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,13 @@ class Quality:
         measured: results by name.
         clip_scores: CLIP score of each image; empty without a scorer that is shown.
         verdicts: the judge's verdict of each image; None where the prompt does not say what it asks for.
+        pick_scores: PickScore of each image; empty without its scorer.
     """
 
     measured: dict[str, MetricResult]
     clip_scores: tuple[float, ...]
     verdicts: tuple[Verdict | None, ...] = ()
+    pick_scores: tuple[float, ...] = ()
 
 
 class QualityMeter:
@@ -84,31 +94,35 @@ class QualityMeter:
     def __init__(self, metrics: QualityMetrics, reference: ReferenceSet | None) -> None:
         self.metrics = metrics
         self.reference = reference
-        self._weights = [_weights_sha256(extractor) for extractor in metrics.extractors]
+        self._extractors = [*metrics.extractors, *filter(None, [metrics.embedder])]
+        self._weights = [_weights_sha256(extractor) for extractor in self._extractors]
         self._clip_weights = _weights_sha256(metrics.clip.model) if metrics.clip else ""
-        self._features = [_ContentCache(_rows_of(extractor)) for extractor in metrics.extractors]
+        self._pick_weights = _weights_sha256(metrics.pick)
+        self._features = [_ContentCache(_rows_of(extractor)) for extractor in self._extractors]
         self._embeddings = _ContentCache(metrics.clip.embed_images) if metrics.clip else None
+        self._picked = _ContentCache(metrics.pick.embed_images) if metrics.pick else None
         self._measured: dict[bytes, Quality] = {}
         self._reference = [
             self._reference_features(extractor, weights, reference)
-            for extractor, weights in zip(metrics.extractors, self._weights, strict=True)
+            for extractor, weights in zip(self._extractors, self._weights, strict=True)
         ]
         self.controls = tuple(self._controls())
         self._hidden = {control.metric for control in self.controls if not control.passed}
 
     def _controls(self) -> Iterator[Control]:
-        """What the judge and the scorer show on real images; nothing where there are none."""
+        """What judge and scorers show on real images; nothing where there are none."""
         metrics, reference = self.metrics, self.reference
         if reference is not None and metrics.judge is not None and reference.asked:
             yield judge_control(metrics.judge, reference, metrics.num_resamples)
-        if reference is not None and metrics.clip is not None:
-            yield clip_control(
-                metrics.clip, self._clip_weights, reference, metrics.num_resamples, metrics.cache_dir
-            )
+        scorers = ((metrics.clip, self._clip_weights), (metrics.pick, self._pick_weights))
+        for scorer, weights in scorers:
+            if reference is not None and scorer is not None:
+                resamples, folder = metrics.num_resamples, metrics.cache_dir
+                yield scorer_control(scorer, weights, reference, resamples, folder)
 
     def forget_images(self) -> None:
         """Drops features and embeddings of measured images; features of the reference stay."""
-        for cache in (*self._features, *filter(None, [self._embeddings])):
+        for cache in (*self._features, *filter(None, [self._embeddings, self._picked])):
             cache.rows.clear()
         self._measured.clear()
 
@@ -141,9 +155,7 @@ class QualityMeter:
 
     def _measure(self, images: Sequence[Tensor], keys: Sequence[bytes], captions: Sequence[str]) -> Quality:
         measured: dict[str, MetricResult] = {}
-        for place, (extractor, reference) in enumerate(
-            zip(self.metrics.extractors, self._reference, strict=True)
-        ):
+        for place, (extractor, reference) in enumerate(zip(self._extractors, self._reference, strict=True)):
             if reference is None or len(images) < _MIN_IMAGES:
                 continue
             rows = self._features[place](images, keys)
@@ -154,16 +166,28 @@ class QualityMeter:
                 self._weights[place],
                 of="the images to be measured",
             )
-            suffix = f"_{extractor.name}" if place else ""
-            resamples = self.metrics.num_distance_resamples
-            measured[f"fd{suffix}"] = frechet_result(generated, reference, resamples)
-            measured[f"kid{suffix}"] = kid_result(generated, reference, resamples)
-            nearest_k = self.metrics.nearest_k
-            if nearest_k is not None and min(len(images), reference.num_images) > nearest_k:
-                found = manifold_results(generated, reference, nearest_k, self.metrics.num_resamples)
-                measured |= {f"{name}{suffix}": result for name, result in found.items()}
+            if extractor is self.metrics.embedder:
+                resamples = self.metrics.num_distance_resamples
+                measured["cmmd"] = cmmd_result(generated, reference, resamples)
+            else:
+                measured |= self._distances(generated, reference, f"_{extractor.name}" if place else "")
         alignment, scores = self._alignment(images, keys, captions)
-        return Quality(measured | alignment, scores)
+        preference, picked = self._preference(images, keys, captions)
+        return Quality(measured | alignment | preference, scores, pick_scores=picked)
+
+    def _distances(
+        self, generated: FeatureSet, reference: FeatureSet, suffix: str
+    ) -> dict[str, MetricResult]:
+        """Distances by one extractor, by their names with a suffix."""
+        resamples = self.metrics.num_distance_resamples
+        found = {
+            "fd": frechet_result(generated, reference, resamples),
+            "kid": kid_result(generated, reference, resamples),
+        }
+        nearest_k = self.metrics.nearest_k
+        if nearest_k is not None and min(generated.num_images, reference.num_images) > nearest_k:
+            found |= manifold_results(generated, reference, nearest_k, self.metrics.num_resamples)
+        return {f"{name}{suffix}": result for name, result in found.items()}
 
     def _alignment(
         self, images: Sequence[Tensor], keys: Sequence[bytes], captions: Sequence[str]
@@ -178,9 +202,7 @@ class QualityMeter:
         weights = f" (weights {self._clip_weights[:12]})" if self._clip_weights else ""
         protocol = f"open_clip {clip.name}{weights}, the resize of that model"
         resamples = self.metrics.num_resamples
-        num_cut = clip.num_cut(captions)
-        prompts = "1 prompt" if num_cut == 1 else f"{num_cut} prompts"
-        flags = (f"{prompts} cut by CLIP, which reads {clip.context} tokens",) if num_cut else ()
+        flags = _cut_prompts(clip.num_cut(captions), "CLIP", clip.context)
         measured = {"clip_score": mean_result(clip.metric_name, matched, protocol, resamples)}
         if len(set(captions)) > 1:
             shuffled = scores_of_others(embedded, texts, captions).numpy()
@@ -191,6 +213,24 @@ class QualityMeter:
             measured["clip_gain"] = paired_difference(name, matched, shuffled, against, resamples)
         measured = {name: replace(result, flags=flags) for name, result in measured.items()}
         return measured, tuple(matched.tolist())
+
+    def _preference(
+        self, images: Sequence[Tensor], keys: Sequence[bytes], captions: Sequence[str]
+    ) -> tuple[dict[str, MetricResult], tuple[float, ...]]:
+        pick = self.metrics.pick
+        if pick is None or self._picked is None or not all(captions) or pick.metric_name in self._hidden:
+            return {}, ()
+        embedded, texts = self._picked(images, keys), pick.embed_captions(captions)
+        check_rows(embedded, "PickScore of the images to be measured")
+        check_rows(texts, "PickScore of the captions")
+        scores = pick.scores(embedded, texts).numpy()
+        protocol = (
+            f"PickScore, {pick.source} (weights {self._pick_weights[:12]}), cosine times {pick.scale:.1f}, "
+            "image processor of the release, whose code is under the MIT licence (its model card states none)"
+        )
+        found = mean_result("PickScore", scores, protocol, self.metrics.num_resamples)
+        flags = _cut_prompts(pick.num_cut(captions), "PickScore", pick.context)
+        return {pick.metric_name: replace(found, flags=flags)}, tuple(scores.tolist())
 
     def _verdicts(
         self, images: Sequence[Tensor], asked: Sequence[Asked | None]
@@ -252,6 +292,12 @@ class _ContentCache:
             unseen = LazyImages(images.__getitem__, list(new.values()))
             self.rows |= dict(zip(new, self.function(unseen), strict=True))
         return torch.stack([self.rows[key] for key in keys])
+
+
+def _cut_prompts(count: int, by: str, context: int) -> tuple[str, ...]:
+    """A flag that names how many prompts a scorer cuts; nothing where it cuts none."""
+    prompts = "1 prompt" if count == 1 else f"{count} prompts"
+    return (f"{prompts} cut by {by}, which reads {context} tokens",) if count else ()
 
 
 def _content(image: Tensor) -> bytes:

@@ -37,9 +37,9 @@ class MethodResult:
         config: what it decoded with, a `DecodingConfig`, or what another task has in its place; see
             `flow_methods.FlowMethod`.
         measured: nfe, step_compression, speedup, seconds_per_image, images_per_second, flops_per_token,
-            peak_memory_gib, fd, kid, precision, recall, density, coverage, clip_score, clip_score_shuffled,
-            clip_gain, clip_score_minus_ar, judge and judge_<category>, and these with _minus_ar; what could
-            not be measured is absent.
+            peak_memory_gib, fd, kid, precision, recall, density, coverage, cmmd, clip_score,
+            clip_score_shuffled, clip_gain, clip_score_minus_ar, pick_score, pick_score_minus_ar, judge and
+            judge_<category>, and these with _minus_ar; what could not be measured is absent.
         seconds_p95: 95th percentile of the seconds an image.
         acceptance_counts: entry n counts the forward passes that committed n slots.
         equal_to_ar: share of images that equal the baseline's, as their records say; None without a baseline.
@@ -172,7 +172,9 @@ def measure_references(
 
     They show the scale: what no method can beat, and what degraded images score.
     """
-    if meter.reference is None or not (meter.metrics.extractors or meter.metrics.clip):
+    metrics = meter.metrics
+    measures = (*metrics.extractors, metrics.clip, metrics.embedder, metrics.pick)
+    if meter.reference is None or all(measure is None for measure in measures):
         return {}
     subset = meter.reference.matching(prompts)
     return {
@@ -224,12 +226,8 @@ def _method_result(
     measured |= _clock(own, float(median), num_resamples)
     if baseline is not None:
         measured["speedup"] = speedup(baseline, own, num_resamples)
-        scores, baseline_scores = qualities[name].clip_scores, qualities[BASELINE].clip_scores
-        if scores and name != BASELINE:
-            measured["clip_score_minus_ar"] = paired_difference(
-                "clip_score_minus_ar", scores, baseline_scores, "paired by prompt and seed", num_resamples
-            )
         if name != BASELINE:
+            measured |= _scores_less(qualities[name], qualities[BASELINE], num_resamples)
             verdicts = qualities[name].verdicts, qualities[BASELINE].verdicts
             measured |= judged_less(*verdicts, num_resamples)
     counts = Counter(count for record in own for count in record.accepted)
@@ -245,6 +243,19 @@ def _method_result(
         clip_scores=qualities[name].clip_scores,
         verdicts=qualities[name].verdicts,
     )
+
+
+def _scores_less(own: Quality, baseline: Quality, num_resamples: int) -> dict[str, MetricResult]:
+    """Scores of single images less those of the baseline's, paired: `<name>_minus_ar`."""
+    pairs = {
+        "clip_score_minus_ar": (own.clip_scores, baseline.clip_scores),
+        "pick_score_minus_ar": (own.pick_scores, baseline.pick_scores),
+    }
+    return {
+        name: paired_difference(name, *scores, "paired by prompt and seed", num_resamples)
+        for name, scores in pairs.items()
+        if scores[0]
+    }
 
 
 def _clock(own: Sequence[Record], median: float, num_resamples: int) -> dict[str, MetricResult]:

@@ -55,6 +55,10 @@ class CLIPScorer:
     def metric_name(self) -> str:
         return f"clip_score_{self.name}"
 
+    def scored(self, cosines: Tensor) -> Tensor:
+        """Scores of cosines of images and captions."""
+        return clip_scores(cosines)
+
     @torch.no_grad()
     def embed_images(self, images: Images, batch_size: int = 64) -> Tensor:
         """Unit embeddings (N, D) of uint8 images, (N, h, w, 3) or N times (h, w, 3).
@@ -104,15 +108,25 @@ def _control_names(tokenize: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(names, reverse=True))) or r"(?!)", re.IGNORECASE)
 
 
+def clip_scores(cosines: Tensor) -> Tensor:
+    """100 * max(cos, 0) of cosines of any shape (Hessel et al. 2021, eq. 1)."""
+    return cosines.clamp(min=0).mul(100)
+
+
 def own_scores(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     """100 * max(cos, 0) of each image with its own caption (N,), from unit embeddings (N, D) of both.
 
     Source: Hessel et al. 2021, eq. 1.
     """
-    return (image_embeds * text_embeds).sum(-1).clamp(min=0).mul(100)
+    return clip_scores((image_embeds * text_embeds).sum(-1))
 
 
-def scores_of_others(image_embeds: Tensor, text_embeds: Tensor, captions: Sequence[str]) -> Tensor:
+def scores_of_others(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    captions: Sequence[str],
+    scored: Callable[[Tensor], Tensor] = clip_scores,
+) -> Tensor:
     """CLIP score of each image averaged over all captions that differ from its own, (N,) (ours).
 
     What shuffled captions score in the mean, without the noise of one shuffle.
@@ -120,6 +134,7 @@ def scores_of_others(image_embeds: Tensor, text_embeds: Tensor, captions: Sequen
     Args:
         image_embeds, text_embeds: (N, D) unit embeddings of images and of their captions.
         captions: the N captions.
+        scored: scores of cosines.
 
     Raises:
         ValueError: all captions are equal.
@@ -131,7 +146,7 @@ def scores_of_others(image_embeds: Tensor, text_embeds: Tensor, captions: Sequen
     means = []
     for rows, own in zip(image_embeds.split(1024), labels.split(1024), strict=True):
         other = own[:, None] != labels[None, :]
-        means.append(((rows @ text_embeds.T).clamp(min=0).mul(100) * other).sum(1) / other.sum(1))
+        means.append((scored(rows @ text_embeds.T) * other).sum(1) / other.sum(1))
     return torch.cat(means)
 
 

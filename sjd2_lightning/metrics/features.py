@@ -127,7 +127,7 @@ class FeatureSet:
         return FeatureStatistics.of(self.features)
 
 
-class _ResizedFeatures(nn.Module):
+class ResizedFeatures(nn.Module):
     """Resizes to a square with clean-fid's bicubic resizer, then runs a frozen network."""
 
     name: str
@@ -147,16 +147,21 @@ class _ResizedFeatures(nn.Module):
         Raises:
             ValueError: an image is not uint8 with three channels.
         """
-        resized = [torch.from_numpy(self._resize(_checked_image(image, i))) for i, image in enumerate(images)]
+        checked = (_checked_image(image, i) for i, image in enumerate(images))
+        resized = [torch.from_numpy(self._resize(self._cut(image))) for image in checked]
         batch = torch.stack(resized).permute(0, 3, 1, 2).to(self.device)  # (B, 3, side, side) in [0, 255]
         with torch.no_grad():
             return self._features(batch).float()
+
+    def _cut(self, image: np.ndarray) -> np.ndarray:
+        """The part (h, w, 3) of an image that is looked at: all of it."""
+        return image
 
     def _features(self, batch: Tensor) -> Tensor:
         raise NotImplementedError
 
 
-class EffNetLite0(_ResizedFeatures):
+class EffNetLite0(ResizedFeatures):
     """EfficientNet-Lite0 (ImageNet, Tan and Le 2019) pooled 1280-d features: works with no network.
 
     A distance between these is not FID: its results are named fd_EffNetLite0 and kid_EffNetLite0.
@@ -178,7 +183,7 @@ class EffNetLite0(_ResizedFeatures):
         return self.network.extract_features((batch - 127) / 128).mean(dim=(2, 3))
 
 
-class InceptionCleanFID(_ResizedFeatures):
+class InceptionCleanFID(ResizedFeatures):
     """clean-fid's Inception-v3 (the weights of the original FID) with its resize: the comparable FID.
 
     Args:

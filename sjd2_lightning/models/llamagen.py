@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, T5EncoderMod
 
 from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer, load_image_tokenizer
+from sjd2_lightning.models.imagenet import class_number
 from sjd2_lightning.models.pretrained import PretrainedBackbone, PromptTokens
 from sjd2_lightning.models.weights import TOKENIZER, LoadOptions, load_parts, open_weights
 
@@ -148,6 +148,7 @@ class LlamaGenBackbone(PretrainedBackbone):
                 f"a LlamaGen drawn from {tokens.condition}: T5's encoder is for texts, and needed there"
             )
         self.tokens = tokens
+        self.shortest_prompt = "0" if tokens.condition == "class" else "a"
         self.image_tokenizer: VQImageTokenizer = image_tokenizer
         self.text_encoder = text_encoder
         text_width = 0 if text_encoder is None else text_encoder.config.d_model
@@ -164,13 +165,6 @@ class LlamaGenBackbone(PretrainedBackbone):
     @classmethod
     def codes_of_config(cls, config: Any) -> tuple[int, int]:
         return NUM_CODES, DOWNSAMPLE
-
-    @cached_property
-    def _classes(self) -> dict[str, int]:
-        """Numbers of ImageNet's classes by name."""
-        from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-
-        return {name.lower(): number for number, name in reversed(list(enumerate(IMAGENET_CLASSNAMES)))}
 
     def train(self, mode: bool = True) -> LlamaGenBackbone:
         super().train(mode)
@@ -193,14 +187,7 @@ class LlamaGenBackbone(PretrainedBackbone):
             raise ValueError("empty prompt: give at least one word")
         if self.tokens.condition == "text":
             return [*self.text_ids(["", ""], cleaned(prompt) or prompt.strip()), self.tokens.eos]
-        word = prompt.strip().lower()
-        number = int(word) if word.isdecimal() else self._classes.get(word, -1)
-        if not 0 <= number < self.tokens.num_classes:
-            raise ValueError(
-                f"prompt {prompt!r}: this model is drawn from classes; give a number below "
-                f"{self.tokens.num_classes} or the name of a class of ImageNet, such as 'golden retriever'"
-            )
-        return [number]
+        return [class_number(prompt, self.tokens.num_classes)]
 
     def unconditional_ids(self, layout: ImageLayout, prompt_ids: Sequence[int] = ()) -> list[int]:
         if self.tokens.condition == "class":

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sjd2_lightning.masks import Visible, additive
 from sjd2_lightning.models.attention import EITHER, blocks_of
-from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, Trunk
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, Trunk
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
+from sjd2_lightning.models.kv_cache import KVCache
 from sjd2_lightning.models.lora import (
     LoraSettings,
     add_lora,

@@ -111,11 +111,13 @@ def load_backbone(
     return load(source.folder(), trunk, LoadOptions(dtype, device, unconditional, remedy))
 
 
-def build_shrunken(family: str, seed: int = 0) -> PretrainedBackbone:
+def build_shrunken(family: str, seed: int = 0, condition: str | None = None) -> PretrainedBackbone:
     """A family's model with its true ids, layout and key names, small and with random weights.
 
     Args:
         family: a key of `FAMILIES`.
         seed: seed of the weights.
+        condition: what it is drawn from, "text" or "class", where the family has both; None is its own.
     """
-    return family_of(family).shrunken(seed)
+    shrunken = family_of(family).shrunken
+    return shrunken(seed) if condition is None else shrunken(seed, condition=condition)

@@ -149,6 +149,7 @@ def shrunken_llamagen(
     torch.manual_seed(seed)
     config = LlamaConfig(**sizes, vocab_size=LLAMAGEN_CODES, rms_norm_eps=1e-5)
     model = random_weights(LlamaForCausalLM, config)
+    images = small_vq(LLAMAGEN_CODES, 4)  # before what one condition has alone: codes of data suit both
     encoder = None
     if condition == "text":
         t5 = T5Config(
@@ -163,7 +164,7 @@ def shrunken_llamagen(
         encoder = random_weights(T5EncoderModel, t5)
     text = byte_tokenizer(3, {"<pad>": 0, "</s>": 1, "<unk>": 2})
     tokens = LlamaGenTokens(condition=condition, side=side)
-    backbone = LlamaGenBackbone(model, text, small_vq(LLAMAGEN_CODES, 4), tokens, encoder)
+    backbone = LlamaGenBackbone(model, text, images, tokens, encoder)
     for tensor in (*backbone.prefix.parameters(), *backbone.prefix.buffers()):
         nn.init.normal_(tensor, std=tensor.shape[1] ** -0.5 if condition == "text" else 1.0)
     return backbone.eval()

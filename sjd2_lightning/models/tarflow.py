@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sjd2_lightning.fixed_point import Schedule, Solution, solve
-from sjd2_lightning.models.backbone import KVCache
+from sjd2_lightning.models.kv_cache import KVCache
 from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.values import Count, Within, wrong_values
 

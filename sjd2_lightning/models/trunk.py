@@ -17,7 +17,8 @@ from torch.func import functional_call
 
 from sjd2_lightning.masks import Visible
 from sjd2_lightning.models.attention import DENSE, FLEX, SMALLEST_HEAD
-from sjd2_lightning.models.backbone import Backbone, KVCache, LayerCache, Trunk
+from sjd2_lightning.models.backbone import Backbone, Trunk
+from sjd2_lightning.models.kv_cache import KVCache, LayerCache
 
 ARTEFACTS = 64  # versions of a layer that may be compiled: by sizes that are 1, dtype and device
 

@@ -20,6 +20,8 @@ QUALITY = {
     "clip_score": ("CLIP score", False),
     "kid": ("kernel distance", True),
     "fd": ("Fréchet distance", True),
+    "cmmd": ("CMMD", True),
+    "pick_score": ("PickScore", False),
 }
 
 

@@ -73,10 +73,16 @@ _SPEED = (
 _QUALITY = (
     ("judge", 2),
     ("geneval", 3),
+    ("dpg", 2),
+    ("geneval2", 2),
+    ("geneval2_am", 2),
     ("clip_score", 2),
     ("clip_gain", 2),
+    ("pick_score", 2),
+    ("pick_score_minus_ar", 3),
     ("fd", 1),
     ("kid", 3),
+    ("cmmd", 3),
     *((name, 2) for name in MANIFOLD),
 )
 _DISTANCES = {"fd_": 1, "kid_": 3, **{f"{name}_": 2 for name in MANIFOLD}}  # of further extractors
@@ -84,6 +90,7 @@ _DISTANCES = {"fd_": 1, "kid_": 3, **{f"{name}_": 2 for name in MANIFOLD}}  # of
 _FIRST_QUALITY = ("judge", "kid", "fd", "clip_gain", "clip_score")
 _SAID_TWICE = ("nfe", "seconds_per_image")  # whose intervals tokens a pass and speedup show as well
 _SHORT = {"judge": "right", "fd": "FD", "kid": "KID", "clip_score": "CLIP score", "clip_gain": "CLIP gain"}
+_SHORT |= {"cmmd": "CMMD", "pick_score": "PickScore", "pick_score_minus_ar": f"PickScore\nless {BASELINE}"}
 
 
 def columns(result: EvaluationResult) -> tuple[Column, ...]:
@@ -94,6 +101,7 @@ def columns(result: EvaluationResult) -> tuple[Column, ...]:
         names |= {key: measure.name for key, measure in measured.items() if key not in names}
     names["clip_gain"] = "CLIP gain" if "clip_gain" in names else ""
     names["judge"] = "judged right" if "judge" in names else ""
+    names["pick_score_minus_ar"] = f"PickScore less {BASELINE}" if "pick_score_minus_ar" in names else ""
     first = next((key for key in _FIRST_QUALITY if names.get(key)), None)
     quality = [
         Column(key, names[key], decimals, _SHORT.get(key, key), key == first)

@@ -77,6 +77,7 @@ def sampled_names(
     has_clip: bool,
     has_manifold: bool,
     judged: Sequence[str] = (),
+    further: Sequence[str] = (),
 ) -> list[str]:
     """Keys that `scalar_row` may give for methods, extractors of distances, a CLIP scorer and a judge.
 
@@ -86,6 +87,7 @@ def sampled_names(
         has_clip: whether there is a scorer.
         has_manifold: whether precision, recall, density and coverage are measured.
         judged: categories of prompts that a judge reports.
+        further: those of `cmmd` and `pick_score` that are measured.
     """
     numbers = ["nfe", "step_compression", "seconds_per_image", "images_per_second", "flops_per_token"]
     numbers += ["peak_memory_gib", "window"]
@@ -93,9 +95,10 @@ def sampled_names(
     numbers += [f"{name}_{extractor}" for extractor in extractors for name in of_features]
     if has_clip:
         numbers += ["clip_score", "clip_score_shuffled", "clip_gain"]
-    numbers += [judge_key(category) for category in judged]
+    numbers += [*further, *(judge_key(category) for category in judged)]
     against = ["speedup", "equal_to_ar", "clip_score_minus_ar"] if BASELINE in methods else []
     against += [f"{judge_key(category)}_minus_ar" for category in judged if against]
+    against += ["pick_score_minus_ar"] if against and "pick_score" in further else []
     return [f"val/{name}{suffix}" for suffix in log_suffixes(methods).values() for name in numbers + against]
 
 

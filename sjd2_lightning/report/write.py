@@ -51,6 +51,8 @@ MEASURES = (
     "clip_score_shuffled",
     "clip_gain",
     "clip_score_minus_ar",
+    "pick_score",
+    "pick_score_minus_ar",
     "judge",
     "judge_minus_ar",
     "fd",
@@ -59,6 +61,7 @@ MEASURES = (
     "recall",
     "density",
     "coverage",
+    "cmmd",
 )
 
 

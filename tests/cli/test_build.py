@@ -9,10 +9,8 @@ from PIL import Image
 
 from sjd2_lightning.cli.build import (
     build_data,
-    build_metrics,
     build_prompts,
     build_reference,
-    left_out,
     trainings_after,
 )
 from sjd2_lightning.cli.prepare import main as prepare
@@ -61,40 +59,6 @@ def test_own_pictures_bring_their_prompts(tmp_path, capsys):
     assert texts(f"data.data_dir={out}") == embedded, (
         "the embedded set is built there, and has its own prompts"
     )
-
-
-def test_scores_that_say_nothing_of_own_pictures_are_left_out(tmp_path):
-    """With one sentence each; what is asked for by name is measured, and scenes as ever."""
-    (tmp_path / "held_out").mkdir()
-    for number in range(3):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "held_out" / f"p{number}.png")
-    (tmp_path / "prompts.json").write_text('["a", "b", "c"]')
-    own = ("data=shards", f"data.data_dir={tmp_path}")
-
-    def said(*overrides: str, num: int = 8) -> tuple[list[str], int, bool]:
-        config = composed(*overrides)
-        reference = build_reference(config)
-        metrics = build_metrics(config, reference, num)
-        return list(left_out(config, reference, num)), len(metrics.extractors), metrics.clip is not None
-
-    sentences, extractors, has_clip = said(*own)
-    assert [sentence.split(":")[0] for sentence in sentences] == ["no CLIP score", "no distances"]
-    assert "3 pictures are too few, and metrics.min_images=24" in sentences[1]
-    assert (extractors, has_clip) == (0, False)
-    assert said(*own, "metrics.min_images=3", "metrics.clip=weights/tiny/clip") == ([], 1, True)
-    assert said(*own, "metrics=none") == ([], 0, False)
-    assert said(num=24) == ([], 1, True)
-    assert said(num=23)[1:] == (0, True)
-    assert said("data=scenes")[0][0].startswith("no distances: 8 pictures are too few")
-    (tmp_path / "one" / "held_out").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "held_out" / "p.png")
-    assert said("data=shards", f"data.data_dir={tmp_path / 'one'}")[1:] == (0, False), "one picture is no set"
-    bare = ("data=shards", "data.data_dir=nowhere")
-    assert [sentence.split(":")[0] for sentence in said(*bare)[0]][2].startswith(
-        "the prompts are names of emoji"
-    )
-    photos = (f"data.reference_dir={tmp_path / 'held_out'}", "metrics.min_images=2")
-    assert said(*photos)[1:] == (1, False), "the scorer of scenes judges no photos"
 
 
 def test_codes_of_another_tokenizer_are_refused_before_loggers_are_made(tmp_path, monkeypatch):

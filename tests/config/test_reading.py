@@ -148,7 +148,17 @@ def test_option_list_is_not_empty():
         (
             "evaluate",
             ["report.judged=gone.jsonl"],
-            "report.judged=gone.jsonl: must be the --outfile of GenEval's evaluate_images.py, beside",
+            "report.judged=gone.jsonl: belongs to a benchmark; set benchmark to geneval, dpg, geneval2",
+        ),
+        (
+            "evaluate",
+            ["report.judged=gone.txt", "benchmark=dpg", "benchmark_prompts=weights", "samples_per_prompt=4"],
+            "report.judged=gone.txt: must be the --res-path of DPG-Bench's compute_dpg_bench.py",
+        ),
+        (
+            "evaluate",
+            ["benchmark=geneval2", "benchmark_prompts=weights", "samples_per_prompt=4"],
+            "samples_per_prompt=4: geneval2 judges one image of each prompt; set it to 1",
         ),
         (
             "evaluate",

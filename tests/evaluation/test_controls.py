@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sjd2_lightning.data.sources.scenes import Variety
-from sjd2_lightning.evaluation.controls import altered_copies, clip_control, judge_control
+from sjd2_lightning.evaluation.controls import altered_copies, judge_control, scorer_control
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
 from sjd2_lightning.evaluation.scene_judge import scene_judge, scene_reference
 from sjd2_lightning.metrics.alignment import load_clip_scorer
@@ -54,7 +54,7 @@ def test_copies_have_the_same_colours_and_other_places():
 
 def test_the_shipped_scorer_sees_more_than_patches(tiny_weights):
     clip = load_clip_scorer(tiny_weights / "clip")
-    control = clip_control(clip, "", scene_reference(128, 140, variety=Variety(32, True)), 200)
+    control = scorer_control(clip, "", scene_reference(128, 140, variety=Variety(32, True)), 200)
     shuffled = [control.measured[f"shuffled blocks of {side} px"] for side in (8, 16, 32)]
     margin = 0.1 * control.measured["real"].value
     assert control.passed == all(less.interval[0] > margin for less in shuffled)
@@ -63,7 +63,7 @@ def test_the_shipped_scorer_sees_more_than_patches(tiny_weights):
 
 def test_a_scorer_that_sees_is_shown_and_one_of_colours_is_not(tmp_path):
     reference = reference_set()
-    assert clip_control(fake_clip(), "w", reference, 50).passed
+    assert scorer_control(fake_clip(), "w", reference, 50).passed
     metrics = QualityMetrics(clip=fake_clip(knows=False), num_resamples=50)
     meter = QualityMeter(metrics, reference)
     (control,) = meter.controls
@@ -76,17 +76,17 @@ def test_a_scorer_that_sees_is_shown_and_one_of_colours_is_not(tmp_path):
 
 def test_without_captions_a_scorer_is_not_shown():
     bare = dataclasses.replace(reference_set(), captions=("",) * 12)
-    assert "no real images with captions" in clip_control(fake_clip(), "", bare).sentence
+    assert "no real images with captions" in scorer_control(fake_clip(), "", bare).sentence
 
 
 def test_gains_are_kept_under_what_decides_them(tmp_path):
     reference, clip = reference_set(), fake_clip()
-    first = clip_control(clip, "w", reference, 50, tmp_path)
+    first = scorer_control(clip, "w", reference, 50, tmp_path)
     clip.model.encode_image = None  # not asked again
-    assert clip_control(clip, "w", reference, 50, tmp_path) == first
+    assert scorer_control(clip, "w", reference, 50, tmp_path) == first
     with pytest.raises(TypeError):
-        clip_control(clip, "other", reference, 50, tmp_path)
+        scorer_control(clip, "other", reference, 50, tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_text("{")
-    again = clip_control(fake_clip(), "w", reference, 50, tmp_path)
+    again = scorer_control(fake_clip(), "w", reference, 50, tmp_path)
     assert np.isclose(again.measured["real"].value, first.measured["real"].value)

@@ -1,4 +1,4 @@
-"""GenEval and DPG-Bench: their prompts are read, and images lie where their judges look."""
+"""GenEval, DPG-Bench and GenEval 2: their prompts are read, and images lie where their judges look."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sjd2_lightning.data.pictures import read_image
-from sjd2_lightning.evaluation.geneval_dpg import benchmark_prompts, export_benchmark
+from sjd2_lightning.evaluation.geneval_dpg import benchmark_prompts, export_benchmark, num_samples
 from sjd2_lightning.evaluation.prompts import repeat_prompts
 from sjd2_lightning.evaluation.store import RecordStore
 from tests.tools.small_evaluation import METHODS, SIDE, evaluate
@@ -14,6 +14,11 @@ from tests.tools.small_evaluation import METHODS, SIDE, evaluate
 LINES = [
     '{"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "red cat"}',
     '{"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "blue"}], "prompt": "blue dog"}',
+]
+
+NEWER = [
+    '{"prompt": "a  red cat", "atom_count": 2, "vqa_list": [["Is it red?", "Yes"]], "skills": ["attribute"]}',
+    '{"prompt": "two dogs", "atom_count": 2, "vqa_list": [["How many?", "two"]], "skills": ["count"]}',
 ]
 
 
@@ -24,14 +29,19 @@ def sources(tmp_path_factory):
     (folder / "dpg").mkdir()
     (folder / "dpg" / "vrd2.txt").write_text("a red dog\non a mat\n")
     (folder / "dpg" / "COCOval2014000000000042.txt").write_text("blue cat")
-    return {"geneval": folder / "evaluation_metadata.jsonl", "dpg": folder / "dpg"}
+    (folder / "geneval2_data.jsonl").write_text("\n".join(NEWER) + "\n")
+    return {
+        "geneval": folder / "evaluation_metadata.jsonl",
+        "dpg": folder / "dpg",
+        "geneval2": folder / "geneval2_data.jsonl",
+    }
 
 
 @pytest.fixture(scope="module")
 def results(sources, tmp_path_factory):
     found = {}
     for name, source in sources.items():
-        prompts = repeat_prompts(benchmark_prompts(name, source), 4)
+        prompts = repeat_prompts(benchmark_prompts(name, source), num_samples(name))
         folder = tmp_path_factory.mktemp(name)
         settings = {"metrics": None, "reference": None, "methods": {"sjd": METHODS["sjd"]}}
         found[name] = evaluate(folder, prompts=prompts, batch_size=4, **settings)
@@ -44,11 +54,12 @@ def exported(name, sources, results, folder):
 
 
 def test_prompts_keep_order_and_names(sources):
-    geneval, dpg = (benchmark_prompts(name, source) for name, source in sources.items())
+    geneval, dpg, newer = (benchmark_prompts(name, source) for name, source in sources.items())
     assert [(item.key, item.prompt) for item in geneval] == [("00000", "red cat"), ("00001", "blue dog")]
     assert [(item.key, item.prompt) for item in dpg] == [
         ("COCOval2014000000000042", "blue cat"), ("vrd2", "a red dog on a mat")
     ]  # fmt: skip
+    assert [(item.key, item.prompt) for item in newer] == [("00000", "a red cat"), ("00001", "two dogs")]
     assert len({item.seed for item in [*geneval, *dpg]}) == 4
 
 
@@ -79,6 +90,18 @@ def test_dpg_layout(sources, results, tmp_path):
         assert torch.equal(cut, read_image(results["dpg"].store.image_path(records[key])))
 
 
+def test_geneval2_layout(sources, results, tmp_path):
+    """Its judge finds images by the prompts as they are written in its own file."""
+    folder = exported("geneval2", sources, results, tmp_path / "geneval2" / "sjd")
+    paths = json.loads((folder / "image_paths.json").read_text())
+    assert list(paths) == ["a  red cat", "two dogs"]
+    assert paths["two dogs"] == str(folder / "00001.png")
+    records = {record.key: record for record in results["geneval2"].methods["sjd"].records}
+    for place, path in enumerate(paths.values()):
+        own = results["geneval2"].store.image_path(records[f"{place:05d}"])
+        assert (folder / path).read_bytes() == own.read_bytes()
+
+
 def test_an_export_is_whole_and_replaces_the_old_one(sources, results, tmp_path):
     folder = tmp_path / "geneval" / "sjd"
     (folder / "00009").mkdir(parents=True)
@@ -107,5 +130,5 @@ def test_bad_sources_are_named(tmp_path):
         benchmark_prompts("dpg", tmp_path)
     with pytest.raises(ValueError, match="unknown benchmark 'coco'"):
         benchmark_prompts("coco", path)
-    with pytest.raises(ValueError, match="unknown benchmark 'coco'; choose geneval or dpg"):
+    with pytest.raises(ValueError, match="unknown benchmark 'coco'; choose geneval, dpg, geneval2"):
         export_benchmark("coco", path, RecordStore(tmp_path, {}), [], tmp_path / "out")

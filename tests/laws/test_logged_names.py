@@ -21,6 +21,7 @@ ELSEWHERE = {
     "train/skipped_steps",
     "train/loss_spikes",
     "val/window_sjd2",
+    "val/pick_score_minus_ar",
     "val/fid",
     "val/kid",
     "eval/cost",
@@ -62,7 +63,7 @@ def of_source() -> set[str]:
 def logged(tmp_path_factory):
     """Names of all sections, with the method's section under that of the first."""
     rows = media_row(evaluate(tmp_path_factory.mktemp("logged")))
-    sampled = sampled_names(["ar", "sjd2"], ["EffNetLite0"], True, True)
+    sampled = sampled_names(["ar", "sjd2"], ["EffNetLite0"], True, True, further=["cmmd", "pick_score"])
     own = {re.sub(r"^val_(?!acceptance/)[a-z0-9_]+/", "val/", name) for name in rows}
     return own | {name for name in sampled if not name.endswith("_ar")} | of_source() | ELSEWHERE
 

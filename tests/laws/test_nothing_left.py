@@ -14,9 +14,12 @@ def test_a_sweep_that_is_refused_throughout_leaves_nothing(command, tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_of_plans_leaves_nothing(command, tmp_path, capsys):
+def test_plans_leave_nothing_alone_or_in_a_sweep(command, tmp_path, capsys):
     assert command(train_main, "-m", "trainer.precision=32-true,bf16-mixed", "print_plan=true") == 0
     assert capsys.readouterr().out.count("bf16-mixed") >= 1
+    for words in (["model=simple_ar"], ["-m", "model=simple_ar", "batch_size=1,4"]):
+        assert command(evaluate_main, *words, "print_plan=true") == 0
+        assert "tokens an image: 4,096" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

@@ -5,13 +5,18 @@ import re
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
 from benchmarks.shipped import shipped_pixels
 from sjd2_lightning.cli.evaluate import evaluate
 from sjd2_lightning.cli.plan import USABLE
+from sjd2_lightning.cli.prepare import main as prepare
 from sjd2_lightning.cli.train import train
 from sjd2_lightning.config.reading import ConfigError, conf_dir
-from sjd2_lightning.models.registry import load_backbone
+from sjd2_lightning.data.datamodule import CaptionLimit
+from sjd2_lightning.evaluation.prompts import class_prompts
+from sjd2_lightning.models.imagenet import class_number
+from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.training.module import SJD2Module, TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig
 from tests.tools.tiny_backbones import tiny_chameleon
@@ -106,6 +111,71 @@ def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, pe
     }
 
 
+CLASSES = ("golden retriever", "tench", "7", "goldfish", "207", "jay")
+
+
+@pytest.fixture
+def class_pictures(tmp_path):
+    """Shards of a few pictures whose captions are classes."""
+    photos, shards = tmp_path / "photos", tmp_path / "shards"
+    photos.mkdir()
+    for number, caption in enumerate(2 * CLASSES):
+        Image.new("RGB", (64, 64), (20 * number, 99, 0)).save(photos / f"{number}.png")
+        (photos / f"{number}.txt").write_text(caption)
+    model = ["--model-family", "llamagen", "--model-path", "random_tiny", "--image-size", "64"]
+    prepare(["folder", "--input", str(photos), "--out", str(shards), "--val-share", "0.3", *model])
+    return shards
+
+
+def test_a_model_of_classes_is_a_dry_run_too(composed, tmp_path):
+    """`evaluate.py model=llamagen_class model.init=random_tiny`, whose prompts are names of classes."""
+    words = [word for word in SMALL if word != "metrics=none"]
+    chosen = ["model=llamagen_class", "model.init=random_tiny", "decoding.window=8", "warm_up=false", *words]
+    report = evaluate(composed("evaluate", *chosen, "compare=[ar,sjd2,sjd2_exact]"))
+    prompts = [item.prompt for item in class_prompts(2)]
+    assert all(0 <= class_number(prompt) < 1000 for prompt in prompts)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(prompt in page for prompt in prompts)
+    assert report["methods"]["sjd2"]["equal_to_ar"] == 1
+    assert "random_tiny" in report["provenance"]["weights"]
+    assert report["methods"]["ar"]["clip_score"] is None, "the shipped scorer has seen scenes alone"
+    assert any("no real pictures are known for these data" in line for line in report["warnings"])
+
+
+def test_a_model_of_classes_trains_decodes_and_exports(composed, tmp_path, class_pictures):
+    own = ["model=llamagen_class", *SMALL, "data=shards", f"data.data_dir={class_pictures}"]
+    metrics = train(composed("train", *own, *TRAINING, "model.init=random_tiny", "model.peft=lora"))
+    assert metrics["train/loss"] > 0
+    assert "val/nfe" in metrics
+    weights = tmp_path / "run" / "model"
+    assert load_backbone("llamagen", weights).tokens.condition == "class"
+    tuned = [f"model.path={weights}", f"weights={weights}", f"run_dir={tmp_path / 'compared'}"]
+    few = ["num_prompts=2", "compare=[ar,sjd,sjd2]", "decoding.window=8", "warm_up=false"]
+    report = evaluate(composed("evaluate", *own, *tuned, *few, "model.image_size=[64,64]"))
+    assert report["methods"]["sjd2"]["num_images"] == 2
+    assert report["methods"]["sjd2"]["equal_to_ar"] == 1
+    with pytest.raises(ValueError, match=r"model\.condition=text: .* drawn from classes; use model=lla"):
+        evaluate(composed("evaluate", "model=llamagen", *own[1:], *tuned, *few, "model.image_size=[64,64]"))
+
+
+def test_captions_that_are_no_classes_are_refused(composed, tmp_path, class_pictures):
+    chosen = ["model=llamagen_class", "model.init=random_tiny", *SMALL]
+    with pytest.raises(ConfigError, match=r"model\.condition=class: captions of data\.source=scenes name"):
+        train(composed("train", *chosen, *TRAINING))
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    asked = [f"data.prompt_file={tmp_path / 'prompts.txt'}", "decoding.window=8", "compare=[ar]"]
+    with pytest.raises(
+        ValueError, match=r"'a red cat': this model is drawn from classes; give a number below"
+    ):
+        evaluate(composed("evaluate", *chosen, *asked))
+    layout = (backbone := build_shrunken("llamagen", condition="class")).layout(64, 64)
+    assert CaptionLimit(backbone, layout)("golden retriever") == ""
+    with pytest.raises(
+        ValueError, match=r"data\.data_dir: a caption is no prompt of this model: prompt 'a cat'"
+    ):
+        CaptionLimit(backbone, layout)("a cat")
+
+
 @pytest.mark.parametrize(
     ("model", "parameters", "tokens"),
     [
@@ -132,6 +202,21 @@ def test_the_plan_needs_no_weights(composed, capsys, model, parameters, tokens):
     )
     assert less["trained"] < 0.02 * plan["trained"]
     assert less["training_gib"] < 0.75 * plan["training_gib"]
+
+
+@pytest.mark.parametrize("model", ["simple_ar", "llamagen_class"])
+def test_an_evaluation_has_a_plan_too(composed, capsys, tmp_path, model):
+    words = (f"model={model}", "print_plan=true")
+    decoding = evaluate(composed("evaluate", *words, "compare=[ar,sjd2]"))
+    training = train(composed("train", *words, "compare=[ar,sjd2]", "callbacks.sampling.batch_size=1"))
+    assert decoding["decoding_gib"] == training["decoding_gib"]
+    assert not decoding.keys() & {"trained", "training_gib"}
+    assert decoding["missing_files"] > 0
+    shown = printed(capsys).partition("; trained")[0]
+    assert "decoding, 1 at once, window" in shown
+    assert "hf download" in shown
+    assert "training" not in shown
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("model", DOCUMENTED)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sjd2_lightning import __main__ as table
 from sjd2_lightning import callbacks
-from sjd2_lightning.cli import build, pairs, prepare, teacher
+from sjd2_lightning.cli import build, pairs, prepare, scorers, teacher
 from sjd2_lightning.cli import evaluate as evaluation
 from sjd2_lightning.cli import train as training
 from sjd2_lightning.config.reading import conf_dir
@@ -63,7 +63,8 @@ def composed(root: str, *overrides: str):
 def test_training(folder, tmp_path, watch, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrap, _, _ = watch
-    wrap(build, "load_backbone", "load_clip_scorer")
+    wrap(build, "load_backbone")
+    wrap(scorers, "load_clip_scorer")
     wrap(L.Trainer, "validate", "fit", "save_checkpoint")
     wrap(training, "resume_path")
     wrap(callbacks, "decode_methods", "QualityMeter", "measure_methods", "save_figure")
@@ -83,7 +84,8 @@ def test_training(folder, tmp_path, watch, monkeypatch):
 def test_evaluation(folder, tmp_path, watch, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrap, _, _ = watch
-    wrap(build, "load_backbone", "load_clip_scorer", "build_reference")
+    wrap(build, "load_backbone", "build_reference")
+    wrap(scorers, "load_clip_scorer")
     wrap(compare, "QualityMeter", "decode_jobs", "measure_methods", "decoding_flops")
     wrap(write, "write_report")
     wrap(evaluation, "export", "publish", "chosen_prompts")

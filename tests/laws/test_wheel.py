@@ -116,10 +116,21 @@ def test_from_pictures_to_a_report(outside):
 
 
 def test_every_command_explains_itself(outside):
+    shown = outside("sjd2", "--help")
+    assert all(f"  {name} " in shown for name in COMMANDS)
     for name in COMMANDS:
         assert f"sjd2 {name}" in outside("sjd2", name, "--help")
     for script in ("sjd2-train", "sjd2-evaluate"):
         assert "usage: sjd2" in outside(script, "--help")
+    assert not list(outside.folder.iterdir())
+
+
+def test_a_plan_needs_no_files(outside):
+    shown = outside("sjd2", "evaluate", "model=simple_ar", "print_plan=true")
+    assert "tokens an image: 4,096 (64 x 64 codes)" in shown
+    assert "decoding, 1 at once" in shown
+    assert "missing: weights/simple_ar/simplear_0.5B_rl" in shown
+    assert "hf download Daniel0724/SimpleAR" in shown
     assert not list(outside.folder.iterdir())
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sjd2_lightning.masks import attention_mask
-from sjd2_lightning.models.backbone import KVCache, right_aligned, rows_with_newlines
+from sjd2_lightning.models.backbone import right_aligned, rows_with_newlines
+from sjd2_lightning.models.kv_cache import KVCache
 from tests.tools.tiny_backbones import strong_table, tiny_chameleon
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration, PreTrainedTokenizerFast
 
-from sjd2_lightning.models.backbone import Backbone, ImageLayout, KVCache, rows_with_newlines
+from sjd2_lightning.models.backbone import Backbone, ImageLayout, rows_with_newlines
 from sjd2_lightning.models.chameleon import ChameleonBackbone, ChameleonTokens
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer
+from sjd2_lightning.models.kv_cache import KVCache
 
 WORDS = ("red", "green", "blue", "cat", "dog", "on", "a", "mat")
 PIXELS_PER_CODE = 2  # of the tiny image tokenizer

@@ -14,7 +14,7 @@ BASELINE = "ar"  # the method that others are compared with
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
 WITH_TREE = ("replay", "exact")  # rules that know what becomes of a draft's siblings
 LOSSLESS = ("replay", "exact", "match")
-_PARTS = ("sampling", "tree", "groups", "pairs", "noise")  # fields that are groups of values
+_PARTS = ("sampling", "tree", "groups", "pairs", "corrector", "noise")  # fields that are groups of values
 REPEATED = ("repeat_left", "repeat_above")  # first drafts that repeat a neighbour
 MOST_SLOTS = 2**16  # of a window: more than any known image has
 
@@ -57,6 +57,28 @@ class PairSweeps:
         found = wrong_values(self)
         if self.table is not None and not Path(self.table).is_file():
             found.append(f"table={self.table}: there is no such file; make it by `sjd2 pairs`")
+        return found
+
+
+@dataclass(frozen=True)
+class Correction:
+    """How drafts are corrected by a small network, see `variants.corrector`.
+
+    Attributes:
+        weights: file of `DraftCorrector.save`; None leaves drafts alone.
+        rounds: number of times that the whole window is corrected, each by the drafts of the time before.
+        candidates: number of codes of a slot that a correction chooses among, the best under its own noise.
+    """
+
+    weights: str | None = None
+    rounds: Annotated[int, Within(1, 1000)] = 4
+    candidates: Annotated[int, Within(1, 2**20)] = 64
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a line each, starting with the key."""
+        found = wrong_values(self)
+        if self.weights is not None and not Path(self.weights).is_file():
+            found.append(f"weights={self.weights}: there is no such file; make it by `sjd2 corrector`")
         return found
 
 
@@ -107,6 +129,7 @@ class DecodingConfig:
         tree: siblings of the drafts at the head, "exact" and "replay" only.
         groups: codes that are alike, "grouped" only.
         pairs: correction of drafts by their left neighbours, "replay" only.
+        corrector: the same by a network that reads the hidden state too, "replay" only.
         engine: how passes are run, see `engine`: "eager", "compiled" (the trunk's layers), "graphs" (compiled
             and captured, CUDA only) or "auto", which is graphs on CUDA and eager elsewhere.
         attention: how compiled layers attend: "dense" (under a dense mask, as everything else does), "flex"
@@ -133,6 +156,7 @@ class DecodingConfig:
     tree: TreeShape = field(default_factory=TreeShape)
     groups: Grouping = field(default_factory=Grouping)
     pairs: PairSweeps = field(default_factory=PairSweeps)
+    corrector: Correction = field(default_factory=Correction)
     engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
     attention: Literal["auto", "dense", "flex"] = "auto"
     invariant: bool = False
@@ -201,6 +225,14 @@ class DecodingConfig:
             found.append(f"groups.size={self.groups.size}: needs acceptance=grouped; 1 is no group")
         if self.pairs.table is not None and self.acceptance != "replay":
             found.append(f"pairs.table={self.pairs.table}: needs acceptance=replay; set it to null")
+        if self.corrector.weights is not None:
+            key = f"corrector.weights={self.corrector.weights}"
+            if self.acceptance != "replay":
+                found.append(f"{key}: needs acceptance=replay; set it to null")
+            if self.sampling.temperature == 0:
+                found.append(f"{key}: needs a temperature above 0, where drafts are drawn; set it to null")
+            if self.pairs.table is not None:
+                found.append(f"{key}: corrects in place of pairs.table; set one of them to null")
         if self.draft_init == "gumbel" and self.acceptance != "replay":
             found.append("draft_init=gumbel: needs acceptance=replay")
         if self.num_levels > 0 and self.noise.source in TIED and self.acceptance != "replay":

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sjd2_lightning.decoding.config import DecodingConfig
 from sjd2_lightning.decoding.law import guided
+from sjd2_lightning.decoding.rules import Read
 from sjd2_lightning.decoding.state import Prompts
 from sjd2_lightning.masks import Visible
 from sjd2_lightning.models.backbone import (
@@ -140,8 +141,10 @@ class Context:
         num_laws: int,
         shape: Shape,
         branches: Branches | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Read]:
         """Guided logits (R, n + E, K) read at the last n slots fed and at branches, for what follows each.
+
+        And what they are read from.
 
         Args:
             slots: (R, L) the slots that are fed; those below 0 are columns of the prompt.
@@ -178,7 +181,8 @@ class Context:
         if self.copies > 1 and self.sampling.guidance_schedule != "constant":
             scales = self.prompts.scales  # (R, N): twins share places with their prompts
             scale = scales.gather(1, places[: len(scales), -num_laws:] - self.first_slot + 1)
-        return guided(self.trunk.head(hidden[:, -num_laws:]), scale)
+        read = Read(hidden[:, -num_laws:], scale)
+        return guided(self.trunk.head(read.hidden), scale), read
 
     def _with_prompt(self, slots: Tensor, fed: Tensor) -> Tensor:
         """`fed` (C * R, L, D), with the prompt where the first slots (C * R, n) fed lie left of the image."""

@@ -209,4 +209,6 @@ def _seen(batch: Batch, slots: Slots, committed: Tensor, this: Judged) -> Iterat
         slots.levels,
         this.scores.log,
         slots.gumbel,
+        slots.tokens,
+        this.scores.read,
     )

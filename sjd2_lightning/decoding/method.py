@@ -24,6 +24,7 @@ from sjd2_lightning.decoding.rules import (
 )
 from sjd2_lightning.decoding.start import SlotSource
 from sjd2_lightning.decoding.state import State
+from sjd2_lightning.decoding.variants.corrector import Corrected
 from sjd2_lightning.decoding.variants.first_drafts import FromAbove, OwnMaximum, Repeated, Tied
 from sjd2_lightning.decoding.variants.grouped import Grouped
 from sjd2_lightning.decoding.variants.pairs import Sweeper
@@ -67,8 +68,7 @@ class Method:
         self.one_pass = (
             Pass(config, rule) if tree is None else TREE_PASSES[config.acceptance](config, rule, tree)
         )
-        sweeps = config.pairs.table is not None and config.size > 1
-        self.redraft: Redraft = Sweeper(config.pairs, table, num_codes) if sweeps else verified
+        self.redraft = self._redraft(num_codes)
         noisy = frozenset({"noisy"} if config.num_levels else ())
         self.source = SlotSource(config, self.levels, rule.keeps | self.one_pass.keeps | noisy)
         self.on_entry = self._on_entry()
@@ -79,6 +79,14 @@ class Method:
         for event in self.on_entry:
             state = event.start(self.source, layouts, state)
         return state
+
+    def _redraft(self, num_codes: int) -> Redraft:
+        config = self.config
+        if config.size > 1 and config.corrector.weights is not None:
+            return Corrected(config.corrector, config.sampling.temperature, self.table, num_codes)
+        if config.size > 1 and config.pairs.table is not None:
+            return Sweeper(config.pairs, self.table, num_codes)
+        return verified
 
     def _start(self) -> Start:
         source = self.config.noise.source

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sjd2_lightning.decoding.rules import Read
 from sjd2_lightning.fixed_point import DecodeStats
 from sjd2_lightning.models.backbone import ImageLayout
 
@@ -64,6 +65,8 @@ class Iteration:
         levels: (R, W) noise levels that the slots were fed with.
         scores: (R, W, K) unnormalised log-probabilities of this pass.
         gumbel: (R, W, K) the slots' Gumbel noise in replay mode, else None.
+        drafts: (R, W) what the slots held before.
+        read: what the scores were read from.
     """
 
     index: int
@@ -74,6 +77,8 @@ class Iteration:
     levels: Tensor
     scores: Tensor
     gumbel: Tensor | None
+    drafts: Tensor
+    read: Read | None
 
 
 class NearTies:

@@ -55,8 +55,8 @@ class Pass:
             shape: shape of the pass.
         """
         index, fed = window.fed(slots, shape.again)
-        logits = context.logits(index, fed, self.levels(slots), window.size, shape)
-        return self.judge(slots, Scores(log_law(logits, self.config.sampling)))
+        logits, read = context.logits(index, fed, self.levels(slots), window.size, shape)
+        return self.judge(slots, Scores(log_law(logits, self.config.sampling), read))
 
     def levels(self, slots: Slots) -> Tensor | None:
         """(B, W - 1) levels of the slots that are fed; None = all are clean, which costs no mask."""

@@ -41,15 +41,33 @@ class Slots(NamedTuple):
     uniforms: Tensor | None = None
 
 
+class Read(NamedTuple):
+    """What the laws of slots are read from.
+
+    Attributes:
+        hidden: (C * B, W, D) hidden states; with guidance those of the prompts, then of their empty twins.
+        scale: guidance scale: one number, or (B, W) one a slot.
+    """
+
+    hidden: Tensor
+    scale: float | Tensor
+
+    def first(self, num: int) -> Read:
+        """That of the first slots."""
+        scale = self.scale[:, :num] if isinstance(self.scale, Tensor) else self.scale
+        return Read(self.hidden[:, :num], scale)
+
+
 class Scores:
     """What a pass says of slots.
 
     Attributes:
         log: (B, W, K) unnormalised log-probabilities of every code.
+        read: what they were read from; None where nobody asks.
     """
 
-    def __init__(self, log: Float[Tensor, "B W K"]) -> None:
-        self.log = log
+    def __init__(self, log: Float[Tensor, "B W K"], read: Read | None = None) -> None:
+        self.log, self.read = log, read
 
     @cached_property
     def probs(self) -> Float[Tensor, "B W K"]:

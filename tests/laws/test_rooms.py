@@ -16,6 +16,7 @@ WORDS = {
     "grouping": "grouped.py",
     "pairs": "pairs.py",
     "sweeps": "pairs.py",
+    "corrector": "corrector.py",
     "above": "first_drafts.py",
     "tied": "first_drafts.py",
     "pure": "paper.py",

@@ -102,6 +102,7 @@ def test_an_adapter_gets_the_gradients_that_it_gets_on_plain_layers(kind):
     assert_same(kind)
 
 
+@pytest.mark.slow
 def test_and_so_it_does_in_compiled_layers():
     """In a process of its own: the compiler does not know what the checks of shapes note."""
     code = "from tests.models.test_rounding import assert_same\nfor kind in ('none', 'full', 'selective'):\n"

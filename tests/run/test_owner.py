@@ -24,10 +24,10 @@ from pathlib import Path
 from sjd2_lightning.run.owner import owned
 with owned(Path(sys.argv[1]), "train"):
     if sys.argv[2:] and os.fork() == 0:  # as a process that loads data
-        print("child", os.getpid(), flush=True)
+        os.write(1, f"child {os.getpid()}\\n".encode())  # whole, whatever the parent writes
         time.sleep(60)
         os._exit(0)
-    print("owned", os.getpid(), flush=True)
+    os.write(1, f"owned {os.getpid()}\\n".encode())
     time.sleep(60)
 """
 

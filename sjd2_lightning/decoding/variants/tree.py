@@ -122,9 +122,9 @@ class TreePass(Pass):
         """One forward pass, see `Pass`; what branches add to the run is written into verdict and scores."""
         index, fed = window.fed(slots, shape.again)
         tokens, branches = self.tree.grow(slots, self.noise(window, slots))
-        logits = context.logits(index, fed, self.levels(slots), window.size, shape, branches)
+        logits, read = context.logits(index, fed, self.levels(slots), window.size, shape, branches)
         log, behind = log_law(logits, self.config.sampling).tensor_split([window.size], dim=1)
-        this = self.judge(slots, Scores(log))
+        this = self.judge(slots, Scores(log, read.first(window.size)))
         return this._replace(run=self.follow(window, slots, this, tokens, behind))
 
     def follow(self, window: Window, slots: Slots, this: Judged, branches: Tensor, behind: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""Trains what corrects drafts on a model's own decodings.
+
+The model stays as it is. Images are drawn by sjd2 for captions of training shards. Give the sampling,
+window and levels that the model will be decoded with. The result is for
+methods.sjd2.corrector.weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from sjd2_lightning.data.index import ShardIndex
+from sjd2_lightning.data.reading import read_all
+from sjd2_lightning.decoding import DecodingConfig, Sampling
+from sjd2_lightning.decoding.variants.corrector import DraftCorrector
+from sjd2_lightning.evaluation.prompts import seed_of
+from sjd2_lightning.models.backbone import Backbone
+from sjd2_lightning.models.registry import FAMILIES, load_backbone
+from sjd2_lightning.run.files import whole_file
+from sjd2_lightning.run.stages import counted, speak, stage
+from sjd2_lightning.training.recipes.corrections import CorrectorRecipe, Learner, Traces, traces_of
+
+
+def learnt(
+    backbone: Backbone,
+    captions: list[str],
+    config: DecodingConfig,
+    pixels: tuple[int, int],
+    recipe: CorrectorRecipe,
+    batch: int = 8,
+) -> tuple[DraftCorrector, tuple[float, float]]:
+    """A corrector that was trained on decodings of captions, and shares of held-out drafts that are right.
+
+    Args:
+        backbone: the model, in eval mode.
+        captions: one image is drawn for each; the last ones measure.
+        config: the method that draws.
+        pixels: height and width of the images.
+        recipe: how it is trained.
+        batch: images drawn at once.
+    """
+    layout, parts = backbone.layout(*pixels), []
+    with counted("drawing", len(captions), "images") as advance:
+        for start in range(0, len(captions), batch):
+            part = captions[start : start + batch]
+            keys = (f"{number} {caption}" for number, caption in enumerate(part, start))
+            seeds = [seed_of(key, recipe.seed) for key in keys]
+            parts.append(traces_of(backbone, part, seeds, config, layout, recipe.per_image))
+            advance(len(part))
+    num_val = round(recipe.val_share * len(parts))
+    train, val = (
+        Traces(*map(torch.cat, zip(*some, strict=True))) if some else None
+        for some in (parts[: len(parts) - num_val], parts[len(parts) - num_val :])
+    )
+    assert train is not None
+    torch.manual_seed(recipe.seed)
+    corrector = DraftCorrector(backbone.hidden_size, recipe.width).to(backbone.device)
+    learner = Learner(backbone, config.sampling.temperature, corrector)
+    with counted("training", recipe.steps, "steps") as advance:
+        learner.fit(train, recipe, advance)
+    return corrector, learner.right(train if val is None else val)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="sjd2 corrector",
+        usage="%(prog)s SHARDS OUT --weights FOLDER [options]",
+        description=__doc__,
+        epilog="example:\n  sjd2 corrector data/scenes_small/codes/train corrector.safetensors \\\n"
+        "    --weights weights/tiny --temperature 0.9 --guidance-scale 1.5",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=25),
+    )
+    plain = CorrectorRecipe()
+    parser.add_argument("shards", type=Path, help="folder of training shards of codes, for their captions")
+    parser.add_argument("out", type=Path, help="safetensors file to write")
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, metavar="FOLDER", help="folder of the model")
+    add("--family", choices=sorted(FAMILIES), default="chameleon", help="its family (chameleon)")
+    add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (cpu)")
+    add("--temperature", type=float, default=1.0, metavar="X", help="(default: 1)")
+    add("--guidance-scale", type=float, default=1.0, metavar="X", help="1 is off (default: 1)")
+    add("--window", type=int, default=32, metavar="N", help="(default: 32)")
+    add("--levels", type=int, default=1, metavar="N", help="noisy levels; 0 is none (default: 1)")
+    add("--num-images", type=int, default=320, metavar="N", help="images to learn from (default: 320)")
+    add("--width", type=int, default=plain.width, metavar="N", help=f"units (default: {plain.width})")
+    add("--steps", type=int, default=plain.steps, metavar="N", help=f"(default: {plain.steps})")
+    add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    asked = parser.parse_args(arguments)
+    speak()
+    sampling = Sampling(asked.temperature, guidance_scale=asked.guidance_scale)
+    config = DecodingConfig("sjd2", asked.window, asked.levels, sampling=sampling)
+    recipe = CorrectorRecipe(width=asked.width, steps=asked.steps, seed=asked.seed)
+    try:
+        found = config.problems() + recipe.problems()
+        if asked.temperature == 0:
+            found.append("--temperature=0: greedy decoding draws nothing that could be corrected")
+        if asked.num_images < 1:
+            found.append(f"--num-images={asked.num_images}: must be at least 1")
+        if found:
+            raise ValueError("; ".join(found))
+        with stage("checking the shards"):
+            index = ShardIndex.load(asked.shards)
+            index.check_codes()
+        with stage("loading the weights"):
+            backbone = load_backbone(asked.family, asked.weights).eval().to(asked.device)
+        backbone.requires_grad_(False)
+        index.check_model(backbone.num_codes, getattr(backbone.image_tokenizer, "identity", None))
+        assert index.meta.pixel_size is not None
+        captions = [sample.caption for sample in islice(read_all(asked.shards), asked.num_images)]
+        corrector, (alone, right) = learnt(backbone, captions, config, index.meta.pixel_size, recipe)
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(asked.out) as path:
+            corrector.save(path)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{error}\n")
+    print(
+        f"{asked.out}: of held-out drafts {right:.1%} are right behind their true neighbours, {alone:.1%} "
+        f"without; decode with methods.sjd2.corrector.weights={asked.out}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The corrector of drafts: what it changes, its file, what it is worth, and that it changes no image."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
+from sjd2_lightning.decoding.config import Correction, PairSweeps
+from sjd2_lightning.decoding.law import guided
+from sjd2_lightning.decoding.rules import Read, Scores, Slots, Verdict
+from sjd2_lightning.decoding.variants.corrector import Corrected, DraftCorrector, code_rows
+from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
+
+AR = DecodingConfig("ar", window=1)
+NUM_CODES, HIDDEN = 7, 5
+
+
+def random_corrector(hidden_size: int = HIDDEN, width: int = 6, seed: int = 0) -> DraftCorrector:
+    torch.manual_seed(seed)
+    found = DraftCorrector(hidden_size, width)
+    torch.nn.init.normal_(found.out.weight)
+    return found.requires_grad_(False)
+
+
+def test_a_new_one_changes_nothing():
+    fresh = DraftCorrector(HIDDEN, 4)
+    known = fresh.known(torch.randn(3, HIDDEN), torch.zeros(3, 4))
+    assert torch.equal(fresh(F.gelu(known)), torch.zeros(3, HIDDEN))
+
+
+def test_codes_are_of_one_size_and_what_is_unknown_is_zero():
+    rows = code_rows(torch.randn(NUM_CODES + 2, HIDDEN), NUM_CODES)
+    assert rows.shape == (NUM_CODES + 1, HIDDEN)
+    assert torch.allclose(rows[:-1].square().mean(-1), torch.ones(NUM_CODES), atol=1e-4)
+    assert torch.equal(rows[-1], torch.zeros(HIDDEN))
+
+
+def test_round_trip_and_foreign_files(tmp_path):
+    network, path = random_corrector(), tmp_path / "corrector.safetensors"
+    network.save(path)
+    again = DraftCorrector.load(path, HIDDEN).state_dict()
+    for name, value in network.state_dict().items():
+        assert torch.equal(again[name], value.half().float())
+    with pytest.raises(ValueError, match="is of a model of width 5, this one has 6"):
+        DraftCorrector.load(path, 6)
+    (tmp_path / "text.safetensors").write_text("no network")
+    with pytest.raises(ValueError, match="is no corrector of drafts"):
+        DraftCorrector.load(tmp_path / "text.safetensors", HIDDEN)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5, torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2)])
+def test_a_sweep_is_the_best_code_of_the_changed_law(tmp_path, scale):
+    """Against the formula written out slot by slot, on both sides of guidance."""
+    rng = torch.Generator().manual_seed(1)
+    network, path = random_corrector(), tmp_path / "corrector.safetensors"
+    network.save(path)
+    network = DraftCorrector.load(path, HIDDEN)
+    sides = 2 if isinstance(scale, torch.Tensor) or scale != 1 else 1
+    table = torch.randn(NUM_CODES + 1, HIDDEN, generator=rng)
+    hidden = torch.randn(sides * 2, 4, HIDDEN, generator=rng)
+    log, noise = torch.randn(2, 2, 4, NUM_CODES, generator=rng)
+    tokens = torch.randint(NUM_CODES, (2, 4), generator=rng)
+    fed = torch.tensor([[1, 2, NUM_CODES, 0], [3, 4, 5, 6]])  # the third of the first row is a row's end
+    levels = torch.tensor([[0, 0, 0, 1], [0, 1, 0, 0]])
+    is_code = fed < NUM_CODES
+    settled = torch.tensor([[True, False, False, False], [True, True, False, False]])
+    corrected = Corrected(Correction(str(path), rounds=1, candidates=NUM_CODES), 0.8, table, NUM_CODES)
+    slots = Slots(fed, is_code, levels, gumbel=noise)
+    verdict = Verdict(tokens.where(is_code, fed), torch.ones_like(is_code), tokens)
+    found = corrected(slots, verdict, Scores(log, Read(hidden, scale)), settled)
+    rows = F.rms_norm(table[:NUM_CODES], (HIDDEN,))
+    for row in range(2):
+        for slot in range(4):
+            token = int(verdict.tokens[row, slot])
+            if slot == 0 or settled[row, slot] or not is_code[row, slot]:
+                assert found[row, slot] == token
+                continue
+            left, now = int(fed[row, slot - 1]), int(verdict.tokens[row, slot - 1])
+            known = left < NUM_CODES and levels[row, slot - 1] == 0
+            units = []
+            for side in range(sides):
+                state = network.state(F.rms_norm(hidden[2 * side + row, slot], (HIDDEN,)))
+                old = network.old(rows[left]) if known else 0
+                new = network.new(rows[now]) if now < NUM_CODES else 0
+                units.append(F.gelu(state + old + new))
+            its = scale[row, slot] if isinstance(scale, torch.Tensor) else scale
+            mixed = units[0] if sides == 1 else units[1] + its * (units[0] - units[1])
+            change = rows @ network.out(mixed) / 0.8
+            assert found[row, slot] == (log + noise)[row, slot].add(change).argmax()
+
+
+def test_only_candidates_are_chosen(tmp_path):
+    path = tmp_path / "corrector.safetensors"
+    random_corrector().save(path)
+    table, log = torch.randn(NUM_CODES, HIDDEN), torch.randn(1, 3, NUM_CODES)
+    slots = Slots(
+        torch.zeros(1, 3, dtype=torch.long),
+        torch.ones(1, 3, dtype=torch.bool),
+        torch.zeros(1, 3, dtype=torch.long),
+        gumbel=torch.zeros(1, 3, NUM_CODES),
+    )
+    best = log.argmax(-1)
+    verdict = Verdict(best, torch.ones(1, 3, dtype=torch.bool), best)
+    one = Corrected(Correction(str(path), rounds=3, candidates=1), 1.0, table, NUM_CODES)
+    read = Read(torch.randn(1, 3, HIDDEN), 1.0)
+    assert torch.equal(one(slots, verdict, Scores(log, read), torch.zeros(1, 3, dtype=torch.bool)), best)
+
+
+@pytest.mark.parametrize(
+    ("num_levels", "guidance", "width"), [(0, 1.0, 1), (1, 2.0, 1), (2, 1.0, 1), (1, 2.0, 2)]
+)
+def test_images_stay_those_of_autoregression(tmp_path, num_levels, guidance, width):
+    """With a network of random numbers, which is wrong everywhere; beside a tree too."""
+    backbone = tiny_chameleon(12, hidden_size=16, seed=5, scale=0.5)
+    path, layout = tmp_path / "corrector.safetensors", backbone.layout(10, 8)
+    random_corrector(16).save(path)
+    sampling = Sampling(guidance_scale=guidance)
+    config = DecodingConfig("sjd2", 9, num_levels, sampling=sampling, corrector=Correction(str(path)))
+    config = replace(config, tree=replace(config.tree, width=width, depth=2, length=2))
+    prompts, seeds = list(RAGGED_PROMPTS[:4]), [1, 2, 3, 4]
+    wanted = decode(backbone, prompts, seeds, replace(AR, sampling=sampling), layout)
+    found = decode(backbone, prompts, seeds, config, layout)
+    assert torch.equal(found.slot_ids, wanted.slot_ids)
+    plain = decode(backbone, prompts, seeds, replace(config, corrector=Correction()), layout)
+    assert int(found.stats.nfe.sum()) > int(plain.stats.nfe.sum()), "it has no say in drafts"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"acceptance": "exact"}, "needs acceptance=replay"),
+        ({"sampling": Sampling(0.0)}, "needs a temperature above 0"),
+        ({"pairs": PairSweeps(__file__)}, "corrects in place of pairs.table"),
+        ({"corrector": Correction("none.safetensors")}, "there is no such file"),
+        ({"corrector": Correction(__file__, rounds=0)}, "must be at least 1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes, problem):
+    config = replace(DecodingConfig("sjd2", 8, 1, corrector=Correction(__file__)), **changes)
+    assert any(problem in line for line in config.problems())
+
+
+def test_guided_units_are_mixed_like_logits():
+    units = torch.randn(4, 3, 5)
+    assert torch.allclose(guided(units, 1.5), units[2:] + 1.5 * (units[:2] - units[2:]))

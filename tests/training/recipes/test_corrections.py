@@ -1,0 +1,72 @@
+"""A corrector that is learnt from a model's own decodings: what is kept of them, and what it is worth."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sjd2_lightning.cli.correct import learnt
+from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
+from sjd2_lightning.decoding.config import Correction
+from sjd2_lightning.decoding.variants.corrector import DraftCorrector
+from sjd2_lightning.training.recipes.corrections import CorrectorRecipe, Learner, traces_of
+from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
+
+PIXELS = (16, 16)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    """A model in which a code depends on the one to its left."""
+    return tiny_chameleon(12, hidden_size=16, seed=5, scale=0.8).requires_grad_(False)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("num_levels", [0, 2])
+def test_scores_of_traces_are_those_of_the_passes(backbone, num_levels, guidance):
+    """The best code before correction is what the pass itself made of the slot."""
+    layout = backbone.layout(*PIXELS)
+    config = DecodingConfig("sjd2", 7, num_levels, sampling=Sampling(0.8, guidance_scale=guidance))
+    prompts, seeds = list(RAGGED_PROMPTS[:2]), [3, 4]
+    seen = []
+    final = decode(backbone, prompts, seeds, config, layout, seen.append).slot_ids
+    traces = traces_of(backbone, prompts, seeds, config, layout, 10**6)
+    is_code = [forced < 0 for forced in layout.forced]
+    wanted = sorted(
+        (int(this.tokens[row, slot]), int(final[image, head + slot]), int(final[image, head + slot - 1]))
+        for this in seen
+        for row, (image, head) in enumerate(zip(this.rows.tolist(), this.heads.tolist(), strict=True))
+        for slot in range(max(1, int(this.num_committed[row])), 7)
+        if head + slot < layout.num_slots and is_code[head + slot]
+    )
+    learner = Learner(backbone, 0.8, DraftCorrector(16, 4))
+    before, change = learner.scores(traces)
+    found = zip(before.argmax(-1).tolist(), traces.codes.tolist(), traces.new.tolist(), strict=True)
+    assert sorted(found) == wanted
+    assert not change.any()
+    assert len(traces_of(backbone, prompts, seeds, config, layout, 5).codes) == 10
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_it_saves_passes_of_other_images(backbone, guidance, tmp_path):
+    config = DecodingConfig("sjd2", 12, 1, sampling=Sampling(guidance_scale=guidance))
+    prompts = [RAGGED_PROMPTS[number % 4] for number in range(160)]
+    recipe = CorrectorRecipe(width=32, steps=600, batch=64, lr=3e-3)
+    weights = [parameter.clone() for parameter in backbone.parameters()]
+    network, (alone, corrected) = learnt(backbone, prompts, config, PIXELS, recipe, batch=32)
+    assert all(map(torch.equal, weights, backbone.parameters()))
+    assert corrected > alone + 0.05
+    path = tmp_path / "corrector.safetensors"
+    network.save(path)
+    layout, seeds = backbone.layout(*PIXELS), list(range(1000, 1024))
+    passes = {}
+    for name, its in {"alone": config, "corrected": replace(config, corrector=Correction(str(path)))}.items():
+        passes[name] = int(decode(backbone, prompts[:24], seeds, its, layout).stats.nfe.sum())
+    assert passes["corrected"] < 0.93 * passes["alone"]
+
+
+def test_the_same_seed_gives_the_same_network(backbone):
+    config, recipe = DecodingConfig("sjd2", 6, 1), CorrectorRecipe(width=4, steps=20, batch=16)
+    ways = [learnt(backbone, list(RAGGED_PROMPTS[:4]), config, PIXELS, recipe)[0] for _ in range(2)]
+    for one, other in zip(ways[0].parameters(), ways[1].parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -1,8 +1,8 @@
 """Trains what corrects drafts on a model's own decodings.
 
-The model stays as it is. Images are drawn by sjd2 for captions of training shards. Give the sampling,
-window and levels that the model will be decoded with. The result is for
-methods.sjd2.corrector.weights.
+The model stays as it is. Images are drawn by sjd2 for captions of training
+shards. Give the sampling, window and levels that the model will be decoded
+with. The result is for methods.sjd2.corrector.weights.
 """
 
 from __future__ import annotations

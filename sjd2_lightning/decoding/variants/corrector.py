@@ -106,8 +106,10 @@ class Corrected:
         path = config.weights
         assert path is not None
         self.network = _loaded(path, Path(path).stat().st_mtime_ns, table.shape[1], table.device)
-        self.rows = code_rows(table, num_codes)
-        self.old, self.new = self.network.old(self.rows), self.network.new(self.rows)  # (K + 1, U)
+        rows = code_rows(table, num_codes)
+        self.old, self.new = self.network.old(rows), self.network.new(rows)  # (K + 1, U)
+        # the change of code k is e_k . W u: the codes' part of it, (K, U), is made once
+        self.effect = rows[:-1] @ self.network.out.weight
 
     def __call__(
         self, slots: Slots, verdict: Verdict, scores: Scores, settled: Bool[Tensor, "B W"]
@@ -127,7 +129,7 @@ class Corrected:
         # 1. the best codes of each slot under its own noise, and what the slot is known by
         num = min(self.config.candidates, self.num_codes)
         best, codes = (scores.log + slots.gumbel)[:, 1:].topk(num, dim=-1)  # (B, W - 1, n)
-        rows = F.embedding(codes, self.rows)
+        effect = F.embedding(codes, self.effect) / self.temperature  # (B, W - 1, n, U)
         fed = slots.tokens.clamp_max(self.num_codes).masked_fill(slots.levels > 0, self.num_codes)[:, :-1]
         sides = len(read.hidden) // len(fed)
         old = F.embedding(fed, self.old).repeat(sides, 1, 1)
@@ -136,9 +138,9 @@ class Corrected:
         for _ in range(self.config.rounds):
             # 2. the neighbour's new token changes the law, on both sides of guidance
             now = F.embedding(tokens[:, :-1].clamp_max(self.num_codes), self.new).repeat(sides, 1, 1)
-            change = self.network(guided(F.gelu(known + now), scale)) / self.temperature
+            change = effect @ guided(F.gelu(known + now), scale)[..., None]
             # 3. and with it which of the codes is the best
-            chosen = (best + (rows @ change[..., None]).squeeze(-1)).argmax(-1, keepdim=True)
+            chosen = (best + change.squeeze(-1)).argmax(-1, keepdim=True)
             drafts = codes.gather(-1, chosen).squeeze(-1).where(moves, tokens[:, 1:])
             tokens = torch.cat([tokens[:, :1], drafts], dim=1)
         return tokens

@@ -16,6 +16,7 @@ import torch
 from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.reading import read_all
 from sjd2_lightning.decoding import DecodingConfig, Sampling
+from sjd2_lightning.decoding.config import Correction
 from sjd2_lightning.decoding.variants.corrector import DraftCorrector
 from sjd2_lightning.evaluation.prompts import seed_of
 from sjd2_lightning.models.backbone import Backbone
@@ -38,7 +39,7 @@ def learnt(
     Args:
         backbone: the model, in eval mode.
         captions: one image is drawn for each; the last ones measure.
-        config: the method that draws.
+        config: the method that draws; a corrector of its own is what training goes on from.
         pixels: height and width of the images.
         recipe: how it is trained.
         batch: images drawn at once.
@@ -58,7 +59,11 @@ def learnt(
     )
     assert train is not None
     torch.manual_seed(recipe.seed)
-    corrector = DraftCorrector(backbone.hidden_size, recipe.width).to(backbone.device)
+    if config.corrector.weights is None:
+        corrector = DraftCorrector(backbone.hidden_size, recipe.width)
+    else:
+        corrector = DraftCorrector.load(config.corrector.weights, backbone.hidden_size).requires_grad_(True)
+    corrector = corrector.to(backbone.device)
     learner = Learner(backbone, config.sampling.temperature, corrector)
     with counted("training", recipe.steps, "steps") as advance:
         learner.fit(train, recipe, advance)
@@ -87,13 +92,15 @@ def main(arguments: list[str] | None = None) -> None:
     add("--window", type=int, default=32, metavar="N", help="(default: 32)")
     add("--levels", type=int, default=1, metavar="N", help="noisy levels; 0 is none (default: 1)")
     add("--num-images", type=int, default=320, metavar="N", help="images to learn from (default: 320)")
+    add("--start", metavar="FILE", help="a corrector that draws and is trained on")
     add("--width", type=int, default=plain.width, metavar="N", help=f"units (default: {plain.width})")
     add("--steps", type=int, default=plain.steps, metavar="N", help=f"(default: {plain.steps})")
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     asked = parser.parse_args(arguments)
     speak()
     sampling = Sampling(asked.temperature, guidance_scale=asked.guidance_scale)
-    config = DecodingConfig("sjd2", asked.window, asked.levels, sampling=sampling)
+    corrector = Correction(asked.start)
+    config = DecodingConfig("sjd2", asked.window, asked.levels, sampling=sampling, corrector=corrector)
     recipe = CorrectorRecipe(width=asked.width, steps=asked.steps, seed=asked.seed)
     try:
         found = config.problems() + recipe.problems()
@@ -112,10 +119,10 @@ def main(arguments: list[str] | None = None) -> None:
         index.check_model(backbone.num_codes, getattr(backbone.image_tokenizer, "identity", None))
         assert index.meta.pixel_size is not None
         captions = [sample.caption for sample in islice(read_all(asked.shards), asked.num_images)]
-        corrector, (alone, right) = learnt(backbone, captions, config, index.meta.pixel_size, recipe)
+        network, (alone, right) = learnt(backbone, captions, config, index.meta.pixel_size, recipe)
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(asked.out) as path:
-            corrector.save(path)
+            network.save(path)
     except (ValueError, OSError) as error:
         parser.exit(1, f"{error}\n")
     print(

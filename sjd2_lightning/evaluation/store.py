@@ -23,7 +23,7 @@ from torch import Tensor, distributed
 
 from sjd2_lightning.data.pictures import LazyImages, png_bytes, read_image
 from sjd2_lightning.decoding.config import DecodingConfig
-from sjd2_lightning.run.files import sha256_of_json, write_whole
+from sjd2_lightning.run.files import sha256_of_file, sha256_of_json, write_whole
 from sjd2_lightning.run.processes import wait_for_all
 
 RUN_FILE = "run.json"
@@ -102,12 +102,14 @@ def method_fields(config: Any) -> dict[str, Any]:
     fields = asdict(config)
     if not isinstance(config, DecodingConfig):
         return fields
-    engine, attention = fields.pop("engine"), fields.pop("attention")
+    engine, attention, corrector = (fields.pop(name) for name in ("engine", "attention", "corrector"))
     later = {name: fields.pop(name) for name in ("invariant", "window_shape")}
     if engine not in ("auto", "compiled"):
         later["engine"] = engine
     if attention != "auto":
         later["attention"] = attention
+    if corrector["weights"] is not None:  # one that was trained anew has other passes
+        later["corrector"] = {**corrector, "sha256": sha256_of_file(Path(corrector["weights"]))}
     said = {name: value for name, value in later.items() if value}
     return fields.pop("noise") | fields | {"compile": engine == "compiled"} | said
 

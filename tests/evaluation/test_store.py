@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sjd2_lightning.data.pictures import LazyImages
-from sjd2_lightning.decoding.config import DecodingConfig
+from sjd2_lightning.decoding.config import Correction, DecodingConfig
 from sjd2_lightning.decoding.law import Sampling
 from sjd2_lightning.evaluation.store import ImageRecord, RecordStore, discard_other_run, method_fields
 from sjd2_lightning.noise import NoiseProcess
@@ -47,7 +47,7 @@ def test_records_and_images_come_back_as_they_were(tmp_path):
     assert torch.equal(store.images(loaded)[0], PIXELS)
 
 
-def test_identity_of_a_method_is_that_of_the_first_version():
+def test_identity_of_a_method_is_that_of_the_first_version(tmp_path):
     """Folders that 0.1.0 wrote continue: this hash was taken there, where noise was no group of its own."""
     noise = NoiseProcess(schedule="karras", source="mean", state="draft")
     sampling = Sampling(0.9, guidance_scale=2.0)
@@ -60,9 +60,14 @@ def test_identity_of_a_method_is_that_of_the_first_version():
         {"attention": "flex"},
         {"invariant": True},
         {"window_shape": 32},
+        {"corrector": Correction(str(tmp_path / "corrector.safetensors"))},
     )
+    (tmp_path / "corrector.safetensors").write_bytes(b"weights")
     configs = [dataclasses.replace(config, **each) for each in ({}, *later)]
-    assert len({sha256_of_json(method_fields(each)) for each in configs}) == 6
+    assert len({sha256_of_json(method_fields(each)) for each in configs}) == 7
+    before = sha256_of_json(method_fields(configs[-1]))
+    (tmp_path / "corrector.safetensors").write_bytes(b"others")
+    assert sha256_of_json(method_fields(configs[-1])) != before, "it was trained anew"
 
 
 def test_ranks_write_apart_and_are_read_together(tmp_path):

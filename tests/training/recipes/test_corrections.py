@@ -64,6 +64,18 @@ def test_it_saves_passes_of_other_images(backbone, guidance, tmp_path):
         passes[name] = int(decode(backbone, prompts[:24], seeds, its, layout).stats.nfe.sum())
     assert passes["corrected"] < 0.93 * passes["alone"]
 
+    again, _ = learnt(
+        backbone,
+        prompts[:4],
+        replace(config, corrector=Correction(str(path))),
+        PIXELS,
+        replace(recipe, steps=1),
+    )
+    moved = max(
+        (new - old).abs().max() for new, old in zip(again.parameters(), network.parameters(), strict=True)
+    )
+    assert 0 < moved < 0.02, "a training that starts from a corrector goes on with it"
+
 
 def test_the_same_seed_gives_the_same_network(backbone):
     config, recipe = DecodingConfig("sjd2", 6, 1), CorrectorRecipe(width=4, steps=20, batch=16)

@@ -1,6 +1,6 @@
 """What the page of `sjd2 play` costs and how far it lags behind the decoder, in a headless Chromium.
 
-    .venv/bin/python benchmarks/play.py --json outputs/play.json
+    .venv/bin/python -m benchmarks.play --json outputs/play.json
 
 Three figures, on an otherwise idle machine:
 

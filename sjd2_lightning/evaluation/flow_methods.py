@@ -86,5 +86,6 @@ class FlowEvaluation:
             if not name.isidentifier():
                 found.append(f"inversions.{name}: letters, digits and _ name a method")
         if self.inversions.get(BASELINE, Schedule()).window != 1:
-            found.append(f"inversions: needs {BASELINE} with window=1, the loop that all are compared with")
+            key = f"inversions.{BASELINE}.window"
+            found.append(f"{key}: must be 1, {BASELINE} is the loop that all are compared with")
         return found

@@ -1,8 +1,8 @@
 """Trains what corrects drafts on a model's own decodings.
 
-The model stays as it is. Images are drawn by sjd2 for captions of training
-shards. Give the sampling, window and levels that the model will be decoded
-with. The result is for methods.sjd2.corrector.weights.
+The model stays as it is. Images are drawn by sjd2, from the paper's noise, for
+captions of training shards. Give the sampling, window and levels that the model
+will be decoded with. The result is for methods.sjd2.corrector.weights.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ def learnt(
 
     Args:
         backbone: the model, in eval mode.
-        captions: one image is drawn for each; the last ones measure.
+        captions: at least two; one image is drawn for each, and the last batches of them measure.
         config: the method that draws; a corrector of its own is what training goes on from.
         pixels: height and width of the images.
         recipe: how it is trained.
-        batch: images drawn at once.
+        batch: images drawn at once, if there are twice as many.
     """
     layout, parts = backbone.layout(*pixels), []
+    batch = min(batch, len(captions) // 2)
     with counted("drawing", len(captions), "images") as advance:
         for start in range(0, len(captions), batch):
             part = captions[start : start + batch]
@@ -52,12 +53,10 @@ def learnt(
             seeds = [seed_of(key, recipe.seed) for key in keys]
             parts.append(traces_of(backbone, part, seeds, config, layout, recipe.per_image))
             advance(len(part))
-    num_val = round(recipe.val_share * len(parts))
+    num_train = min(len(parts) - 1, round((1 - recipe.val_share) * len(parts)))
     train, val = (
-        Traces(*map(torch.cat, zip(*some, strict=True))) if some else None
-        for some in (parts[: len(parts) - num_val], parts[len(parts) - num_val :])
+        Traces(*map(torch.cat, zip(*some, strict=True))) for some in (parts[:num_train], parts[num_train:])
     )
-    assert train is not None
     torch.manual_seed(recipe.seed)
     if config.corrector.weights is None:
         corrector = DraftCorrector(backbone.hidden_size, recipe.width)
@@ -67,7 +66,7 @@ def learnt(
     learner = Learner(backbone, config.sampling.temperature, corrector)
     with counted("training", recipe.steps, "steps") as advance:
         learner.fit(train, recipe, advance)
-    return corrector, learner.right(train if val is None else val)
+    return corrector, learner.right(val)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -106,18 +105,19 @@ def main(arguments: list[str] | None = None) -> None:
         found = config.problems() + recipe.problems()
         if asked.temperature == 0:
             found.append("--temperature=0: greedy decoding draws nothing that could be corrected")
-        if asked.num_images < 1:
-            found.append(f"--num-images={asked.num_images}: must be at least 1")
+        if asked.num_images < 2:
+            found.append(f"--num-images={asked.num_images}: must be at least 2, to learn from and to measure")
         if found:
             raise ValueError("; ".join(found))
         with stage("checking the shards"):
             index = ShardIndex.load(asked.shards)
             index.check_codes()
+        if index.meta.pixel_size is None or index.num_samples < 2:
+            raise ValueError(f"{asked.shards}: needs at least 2 captions and the size of their pictures")
         with stage("loading the weights"):
             backbone = load_backbone(asked.family, asked.weights).eval().to(asked.device)
         backbone.requires_grad_(False)
         index.check_model(backbone.num_codes, getattr(backbone.image_tokenizer, "identity", None))
-        assert index.meta.pixel_size is not None
         captions = [sample.caption for sample in islice(read_all(asked.shards), asked.num_images)]
         network, (alone, right) = learnt(backbone, captions, config, index.meta.pixel_size, recipe)
         asked.out.parent.mkdir(parents=True, exist_ok=True)

@@ -75,6 +75,17 @@ class Scores:
         return self.log.softmax(-1)
 
 
+def known_codes(tokens: Int[Tensor, "B W"], levels: Int[Tensor, "B W"], num_codes: int) -> Int[Tensor, "B W"]:
+    """(B, W) codes that a pass was fed as they are; K where it was fed noise or a structural token.
+
+    Args:
+        tokens: (B, W) slot ids.
+        levels: (B, W) noise levels.
+        num_codes: K.
+    """
+    return tokens.clamp_max(num_codes).masked_fill(levels > 0, num_codes)
+
+
 class Verdict(NamedTuple):
     """What a rule says of every slot, as if all slots to its left stood.
 

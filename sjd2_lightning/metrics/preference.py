@@ -1,8 +1,8 @@
 """PickScore: which image people would prefer for a prompt, by a CLIP-H that was tuned on their choices.
 
 Source: Kirstain et al. 2023, arXiv 2305.01569: exp(logit_scale) cos(image, prompt), about 100 times the
-cosine. It is chosen over HPSv2 because transformers' `CLIPModel` loads its release as it is, where HPSv2 is a
-pickle for a fork of open_clip.
+cosine. It is chosen over HPSv2 because its release is said to be in the layout of transformers' `CLIPModel`,
+and HPSv2's a pickle for a fork of open_clip; neither was at hand.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sjd2_lightning.decoding.config import Correction
 from sjd2_lightning.decoding.law import guided
-from sjd2_lightning.decoding.rules import Scores, Slots, Verdict
+from sjd2_lightning.decoding.rules import Scores, Slots, Verdict, known_codes
 
 
 class DraftCorrector(nn.Module):
@@ -102,35 +102,28 @@ class Corrected:
     """
 
     def __init__(self, config: Correction, temperature: float, table: Tensor, num_codes: int) -> None:
-        self.config, self.temperature, self.num_codes = config, temperature, num_codes
+        self.config, self.num_codes = config, num_codes
         path = config.weights
         assert path is not None
         self.network = _loaded(path, Path(path).stat().st_mtime_ns, table.shape[1], table.device)
         rows = code_rows(table, num_codes)
         self.old, self.new = self.network.old(rows), self.network.new(rows)  # (K + 1, U)
         # the change of code k is e_k . W u: the codes' part of it, (K, U), is made once
-        self.effect = rows[:-1] @ self.network.out.weight
+        self.effect = rows[:-1] @ self.network.out.weight / temperature
 
     def __call__(
         self, slots: Slots, verdict: Verdict, scores: Scores, settled: Bool[Tensor, "B W"]
     ) -> Tensor:
-        """The next drafts (B, W), as slot ids.
-
-        Args:
-            slots: the window that the pass was fed.
-            verdict: its verdict: tokens that maximise log p + g.
-            scores: what the pass says, with what it was read from.
-            settled: (B, W) True = committed by this pass: the token stays.
-        """
+        """The next drafts (B, W), as slot ids; see `method.Redraft`."""
         read, tokens = scores.read, verdict.tokens
         assert slots.gumbel is not None
         assert read is not None
         moves = (slots.is_code & ~settled)[:, 1:]
         # 1. the best codes of each slot under its own noise, and what the slot is known by
         num = min(self.config.candidates, self.num_codes)
-        best, codes = (scores.log + slots.gumbel)[:, 1:].topk(num, dim=-1)  # (B, W - 1, n)
-        effect = F.embedding(codes, self.effect) / self.temperature  # (B, W - 1, n, U)
-        fed = slots.tokens.clamp_max(self.num_codes).masked_fill(slots.levels > 0, self.num_codes)[:, :-1]
+        best, codes = (scores.log + slots.gumbel)[:, 1:].topk(num, dim=-1, sorted=False)  # (B, W - 1, n)
+        effect = F.embedding(codes, self.effect)  # (B, W - 1, n, U)
+        fed = known_codes(slots.tokens, slots.levels, self.num_codes)[:, :-1]
         sides = len(read.hidden) // len(fed)
         old = F.embedding(fed, self.old).repeat(sides, 1, 1)
         known = self.network.known(read.hidden[:, 1:], old)  # (C * B, W - 1, U)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sjd2_lightning.decoding.config import PairSweeps
-from sjd2_lightning.decoding.rules import Scores, Slots, Verdict
+from sjd2_lightning.decoding.rules import Scores, Slots, Verdict, known_codes
 
 
 class PairTable(NamedTuple):
@@ -109,8 +109,7 @@ class Sweeper:
         """
         assert slots.gumbel is not None
         tokens = verdict.tokens
-        # of noise and of structural slots nothing is known
-        fed = slots.tokens.clamp_max(self.num_codes).masked_fill(slots.levels > 0, self.num_codes)
+        fed = known_codes(slots.tokens, slots.levels, self.num_codes)
         before = F.embedding(fed[:, :-1], self.left)
         behind, moves = (scores.log + slots.gumbel)[:, 1:], (slots.is_code & ~settled)[:, 1:]
         for _ in range(self.config.sweeps):

@@ -21,12 +21,12 @@ from sjd2_lightning.decoding import DecodingConfig, decode
 from sjd2_lightning.decoding.law import guided
 from sjd2_lightning.decoding.output import Iteration
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, slot_keys, stream
+from sjd2_lightning.decoding.rules import known_codes
 from sjd2_lightning.decoding.variants.corrector import DraftCorrector, code_rows
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.run.stages import Advance
 from sjd2_lightning.run.values import Within, wrong_values
-
-_MOST_LOGIT = 1e4  # in place of infinite ones: what top-k cuts off now may be the token later
+from sjd2_lightning.training.optimizer import with_one_cycle
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class CorrectorRecipe:
         steps: number of steps, each on `batch` slots.
         batch: slots of a step.
         lr: learning rate at its peak; it rises over the first twentieth and falls to zero by a cosine.
-        per_image: most slots that are kept of an image, drawn at random.
-        val_share: share of the images that measure and do not train.
+        per_image: most slots that are kept of an image, on the average of a batch, drawn at random.
+        val_share: share of the batches of images that measure and do not train; at least one.
         seed: decides order and first weights.
     """
 
@@ -48,7 +48,7 @@ class CorrectorRecipe:
     batch: Annotated[int, Within(1, 2**20)] = 256
     lr: Annotated[float, Within(0, 1, without="least")] = 2e-3
     per_image: Annotated[int, Within(1, 2**24)] = 1500
-    val_share: Annotated[float, Within(0, 1, without="most")] = 0.1
+    val_share: Annotated[float, Within(0, 1, without="both")] = 0.1
     seed: Annotated[int, Within(0, 2**31)] = 0
 
     def problems(self) -> list[str]:
@@ -84,7 +84,11 @@ def traces_of(
     layout: ImageLayout,
     most: int,
 ) -> Traces:
-    """Draws images and keeps at most `most` slots of each, on the CPU; other arguments as of `decode`."""
+    """Draws images and keeps some open slots of their passes, on the CPU; other arguments as of `decode`.
+
+    Args:
+        most: number of slots that are kept for each image, on average, if there are so many.
+    """
     num_codes, device = backbone.num_codes, backbone.device
     is_code = torch.tensor(layout.forced, device=device) < 0
     of_rows = torch.tensor(list(seeds), device=device)
@@ -99,7 +103,7 @@ def traces_of(
         inside = this.heads[:, None] + numbers < layout.num_slots
         # committed slots are what they are, and the head's neighbour was settled before
         is_open = (numbers >= this.num_committed[:, None].clamp_min(1)) & inside & is_code[slots]
-        was = this.drafts.clamp_max(num_codes).masked_fill(this.levels > 0, num_codes)
+        was = known_codes(this.drafts, this.levels, num_codes)
         hidden = this.read.hidden.unflatten(0, (-1, len(this.heads))).movedim(0, 2)  # (R, W, C, D)
         scale = torch.as_tensor(this.read.scale, device=device).expand(len(this.heads), window)
         images = this.rows[:, None].expand(-1, window)
@@ -136,8 +140,9 @@ class Learner:
         scale: float | Tensor = 1 if sides == 1 else slots.scale
         with torch.no_grad():
             dtype = self.backbone.slot_table().dtype
+            # all codes: what top-k cuts off now may be the token later
             logits = guided(self.backbone.image_logits(hidden.to(dtype)), scale) / self.temperature
-            before = logits.clamp(-_MOST_LOGIT, _MOST_LOGIT) + gumbel(slots.keys, logits.shape[-1])
+            before = logits + gumbel(slots.keys, logits.shape[-1])
         old = self.corrector.old(self.rows[slots.old]).repeat(sides, 1)
         known = self.corrector.known(hidden, old)
         units = F.gelu(known + self.corrector.new(self.rows[slots.new]).repeat(sides, 1))
@@ -167,9 +172,7 @@ class Learner:
             advance: called with the number of steps done.
         """
         optimizer = torch.optim.AdamW(self.corrector.parameters(), lr=recipe.lr, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, recipe.lr, total_steps=recipe.steps + 1, pct_start=0.05, cycle_momentum=False
-        )
+        schedule = with_one_cycle(optimizer, recipe.lr, recipe.steps, 0.05)["lr_scheduler"]["scheduler"]
         rng = torch.Generator().manual_seed(recipe.seed)
         loader = DataLoader(TensorDataset(*slots), recipe.batch, shuffle=True, generator=rng)
         done = 0

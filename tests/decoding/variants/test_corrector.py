@@ -1,6 +1,7 @@
 """The corrector of drafts: what it changes, its file, what it is worth, and that it changes no image."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -50,45 +51,45 @@ def test_round_trip_and_foreign_files(tmp_path):
         DraftCorrector.load(tmp_path / "text.safetensors", HIDDEN)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.5, torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2)])
-def test_a_sweep_is_the_best_code_of_the_changed_law(tmp_path, scale):
+@pytest.mark.parametrize("guidance", ["off", "constant", "by slot"])
+def test_a_round_takes_the_best_code_of_the_changed_law(tmp_path, guidance):
     """Against the formula written out slot by slot, on both sides of guidance."""
-    rng = torch.Generator().manual_seed(1)
-    network, path = random_corrector(), tmp_path / "corrector.safetensors"
-    network.save(path)
+    rng, size = torch.Generator().manual_seed(1), (40, 5)
+    path = tmp_path / "corrector.safetensors"
+    random_corrector().save(path)
     network = DraftCorrector.load(path, HIDDEN)
-    sides = 2 if isinstance(scale, torch.Tensor) or scale != 1 else 1
+    sides = 1 if guidance == "off" else 2
+    scale = {"off": 1.0, "constant": 2.5, "by slot": 3 * torch.rand(size, generator=rng)}[guidance]
     table = torch.randn(NUM_CODES + 1, HIDDEN, generator=rng)
-    hidden = torch.randn(sides * 2, 4, HIDDEN, generator=rng)
-    log, noise = torch.randn(2, 2, 4, NUM_CODES, generator=rng)
-    tokens = torch.randint(NUM_CODES, (2, 4), generator=rng)
-    fed = torch.tensor([[1, 2, NUM_CODES, 0], [3, 4, 5, 6]])  # the third of the first row is a row's end
-    levels = torch.tensor([[0, 0, 0, 1], [0, 1, 0, 0]])
+    hidden = torch.randn(sides * size[0], size[1], HIDDEN, generator=rng)
+    log, noise = torch.randn(2, *size, NUM_CODES, generator=rng)
+    fed, tokens = torch.randint(NUM_CODES + 1, (2, *size), generator=rng)  # the last one is a row's end
     is_code = fed < NUM_CODES
-    settled = torch.tensor([[True, False, False, False], [True, True, False, False]])
-    corrected = Corrected(Correction(str(path), rounds=1, candidates=NUM_CODES), 0.8, table, NUM_CODES)
+    tokens = tokens.clamp_max(NUM_CODES - 1).where(is_code, fed)
+    levels = torch.randint(2, size, generator=rng)
+    settled = torch.arange(size[1]) <= torch.randint(size[1], (size[0], 1), generator=rng)
+    correction, temperature = Correction(str(path), rounds=1, candidates=NUM_CODES), 0.4
+    corrected = Corrected(correction, temperature, table, NUM_CODES)
     slots = Slots(fed, is_code, levels, gumbel=noise)
-    verdict = Verdict(tokens.where(is_code, fed), torch.ones_like(is_code), tokens)
+    verdict = Verdict(tokens, torch.ones_like(is_code), tokens)
     found = corrected(slots, verdict, Scores(log, Read(hidden, scale)), settled)
     rows = F.rms_norm(table[:NUM_CODES], (HIDDEN,))
-    for row in range(2):
-        for slot in range(4):
-            token = int(verdict.tokens[row, slot])
-            if slot == 0 or settled[row, slot] or not is_code[row, slot]:
-                assert found[row, slot] == token
-                continue
-            left, now = int(fed[row, slot - 1]), int(verdict.tokens[row, slot - 1])
-            known = left < NUM_CODES and levels[row, slot - 1] == 0
-            units = []
-            for side in range(sides):
-                state = network.state(F.rms_norm(hidden[2 * side + row, slot], (HIDDEN,)))
-                old = network.old(rows[left]) if known else 0
-                new = network.new(rows[now]) if now < NUM_CODES else 0
-                units.append(F.gelu(state + old + new))
-            its = scale[row, slot] if isinstance(scale, torch.Tensor) else scale
-            mixed = units[0] if sides == 1 else units[1] + its * (units[0] - units[1])
-            change = rows @ network.out(mixed) / 0.8
-            assert found[row, slot] == (log + noise)[row, slot].add(change).argmax()
+    for row, slot in product(range(size[0]), range(size[1])):
+        if slot == 0 or settled[row, slot] or not is_code[row, slot]:
+            assert found[row, slot] == tokens[row, slot]
+            continue
+        left, now = int(fed[row, slot - 1]), int(tokens[row, slot - 1])
+        is_known = left < NUM_CODES and levels[row, slot - 1] == 0
+        units = []
+        for side in range(sides):
+            state = network.state(F.rms_norm(hidden[side * size[0] + row, slot], (HIDDEN,)))
+            old = network.old(rows[left]) if is_known else 0
+            new = network.new(rows[now]) if now < NUM_CODES else 0
+            units.append(F.gelu(state + old + new))
+        its = scale[row, slot] if isinstance(scale, torch.Tensor) else scale
+        mixed = units[0] if sides == 1 else units[1] + its * (units[0] - units[1])
+        change = rows @ network.out(mixed) / temperature
+        assert found[row, slot] == (log + noise)[row, slot].add(change).argmax()
 
 
 def test_only_candidates_are_chosen(tmp_path):

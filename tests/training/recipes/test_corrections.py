@@ -33,7 +33,12 @@ def test_scores_of_traces_are_those_of_the_passes(backbone, num_levels, guidance
     traces = traces_of(backbone, prompts, seeds, config, layout, 10**6)
     is_code = [forced < 0 for forced in layout.forced]
     wanted = sorted(
-        (int(this.tokens[row, slot]), int(final[image, head + slot]), int(final[image, head + slot - 1]))
+        (
+            int(this.tokens[row, slot]),
+            int(final[image, head + slot]),
+            int(final[image, head + slot - 1]),
+            12 if this.levels[row, slot - 1] else int(this.drafts[row, slot - 1]),
+        )
         for this in seen
         for row, (image, head) in enumerate(zip(this.rows.tolist(), this.heads.tolist(), strict=True))
         for slot in range(max(1, int(this.num_committed[row])), 7)
@@ -41,8 +46,8 @@ def test_scores_of_traces_are_those_of_the_passes(backbone, num_levels, guidance
     )
     learner = Learner(backbone, 0.8, DraftCorrector(16, 4))
     before, change = learner.scores(traces)
-    found = zip(before.argmax(-1).tolist(), traces.codes.tolist(), traces.new.tolist(), strict=True)
-    assert sorted(found) == wanted
+    fields = (before.argmax(-1), traces.codes, traces.new, traces.old)
+    assert sorted(zip(*(field.tolist() for field in fields), strict=True)) == wanted
     assert not change.any()
     assert len(traces_of(backbone, prompts, seeds, config, layout, 5).codes) == 10
 
@@ -75,6 +80,19 @@ def test_it_saves_passes_of_other_images(backbone, guidance, tmp_path):
         (new - old).abs().max() for new, old in zip(again.parameters(), network.parameters(), strict=True)
     )
     assert 0 < moved < 0.02, "a training that starts from a corrector goes on with it"
+
+
+def test_what_measures_does_not_train(backbone, monkeypatch):
+    """Of few images too: a share of held-out drafts is of held-out drafts."""
+    seen = {}
+    monkeypatch.setattr(Learner, "fit", lambda self, slots, *_: seen.update(train=slots))
+    monkeypatch.setattr(Learner, "right", lambda self, slots: seen.update(val=slots) or (0.0, 0.0))
+    for num in (2, 3, 9):
+        config = DecodingConfig("sjd2", 6, 1)
+        learnt(backbone, list(RAGGED_PROMPTS * 3)[:num], config, PIXELS, CorrectorRecipe(), batch=4)
+        keys = [set(seen[part].keys.tolist()) for part in ("train", "val")]
+        assert all(keys)
+        assert not keys[0] & keys[1]
 
 
 def test_the_same_seed_gives_the_same_network(backbone):

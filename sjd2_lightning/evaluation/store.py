@@ -108,8 +108,10 @@ def method_fields(config: Any) -> dict[str, Any]:
         later["engine"] = engine
     if attention != "auto":
         later["attention"] = attention
-    if corrector["weights"] is not None:  # one that was trained anew has other passes
-        later["corrector"] = {**corrector, "sha256": sha256_of_file(Path(corrector["weights"]))}
+    if config.corrector.is_file:  # one that was trained anew has other passes
+        corrector["sha256"] = sha256_of_file(Path(corrector["weights"]))
+    if corrector["weights"] is not None:
+        later["corrector"] = corrector
     said = {name: value for name, value in later.items() if value}
     return fields.pop("noise") | fields | {"compile": engine == "compiled"} | said
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from sjd2_lightning.run.files import text_of
 from sjd2_lightning.run.values import Within, wrong_values
@@ -23,8 +23,7 @@ _HELD_OUT = 16  # one question in so many
 _FIELDS = ("question", "steps", "answer")
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One problem.
 
     Attributes:

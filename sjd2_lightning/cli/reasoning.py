@@ -113,7 +113,7 @@ def answer_lines(result: EvaluationResult, number: int) -> list[str]:
     return [
         "# Answers",
         "",
-        "What each way thought (for latents, the likeliest token at each) and answered; wrong answers struck out.",
+        "What each way thought, which is for latents the likeliest token at each; wrong answers struck out.",
         "",
         *markdown_lines(["question", *rows], cells, num_texts=1 + len(rows)),
         "",

@@ -97,6 +97,7 @@ class ThoughtEvaluation:
         baseline = self.ways.get(BASELINE)
         if baseline is None or baseline.kind != "latents" or baseline.schedule.window != 1:
             found.append(
-                f"ways.{BASELINE}: must be kind=latents with schedule.window=1, the chain that all are compared with"
+                f"ways.{BASELINE}: must be kind=latents with schedule.window=1, the chain that others are "
+                "compared with"
             )
         return found

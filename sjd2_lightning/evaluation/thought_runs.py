@@ -44,12 +44,14 @@ class Found:
     """What one way found for a problem.
 
     Attributes:
-        answer: text of the answer.
+        answer_ids: token ids of the answer.
+        answer: its text.
         thought: its steps in words, or the token that the head reads out of each latent.
         accepted: columns that each pass before the answer made final, the pass over the question first.
         residual: largest change of a number in the last pass over latents; 0 where there was none.
     """
 
+    answer_ids: tuple[int, ...]
     answer: str
     thought: str
     accepted: tuple[int, ...]
@@ -64,21 +66,22 @@ class ThoughtRecord(Record):
     latents: the one behind the last.
 
     Attributes:
-        answer, thought, residual: see `Found`.
+        answer_ids, answer, thought, residual: see `Found`.
         right: whether the answer is that of the problem, to the letter.
     """
 
+    answer_ids: tuple[int, ...]
     answer: str
     thought: str
     residual: float
     right: bool
 
-    SAME: ClassVar[str] = "in the text of every answer"
+    SAME: ClassVar[str] = "token for token of every answer"
     COUNTED: ClassVar[str] = "forward passes before the answer, the one over the question included"
 
     def percent_equal(self, other: ThoughtRecord) -> int:
         """100 where the answers are equal, else 0."""
-        return 100 * (self.answer == other.answer)
+        return 100 * (self.answer_ids == other.answer_ids)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Answering:
         thinker, method = self.thinker, self.method
         if method.kind == "steps":
             spoken = explained(thinker, questions, self.chain_tokens)
-            return [Found(own.answer, own.steps, (1,) * own.num_tokens, 0.0) for own in spoken]
+            return [self._found(own.answer_ids, own.steps, (1,) * own.num_tokens) for own in spoken]
         num_latents = thinker.settings.num_latents if method.kind != "none" else 0
         if method.kind == "latents":
             thought = solved(thinker, questions, num_latents, method.schedule)
@@ -111,10 +114,15 @@ class Answering:
         answers = answers_of(thinker, thought, self.answer_tokens)
         seen = readings(thinker, thought)
         if thought.solution is None:
-            return [Found(a, s, (num_latents + 1,), 0.0) for a, s in zip(answers, seen, strict=True)]
+            return [self._found(a, s, (num_latents + 1,)) for a, s in zip(answers, seen, strict=True)]
         counts = (1, *thought.solution.stats.accepted[0])
         last = thought.solution.residuals[-1].tolist()
-        return [Found(a, s, counts, gap) for a, s, gap in zip(answers, seen, last, strict=True)]
+        return [self._found(a, s, counts, gap) for a, s, gap in zip(answers, seen, last, strict=True)]
+
+    def _found(
+        self, answer_ids: Sequence[int], thought: str, accepted: tuple[int, ...], residual: float = 0.0
+    ) -> Found:
+        return Found(tuple(answer_ids), self.thinker.text(answer_ids), thought, accepted, residual)
 
 
 @torch.no_grad()
@@ -123,7 +131,7 @@ def readings(thinker: Thinker, thought: Thought) -> list[str]:
     if not thought.hidden.shape[1]:
         return [""] * len(thought.hidden)
     ids = thinker.logits(thought.hidden).argmax(2).tolist()
-    return [" ".join(thinker.tokenizer.decode([token]) for token in row) for row in ids]
+    return [" ".join(thinker.text([token]) for token in row) for row in ids]
 
 
 def problem_prompts(problems: Sequence[Problem], seed: int) -> list[PromptItem]:
@@ -161,7 +169,7 @@ def answer_methods(
     identity = {
         "code": __version__,
         "weights": weights_hash(first.thinker),
-        "weights_of_ways": {name: weights_hash(own.thinker) for name, own in ways.items() if own.method.weights},
+        "others": {name: weights_hash(own.thinker) for name, own in ways.items() if own.method.weights},
         "device": device.type,
         "methods": {name: method_fields(own.method) for name, own in ways.items()},
         "prompts": sha256_of_json([item.identity for item in prompts]),
@@ -186,7 +194,9 @@ def answer_methods(
                 with stage("warming up"):
                     is_warm = all(call() for call in calls.values())
             turn = number % len(calls)
-            timings = {name: timed(calls[name], device) for name in [*list(calls)[turn:], *list(calls)[:turn]]}
+            timings = {
+                name: timed(calls[name], device) for name in [*list(calls)[turn:], *list(calls)[:turn]]
+            }
             for name, (found, seconds) in timings.items():
                 own = _records(name, number, batch, problems[start : start + batch_size], found, seconds)
                 store.append(own, [card(record) for record in own])
@@ -218,6 +228,7 @@ def _records(
             size=(1, sum(own.accepted)),
             seconds=seconds,
             process=process_name(os.getpid()),
+            answer_ids=own.answer_ids,
             answer=own.answer,
             thought=own.thought,
             residual=own.residual,

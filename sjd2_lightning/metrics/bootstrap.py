@@ -62,7 +62,9 @@ def share_result(name: str, hits: Sequence[bool], protocol: str) -> MetricResult
     """Share of hits (N,) with Wilson's interval, which holds near 0 and 1 and with few samples too."""
     sample = _checked(name, hits)
     share = stats.binomtest(int(sample.sum()), len(sample)).proportion_ci(CONFIDENCE, method="wilson")
-    return MetricResult(name, float(sample.mean()), (float(share.low), float(share.high)), len(sample), protocol)
+    return MetricResult(
+        name, float(sample.mean()), (float(share.low), float(share.high)), len(sample), protocol
+    )
 
 
 def paired_difference(

@@ -68,7 +68,9 @@ def add_lora(model: nn.Module, trunk_path: str, settings: LoraSettings, layers: 
     from transformers.pytorch_utils import Conv1D
 
     path = rf"{re.escape(trunk_path)}\.{layers}\.\d+\.\w+\."
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linear = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     if unknown := [
         target
         for target in settings.targets

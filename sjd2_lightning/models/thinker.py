@@ -20,7 +20,7 @@ from sjd2_lightning.models.hub import HubName, located
 from sjd2_lightning.models.lora import LoraSettings, add_lora, merged_state
 from sjd2_lightning.models.trunk import cache_argument
 from sjd2_lightning.run.files import write_whole
-from sjd2_lightning.run.values import Count, Natural, Within, wrong_values
+from sjd2_lightning.run.values import Natural, Within, wrong_values
 
 SETTINGS, WEIGHTS = "thinker.json", "thinker.safetensors"
 _EOS = "<eos>"  # of the text tokenizer of new models
@@ -62,7 +62,7 @@ class ThoughtSettings:
 
     Attributes:
         num_latents: c, latents between question and answer.
-        num_passes: T, parallel passes over them; 0 leaves them pause tokens, c or more is the sequential chain.
+        num_passes: T, parallel passes over them; 0 leaves them pause tokens, c or more is the chain.
         projection: from hidden states to the inputs of latents: none, or CODI's two layers with a norm.
         answer_prompt: text in front of the answer; a model's hidden states are distilled at its last token.
     """
@@ -76,7 +76,9 @@ class ThoughtSettings:
         """What is wrong with the values, a line each, starting with the key."""
         found = wrong_values(self)
         if self.num_passes > 0 and not self.num_latents:
-            found.append(f"num_passes={self.num_passes}: without latents there is nothing to pass over; set it to 0")
+            found.append(
+                f"num_passes={self.num_passes}: without latents there is nothing to pass over; set it to 0"
+            )
         if not self.answer_prompt.strip():
             found.append("answer_prompt='': give a text; the answer begins behind it")
         return found
@@ -105,7 +107,7 @@ class Fed(NamedTuple):
     Attributes:
         hidden: (B, L, d) last hidden states, behind the final norm.
         past: what it keeps, these columns included.
-        layers: (B, L, d) hidden states behind each layer, the last behind the final norm; empty if not wanted.
+        layers: (B, L, d) hidden states behind each layer, the last behind the final norm; or none.
     """
 
     hidden: Tensor
@@ -147,6 +149,10 @@ class Thinker(nn.Module):
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return str(self.tokenizer.decode(list(ids)))
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, L, d) embeddings of token ids (B, L)."""
@@ -197,9 +203,7 @@ class Thinker(nn.Module):
             **{cache_argument(self.trunk): cache},
         )
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
-        return Fed(
-            out.last_hidden_state, Past(layers, seen), out.hidden_states[1:] if all_layers else ()
-        )
+        return Fed(out.last_hidden_state, Past(layers, seen), out.hidden_states[1:] if all_layers else ())
 
     def project(self, hidden: Tensor) -> Tensor:
         """(B, L, d) inputs of latents that hidden states (B, L, d) become."""
@@ -219,10 +223,11 @@ class Thinker(nn.Module):
         add_lora(self.model, self.model.base_model_prefix, settings, layers)
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder that transformers reads, adapter merged, and beside it marks, projection, settings."""
-        from transformers import AutoModelForCausalLM
+        """Writes a folder that transformers reads, adapter merged; beside it marks, projection, settings."""
+        import transformers
 
-        plain = AutoModelForCausalLM.from_config(self.model.config)
+        transformers.utils.logging.disable_progress_bar()
+        plain = transformers.AutoModelForCausalLM.from_config(self.model.config)
         plain.load_state_dict(merged_state(self.model))
         plain.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -306,5 +311,7 @@ def _pretrained(folder: Path, key: str) -> tuple[Any, Any]:
             f"{key}={folder}: no causal language model with a tokenizer ({str(error).splitlines()[0]})"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{key}={folder}: its tokenizer has no end token; set eos_token in its configuration")
+        raise ValueError(
+            f"{key}={folder}: its tokenizer has no end token; set eos_token in its configuration"
+        )
     return model, tokenizer

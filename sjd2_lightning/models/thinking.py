@@ -3,8 +3,8 @@
     question <bot> e_1 .. e_c <eot> answer prompt, answer, end
 
 e_1 is the projected hidden state of <bot>, e_(j+1) that of e_j. Pass 0 reads the question with <latent> in
-the place of every e_j and gives a first guess of all; a pass feeds the guess at those places and gives the next.
-The answer reads the keys and values of the last pass, that is of what it was fed.
+the place of every e_j and gives a first guess of all; a pass feeds the guess at those places and gives the
+next. The answer reads the keys and values of the last pass, that is of what it was fed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Latents:
         self.hidden = thinker.marks.new_zeros(len(past.mask), 0, thinker.marks.shape[1])
 
     def values(self, first: int, fed: Tensor) -> Tensor:
-        """(B, L, d) new values of columns first + 1 .. first + L; `past` and `hidden` are those of what was fed."""
+        """(B, L, d) new values of columns first + 1 .. first + L; `past`, `hidden` are of what was fed."""
         out = self.thinker.feed(fed, self.past.cut(self.num_read + first))
         self.past = out.past
         self.hidden = torch.cat([self.hidden[:, :first], out.hidden], dim=1)
@@ -81,7 +81,7 @@ def read(thinker: Thinker, questions: Sequence[str], num_latents: int) -> tuple[
 
 
 def think(thinker: Thinker, questions: Sequence[str], num_latents: int, num_passes: int) -> Thought:
-    """Thoughts after a number of passes, with gradients; c passes or more are the chain, one latent at a time.
+    """Thoughts after a number of passes, with gradients; c passes or more are the chain, latent by latent.
 
     Args:
         thinker: the model.
@@ -116,7 +116,7 @@ def continued(
     """Reads <eot>, the answer prompt and given answers behind a thought.
 
     Returns:
-        What was made of them; ids of answers and end tokens (B, A), padded on the right; and the mask of these.
+        What was made of them; ids of answers and end tokens (B, A), padded on the right; and their mask.
         The column that foretells answer token n is the n-th from the last token of the prompt on.
     """
     prompt = thinker.ids(thinker.settings.answer_prompt)
@@ -129,14 +129,13 @@ def continued(
 
 
 @torch.no_grad()
-def answers_of(thinker: Thinker, thought: Thought, most_tokens: int) -> list[str]:
-    """The most likely answers behind a thought, token by token, of at most so many tokens each."""
+def answers_of(thinker: Thinker, thought: Thought, most_tokens: int) -> list[list[int]]:
+    """Token ids of the most likely answers behind a thought, one by one, at most so many of each."""
     prompt = thinker.ids(thinker.settings.answer_prompt)
     rows = len(thought.past.mask)
     ids = torch.tensor([prompt] * rows, device=thinker.marks.device)
     columns = torch.cat([thinker.mark("eot", rows), thinker.embed(ids)], dim=1)
-    found = _greedy(thinker, thinker.feed(columns, thought.past), most_tokens)
-    return [thinker.tokenizer.decode(row) for row in found]
+    return _greedy(thinker, thinker.feed(columns, thought.past), most_tokens)
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,12 @@ class Explained:
 
     Attributes:
         steps: its text.
-        answer: text behind the answer prompt; "" where the chain never came to it.
+        answer_ids: token ids behind the answer prompt; none where the chain never came to it.
         num_tokens: tokens before the answer, those of the prompt included.
     """
 
     steps: str
-    answer: str
+    answer_ids: list[int]
     num_tokens: int
 
 
@@ -170,8 +169,7 @@ def explained(thinker: Thinker, questions: Sequence[str], most_tokens: int) -> l
         starts = range(len(row) - len(prompt) + 1)
         start = next((n for n in starts if row[n : n + len(prompt)] == prompt), len(row))
         behind = min(start + len(prompt), len(row))
-        steps, answer = (thinker.tokenizer.decode(part) for part in (row[:start], row[behind:]))
-        found.append(Explained(steps, answer, max(behind, 1)))
+        found.append(Explained(thinker.text(row[:start]), row[behind:], max(behind, 1)))
     return found
 
 

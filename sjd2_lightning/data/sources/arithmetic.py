@@ -1,4 +1,4 @@
-"""Problems of arithmetic in the fields of GSM8K-Aug (question, steps, answer): generated, or read from a file.
+"""Problems of arithmetic in the fields of GSM8K-Aug (question, steps, answer): generated, or from a file.
 
 Generated ones are chains of operations modulo a number, worked from left to right: exact, endless, and each
 step needs the one before it. One in sixteen is held out, by a hash of its question.
@@ -98,7 +98,7 @@ class ProblemSource:
             distinct[problem.question] = problem
             if len(distinct) == number:
                 return list(distinct.values())
-            if tries > 100 * number:
+            if tries > 20 * number:
                 break
         raise ValueError(
             f"there are hardly more than {len(distinct)} held-out questions of num_operations="
@@ -106,7 +106,8 @@ class ProblemSource:
         )
 
     def _generated(self, seed: int, held_out: bool) -> Iterator[Problem]:
-        drawn = (self._problem(random.Random(f"{seed}:{held_out}:{index}")) for index in count())
+        draw = random.Random(f"{seed}:{held_out}")
+        drawn = (self._problem(draw) for _ in count())
         return (problem for problem in drawn if is_held_out(problem) == held_out)
 
     def _problem(self, draw: random.Random) -> Problem:
@@ -145,7 +146,7 @@ def read_problems(path: str | Path) -> list[Problem]:
                 raise ValueError("question is a text, steps a list of texts, answer a text")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"{path}, line {number} is no problem ({error}); each line is an object of {', '.join(_FIELDS)}"
+                f"{path}, line {number} is no problem ({error}); it must be an object of {', '.join(_FIELDS)}"
             ) from error
         found.append(Problem(question, tuple(steps), str(answer)))
     if not found:

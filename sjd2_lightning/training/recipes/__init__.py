@@ -142,6 +142,8 @@ class ThoughtRecipe:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
-        parts = {"model": self.model, "thoughts": self.thoughts, "source": self.source, "lora": self.lora}
-        found = [f"{name}.{line}" for name, part in parts.items() if part for line in part.problems()]
+        found = [f"model.{line}" for line in self.model.problems()]
+        found += [f"thoughts.{line}" for line in self.thoughts.problems()]
+        found += [f"source.{line}" for line in self.source.problems()]
+        found += [] if self.lora is None else [f"lora.{line}" for line in self.lora.problems()]
         return [*wrong_values(self), *found]

@@ -1,6 +1,7 @@
 """Recipe of thinking in latents: the losses of PCCoT (arXiv 2506.18582), and a step loss of ours.
 
-One model is teacher and student. The teacher reads explicit steps, the student latents; both end in the answer.
+One model is teacher and student: the teacher reads explicit steps, the student latents, and both end in the
+answer.
 """
 
 from __future__ import annotations
@@ -108,9 +109,7 @@ class ThoughtModule(L.LightningModule):
 
     LOGGED = ("train/loss", "val/accuracy", "val/accuracy_steps")
 
-    def __init__(
-        self, recipe: ThoughtRecipe, optimizer: OptimizerConfig, out_dir: str | None = None
-    ) -> None:
+    def __init__(self, recipe: ThoughtRecipe, optimizer: OptimizerConfig, out_dir: str | None = None) -> None:
         super().__init__()
         if found := recipe.problems():
             raise ValueError("; ".join(f"pccot.{line}" for line in found))
@@ -149,9 +148,9 @@ class ThoughtModule(L.LightningModule):
         questions = [problem.question for problem in batch]
         thought = think(thinker, questions, thoughts.num_latents, thoughts.num_passes)
         answers = answers_of(thinker, thought, recipe.answer_tokens)
-        spoken = [found.answer for found in explained(thinker, questions, recipe.chain_tokens)]
+        spoken = [found.answer_ids for found in explained(thinker, questions, recipe.chain_tokens)]
         for name, given in (("val/accuracy", answers), ("val/accuracy_steps", spoken)):
-            right = [own == problem.answer for own, problem in zip(given, batch, strict=True)]
+            right = [thinker.text(own) == problem.answer for own, problem in zip(given, batch, strict=True)]
             self.log(name, sum(right) / len(right), prog_bar=True, batch_size=len(batch))
 
     def configure_optimizers(self) -> Any:

@@ -127,7 +127,7 @@ class Answering:
 
 @torch.no_grad()
 def readings(thinker: Thinker, thought: Thought) -> list[str]:
-    """What the head of the language model reads out of each latent, its likeliest token, with spaces between."""
+    """The likeliest token that the head reads out of each latent, with spaces between."""
     if not thought.hidden.shape[1]:
         return [""] * len(thought.hidden)
     ids = thinker.logits(thought.hidden).argmax(2).tolist()

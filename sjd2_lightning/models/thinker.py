@@ -122,6 +122,9 @@ class Thinker(nn.Module):
         model: causal language model of transformers.
         tokenizer: its text tokenizer, with an end token.
         settings: how it thinks.
+
+    Attributes:
+        prompt: token ids of the answer prompt.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: ThoughtSettings) -> None:
@@ -129,6 +132,7 @@ class Thinker(nn.Module):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         table = model.get_input_embeddings().weight
         width = table.shape[1]
+        (self.prompt,) = self.ids([settings.answer_prompt])
         self.marks = nn.Parameter(table.detach().std() * torch.randn(3, width))
         self.projection: nn.Module = nn.Identity()
         if settings.projection == "mlp":
@@ -146,9 +150,9 @@ class Thinker(nn.Module):
         """Id of the token behind an answer."""
         return int(self.tokenizer.eos_token_id)
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts, without special tokens; one call for many is much faster than many."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
@@ -259,6 +263,7 @@ def build_thinker(sizes: ThinkerSizes, settings: ThoughtSettings) -> Thinker:
             "n_layer": sizes.num_layers,
             "n_head": sizes.num_heads,
             "n_positions": sizes.num_positions,
+            "activation_function": "gelu_pytorch_tanh",  # GPT-2's own function, in one kernel
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         }
         if sizes.family == "gpt2"

@@ -70,7 +70,7 @@ def read(thinker: Thinker, questions: Sequence[str], num_latents: int) -> tuple[
         What the model keeps of questions and <bot>, a guess (B, num_latents + 1, d) of the latents and the
         column behind them, and the thought of one who goes no further: pause tokens.
     """
-    ids, mask = thinker.padded([thinker.ids(question) for question in questions], left=True)
+    ids, mask = thinker.padded(thinker.ids(questions), left=True)
     rows = len(questions)
     columns = [thinker.embed(ids), thinker.mark("bot", rows), thinker.mark("latent", rows, num_latents)]
     ones = mask.new_ones(rows, 1 + num_latents)
@@ -119,9 +119,8 @@ def continued(
         What was made of them; ids of answers and end tokens (B, A), padded on the right; and their mask.
         The column that foretells answer token n is the n-th from the last token of the prompt on.
     """
-    prompt = thinker.ids(thinker.settings.answer_prompt)
-    rows, width = len(answers), len(prompt)
-    ids, mask = thinker.padded([[*prompt, *thinker.ids(text), thinker.end] for text in answers])
+    rows, width = len(answers), len(thinker.prompt)
+    ids, mask = thinker.padded([[*thinker.prompt, *own, thinker.end] for own in thinker.ids(answers)])
     columns = torch.cat([thinker.mark("eot", rows), thinker.embed(ids)], dim=1)
     seen = torch.cat([mask.new_ones(rows, 1), mask], dim=1)
     fed = thinker.feed(columns[:, :-1], thought.past, seen[:, :-1], all_layers)
@@ -131,9 +130,8 @@ def continued(
 @torch.no_grad()
 def answers_of(thinker: Thinker, thought: Thought, most_tokens: int) -> list[list[int]]:
     """Token ids of the most likely answers behind a thought, one by one, at most so many of each."""
-    prompt = thinker.ids(thinker.settings.answer_prompt)
     rows = len(thought.past.mask)
-    ids = torch.tensor([prompt] * rows, device=thinker.marks.device)
+    ids = torch.tensor([thinker.prompt] * rows, device=thinker.marks.device)
     columns = torch.cat([thinker.mark("eot", rows), thinker.embed(ids)], dim=1)
     return _greedy(thinker, thinker.feed(columns, thought.past), most_tokens)
 
@@ -162,9 +160,9 @@ def explained(thinker: Thinker, questions: Sequence[str], most_tokens: int) -> l
         questions: texts, padded on the left.
         most_tokens: tokens of chain, prompt and answer at most.
     """
-    ids, mask = thinker.padded([thinker.ids(question) for question in questions], left=True)
+    ids, mask = thinker.padded(thinker.ids(questions), left=True)
     rows = _greedy(thinker, thinker.feed(thinker.embed(ids), mask=mask), most_tokens)
-    prompt, found = thinker.ids(thinker.settings.answer_prompt), []
+    prompt, found = thinker.prompt, []
     for row in rows:
         starts = range(len(row) - len(prompt) + 1)
         start = next((n for n in starts if row[n : n + len(prompt)] == prompt), len(row))

@@ -88,7 +88,7 @@ def test_no_pass_is_pause_tokens():
     model = thinker()
     found = think(model, QUESTIONS, NUM_LATENTS, 0)
     for row, question in enumerate(QUESTIONS):
-        text = model.embed(torch.tensor([model.ids(question)]))
+        text = model.embed(torch.tensor([model.ids([question])[0]]))
         columns = torch.cat([text, model.mark("bot", 1), model.mark("latent", 1, NUM_LATENTS)], dim=1)
         plain = model.trunk(inputs_embeds=columns).last_hidden_state[0, -NUM_LATENTS:]
         torch.testing.assert_close(found.hidden[row], plain, rtol=0, atol=1e-5)
@@ -147,10 +147,10 @@ def test_gradients_of_all_passes_are_those_of_the_chain(family, projection):
 @torch.no_grad()
 def test_words_are_split_at_the_answer_prompt(monkeypatch):
     model = thinker()
-    said = model.ids("<<1+2=3>>A:4")
-    monkeypatch.setattr(thinking, "_greedy", lambda *given: [said, model.ids("no end")])
+    said = model.ids(["<<1+2=3>>A:4"])[0]
+    monkeypatch.setattr(thinking, "_greedy", lambda *given: [said, model.ids(["no end"])[0]])
     found, lost = explained(model, QUESTIONS[:2], 20)
-    assert found == thinking.Explained("<<1+2=3>>", model.ids("4"), len(said) - 1)
+    assert found == thinking.Explained("<<1+2=3>>", model.ids(["4"])[0], len(said) - 1)
     assert lost == thinking.Explained("no end", [], 6)
 
 
@@ -158,7 +158,7 @@ def test_words_are_split_at_the_answer_prompt(monkeypatch):
 def test_words_are_what_the_library_generates():
     model = thinker(seed=3)
     found = explained(model, QUESTIONS[:1], 12)[0]
-    ids = torch.tensor([model.ids(QUESTIONS[0])])
+    ids = torch.tensor([model.ids([QUESTIONS[0]])[0]])
     wanted = model.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=model.end
     )

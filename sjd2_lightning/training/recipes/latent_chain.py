@@ -40,11 +40,10 @@ class Read(NamedTuple):
 
 def teacher_read(thinker: Thinker, problems: Sequence[Problem]) -> Read:
     """Question, explicit steps but the last, answer prompt, answer; the loss begins behind the question."""
-    prompt = thinker.ids(thinker.settings.answer_prompt)
-    questions = [thinker.ids(problem.question) for problem in problems]
-    steps = [thinker.ids("".join(problem.leading_steps)) for problem in problems]
-    answers = [thinker.ids(problem.answer) for problem in problems]
-    parts = list(zip(questions, steps, answers, strict=True))
+    questions = thinker.ids([problem.question for problem in problems])
+    steps = thinker.ids(["".join(problem.leading_steps) for problem in problems])
+    answers = thinker.ids([problem.answer for problem in problems])
+    prompt, parts = thinker.prompt, list(zip(questions, steps, answers, strict=True))
     ids, mask = thinker.padded([[*q, *s, *prompt, *a, thinker.end] for q, s, a in parts])
     fed = thinker.feed(thinker.embed(ids[:, :-1]), mask=mask[:, :-1], all_layers=True)
     lengths = torch.tensor([len(question) for question in questions], device=ids.device)
@@ -83,7 +82,8 @@ def step_loss(thinker: Thinker, thought: Thought, problems: Sequence[Problem]) -
     Latent n must foretell token n of all results of a problem, one after the other; further ones are free.
     """
     num_latents = thought.hidden.shape[1]
-    rows = [[token for result in problem.results for token in thinker.ids(result)] for problem in problems]
+    tokens = iter(thinker.ids([result for problem in problems for result in problem.results]))
+    rows = [[token for _ in problem.results for token in next(tokens)] for problem in problems]
     labels = torch.tensor([(row + [IGNORED] * num_latents)[:num_latents] for row in rows])
     if not (labels != IGNORED).any():
         return thought.hidden.sum() * 0

@@ -45,11 +45,11 @@ def test_the_teacher_learns_what_stands_behind_the_question():
     model = thinker()
     found, wanted = teacher_read(model, PROBLEMS), []
     for row, (problem, said) in enumerate(zip(PROBLEMS, ["<<3+4=2>>A:4", "A:10"], strict=True)):
-        question, behind = model.ids(problem.question), [*model.ids(said), model.end]
+        question, behind = model.ids([problem.question])[0], [*model.ids([said])[0], model.end]
         out = model.feed(model.embed(torch.tensor([question + behind])), all_layers=True)
         wanted += nats(model, out.hidden[0, len(question) - 1 : -1], behind)
         colon = len(question) + len(said) - len(problem.answer) - 1
-        assert (question + behind)[colon] == model.ids(":")[0]
+        assert (question + behind)[colon] == model.ids([":"])[0][0]
         for own, layer in zip(found.before, out.layers, strict=True):
             torch.testing.assert_close(own[row], layer[0, colon], rtol=0, atol=1e-5)
     torch.testing.assert_close(found.loss, torch.tensor(wanted).mean())
@@ -62,8 +62,8 @@ def test_the_student_learns_answer_and_end_alone():
     found, wanted = student_read(model, thought, PROBLEMS), []
     for row, problem in enumerate(PROBLEMS):
         own = think(model, [problem.question], 6, 3)
-        behind = [*model.ids(problem.answer), model.end]
-        ids = torch.tensor([[*model.ids("A:"), *behind]])
+        behind = [*model.ids([problem.answer])[0], model.end]
+        ids = torch.tensor([[*model.ids(["A:"])[0], *behind]])
         out = model.feed(
             torch.cat([model.mark("eot", 1), model.embed(ids)], dim=1), own.past, all_layers=True
         )
@@ -89,8 +89,8 @@ def test_latents_foretell_the_results_of_steps_one_token_each():
     model = thinker()
     problems = [PROBLEMS[0], Problem("9+9+9", ("<<9+9=18>>", "<<18+9=27>>"), "27")]
     thought = think(model, [problem.question for problem in problems], 6, 3)
-    wanted = nats(model, thought.hidden[0, :2], model.ids("24"))
-    wanted += nats(model, thought.hidden[1, :4], model.ids("1827"))
+    wanted = nats(model, thought.hidden[0, :2], model.ids(["24"])[0])
+    wanted += nats(model, thought.hidden[1, :4], model.ids(["1827"])[0])
     torch.testing.assert_close(step_loss(model, thought, problems), torch.tensor(wanted).mean())
     without = [Problem("1", (), "1")]
     assert step_loss(model, think(model, ["1"], 6, 3), without) == 0

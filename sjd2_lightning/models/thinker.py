@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from sjd2_lightning.models.hub import HubName, located
 from sjd2_lightning.models.lora import LoraSettings, add_lora, merged_state
-from sjd2_lightning.models.trunk import cache_argument
 from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.values import Natural, Within, wrong_values
 
@@ -194,6 +193,8 @@ class Thinker(nn.Module):
         """
         from transformers import DynamicCache
 
+        from sjd2_lightning.models.trunk import cache_argument
+
         own = torch.ones(columns.shape[:2], dtype=torch.long, device=columns.device) if mask is None else mask
         seen = own if past is None else torch.cat([past.mask, own], dim=1)
         positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -columns.shape[1] :]
@@ -257,6 +258,8 @@ def build_thinker(sizes: ThinkerSizes, settings: ThoughtSettings) -> Thinker:
     tokenizer = byte_tokenizer(1, {_EOS: 0})
     tokenizer.eos_token = _EOS
     common = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
+    # latents have numbers of size 1: beside weights as small as GPT-2's they would drown all positions
+    common["initializer_range"] = sizes.width**-0.5
     own = (
         {
             "n_embd": sizes.width,

@@ -18,14 +18,9 @@ SETTINGS = ThoughtSettings(NUM_LATENTS, 3, answer_prompt="A:")
 
 
 def thinker(family="gpt2", projection="none", seed=0):
-    """A model whose layers do much: the fixed point is far from its guess."""
+    """A model with random weights."""
     torch.manual_seed(seed)
-    made = build_thinker(replace(SIZES, family=family), replace(SETTINGS, projection=projection))
-    with torch.no_grad():
-        for name, value in made.named_parameters():
-            if value.ndim > 1 and "wte" not in name and "embed" not in name:
-                value.mul_(6)
-    return made.eval()
+    return build_thinker(replace(SIZES, family=family), replace(SETTINGS, projection=projection)).eval()
 
 
 KINDS = [("gpt2", "none"), ("llama", "none"), ("gpt2", "mlp")]

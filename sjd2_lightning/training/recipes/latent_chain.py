@@ -149,9 +149,13 @@ class ThoughtModule(L.LightningModule):
         thought = think(thinker, questions, thoughts.num_latents, thoughts.num_passes)
         answers = answers_of(thinker, thought, recipe.answer_tokens)
         spoken = [found.answer_ids for found in explained(thinker, questions, recipe.chain_tokens)]
-        for name, given in (("val/accuracy", answers), ("val/accuracy_steps", spoken)):
-            right = [thinker.text(own) == problem.answer for own, problem in zip(given, batch, strict=True)]
-            self.log(name, sum(right) / len(right), prog_bar=True, batch_size=len(batch))
+        self.log("val/accuracy", self._share_right(answers, batch), prog_bar=True, batch_size=len(batch))
+        self.log("val/accuracy_steps", self._share_right(spoken, batch), batch_size=len(batch))
+
+    def _share_right(self, answers: Sequence[Sequence[int]], problems: Sequence[Problem]) -> float:
+        text = self.thinker.text
+        right = [text(own) == problem.answer for own, problem in zip(answers, problems, strict=True)]
+        return sum(right) / len(right)
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config

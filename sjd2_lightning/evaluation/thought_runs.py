@@ -128,9 +128,7 @@ class Answering:
 @torch.no_grad()
 def readings(thinker: Thinker, thought: Thought) -> list[str]:
     """The likeliest token that the head reads out of each latent, with spaces between."""
-    if not thought.hidden.shape[1]:
-        return [""] * len(thought.hidden)
-    ids = thinker.logits(thought.hidden).argmax(2).tolist()
+    ids = thinker.logits(thought.hidden[:, :-1]).argmax(2).tolist()
     return [" ".join(thinker.text([token]) for token in row) for row in ids]
 
 

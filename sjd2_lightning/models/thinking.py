@@ -28,18 +28,22 @@ class Latents:
         thinker: the model.
         past: what it keeps of question and <bot>.
         num_latents: c.
+        hidden: (B, 1, d) hidden state of <bot>.
+
+    Attributes:
+        past: what the model keeps of question, <bot> and the latents that were fed.
+        hidden: hidden states of <bot> and of these latents.
     """
 
-    def __init__(self, thinker: Thinker, past: Past, num_latents: int) -> None:
-        self.thinker, self.past, self.length = thinker, past, num_latents + 1
+    def __init__(self, thinker: Thinker, past: Past, num_latents: int, hidden: Tensor) -> None:
+        self.thinker, self.past, self.hidden, self.length = thinker, past, hidden, num_latents + 1
         self.num_read = past.mask.shape[1]
-        self.hidden = thinker.marks.new_zeros(len(past.mask), 0, thinker.marks.shape[1])
 
     def values(self, first: int, fed: Tensor) -> Tensor:
-        """(B, L, d) new values of columns first + 1 .. first + L; `past`, `hidden` are of what was fed."""
+        """(B, L, d) new values of columns first + 1 .. first + L."""
         out = self.thinker.feed(fed, self.past.cut(self.num_read + first))
         self.past = out.past
-        self.hidden = torch.cat([self.hidden[:, :first], out.hidden], dim=1)
+        self.hidden = torch.cat([self.hidden[:, : first + 1], out.hidden], dim=1)
         return self.thinker.project(out.hidden)
 
 
@@ -49,7 +53,8 @@ class Thought:
 
     Attributes:
         past: what it keeps of question, <bot> and latents.
-        hidden: (B, c, d) hidden states of the latents, as they were fed last.
+        hidden: (B, c + 1, d) hidden states of <bot> and of the latents as they were fed last: what latent 1,
+            .., c and the column behind are made of.
         solution: how the latents were found; None where no pass was made over them.
     """
 
@@ -77,7 +82,7 @@ def read(thinker: Thinker, questions: Sequence[str], num_latents: int) -> tuple[
     fed = thinker.feed(torch.cat(columns, dim=1), mask=torch.cat([mask, ones], dim=1))
     num_read = ids.shape[1] + 1
     guess = thinker.project(fed.hidden[:, num_read - 1 :])
-    return fed.past.cut(num_read), guess, Thought(fed.past, fed.hidden[:, num_read:])
+    return fed.past.cut(num_read), guess, Thought(fed.past, fed.hidden[:, num_read - 1 :])
 
 
 def think(thinker: Thinker, questions: Sequence[str], num_latents: int, num_passes: int) -> Thought:
@@ -93,7 +98,7 @@ def think(thinker: Thinker, questions: Sequence[str], num_latents: int, num_pass
     past, guess, pause = read(thinker, questions, 0 if is_chain else num_latents)
     if not num_passes:
         return pause
-    latents = Latents(thinker, past, num_latents)
+    latents = Latents(thinker, past, num_latents, pause.hidden[:, :1])
     if is_chain:
         follow(latents, guess)
     else:
@@ -104,8 +109,8 @@ def think(thinker: Thinker, questions: Sequence[str], num_latents: int, num_pass
 @torch.no_grad()
 def solved(thinker: Thinker, questions: Sequence[str], num_latents: int, schedule: Schedule) -> Thought:
     """Thoughts by a schedule: a window of 1 is the chain, `max_passes` PCCoT, neither a fixed point."""
-    past, guess, _ = read(thinker, questions, num_latents)
-    latents = Latents(thinker, past, num_latents)
+    past, guess, pause = read(thinker, questions, num_latents)
+    latents = Latents(thinker, past, num_latents, pause.hidden[:, :1])
     solution = solve(latents, guess, schedule)
     return Thought(latents.past, latents.hidden, solution)
 

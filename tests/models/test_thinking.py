@@ -33,8 +33,8 @@ def keys_of(thought):
 
 def chain(model, questions=QUESTIONS):
     """The sequential chain written out: one latent at a time, nothing of it by a fixed point."""
-    past, guess, _ = read(model, questions, 0)
-    latent, hidden = guess, []
+    past, latent, pause = read(model, questions, 0)
+    hidden = [pause.hidden]
     for _ in range(NUM_LATENTS):
         fed = model.feed(latent, past)
         past, latent = fed.past, model.project(fed.hidden)
@@ -85,7 +85,7 @@ def test_no_pass_is_pause_tokens():
     for row, question in enumerate(QUESTIONS):
         text = model.embed(torch.tensor([model.ids([question])[0]]))
         columns = torch.cat([text, model.mark("bot", 1), model.mark("latent", 1, NUM_LATENTS)], dim=1)
-        plain = model.trunk(inputs_embeds=columns).last_hidden_state[0, -NUM_LATENTS:]
+        plain = model.trunk(inputs_embeds=columns).last_hidden_state[0, -NUM_LATENTS - 1 :]
         torch.testing.assert_close(found.hidden[row], plain, rtol=0, atol=1e-5)
 
 
@@ -124,8 +124,8 @@ def test_gradients_of_all_passes_are_those_of_the_chain(family, projection):
     wanted = gradients(model, chain(model))
 
     def unrolled(num_passes):
-        past, guess, _ = read(model, QUESTIONS, NUM_LATENTS)
-        latents = thinking.Latents(model, past, NUM_LATENTS)
+        past, guess, pause = read(model, QUESTIONS, NUM_LATENTS)
+        latents = thinking.Latents(model, past, NUM_LATENTS, pause.hidden[:, :1])
         thinking.unroll(latents, guess, num_passes)
         return gradients(model, thinking.Thought(latents.past, latents.hidden))
 
@@ -169,7 +169,7 @@ MUTATIONS = {
         "self.past.cut(self.num_read + max(first - 1, 0))",
     ),
     "keeps the question alone": ("self.past = out.past", "pass"),
-    "keeps no order": ("self.hidden[:, :first], out.hidden", "out.hidden, self.hidden[:, :first]"),
+    "keeps no order": ("self.hidden[:, : first + 1], out.hidden", "out.hidden, self.hidden[:, : first + 1]"),
 }
 
 

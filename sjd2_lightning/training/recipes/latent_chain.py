@@ -77,17 +77,17 @@ def distillation_loss(student: Read, teacher: Read) -> Tensor:
 
 
 def step_loss(thinker: Thinker, thought: Thought, problems: Sequence[Problem]) -> Tensor:
-    """Cross-entropy of the results of the steps at the latents, by the shared head; scalar (ours).
+    """Cross-entropy of the results of steps, at what latents are made of, by the shared head; scalar (ours).
 
-    Latent n must foretell token n of all results of a problem, one after the other; further ones are free.
+    Latent n must say token n of all results of a problem, one after the other; further ones are free.
     """
-    num_latents = thought.hidden.shape[1]
+    num_latents = thought.hidden.shape[1] - 1
     tokens = iter(thinker.ids([result for problem in problems for result in problem.results]))
     rows = [[token for _ in problem.results for token in next(tokens)] for problem in problems]
     labels = torch.tensor([(row + [IGNORED] * num_latents)[:num_latents] for row in rows])
     if not (labels != IGNORED).any():
         return thought.hidden.sum() * 0
-    return _cross_entropy(thinker, thought.hidden, labels.to(thought.hidden.device))
+    return _cross_entropy(thinker, thought.hidden[:, :-1], labels.to(thought.hidden.device))
 
 
 def _cross_entropy(thinker: Thinker, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -258,8 +258,7 @@ def build_thinker(sizes: ThinkerSizes, settings: ThoughtSettings) -> Thinker:
     tokenizer = byte_tokenizer(1, {_EOS: 0})
     tokenizer.eos_token = _EOS
     common = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
-    # latents have numbers of size 1: beside weights as small as GPT-2's they would drown all positions
-    common["initializer_range"] = sizes.width**-0.5
+    common |= {"initializer_range": sizes.width**-0.5, "tie_word_embeddings": False}
     own = (
         {
             "n_embd": sizes.width,
@@ -277,10 +276,14 @@ def build_thinker(sizes: ThinkerSizes, settings: ThoughtSettings) -> Thinker:
             "num_attention_heads": sizes.num_heads,
             "num_key_value_heads": sizes.num_heads,
             "max_position_embeddings": sizes.num_positions,
-            "tie_word_embeddings": True,
         }
     )
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(sizes.family, **common, **own))
+    for (
+        module
+    ) in model.modules():  # tokens and positions of the size of latents, which would drown small ones
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
     return Thinker(model, tokenizer, settings)
 
 

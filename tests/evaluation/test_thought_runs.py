@@ -38,7 +38,7 @@ METHODS = {
 
 
 def run(folder, **kwargs):
-    model = thinker(seed=2)
+    model = thinker(seed=5)
     ways = {name: Answering(model, method, 4, 10) for name, method in METHODS.items()}
     return answer_methods(ways, PROMPTS, PROBLEMS, folder, **kwargs)
 
@@ -72,7 +72,7 @@ def test_each_way_has_its_passes_and_jacobi_is_the_chain(store):
 
 
 def test_answers_are_those_of_the_model(store):
-    model = thinker(seed=2)
+    model = thinker(seed=5)
     for name, num_passes in (("ar", 6), ("pccot", 2), ("pause", 0)):
         wanted = answers_of(model, think(model, [item.prompt for item in PROMPTS], 6, num_passes), 4)
         found = {record.key: list(record.answer_ids) for record in store.load() if record.method == name}

@@ -62,13 +62,14 @@ class ThoughtSettings:
     Attributes:
         num_latents: c, latents between question and answer.
         num_passes: T, parallel passes over them; 0 leaves them pause tokens, c or more is the chain.
-        projection: from hidden states to the inputs of latents: none, or CODI's two layers with a norm.
+        projection: from hidden states to the inputs of latents: none; scale (ours), a factor that is learnt
+            and begins with latents of the size of tokens; or mlp, CODI's two layers with a norm.
         answer_prompt: text in front of the answer; a model's hidden states are distilled at its last token.
     """
 
     num_latents: Natural = 8
     num_passes: Natural = 3
-    projection: Literal["none", "mlp"] = "none"
+    projection: Literal["none", "scale", "mlp"] = "none"
     answer_prompt: str = "The answer is:"
 
     def problems(self) -> list[str]:
@@ -114,6 +115,21 @@ class Fed(NamedTuple):
     layers: tuple[Tensor, ...]
 
 
+class Scale(nn.Module):
+    """Latents of the size of tokens: a factor that is learnt.
+
+    Args:
+        factor: its first value.
+    """
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.factor * hidden
+
+
 class Thinker(nn.Module):
     """A language model, its marks and its projection.
 
@@ -134,6 +150,8 @@ class Thinker(nn.Module):
         (self.prompt,) = self.ids([settings.answer_prompt])
         self.marks = nn.Parameter(table.detach().std() * torch.randn(3, width))
         self.projection: nn.Module = nn.Identity()
+        if settings.projection == "scale":
+            self.projection = Scale(float(table.detach().std()))
         if settings.projection == "mlp":
             self.projection = nn.Sequential(
                 nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width)
@@ -279,11 +297,6 @@ def build_thinker(sizes: ThinkerSizes, settings: ThoughtSettings) -> Thinker:
         }
     )
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(sizes.family, **common, **own))
-    for (
-        module
-    ) in model.modules():  # tokens and positions of the size of latents, which would drown small ones
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)
     return Thinker(model, tokenizer, settings)
 
 

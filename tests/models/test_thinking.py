@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def thinker(family="gpt2", projection="none", seed=0):
     return build_thinker(replace(SIZES, family=family), replace(SETTINGS, projection=projection)).eval()
 
 
-KINDS = [("gpt2", "none"), ("llama", "none"), ("gpt2", "mlp")]
+KINDS = [("gpt2", "none"), ("llama", "none"), ("gpt2", "mlp"), ("gpt2", "scale")]
 
 
 def keys_of(thought):
@@ -121,6 +122,9 @@ def gradients(model, thought):
 @pytest.mark.parametrize(("family", "projection"), KINDS)
 def test_gradients_of_all_passes_are_those_of_the_chain(family, projection):
     model = thinker(family, projection).double()
+    close = partial(
+        torch.testing.assert_close, rtol=1e-5, atol=1e-5
+    )  # Llama's norms are in float32 all the same
     wanted = gradients(model, chain(model))
 
     def unrolled(num_passes):
@@ -131,12 +135,12 @@ def test_gradients_of_all_passes_are_those_of_the_chain(family, projection):
 
     for num_passes in (NUM_LATENTS, NUM_LATENTS + 2):
         found = unrolled(num_passes)
-        torch.testing.assert_close(found["marks"][[0, 2]], wanted["marks"][[0, 2]])
+        close(found["marks"][[0, 2]], wanted["marks"][[0, 2]])
         for name in wanted.keys() - {"marks"}:
-            torch.testing.assert_close(found[name], wanted[name], msg=name)
+            close(found[name], wanted[name], msg=name)
     short = unrolled(2)
     assert any(not torch.allclose(short[name], wanted[name]) for name in wanted)
-    torch.testing.assert_close(gradients(model, think(model, QUESTIONS, NUM_LATENTS, NUM_LATENTS)), wanted)
+    close(gradients(model, think(model, QUESTIONS, NUM_LATENTS, NUM_LATENTS)), wanted)
 
 
 @torch.no_grad()

@@ -184,3 +184,16 @@ def unroll(causal: CausalMap, guess: Tensor, num_passes: int) -> Tensor:
     for _ in range(num_passes):
         x = torch.cat([x[:, :1], causal.values(0, x[:, :-1])], dim=1)
     return x
+
+
+def follow(causal: CausalMap, guess: Tensor) -> Tensor:
+    """(B, T, ...) the loop's values, one column at a time; gradients flow through all of them.
+
+    Args:
+        causal: the map; where gradients are wanted, one that writes nothing in place.
+        guess: (B, 1 or more, ...); of it the given column 0 alone is read.
+    """
+    columns = [guess[:, :1]]
+    for first in range(causal.length - 1):
+        columns.append(causal.values(first, columns[-1]))
+    return torch.cat(columns, dim=1)

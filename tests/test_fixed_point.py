@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sjd2_lightning import fixed_point
-from sjd2_lightning.fixed_point import Schedule, solve, unroll
+from sjd2_lightning.fixed_point import Schedule, follow, solve, unroll
 
 LENGTH = 13
 
@@ -143,6 +143,12 @@ def test_gradients_of_unroll_are_those_of_the_loop():
     torch.testing.assert_close(gradient(LENGTH - 1, other), wanted)
     torch.testing.assert_close(gradient(LENGTH + 3, other), wanted)
     assert not torch.allclose(gradient(2, start(4)), wanted)
+    causal = RandomMap(4)
+    causal.bias.requires_grad_()
+    values = follow(causal, other[:, :1])
+    torch.testing.assert_close(values.detach(), loop(4).values)
+    values.square().sum().backward()
+    torch.testing.assert_close(causal.bias.grad, wanted)
 
 
 def test_wrong_values_are_named():

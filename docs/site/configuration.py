@@ -25,7 +25,8 @@ from sjd2_lightning.config.runs import EvaluateConfig, TrainConfig
 ROOTS = {"train": TrainConfig, "evaluate": EvaluateConfig}
 METHOD = "methods.<name>"
 # Groups whose keys are names of one's own, each with the same keys below it.
-NAMED = {"methods": METHOD, "flow.inversions": "flow.inversions.<name>"}
+NAMED = {"methods": METHOD}
+NAMED |= {name: f"{name}.<name>" for name in ("flow.inversions", "thoughts.ways")}
 # Which file of a group says what its keys are; the others say what differs.
 _FIRST = ("shared", "base", "default", "auto", "offline", "wandb", "adamw")
 _LARGE = 1e6  # an upper bound from here on is no choice, only a guard

@@ -51,6 +51,7 @@ from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
 from sjd2_lightning.training.module import SJD2Module
 from sjd2_lightning.training.recipes.clip import ClipModule, ScenePairs
 from sjd2_lightning.training.recipes.flow import FlowModule
+from sjd2_lightning.training.recipes.latent_chain import ProblemData, ThoughtModule
 
 _HELD_OUT_PROMPTS = 64
 _REFERENCE_SCENES = 252  # real scenes for the distances, at least as many as there are prompts
@@ -75,6 +76,9 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
         scorer = load_clip_scorer(shipped(config.tarflow.clip_dir))
         flow = FlowModule(config.tarflow, scorer, recipe_dir(config), config.optimizer.lr, variety)
         return flow, ScenePairs(data.batch_size, side, variety, config.seed, data.num_workers)
+    if config.task == "pccot" and config.pccot is not None:
+        thinking = ThoughtModule(config.pccot, config.optimizer, recipe_dir(config))
+        return thinking, ProblemData(config.pccot, data.batch_size, config.seed, data.num_workers)
     backbone = build_backbone(config.model, captions=captions_of(config.data))
     if config.model.quantize is not None:
         with stage("rounding the weights"):

@@ -51,7 +51,7 @@ def check_evaluate(cfg: DictConfig) -> EvaluateConfig:
     config = evaluate_config(cfg)
     found = [*_model_problems(config), *_metric_problems(config)]
     found += _device_problems("device", config.device, "use device=auto or device=cpu")
-    if config.benchmark is None:
+    if config.benchmark is None and config.thoughts is None:
         found += _prompt_problems(config, "num_prompts", config.num_prompts)
     if found:
         raise ConfigError(found)
@@ -300,10 +300,12 @@ def logged_names(config: TrainConfig) -> list[str]:
     from sjd2_lightning.training.module import SJD2Module
     from sjd2_lightning.training.recipes.clip import ClipModule
     from sjd2_lightning.training.recipes.flow import FlowModule
+    from sjd2_lightning.training.recipes.latent_chain import ThoughtModule
 
     if config.task == "tokenizer":
         return []
-    modules: dict[str, Any] = {"finetune": SJD2Module, "clip": ClipModule, "tarflow": FlowModule}
+    modules: dict[str, Any] = {"finetune": SJD2Module, "clip": ClipModule}
+    modules |= {"tarflow": FlowModule, "pccot": ThoughtModule}
     module = modules[config.task]
     names = [*module.LOGGED]
     if config.callbacks.sampling is not None and config.task == "finetune":

@@ -79,6 +79,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
             prompts, device = chosen_prompts(config), pick_device(config.device)
             return evaluate_flow(config, config.flow, prompts, device, hand_out)
+        if config.thoughts is not None:
+            from sjd2_lightning.cli.reasoning import evaluate_thoughts
+
+            return evaluate_thoughts(config, config.thoughts, pick_device(config.device), hand_out)
         return evaluate_owned(config)
 
 

@@ -27,9 +27,10 @@ from sjd2_lightning.config.trainer_group import TrainerConfig
 from sjd2_lightning.data import DataConfig
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.evaluation.flow_methods import FlowEvaluation
+from sjd2_lightning.evaluation.thought_methods import ThoughtEvaluation
 from sjd2_lightning.training.noise import TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig
-from sjd2_lightning.training.recipes import ClipRecipe, FlowRecipe, TokenizerRecipe
+from sjd2_lightning.training.recipes import ClipRecipe, FlowRecipe, ThoughtRecipe, TokenizerRecipe
 from sjd2_lightning.training.redrafting import CorrectorTraining
 
 RANDOM_TAG = "random weights"  # of a run in W&B behind whose weights no release is
@@ -146,13 +147,14 @@ class TrainConfig(SharedConfig):
     """The whole configuration of train.py."""
 
     ckpt_path: Start | None
-    task: Literal["finetune", "tokenizer", "clip", "tarflow"]
+    task: Literal["finetune", "tokenizer", "clip", "tarflow", "pccot"]
     export_dir: Folder
     export_dtype: Literal["float32", "bfloat16", "float16"] | None
     validate_first: bool
     tokenizer: Annotated[TokenizerRecipe, AfterValidator(sound)] | None
     clip: Annotated[ClipRecipe, AfterValidator(sound)] | None
     tarflow: Annotated[FlowRecipe, AfterValidator(sound)] | None
+    pccot: Annotated[ThoughtRecipe, AfterValidator(sound)] | None
     optimizer: Annotated[OptimizerConfig, AfterValidator(sound)]
     corrector: Annotated[CorrectorTraining, AfterValidator(sound)]
     trainer: TrainerConfig
@@ -161,7 +163,8 @@ class TrainConfig(SharedConfig):
     def problems(self) -> list[str]:
         """A recipe without its sizes, a checkpoint that is not there."""
         found = super().problems()
-        recipes = {"tokenizer": "tiny_tokenizer", "clip": "tiny_clip", "tarflow": "tarflow"}
+        recipes = {"tokenizer": "tiny_tokenizer", "clip": "tiny_clip"}
+        recipes |= {name: name for name in ("tarflow", "pccot")}
         if self.task in recipes and getattr(self, self.task) is None:
             recipe = recipes[self.task]
             found.append(f"task={self.task}: needs the group of keys `{self.task}`; use experiment={recipe}")
@@ -224,6 +227,7 @@ class EvaluateConfig(SharedConfig):
     warm_up: bool
     replace_images: bool
     flow: Annotated[FlowEvaluation, AfterValidator(sound)] | None
+    thoughts: Annotated[ThoughtEvaluation, AfterValidator(sound)] | None
     report: ReportConfig
 
     def problems(self) -> list[str]:
@@ -239,6 +243,8 @@ class EvaluateConfig(SharedConfig):
             found.append(
                 "report.publish=wandb: a W&B Report shows a W&B run; use logger=wandb, or publish=none"
             )
+        if self.flow is not None and self.thoughts is not None:
+            found.append("thoughts: one evaluation is of a flow or of thoughts; set flow or thoughts to null")
         found += self._judged_problems()
         if self.benchmark is not None:
             judged_images = 1 if self.benchmark == "geneval2" else 4

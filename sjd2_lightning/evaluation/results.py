@@ -211,9 +211,7 @@ def _method_result(
 ) -> MethodResult:
     own, baseline = records[name], records.get(BASELINE)
     measured = {
-        "nfe": mean_result(
-            "nfe", [r.nfe for r in own], "forward passes an image, prefill excluded", num_resamples
-        ),
+        "nfe": mean_result("nfe", [r.nfe for r in own], own[0].COUNTED, num_resamples),
         "step_compression": ratio_of_totals(
             "step_compression",
             [r.num_generated for r in own],

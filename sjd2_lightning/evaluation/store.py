@@ -63,6 +63,7 @@ class Record:
     peak_bytes: int | None = None
 
     SAME: ClassVar[str]  # how equal results of this task are that count as equal
+    COUNTED: ClassVar[str] = "forward passes an image, prefill excluded"  # what `nfe` counts
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:

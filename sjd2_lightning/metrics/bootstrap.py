@@ -5,7 +5,7 @@ Source: Efron and Tibshirani, "An Introduction to the Bootstrap", percentile int
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,15 @@ def mean_result(
     sample = _checked(name, values)
     interval = _interval((sample,), np.mean, num_resamples, seed)
     return MetricResult(name, float(sample.mean()), interval, len(sample), protocol)
+
+
+def share_result(name: str, hits: Sequence[bool], protocol: str) -> MetricResult:
+    """Share of hits (N,) with Wilson's interval, which holds near 0 and 1 and with few samples too."""
+    sample = _checked(name, hits)
+    share = stats.binomtest(int(sample.sum()), len(sample)).proportion_ci(CONFIDENCE, method="wilson")
+    return MetricResult(
+        name, float(sample.mean()), (float(share.low), float(share.high)), len(sample), protocol
+    )
 
 
 def paired_difference(

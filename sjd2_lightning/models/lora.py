@@ -49,7 +49,7 @@ class LoraSettings:
         return found
 
 
-def add_lora(model: nn.Module, trunk_path: str, settings: LoraSettings) -> None:
+def add_lora(model: nn.Module, trunk_path: str, settings: LoraSettings, layers: str = "layers") -> None:
     """Puts a new adapter into a model's trunk, which changes nothing before it is trained.
 
     Everything else is frozen.
@@ -58,26 +58,32 @@ def add_lora(model: nn.Module, trunk_path: str, settings: LoraSettings) -> None:
         model: model of transformers.
         trunk_path: name of its trunk inside it.
         settings: sizes.
+        layers: what the trunk calls its layers.
 
     Raises:
         ValueError: if a target names no linear layer of the trunk.
     """
     # models with adapters are rare, and peft takes seconds to import
     from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
-    layers = rf"{re.escape(trunk_path)}\.layers\.\d+\.\w+\."
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    path = rf"{re.escape(trunk_path)}\.{layers}\.\d+\.\w+\."
+    linear = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     if unknown := [
         target
         for target in settings.targets
-        if not any(re.fullmatch(layers + re.escape(target), name) for name in names)
+        if not any(re.fullmatch(path + re.escape(target), name) for name in linear)
     ]:
         raise ValueError(f"model.lora.targets: the trunk's layers have no linear layer {', '.join(unknown)}")
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=layers + f"({'|'.join(map(re.escape, settings.targets))})",
+        target_modules=path + f"({'|'.join(map(re.escape, settings.targets))})",
+        # GPT-2 holds the transpose of a linear map's weights
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
     )
     inject_adapter_in_model(config, model.requires_grad_(False))
 

@@ -71,6 +71,7 @@ _SPEED = (
     Column("peak_memory_gib", "GiB", 1, "GiB"),
 )
 _QUALITY = (
+    ("accuracy", 3),
     ("judge", 2),
     ("geneval", 3),
     ("dpg", 2),
@@ -87,7 +88,7 @@ _QUALITY = (
 )
 _DISTANCES = {"fd_": 1, "kid_": 3, **{f"{name}_": 2 for name in MANIFOLD}}  # of further extractors
 # The one quality that is shown first: a distance sees the layout of a picture, a CLIP score may not.
-_FIRST_QUALITY = ("judge", "kid", "fd", "clip_gain", "clip_score")
+_FIRST_QUALITY = ("accuracy", "judge", "kid", "fd", "clip_gain", "clip_score")
 _SAID_TWICE = ("nfe", "seconds_per_image")  # whose intervals tokens a pass and speedup show as well
 _SHORT = {"judge": "right", "fd": "FD", "kid": "KID", "clip_score": "CLIP score", "clip_gain": "CLIP gain"}
 _SHORT |= {"cmmd": "CMMD", "pick_score": "PickScore", "pick_score_minus_ar": f"PickScore\nless {BASELINE}"}

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from sjd2_lightning.data.sources.arithmetic import ProblemSource
+from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.tarflow import FlowSizes
-from sjd2_lightning.run.values import Share, Within, wrong_values
+from sjd2_lightning.models.thinker import ThinkerSizes, ThoughtSettings
+from sjd2_lightning.run.values import Count, Natural, Share, Within, wrong_values
 
 Width = Annotated[int, Within(1, 2**16)]
 Part = Annotated[float, Within(0, 1, without="most")]  # a share that leaves something
@@ -97,3 +100,50 @@ class FlowRecipe:
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
         return [*wrong_values(self), *(f"sizes.{line}" for line in self.sizes.problems())]
+
+
+Weight = Annotated[float, Within(0, 1000)]
+
+
+@dataclass(frozen=True)
+class ThoughtRecipe:
+    """How a language model learns to think in latents; the group `pccot` of the configuration.
+
+    Attributes:
+        model: the language model.
+        thoughts: latents, passes, projection and answer prompt.
+        source: problems to learn from.
+        teacher_loss: weight of the cross-entropy of explicit steps and answer.
+        answer_loss: weight of the cross-entropy of the answer behind latents.
+        distillation_loss: weight of the distance of hidden states to the teacher's, in front of the answer.
+        step_loss: weight of the cross-entropy of the steps' results at the latents, one token a latent: ours,
+            after SIM-CoT (arXiv 2509.20317); 0 leaves the published losses.
+        teacher_steps: first training steps, in which explicit steps alone are learnt; 0 for a model that can.
+        lora: sizes of an adapter that is trained in place of the language model; None trains all of it.
+        warmup_share: share of the steps in which the learning rate rises before its cosine fall.
+        num_held_out: held-out problems that validation has answered.
+        answer_tokens: tokens of an answer at most, when it is generated.
+        chain_tokens: tokens of an explicit chain, answer included, at most.
+    """
+
+    model: ThinkerSizes = field(default_factory=ThinkerSizes)
+    thoughts: ThoughtSettings = field(default_factory=ThoughtSettings)
+    source: ProblemSource = field(default_factory=ProblemSource)
+    teacher_loss: Weight = 1.0
+    answer_loss: Weight = 1.0
+    distillation_loss: Weight = 1.0
+    step_loss: Weight = 0.0
+    teacher_steps: Natural = 0
+    lora: LoraSettings | None = None
+    warmup_share: Part = 0.03
+    num_held_out: Count = 1000
+    answer_tokens: Count = 8
+    chain_tokens: Count = 128
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a line each, starting with the key."""
+        found = [f"model.{line}" for line in self.model.problems()]
+        found += [f"thoughts.{line}" for line in self.thoughts.problems()]
+        found += [f"source.{line}" for line in self.source.problems()]
+        found += [] if self.lora is None else [f"lora.{line}" for line in self.lora.problems()]
+        return [*wrong_values(self), *found]

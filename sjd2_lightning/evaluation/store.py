@@ -110,6 +110,7 @@ def method_fields(config: Any) -> dict[str, Any]:
         later["attention"] = attention
     if corrector["weights"] is not None:  # one that was trained anew has other passes
         later["corrector"] = {**corrector, "sha256": sha256_of_file(Path(corrector["weights"]))}
+    later |= {name: fields.pop(name) for name in ("max_passes", "max_changed")}
     said = {name: value for name, value in later.items() if value}
     return fields.pop("noise") | fields | {"compile": engine == "compiled"} | said
 

@@ -79,6 +79,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
             prompts, device = chosen_prompts(config), pick_device(config.device)
             return evaluate_flow(config, config.flow, prompts, device, hand_out)
+        if config.policies is not None:
+            from sjd2_lightning.cli.policies import evaluate_policies
+
+            return evaluate_policies(config, config.policies, pick_device(config.device), hand_out)
         return evaluate_owned(config)
 
 

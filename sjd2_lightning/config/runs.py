@@ -27,9 +27,10 @@ from sjd2_lightning.config.trainer_group import TrainerConfig
 from sjd2_lightning.data import DataConfig
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.evaluation.flow_methods import FlowEvaluation
+from sjd2_lightning.evaluation.policy_methods import PolicyEvaluation
 from sjd2_lightning.training.noise import TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig
-from sjd2_lightning.training.recipes import ClipRecipe, FlowRecipe, TokenizerRecipe
+from sjd2_lightning.training.recipes import ChunkRecipe, ClipRecipe, FlowRecipe, TokenizerRecipe
 
 RANDOM_TAG = "random weights"  # of a run in W&B behind whose weights no release is
 
@@ -145,13 +146,14 @@ class TrainConfig(SharedConfig):
     """The whole configuration of train.py."""
 
     ckpt_path: Start | None
-    task: Literal["finetune", "tokenizer", "clip", "tarflow"]
+    task: Literal["finetune", "tokenizer", "clip", "tarflow", "ceed"]
     export_dir: Folder
     export_dtype: Literal["float32", "bfloat16", "float16"] | None
     validate_first: bool
     tokenizer: Annotated[TokenizerRecipe, AfterValidator(sound)] | None
     clip: Annotated[ClipRecipe, AfterValidator(sound)] | None
     tarflow: Annotated[FlowRecipe, AfterValidator(sound)] | None
+    ceed: Annotated[ChunkRecipe, AfterValidator(sound)] | None
     optimizer: Annotated[OptimizerConfig, AfterValidator(sound)]
     trainer: TrainerConfig
     callbacks: CallbacksConfig
@@ -160,6 +162,7 @@ class TrainConfig(SharedConfig):
         """A recipe without its sizes, a checkpoint that is not there."""
         found = super().problems()
         recipes = {"tokenizer": "tiny_tokenizer", "clip": "tiny_clip", "tarflow": "tarflow"}
+        recipes["ceed"] = "ceed_teacher"
         if self.task in recipes and getattr(self, self.task) is None:
             recipe = recipes[self.task]
             found.append(f"task={self.task}: needs the group of keys `{self.task}`; use experiment={recipe}")
@@ -222,6 +225,7 @@ class EvaluateConfig(SharedConfig):
     warm_up: bool
     replace_images: bool
     flow: Annotated[FlowEvaluation, AfterValidator(sound)] | None
+    policies: Annotated[PolicyEvaluation, AfterValidator(sound)] | None
     report: ReportConfig
 
     def problems(self) -> list[str]:

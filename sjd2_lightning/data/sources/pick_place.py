@@ -19,11 +19,13 @@ Array = NDArray[Any]
 NUM_NUMBERS = 8  # of an observation: cube - hand (3), goal - cube (2), height, holding, closed
 NUM_DIMS = 4  # of an action: how the hand moves (3), and whether it closes
 STRIDE = 0.08  # that an action of 1 moves the hand by, on each axis
-GRASP = 0.035  # least distance of hand and cube at which closing takes it
-GOAL = 0.035  # least distance of cube and goal that is a success
-NUM_ACTIONS = 48  # of an episode
+GRASP = 0.05  # least distance of hand and cube at which closing takes it
+GOAL = 0.05  # least distance of cube and goal that is a success
+NUM_ACTIONS = 64  # of an episode
 _HELD_OUT = 1  # of seed sequences: 0 are demonstrations
 _ABOVE = 0.12  # height of the hand over the cube before it goes down
+_NEAR = 0.15  # distance at which it does
+_PUSH = 0.15  # standard deviation of what pushes a demonstrator's hand, in strides
 
 
 class State(NamedTuple):
@@ -109,17 +111,14 @@ class Demonstrator:
 
     Args:
         seed: B seeds of the episodes.
-        noise: standard deviation of what is added to movements.
     """
 
-    def __init__(self, seed: Sequence[int], noise: float = 0.05) -> None:
-        self.draws = np.random.default_rng((2, *seed[:1]))
+    def __init__(self, seed: Sequence[int]) -> None:
         styles = np.stack([np.random.default_rng((3, number)).random(4) for number in seed])
         self.side = np.where(styles[:, 0] < 0.5, -1.0, 1.0)
         self.speed, self.bend = 0.6 + 0.4 * styles[:, 1], 0.2 + 0.5 * styles[:, 2]
-        self.height = 0.2 + 0.3 * styles[:, 3]
+        self.height = 0.15 + 0.25 * styles[:, 3]
         self.opened = np.zeros(len(styles), dtype=bool)
-        self.noise = noise
 
     def act(self, state: State) -> Array:
         """Actions (B, 4) of the next step."""
@@ -128,21 +127,17 @@ class Demonstrator:
         far = np.linalg.norm(toward, axis=1)
         around = np.stack([-toward[:, 1], toward[:, 0]], axis=1) * (self.side * self.bend)[:, None]
         along = toward + np.where((far > 0.1)[:, None], around, 0)
-        over = far < 0.02
-        level = np.where(holding, self.height, _ABOVE)
-        z = np.where(over, np.where(holding, 0.03, 0.0), level)
-        low_enough = over & (hand[:, 2] < np.where(holding, 0.06, 0.02))
-        lifting = holding & ~over & (hand[:, 2] < 0.1)
-        self.opened |= holding & low_enough
+        # down as it comes near, as on the inside of a cone
+        z = np.minimum(1, far / _NEAR) * np.where(holding, self.height, _ABOVE) + 0.02 * holding
+        there = (far < 0.6 * GRASP) & (hand[:, 2] < np.where(holding, 0.08, 0.6 * GRASP))
+        self.opened |= holding & there
         # what was put down is left alone: the hand goes up and waits
         done = self.opened & ~holding
-        move = np.column_stack([np.where(lifting[:, None], 0.3 * along, along), z - hand[:, 2]])
+        move = np.column_stack([along, z - hand[:, 2]])
         move = np.where(done[:, None], [0, 0, 1] * (self.height - hand[:, 2])[:, None], move) / STRIDE
-        fastest = np.abs(move).max(axis=1, keepdims=True) / self.speed[:, None]
-        move = move / np.maximum(fastest, 1)
-        move = move + self.noise * self.draws.standard_normal(move.shape)
-        closes = np.where(holding, ~self.opened, low_enough & ~done)
-        return np.clip(np.column_stack([move, np.where(closes, 1.0, -1.0)]), -1, 1)
+        move = move / np.maximum(np.abs(move).max(axis=1, keepdims=True) / self.speed[:, None], 1)
+        closes = np.where(holding, ~self.opened, there & ~done)
+        return np.column_stack([move, np.where(closes, 1.0, -1.0)])
 
 
 class Windows(NamedTuple):
@@ -169,13 +164,16 @@ def demonstrations(num: int, num_steps: int, num_bins: int, seed: int = 0) -> Wi
         seed: which demonstrations; those of other seeds are others.
     """
     seeds = [seed * 1_000_003 + number for number in range(num)]
+    pushes = np.random.default_rng((2, seed))
     world, person = PickAndPlace(), Demonstrator(seeds)
     seen, _ = world.reset(seeds, split=0)
     numbers, actions, ended = [], [], np.zeros(num, dtype=int)
     for _ in range(NUM_ACTIONS + num_steps):
         numbers.append(seen)
         actions.append(person.act(world.state))
-        seen, _, solved, _, _ = world.step(actions[-1])
+        # what is recorded is what the person meant: it shows the way back from where a push led
+        pushed = _PUSH * pushes.standard_normal((num, NUM_DIMS)) * [1, 1, 1, 0]
+        seen, _, solved, _, _ = world.step(actions[-1] + pushed)
         ended += ~solved
     codes = to_bins((np.stack(actions) + 1) / 2, num_bins)  # (T, B, 4)
     last = np.minimum(ended + 2, NUM_ACTIONS)

@@ -49,14 +49,14 @@ class ChunkModule(L.LightningModule):
         recipe: sizes, labels and losses.
         out_dir: folder that `on_train_end` saves for `load_policy`; None saves nothing.
         lr: learning rate of AdamW.
-        seed: seed of the states that are drawn.
+
+    Raises:
+        ValueError: the teacher has other sizes.
     """
 
     LOGGED = ("train/loss", "val/loss")
 
-    def __init__(
-        self, recipe: ChunkRecipe, out_dir: str | None = None, lr: float = 2e-3, seed: int = 0
-    ) -> None:
+    def __init__(self, recipe: ChunkRecipe, out_dir: str | None = None, lr: float = 2e-3) -> None:
         super().__init__()
         self.recipe, self.out_dir, self.lr = recipe, out_dir, lr
         self.policy = ActionPolicy(recipe.sizes)

@@ -219,10 +219,7 @@ class DecodingConfig:
             found.append("method=sjd_pac: needs tree.width >= 2; without a tree it is mc_sjd")
         for name in ("max_passes", "max_changed"):
             if getattr(self, name) and (self.method == "ar" or self.tree.width > 1):
-                found.append(
-                    f"{name}={getattr(self, name)}: ends an image whose slots are all drafted; set it to 0 with "
-                    "method=ar and with a tree"
-                )
+                found.append(f"{name}={getattr(self, name)}: set it to 0 with method=ar and with a tree")
         if self.method == "gsd" and self.acceptance != "grouped":
             found.append("method=gsd: needs acceptance=grouped")
         return found

@@ -197,8 +197,8 @@ def _checked(
     longest = max(one.num_slots for one in layouts)
     if config.exits_early and config.num_drafted < longest:
         raise ValueError(
-            f"decoding.max_passes={config.max_passes}, decoding.max_changed={config.max_changed}: end an image "
-            f"of {longest} slots, which the window must hold; set decoding.window={longest}"
+            f"decoding.max_passes={config.max_passes}, decoding.max_changed={config.max_changed}: the window "
+            f"must hold all {longest} slots of an image that ends early; set decoding.window={longest}"
         )
     return layouts
 

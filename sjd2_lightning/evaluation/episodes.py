@@ -48,12 +48,12 @@ _TABLE, _HAND, _CUBE, _GOAL = (245, 243, 238), (40, 90, 160), (200, 60, 40), (60
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeRecord(Record):
-    """One episode. Of its settling map, `accepted` and `size`: those of the first chunk's grid, passes of all.
+    """One episode: passes of all chunks, and the size and settling map of the first.
 
     Attributes:
         success: whether the cube lay on the goal at the end, let go.
         codes: the codes of all chunks, one behind another.
-        equal: leading share of the chunks, in percent, that plain decoding by the same weights draws, and never
+        equal: leading share of the chunks, in percent, that plain decoding by the same weights draws, never
             rounded up to all; observations part ways behind the first one that differs.
         chunk_passes: passes of each chunk.
         chunk_seconds: wall clock of each chunk's batch.
@@ -99,14 +99,16 @@ def episode_prompts(num: int, seed: int) -> list[PromptItem]:
     return [PromptItem(key, f"pick and place {key[-5:]}", seed_of(key, seed)) for key in keys]
 
 
-def act(policy: ActionPolicy, method: PolicyMethod, episodes: Sequence[PromptItem]) -> Acted:
-    """Looks, draws a chunk, takes all its actions, and looks again, until the time is up."""
+def act(
+    policy: ActionPolicy, method: PolicyMethod, episodes: Sequence[PromptItem], num_actions: int = NUM_ACTIONS
+) -> Acted:
+    """Looks, draws a chunk, takes all its actions, and looks again, until so many actions are taken."""
     sizes, layout = policy.sizes, policy.chunk
     seeds = [item.seed for item in episodes]
     world = PickAndPlace()
     seen, _ = world.reset(seeds)
     outputs, seconds, path = [], [], [world.state.hand]
-    for look in range(NUM_ACTIONS // sizes.num_steps):
+    for look in range(-(-num_actions // sizes.num_steps)):
         texts = [observation_text(numbers) for numbers in to_bins(seen, sizes.num_bins)]
         looks = [seed + look for seed in seeds]
         output, taken = timed(
@@ -146,13 +148,16 @@ def act_methods(
     check_prompts(episodes)
     plain = {method.policy: name for name, method in methods.items() if method.decoding.method == BASELINE}
     if missing := sorted({method.policy for method in methods.values()} - set(plain)):
-        raise ValueError(f"compare: needs {BASELINE}, which all methods of {', '.join(missing)} are held against")
+        raise ValueError(
+            f"compare: needs {BASELINE}, which all methods of {', '.join(missing)} are held against"
+        )
     identity = {
         "code": __version__,
         "weights": {name: weights_hash(policy) for name, policy in policies.items()},
         "device": str(next(iter(policies.values())).device.type),
         "methods": {
-            name: {"policy": method.policy} | method_fields(method.decoding) for name, method in methods.items()
+            name: {"policy": method.policy} | method_fields(method.decoding)
+            for name, method in methods.items()
         },
         "prompts": sha256_of_json([item.identity for item in episodes]),
         "batch_size": batch_size,
@@ -167,7 +172,7 @@ def act_methods(
         for number, batch in enumerate(batches):
             if not all((name, item.key) in done for name in methods for item in batch):
                 if not is_warm:  # the first call of a shape is slower
-                    is_warm = all(act(policies[m.policy], m, batch) for m in methods.values())
+                    is_warm = all(act(policies[m.policy], m, batch, 1) for m in methods.values())
                 turn = number % len(methods)
                 order = [*list(methods)[turn:], *list(methods)[:turn]]
                 found = {name: act(policies[methods[name].policy], methods[name], batch) for name in order}
@@ -191,7 +196,9 @@ def _with_success(method: MethodResult, plain: MethodResult | None) -> MethodRes
     rows: list[Any] = list(method.records)
     measured = method.measured | {"success": success_result([row.success for row in rows])}
     measured["chunk_passes"] = mean_result(
-        "chunk_passes", [np.mean(row.chunk_passes) for row in rows], "forward passes a chunk, prefill excluded"
+        "chunk_passes",
+        [np.mean(row.chunk_passes) for row in rows],
+        "forward passes a chunk, prefill excluded",
     )
     if plain is not None and plain is not method:
         theirs: list[Any] = list(plain.records)
@@ -204,7 +211,11 @@ def _with_success(method: MethodResult, plain: MethodResult | None) -> MethodRes
     seconds = [taken / row.batch_size for row in rows for taken in row.chunk_seconds]
     slowest = float(np.quantile(seconds, 0.95))
     measured["chunk_ms_p95"] = MetricResult(
-        "chunk_ms_p95", 1000 * slowest, None, len(rows), "wall clock of a batch / chunks in it, 95th percentile"
+        "chunk_ms_p95",
+        1000 * slowest,
+        None,
+        len(rows),
+        "wall clock of a batch / chunks in it, 95th percentile",
     )
     return replace(method, measured=measured, seconds_p95=slowest)
 

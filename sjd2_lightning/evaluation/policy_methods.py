@@ -16,8 +16,8 @@ class PolicyEvaluation:
 
     Attributes:
         weights: folder of each policy by name.
-        baseline: name of the policy whose plain decoding all are compared with: `ar` and the other methods are
-            its own, and those of the others are called by the policy and the method, as in `mixed_ar`.
+        baseline: name of the policy whose plain decoding all are compared with: `ar` and the other methods
+            are its own, and those of the others are called by policy and method, as in `mixed_ar`.
         num_episodes: held-out episodes of each method.
     """
 
@@ -35,8 +35,8 @@ class PolicyEvaluation:
                 found.append(f"weights.{name}: letters, digits and _ name a policy")
             if not (Path(folder) / "policy.json").is_file():
                 found.append(
-                    f"weights.{name}={folder}: there is no policy.json; train it first, see docs/ceed.md, or leave "
-                    f"it out with ~policies.weights.{name}"
+                    f"weights.{name}={folder}: there is no policy.json; train it first, see docs/ceed.md, or "
+                    f"leave it out with ~policies.weights.{name}"
                 )
         return found
 
@@ -103,4 +103,3 @@ def policy_methods(
     for policy in others:
         found |= {f"{policy}_{name}": PolicyMethod(policy, method) for name, method in methods.items()}
     return found
-

@@ -96,9 +96,7 @@ class _Kept:
         rows = before.rows.tolist()
         for place, row in enumerate(rows):
             head, num = int(before.heads[place]), int(before.num_committed[place])
-            self.states[row, iteration.index, head : head + num] = (
-                before.tokens[place, :num].cpu().short()
-            )
+            self.states[row, iteration.index, head : head + num] = before.tokens[place, :num].cpu().short()
 
 
 def mixed_labels(teacher: Tensor, shown: Tensor, max_distance: float) -> Tensor:
@@ -106,8 +104,8 @@ def mixed_labels(teacher: Tensor, shown: Tensor, max_distance: float) -> Tensor:
 
     Args:
         teacher, shown: (n, N) codes of the teacher and of the demonstrations.
-        max_distance: largest mean distance over a chunk, in bins, at which the teacher is right; infinity takes
-            all of the teacher's, -1 none. The paper leaves the norm's scale and the value open.
+        max_distance: largest mean distance over a chunk, in bins, at which the teacher is right; infinity
+            takes all of the teacher's, -1 none. The paper leaves the norm's scale and the value open.
     """
     distance = (teacher - shown).abs().float().mean(1)
     return torch.where((distance <= max_distance)[:, None], teacher, shown)

@@ -35,8 +35,10 @@ ROOTS = {
     "train, tokenizer": ("train", "experiment=tiny_tokenizer"),
     "train, base": ("train", "experiment=tiny_base"),
     "train, flow": ("train", "experiment=tarflow"),
+    "train, policy": ("train", "experiment=ceed_teacher"),
     "evaluate": ("evaluate",),
     "evaluate, flow": ("evaluate", "experiment=tarflow"),
+    "evaluate, policies": ("evaluate", "experiment=ceed"),
     "evaluate, coco": (
         "evaluate",
         "metrics=coco2017_5k",
@@ -46,6 +48,7 @@ ROOTS = {
 }
 FURTHER = {"train, clip": "clip", "train, tokenizer": "tokenizer", "train, base": "model.scratch"}
 FURTHER |= {"evaluate, coco": "metrics.protocol", "train, flow": "tarflow", "evaluate, flow": "flow"}
+FURTHER |= {"train, policy": "ceed", "evaluate, policies": "policies"}
 _METHODS = ("methods.ar.", "methods.sjd2.", "methods.sjd2_exact.")  # the others have the same fields
 
 

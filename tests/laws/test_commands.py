@@ -144,7 +144,7 @@ def test_a_step_of_fine_tuning(composed, overrides):
     assert metrics["train/loss"] > 0
 
 
-@pytest.mark.parametrize("experiment", ["tiny_base", "tiny_clip", "tarflow"])
+@pytest.mark.parametrize("experiment", ["tiny_base", "tiny_clip", "tarflow", "ceed_teacher"])
 def test_a_step_of_each_recipe(composed, tiny_folder, experiment):
     own = {
         "tiny_base": [
@@ -161,6 +161,7 @@ def test_a_step_of_each_recipe(composed, tiny_folder, experiment):
             "callbacks=none",
         ],
         "tarflow": [f"tarflow.clip_dir={REPO / 'weights' / 'tiny' / 'clip'}", "tarflow.sizes.width=32"],
+        "ceed_teacher": ["ceed.num_demonstrations=3"],
     }[experiment]
     shipped = Path("weights")
     metrics = train(

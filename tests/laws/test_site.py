@@ -25,9 +25,9 @@ from tests.tools.source import REPO
 FULL = {
     "train": (
         *("experiment=tiny_tokenizer", "experiment=tiny_clip"),
-        *("experiment=tiny_base", "experiment=tarflow"),
+        *("experiment=tiny_base", "experiment=tarflow", "experiment=ceed_teacher"),
     ),
-    "evaluate": ("metrics=coco2017_5k", "experiment=tarflow"),
+    "evaluate": ("metrics=coco2017_5k", "experiment=tarflow", "experiment=ceed"),
 }
 
 

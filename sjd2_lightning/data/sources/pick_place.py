@@ -1,9 +1,9 @@
 """A world to act in: a hand picks up a cube and puts it on a goal; and a scripted demonstrator (ours).
 
-Many episodes are stepped together, with the signature of a vector environment of gymnasium: `reset` and `step`
-take and give arrays whose first axis is the episode. Lengths are shares of the table's side. The demonstrator
-goes round by a side, at a speed and a height that an observation does not tell: actions of a chunk then
-depend on those before them, which is what drawing codes one after another is for.
+Many episodes are stepped together, with the signature of a vector environment of gymnasium: `reset` and
+`step` take and give arrays whose first axis is the episode. Lengths are shares of the table's side. The
+demonstrator goes round by a side, at a speed and a height that an observation does not tell: actions of a
+chunk then depend on those before them, which is what drawing codes one after another is for.
 """
 
 from __future__ import annotations

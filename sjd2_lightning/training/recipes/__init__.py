@@ -112,7 +112,7 @@ class ChunkRecipe:
         teacher: folder of the policy to start from, whose trajectories are followed; None starts from random
             weights.
         max_distance: largest mean distance in bins at which a teacher's chunk replaces the demonstration's;
-            infinity takes all of the teacher's, -1 none.
+            the number of bins takes all of the teacher's, -1 none.
         consistency: weight of the consistency loss; 0 is none.
         label_weight: omega, weight of the cross-entropy of labels.
         warmup_share: share of all steps in which the learning rate rises before its cosine fall.
@@ -122,7 +122,7 @@ class ChunkRecipe:
     num_demonstrations: Count = 600
     data_seed: Natural = 0
     teacher: str | None = None
-    max_distance: float = -1
+    max_distance: Annotated[float, Within(-1)] = -1
     consistency: Annotated[float, Within(0, 1e6)] = 0.0
     label_weight: Annotated[float, Within(0, 1e6)] = 1.0
     warmup_share: Part = 0.05
@@ -135,13 +135,12 @@ class ChunkRecipe:
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
         found = [*wrong_values(self), *(f"sizes.{line}" for line in self.sizes.problems())]
-        if not self.max_distance >= -1:
-            found.append(f"max_distance={self.max_distance}: must be at least -1, which takes no teacher's chunk")
         if self.teacher is None and self.needs_teacher:
             found.append("teacher=null: labels and consistency need one; train it by experiment=ceed_teacher")
         if self.teacher is not None and not (Path(self.teacher) / "policy.json").is_file():
             found.append(
-                f"teacher={self.teacher}: there is no policy.json; run `sjd2 train experiment=ceed_teacher` first"
+                f"teacher={self.teacher}: there is no policy.json; run `sjd2 train experiment=ceed_teacher` "
+                "first, with the same seed"
             )
         if self.consistency == 0 and self.label_weight == 0:
             found.append("label_weight=0: without consistency nothing would be learnt; set one above 0")

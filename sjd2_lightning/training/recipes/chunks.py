@@ -1,4 +1,4 @@
-"""Recipe of a policy of actions: a teacher from demonstrations, and its distillation (CEED-VLA, 2506.13725)."""
+"""Recipe of a policy of actions: a teacher from demonstrations, and its distillation (arXiv 2506.13725)."""
 
 from __future__ import annotations
 

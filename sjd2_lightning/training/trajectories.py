@@ -80,23 +80,16 @@ class _Kept:
         self.states = states
 
     def __call__(self, iteration: Iteration) -> None:
-        place = torch.arange(self.states.shape[2])
-        if iteration.index:
-            self.states[:, iteration.index] = self.states[:, iteration.index - 1]
-        drafts = iteration.drafts.cpu().short()
-        for row, head, own in zip(iteration.rows.tolist(), iteration.heads.tolist(), drafts, strict=True):
-            if head < len(place):
-                self.states[row, iteration.index, head:] = own[: len(place) - head]
-        if iteration.index:  # what the pass before committed
-            self._commit(iteration)
-        self.last = iteration
-
-    def _commit(self, iteration: Iteration) -> None:
-        before = self.last
-        rows = before.rows.tolist()
-        for place, row in enumerate(rows):
-            head, num = int(before.heads[place]), int(before.num_committed[place])
-            self.states[row, iteration.index, head : head + num] = before.tokens[place, :num].cpu().short()
+        index, span = iteration.index, torch.arange(iteration.drafts.shape[1])
+        own, following = self.states[:, index], self.states[:, index + 1]
+        places = iteration.heads.cpu()[:, None] + span
+        inside = places < own.shape[1]
+        rows = iteration.rows.cpu()[:, None].expand_as(places)
+        own[rows[inside], places[inside]] = iteration.drafts.cpu().short()[inside]
+        # the next state begins as this one, with what this pass committed
+        following.copy_(own)
+        settled = inside & (span < iteration.num_committed.cpu()[:, None])
+        following[rows[settled], places[settled]] = iteration.tokens.cpu().short()[settled]
 
 
 def mixed_labels(teacher: Tensor, shown: Tensor, max_distance: float) -> Tensor:

@@ -121,10 +121,13 @@ class Chunks(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         sizes = self.recipe.sizes
+        held_out = demonstrations(_NUM_HELD_OUT, sizes.num_steps, sizes.num_bins, _HELD_OUT_SEED)
+        self.val_set = ChunkSet(held_out, None, -1, self.seed)
+        if stage != "fit":
+            return  # a validation follows no teacher
         windows = demonstrations(
             self.recipe.num_demonstrations, sizes.num_steps, sizes.num_bins, self.recipe.data_seed
         )
-        held_out = demonstrations(_NUM_HELD_OUT, sizes.num_steps, sizes.num_bins, _HELD_OUT_SEED)
         teacher = self.recipe.teacher
         followed = None
         if teacher is not None and self.recipe.needs_teacher:
@@ -133,7 +136,6 @@ class Chunks(L.LightningDataModule):
             seeds = range(len(texts))
             followed = jacobi_trajectories(policy, texts, seeds, policy.chunk)
         self.train_set = ChunkSet(windows, followed, self.recipe.max_distance, self.seed)
-        self.val_set = ChunkSet(held_out, None, -1, self.seed)
 
     def train_dataloader(self) -> DataLoader[ChunkBatch]:
         order = torch.Generator().manual_seed(self.seed)

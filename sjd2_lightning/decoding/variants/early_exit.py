@@ -25,7 +25,7 @@ class EarlyExit:
         """The pass, with a run of all slots that are left where it is the last one."""
         state, config = window.state, self.config
         left = state.end - state.head - 1
-        changed = (this.verdict.tokens != slots.tokens) & (window.index < state.end[:, None])
+        changed = this.verdict.tokens != slots.tokens  # never what is structural, or right of the image
         ends = changed.sum(1) <= config.max_changed
         if config.max_passes:
             ends = ends | (state.iteration + 1 >= config.max_passes)

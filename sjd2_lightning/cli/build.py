@@ -49,6 +49,7 @@ from sjd2_lightning.run.stages import stage
 from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, gathered_state
 from sjd2_lightning.training.module import SJD2Module
+from sjd2_lightning.training.recipes.chunks import ChunkModule, Chunks
 from sjd2_lightning.training.recipes.clip import ClipModule, ScenePairs
 from sjd2_lightning.training.recipes.flow import FlowModule
 from sjd2_lightning.training.recipes.latent_chain import ProblemData, ThoughtModule
@@ -79,6 +80,9 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
     if config.task == "pccot" and config.pccot is not None:
         thinking = ThoughtModule(config.pccot, config.optimizer, recipe_dir(config))
         return thinking, ProblemData(config.pccot, data.batch_size, config.seed, data.num_workers)
+    if config.task == "ceed" and config.ceed is not None:
+        chunks = ChunkModule(config.ceed, recipe_dir(config), config.optimizer.lr)
+        return chunks, Chunks(config.ceed, data.batch_size, config.seed)
     backbone = build_backbone(config.model, captions=captions_of(config.data))
     if config.model.quantize is not None:
         with stage("rounding the weights"):

@@ -51,7 +51,7 @@ def check_evaluate(cfg: DictConfig) -> EvaluateConfig:
     config = evaluate_config(cfg)
     found = [*_model_problems(config), *_metric_problems(config)]
     found += _device_problems("device", config.device, "use device=auto or device=cpu")
-    if config.benchmark is None and config.thoughts is None:
+    if config.benchmark is None and config.thoughts is None and config.policies is None:
         found += _prompt_problems(config, "num_prompts", config.num_prompts)
     if found:
         raise ConfigError(found)
@@ -82,7 +82,7 @@ def already_done(config: TrainConfig, start: Path | None) -> str | None:
     else:
         return None
     # one of them in every export
-    files = ("backbone.json", "config.json", "open_clip_config.json", "flow.json")
+    files = ("backbone.json", "config.json", "open_clip_config.json", "flow.json", "policy.json")
     exports = [Path(config.export_dir) / name for name in files]
     written = max((path.stat().st_mtime for path in exports if path.is_file()), default=0.0)
     is_own = start.resolve().is_relative_to(Path(config.run_dir).resolve())
@@ -298,6 +298,7 @@ def logged_names(config: TrainConfig) -> list[str]:
     from sjd2_lightning.data.sources.scenes import PROMPT_CATEGORIES
     from sjd2_lightning.report.wandb_log import sampled_names
     from sjd2_lightning.training.module import SJD2Module
+    from sjd2_lightning.training.recipes.chunks import ChunkModule
     from sjd2_lightning.training.recipes.clip import ClipModule
     from sjd2_lightning.training.recipes.flow import FlowModule
     from sjd2_lightning.training.recipes.latent_chain import ThoughtModule
@@ -305,7 +306,7 @@ def logged_names(config: TrainConfig) -> list[str]:
     if config.task == "tokenizer":
         return []
     modules: dict[str, Any] = {"finetune": SJD2Module, "clip": ClipModule}
-    modules |= {"tarflow": FlowModule, "pccot": ThoughtModule}
+    modules |= {"tarflow": FlowModule, "pccot": ThoughtModule, "ceed": ChunkModule}
     module = modules[config.task]
     names = [*module.LOGGED]
     if config.callbacks.sampling is not None and config.task == "finetune":

@@ -83,6 +83,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             from sjd2_lightning.cli.reasoning import evaluate_thoughts
 
             return evaluate_thoughts(config, config.thoughts, pick_device(config.device), hand_out)
+        if config.policies is not None:
+            from sjd2_lightning.cli.policies import evaluate_policies
+
+            return evaluate_policies(config, config.policies, pick_device(config.device), hand_out)
         return evaluate_owned(config)
 
 

@@ -27,10 +27,17 @@ from sjd2_lightning.config.trainer_group import TrainerConfig
 from sjd2_lightning.data import DataConfig
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.evaluation.flow_methods import FlowEvaluation
+from sjd2_lightning.evaluation.policy_methods import PolicyEvaluation
 from sjd2_lightning.evaluation.thought_methods import ThoughtEvaluation
 from sjd2_lightning.training.noise import TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig
-from sjd2_lightning.training.recipes import ClipRecipe, FlowRecipe, ThoughtRecipe, TokenizerRecipe
+from sjd2_lightning.training.recipes import (
+    ChunkRecipe,
+    ClipRecipe,
+    FlowRecipe,
+    ThoughtRecipe,
+    TokenizerRecipe,
+)
 from sjd2_lightning.training.redrafting import CorrectorTraining
 
 RANDOM_TAG = "random weights"  # of a run in W&B behind whose weights no release is
@@ -147,7 +154,7 @@ class TrainConfig(SharedConfig):
     """The whole configuration of train.py."""
 
     ckpt_path: Start | None
-    task: Literal["finetune", "tokenizer", "clip", "tarflow", "pccot"]
+    task: Literal["finetune", "tokenizer", "clip", "tarflow", "pccot", "ceed"]
     export_dir: Folder
     export_dtype: Literal["float32", "bfloat16", "float16"] | None
     validate_first: bool
@@ -155,6 +162,7 @@ class TrainConfig(SharedConfig):
     clip: Annotated[ClipRecipe, AfterValidator(sound)] | None
     tarflow: Annotated[FlowRecipe, AfterValidator(sound)] | None
     pccot: Annotated[ThoughtRecipe, AfterValidator(sound)] | None
+    ceed: Annotated[ChunkRecipe, AfterValidator(sound)] | None
     optimizer: Annotated[OptimizerConfig, AfterValidator(sound)]
     corrector: Annotated[CorrectorTraining, AfterValidator(sound)]
     trainer: TrainerConfig
@@ -165,6 +173,7 @@ class TrainConfig(SharedConfig):
         found = super().problems()
         recipes = {"tokenizer": "tiny_tokenizer", "clip": "tiny_clip"}
         recipes |= {name: name for name in ("tarflow", "pccot")}
+        recipes["ceed"] = "ceed_teacher"
         if self.task in recipes and getattr(self, self.task) is None:
             recipe = recipes[self.task]
             found.append(f"task={self.task}: needs the group of keys `{self.task}`; use experiment={recipe}")
@@ -228,6 +237,7 @@ class EvaluateConfig(SharedConfig):
     replace_images: bool
     flow: Annotated[FlowEvaluation, AfterValidator(sound)] | None
     thoughts: Annotated[ThoughtEvaluation, AfterValidator(sound)] | None
+    policies: Annotated[PolicyEvaluation, AfterValidator(sound)] | None
     report: ReportConfig
 
     def problems(self) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from sjd2_lightning.decoding.law import Sampling
 from sjd2_lightning.noise import TIED, NoiseProcess
-from sjd2_lightning.run.values import Within, wrong_values
+from sjd2_lightning.run.values import Natural, Within, wrong_values
 
 BASELINE = "ar"  # the method that others are compared with
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
@@ -138,6 +138,10 @@ class DecodingConfig:
         groups: codes that are alike, "grouped" only.
         pairs: correction of drafts by their left neighbours, "replay" only.
         corrector: the same by a network that reads the hidden state too, "replay" only.
+        max_passes: passes after which what stands of an image is taken as it is (CEED-VLA), see
+            `variants.early_exit`; 0 is no limit. Not exact, and neither is the next one.
+        max_changed: the same after the first pass that changes no more drafts of an image than this (ours); 0
+            waits until all stand.
         engine: how passes are run, see `engine`: "eager", "compiled" (the trunk's layers), "graphs" (compiled
             and captured, CUDA only) or "auto", which is graphs on CUDA and eager elsewhere.
         attention: how compiled layers attend: "dense" (under a dense mask, as everything else does), "flex"
@@ -165,6 +169,8 @@ class DecodingConfig:
     groups: Grouping = field(default_factory=Grouping)
     pairs: PairSweeps = field(default_factory=PairSweeps)
     corrector: Correction = field(default_factory=Correction)
+    max_passes: Natural = 0
+    max_changed: Natural = 0
     engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
     attention: Literal["auto", "dense", "flex"] = "auto"
     invariant: bool = False
@@ -186,7 +192,12 @@ class DecodingConfig:
     @property
     def lossless(self) -> bool:
         """Whether samples follow the law of autoregression with the loaded weights."""
-        return self.acceptance in LOSSLESS
+        return self.acceptance in LOSSLESS and not self.exits_early
+
+    @property
+    def exits_early(self) -> bool:
+        """Whether an image may end before its drafts stand."""
+        return self.max_passes > 0 or self.max_changed > 0
 
     @property
     def corrects(self) -> bool:
@@ -220,6 +231,9 @@ class DecodingConfig:
             found.append(f"method={self.method}: has no noise; set num_levels to 0 or use sjd2")
         if self.method == "sjd_pac" and self.tree.width == 1:
             found.append("method=sjd_pac: needs tree.width >= 2; without a tree it is mc_sjd")
+        for name in ("max_passes", "max_changed"):
+            if getattr(self, name) and (self.method == "ar" or self.tree.width > 1):
+                found.append(f"{name}={getattr(self, name)}: set it to 0 with method=ar and with a tree")
         if self.method == "gsd" and self.acceptance != "grouped":
             found.append("method=gsd: needs acceptance=grouped")
         return found

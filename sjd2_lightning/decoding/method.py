@@ -25,6 +25,7 @@ from sjd2_lightning.decoding.rules import (
 from sjd2_lightning.decoding.start import SlotSource
 from sjd2_lightning.decoding.state import State
 from sjd2_lightning.decoding.variants.corrector import Corrected
+from sjd2_lightning.decoding.variants.early_exit import EarlyExit, NoExit
 from sjd2_lightning.decoding.variants.first_drafts import FromAbove, OwnMaximum, Repeated, Tied
 from sjd2_lightning.decoding.variants.grouped import Grouped
 from sjd2_lightning.decoding.variants.pairs import Sweeper
@@ -72,6 +73,7 @@ class Method:
         self.one_pass = (
             Pass(config, rule) if tree is None else TREE_PASSES[config.acceptance](config, rule, tree)
         )
+        self.exits = EarlyExit(config) if config.exits_early else NoExit()
         self.redraft = self._redraft(num_codes, draft_head)
         noisy = frozenset({"noisy"} if config.num_levels else ())
         self.source = SlotSource(config, self.levels, rule.keeps | self.one_pass.keeps | noisy)

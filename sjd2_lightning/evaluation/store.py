@@ -113,6 +113,7 @@ def method_fields(config: Any) -> dict[str, Any]:
         corrector["sha256"] = sha256_of_file(Path(corrector["weights"]))
     if corrector["weights"] is not None:
         later["corrector"] = corrector
+    later |= {name: fields.pop(name) for name in ("max_passes", "max_changed")}
     said = {name: value for name, value in later.items() if value}
     return fields.pop("noise") | fields | {"compile": engine == "compiled"} | said
 

@@ -68,10 +68,14 @@ _SPEED = (
     Column("step_compression", "tokens / pass", 2, "tokens / pass", True),
     Column("speedup", "speedup", 2, "speedup", True),
     Column("seconds_per_image", "s / image", 2, "s / image", True),
+    Column("chunk_passes", "passes / chunk", 1, "passes / chunk"),
+    Column("chunk_ms_p95", "p95 ms / chunk", 1, "p95 ms / chunk"),
     Column("peak_memory_gib", "GiB", 1, "GiB"),
 )
 _QUALITY = (
     ("accuracy", 3),
+    ("success", 3),
+    ("success_minus_ar", 3),
     ("judge", 2),
     ("geneval", 3),
     ("dpg", 2),
@@ -88,7 +92,7 @@ _QUALITY = (
 )
 _DISTANCES = {"fd_": 1, "kid_": 3, **{f"{name}_": 2 for name in MANIFOLD}}  # of further extractors
 # The one quality that is shown first: a distance sees the layout of a picture, a CLIP score may not.
-_FIRST_QUALITY = ("accuracy", "judge", "kid", "fd", "clip_gain", "clip_score")
+_FIRST_QUALITY = ("accuracy", "success", "judge", "kid", "fd", "clip_gain", "clip_score")
 _SAID_TWICE = ("nfe", "seconds_per_image")  # whose intervals tokens a pass and speedup show as well
 _SHORT = {"judge": "right", "fd": "FD", "kid": "KID", "clip_score": "CLIP score", "clip_gain": "CLIP gain"}
 _SHORT |= {"cmmd": "CMMD", "pick_score": "PickScore", "pick_score_minus_ar": f"PickScore\nless {BASELINE}"}

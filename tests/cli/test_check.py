@@ -36,9 +36,11 @@ ROOTS = {
     "train, base": ("train", "experiment=tiny_base"),
     "train, flow": ("train", "experiment=tarflow"),
     "train, thoughts": ("train", "experiment=pccot"),
+    "train, policy": ("train", "experiment=ceed_teacher"),
     "evaluate": ("evaluate",),
     "evaluate, flow": ("evaluate", "experiment=tarflow"),
     "evaluate, thoughts": ("evaluate", "experiment=pccot"),
+    "evaluate, policies": ("evaluate", "experiment=ceed"),
     "evaluate, coco": (
         "evaluate",
         "metrics=coco2017_5k",
@@ -49,6 +51,7 @@ ROOTS = {
 FURTHER = {"train, clip": "clip", "train, tokenizer": "tokenizer", "train, base": "model.scratch"}
 FURTHER |= {"evaluate, coco": "metrics.protocol", "train, flow": "tarflow", "evaluate, flow": "flow"}
 FURTHER |= {"train, thoughts": "pccot", "evaluate, thoughts": "thoughts"}
+FURTHER |= {"train, policy": "ceed", "evaluate, policies": "policies"}
 _METHODS = ("methods.ar.", "methods.sjd2.", "methods.sjd2_exact.")  # the others have the same fields
 
 

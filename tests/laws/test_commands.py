@@ -144,7 +144,7 @@ def test_a_step_of_fine_tuning(composed, overrides):
     assert metrics["train/loss"] > 0
 
 
-@pytest.mark.parametrize("experiment", ["tiny_base", "tiny_clip", "tarflow", "pccot"])
+@pytest.mark.parametrize("experiment", ["tiny_base", "tiny_clip", "tarflow", "pccot", "ceed_teacher"])
 def test_a_step_of_each_recipe(composed, tiny_folder, experiment):
     own = {
         "tiny_base": [
@@ -162,6 +162,7 @@ def test_a_step_of_each_recipe(composed, tiny_folder, experiment):
         ],
         "tarflow": [f"tarflow.clip_dir={REPO / 'weights' / 'tiny' / 'clip'}", "tarflow.sizes.width=32"],
         "pccot": ["pccot.model.width=16", "pccot.num_held_out=4"],
+        "ceed_teacher": ["ceed.num_demonstrations=3"],
     }[experiment]
     shipped = Path("weights")
     metrics = train(

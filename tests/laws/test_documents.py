@@ -15,7 +15,7 @@ from tests.tools.source import REPO
 DOCUMENTS = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/LOG.md"),
     *("docs/evaluation.md", "docs/gpu.md", "docs/play.md", "docs/data.md", "docs/models.md"),
-    *("docs/tarflow.md", "docs/pccot.md", "docs/fixed-points.md"),
+    *("docs/tarflow.md", "docs/pccot.md", "docs/ceed.md", "docs/fixed-points.md"),
     *("docs/scaling.md", "docs/training.md", "docs/reference/configuration.md"),
     *("docs/index.md", "docs/first-steps.md", "docs/glossary.md", "docs/tutorials/own-pictures.md"),
     "docs/first-checkpoint.md",

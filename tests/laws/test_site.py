@@ -25,9 +25,9 @@ from tests.tools.source import REPO
 FULL = {
     "train": (
         *("experiment=tiny_tokenizer", "experiment=tiny_clip"),
-        *("experiment=tiny_base", "experiment=tarflow", "experiment=pccot"),
+        *("experiment=tiny_base", "experiment=tarflow", "experiment=pccot", "experiment=ceed_teacher"),
     ),
-    "evaluate": ("metrics=coco2017_5k", "experiment=tarflow", "experiment=pccot"),
+    "evaluate": ("metrics=coco2017_5k", "experiment=tarflow", "experiment=pccot", "experiment=ceed"),
 }
 
 

@@ -38,6 +38,7 @@ NAMED_FILES = (
     "outputs/demo/model/backbone.json",
     "outputs/smoke/model/backbone.json",
     "outputs/study/small_base/model/backbone.json",
+    *(f"outputs/ceed/seed_0/{name}/model/policy.json" for name in ("teacher", "longer", "pure", "mixed")),
     *(f"data/coco/annotations/captions_val{year}.json" for year in (2014, 2017)),
     *(f"data/coco/val{year}/a.jpg" for year in (2014, 2017)),
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from sjd2_lightning.data.sources.arithmetic import ProblemSource
 from sjd2_lightning.models.lora import LoraSettings
+from sjd2_lightning.models.policy import PolicySizes
 from sjd2_lightning.models.tarflow import FlowSizes
 from sjd2_lightning.models.thinker import ThinkerSizes, ThoughtSettings
 from sjd2_lightning.run.values import Count, Natural, Share, Within, wrong_values
@@ -147,3 +149,49 @@ class ThoughtRecipe:
         found += [f"source.{line}" for line in self.source.problems()]
         found += [] if self.lora is None else [f"lora.{line}" for line in self.lora.problems()]
         return [*wrong_values(self), *found]
+
+
+@dataclass(frozen=True)
+class ChunkRecipe:
+    """How a policy of actions is trained; the group `ceed` of the configuration.
+
+    Attributes:
+        sizes: sizes of the policy.
+        num_demonstrations: demonstrations that it learns from.
+        data_seed: which demonstrations.
+        teacher: folder of the policy to start from, whose trajectories are followed; None starts from random
+            weights.
+        max_distance: largest mean distance in bins at which a teacher's chunk replaces the demonstration's;
+            the number of bins takes all of the teacher's, -1 none.
+        consistency: weight of the consistency loss; 0 is none.
+        label_weight: omega, weight of the cross-entropy of labels.
+        warmup_share: share of all steps in which the learning rate rises before its cosine fall.
+    """
+
+    sizes: PolicySizes = field(default_factory=PolicySizes)
+    num_demonstrations: Count = 600
+    data_seed: Natural = 0
+    teacher: str | None = None
+    max_distance: Annotated[float, Within(-1)] = -1
+    consistency: Annotated[float, Within(0, 1e6)] = 0.0
+    label_weight: Annotated[float, Within(0, 1e6)] = 1.0
+    warmup_share: Part = 0.05
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether labels or losses come from a teacher's decodings."""
+        return self.max_distance >= 0 or self.consistency > 0
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a line each, starting with the key."""
+        found = [*wrong_values(self), *(f"sizes.{line}" for line in self.sizes.problems())]
+        if self.teacher is None and self.needs_teacher:
+            found.append("teacher=null: labels and consistency need one; train it by experiment=ceed_teacher")
+        if self.teacher is not None and not (Path(self.teacher) / "policy.json").is_file():
+            found.append(
+                f"teacher={self.teacher}: there is no policy.json; run `sjd2 train experiment=ceed_teacher` "
+                "first, with the same seed"
+            )
+        if self.consistency == 0 and self.label_weight == 0:
+            found.append("label_weight=0: without consistency nothing would be learnt; set one above 0")
+        return found

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
 from sjd2_lightning.decoding.loop import decoder_of
 from sjd2_lightning.evaluation.auto_window import WINDOWS, WindowChoice, resolve_windows, with_windows
-from sjd2_lightning.evaluation.compare import check_run, decode_methods, run_identity
+from sjd2_lightning.evaluation.compare import as_drawn, check_run, decode_methods, run_identity
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts
 from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
 from sjd2_lightning.evaluation.references import ReferenceSet
@@ -217,7 +217,12 @@ class SamplingCallback(Callback):
         self._meter.forget_images()
         with stage("measuring the samples"):
             return measure_methods(
-                decoded.store, self.methods, prompts, self._meter, ties=decoded.ties, flops=decoded.flops
+                decoded.store,
+                as_drawn(backbone, self.methods),
+                prompts,
+                self._meter,
+                ties=decoded.ties,
+                flops=decoded.flops,
             )
 
     def _reuse_baseline(

@@ -191,6 +191,7 @@ def load_trained(backbone: Backbone, ckpt_path: str | Path) -> None:
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         if has_adapter(backbone):  # its checkpoints hold nothing else
             state = {**backbone.state_dict(), **state}
+        backbone.take_draft_head(state)
         backbone.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
         raise ValueError(
@@ -210,6 +211,7 @@ def build_module(config: TrainConfig, backbone: Backbone) -> SJD2Module:
         seed=config.seed,
         save_trained_only=has_adapter(backbone),
         bucket=_BUCKET if config.trainer.compiled else 1,
+        corrector=config.corrector,
     )
 
 
@@ -310,7 +312,9 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
         # not onto the device, where what was trained is yet
         model = config.model.model_copy(update={"load_onto": None})
         backbone = build_backbone(model, captions=captions_of(config.data))
-        backbone.load_state_dict({**backbone.state_dict(), **state})
+        state = {**backbone.state_dict(), **state}
+        backbone.take_draft_head(state)
+        backbone.load_state_dict(state)
     dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
     data: Any = getattr(trainer, "datamodule", None)
     attribution = data.index("train").meta.attribution if isinstance(data, CodeDataModule) else ""

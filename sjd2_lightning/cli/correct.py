@@ -2,7 +2,8 @@
 
 The model stays as it is. Images are drawn by sjd2, from the paper's noise, for
 captions of training shards. Give the sampling, window and levels that the model
-will be decoded with. The result is for methods.sjd2.corrector.weights.
+will be decoded with. Written as corrector.safetensors into the model's folder, it
+is the model's own; elsewhere it is for methods.sjd2.corrector.weights.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from sjd2_lightning.data.index import ShardIndex
 from sjd2_lightning.data.reading import read_all
 from sjd2_lightning.decoding import DecodingConfig, Sampling
 from sjd2_lightning.decoding.config import Correction
-from sjd2_lightning.decoding.variants.corrector import DraftCorrector
 from sjd2_lightning.evaluation.prompts import seed_of
 from sjd2_lightning.models.backbone import Backbone
+from sjd2_lightning.models.draft_corrector import DraftCorrector
 from sjd2_lightning.models.registry import FAMILIES, load_backbone
 from sjd2_lightning.run.files import whole_file
 from sjd2_lightning.run.stages import counted, speak, stage

@@ -15,6 +15,7 @@ from torch import nn
 from sjd2_lightning.cli.sizes import downsample, missing_files
 from sjd2_lightning.config.reading import evaluate_config, train_config
 from sjd2_lightning.config.runs import EvaluateConfig, SharedConfig, TrainConfig
+from sjd2_lightning.models.draft_corrector import DraftCorrector
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.pretrained import PretrainedBackbone
 from sjd2_lightning.models.recompute import Checkpointing
@@ -129,6 +130,7 @@ def run_settings(config: TrainConfig) -> RunSettings:
         lora=config.model.lora if config.model.peft else None,
         reshard=trainer.reshard,
         optimizer=config.optimizer.name,
+        corrector=config.corrector.width,
     )
 
 
@@ -205,9 +207,8 @@ def remarks(config: TrainConfig) -> list[str]:
     return found
 
 
-_ACTIVATION_BYTES = (
-    34  # a layer, token and unit of width in 16 bits without attention scores (arXiv 2205.05198)
-)
+# a layer, token and unit of width in 16 bits without attention scores (arXiv 2205.05198)
+_ACTIVATION_BYTES = 34
 _SELECTED = 14  # of them are kept by `selective`: attention's result and every second matrix product
 _STATE_OF_8_BITS = 1 + 4 / 256  # bytes, with one number in single precision for each 256
 _TEXT_TOKENS = 128  # a long prompt
@@ -232,6 +233,7 @@ class RunSettings:
         quantized: whether the trunk's layers have one byte a weight, to decode and under an adapter.
         reshard: whether a gathered layer is dropped behind its forward pass.
         optimizer: its name.
+        corrector: number of units of the corrector of drafts that is trained; 0 is none.
     """
 
     dtype: torch.dtype
@@ -247,6 +249,7 @@ class RunSettings:
     quantized: bool = False
     reshard: bool = True
     optimizer: str = "adamw"
+    corrector: int = 0
 
 
 @dataclass(frozen=True)
@@ -302,10 +305,11 @@ def plan_run(
     config = adapter.release_config(name) if assumed else adapter.MODEL.config_class.from_pretrained(weights)
     with torch.device("meta"):
         model = adapter.MODEL(config)
-    parameters = _count(adapter, model)
+    extra = DraftCorrector.numbers(config.get_text_config().hidden_size, settings.corrector)
+    parameters = _count(adapter, model, extra)
     height, width = (side // downsample(adapter, folder, config) for side in image_size)
     slots = adapter.num_slots(height, width)
-    in_adapter = _lora_parameters(adapter, model, settings.lora or LoraSettings())
+    in_adapter = _lora_parameters(adapter, model, settings.lora or LoraSettings()) + extra
     trained = in_adapter if settings.lora is not None else parameters["total"] - parameters["frozen"]
     codes, _ = adapter.codes_of_config(config)
     return Plan(
@@ -321,14 +325,17 @@ def plan_run(
     )
 
 
-def _count(adapter: type[PretrainedBackbone], model: nn.Module) -> dict[str, int]:
+def _count(adapter: type[PretrainedBackbone], model: nn.Module, corrector: int) -> dict[str, int]:
+    """Numbers of a model and its corrector of drafts, in all and by part."""
+
     def of(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
     frozen = sum(of(model.get_submodule(part)) for part in adapter.UNTRAINED)
     layers = of(model.get_submodule(f"{adapter.TRUNK_PATH}.layers"))
     total = of(model)
-    return {"total": total, "layers": layers, "other": total - layers - frozen, "frozen": frozen}
+    found = {"total": total + corrector, "layers": layers, "other": total - layers - frozen, "frozen": frozen}
+    return found | ({"corrector": corrector} if corrector else {})
 
 
 def _lora_parameters(adapter: type[PretrainedBackbone], model: nn.Module, lora: LoraSettings) -> int:

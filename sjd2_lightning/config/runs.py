@@ -30,6 +30,7 @@ from sjd2_lightning.evaluation.flow_methods import FlowEvaluation
 from sjd2_lightning.training.noise import TrainingNoise
 from sjd2_lightning.training.optimizer import OptimizerConfig
 from sjd2_lightning.training.recipes import ClipRecipe, FlowRecipe, TokenizerRecipe
+from sjd2_lightning.training.redrafting import CorrectorTraining
 
 RANDOM_TAG = "random weights"  # of a run in W&B behind whose weights no release is
 
@@ -153,6 +154,7 @@ class TrainConfig(SharedConfig):
     clip: Annotated[ClipRecipe, AfterValidator(sound)] | None
     tarflow: Annotated[FlowRecipe, AfterValidator(sound)] | None
     optimizer: Annotated[OptimizerConfig, AfterValidator(sound)]
+    corrector: Annotated[CorrectorTraining, AfterValidator(sound)]
     trainer: TrainerConfig
     callbacks: CallbacksConfig
 

@@ -14,8 +14,17 @@ BASELINE = "ar"  # the method that others are compared with
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
 WITH_TREE = ("replay", "exact")  # rules that know what becomes of a draft's siblings
 LOSSLESS = ("replay", "exact", "match")
-_PARTS = ("sampling", "tree", "groups", "pairs", "corrector", "drafter", "noise")  # fields that are groups of values
+_PARTS = (
+    "sampling",
+    "tree",
+    "groups",
+    "pairs",
+    "corrector",
+    "drafter",
+    "noise",
+)  # fields that are groups of values
 REPEATED = ("repeat_left", "repeat_above")  # first drafts that repeat a neighbour
+OWN = "own"  # in the place of a file: the corrector that the model holds itself, if it has one
 MOST_SLOTS = 2**16  # of a window: more than any known image has
 
 
@@ -65,7 +74,8 @@ class Correction:
     """How drafts are corrected by a small network, see `variants.corrector`.
 
     Attributes:
-        weights: file of `DraftCorrector.save`; None leaves drafts alone.
+        weights: file of `DraftCorrector.save`; "own" is what the model itself holds, if it does and the
+            method can use it; None leaves drafts alone.
         rounds: number of times that the whole window is corrected, each by the drafts of the time before.
         candidates: number of codes of a slot that a correction chooses among, the best under its own noise.
     """
@@ -77,9 +87,14 @@ class Correction:
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
         found = wrong_values(self)
-        if self.weights is not None and not Path(self.weights).is_file():
+        if self.is_file and not Path(str(self.weights)).is_file():
             found.append(f"weights={self.weights}: there is no such file; make it by `sjd2 corrector`")
         return found
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a file was named."""
+        return self.weights not in (None, OWN)
 
 
 @dataclass(frozen=True)
@@ -204,6 +219,12 @@ class DecodingConfig:
         """Whether samples follow the law of autoregression with the loaded weights."""
         return self.acceptance in LOSSLESS
 
+    @property
+    def corrects(self) -> bool:
+        """Whether a network corrects drafts, if weights "own" find one."""
+        can = self.acceptance == "replay" and self.sampling.temperature > 0 and self.pairs.table is None
+        return can and self.window != 1 and self.corrector.weights is not None
+
     def out_of_bounds(self) -> list[str]:
         """Values that no method can have, a line each, starting with the key."""
         found = [f"{part}.{line}" for part in _PARTS for line in wrong_values(getattr(self, part))]
@@ -249,7 +270,7 @@ class DecodingConfig:
             found.append(f"groups.size={self.groups.size}: needs acceptance=grouped; 1 is no group")
         if self.pairs.table is not None and self.acceptance != "replay":
             found.append(f"pairs.table={self.pairs.table}: needs acceptance=replay; set it to null")
-        if self.corrector.weights is not None:
+        if self.corrector.is_file:
             key = f"corrector.weights={self.corrector.weights}"
             if self.acceptance != "replay":
                 found.append(f"{key}: needs acceptance=replay; set it to null")

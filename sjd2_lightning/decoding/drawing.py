@@ -54,7 +54,7 @@ class Batch:
         kept: Batch | None = None,
     ) -> None:
         self.backbone, self.config, self.engine = backbone, config, engine
-        self.method = Method(config, backbone.slot_table(), backbone.num_codes)
+        self.method = Method(config, backbone.slot_table(), backbone.num_codes, backbone.draft_head)
         self.one_pass = self.method.one_pass
         side = self.method.levels.timestep_tokens()
         if config.window_shape:  # one number of side columns for all methods, those without levels included

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from sjd2_lightning.decoding.config import REPEATED, DecodingConfig
+from sjd2_lightning.decoding.config import OWN, REPEATED, DecodingConfig
 from sjd2_lightning.decoding.levels import Gaussian, NoiseLevels, Start, TableMean
 from sjd2_lightning.decoding.passes import Pass
 from sjd2_lightning.decoding.rules import (
@@ -34,6 +34,7 @@ from sjd2_lightning.decoding.variants.tree import ReplayTreePass, Tree, TreePass
 from sjd2_lightning.decoding.window import OnEntry
 from sjd2_lightning.embedding import EmbeddingSpace
 from sjd2_lightning.models.backbone import ImageLayout
+from sjd2_lightning.models.draft_corrector import DraftCorrector
 from sjd2_lightning.noise import TIED
 
 REFINERS: dict[str, Refiner] = {"resample": resample, "couple": couple, "keep": keep, "reuse": reuse}
@@ -58,9 +59,12 @@ class Method:
         config: the method's values.
         table: (K + structural, D) embeddings by slot id.
         num_codes: K.
+        draft_head: what the model itself corrects drafts by, if it does.
     """
 
-    def __init__(self, config: DecodingConfig, table: Tensor, num_codes: int) -> None:
+    def __init__(
+        self, config: DecodingConfig, table: Tensor, num_codes: int, draft_head: DraftCorrector | None = None
+    ) -> None:
         self.config, self.table = config, table
         self.space = EmbeddingSpace(table[:num_codes])
         self.levels = NoiseLevels(config, table, self.space, self._start())
@@ -69,7 +73,7 @@ class Method:
         self.one_pass = (
             Pass(config, rule) if tree is None else TREE_PASSES[config.acceptance](config, rule, tree)
         )
-        self.redraft = self._redraft(num_codes)
+        self.redraft = self._redraft(num_codes, draft_head)
         noisy = frozenset({"noisy"} if config.num_levels else ())
         self.source = SlotSource(config, self.levels, rule.keeps | self.one_pass.keeps | noisy)
         self.on_entry = self._on_entry(num_codes)
@@ -81,10 +85,11 @@ class Method:
             state = event.start(self.source, layouts, state)
         return state
 
-    def _redraft(self, num_codes: int) -> Redraft:
+    def _redraft(self, num_codes: int, draft_head: DraftCorrector | None) -> Redraft:
         config = self.config
-        if config.size > 1 and config.corrector.weights is not None:
-            return Corrected(config.corrector, config.sampling.temperature, self.table, num_codes)
+        if config.corrects and (config.corrector.weights != OWN or draft_head is not None):
+            temperature = config.sampling.temperature
+            return Corrected(config.corrector, temperature, self.table, num_codes, draft_head)
         if config.size > 1 and config.pairs.table is not None:
             return Sweeper(config.pairs, self.table, num_codes)
         return verified

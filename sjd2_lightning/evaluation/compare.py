@@ -6,6 +6,7 @@ Ranks share the prompts.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from sjd2_lightning import __version__
-from sjd2_lightning.decoding.config import BASELINE, DecodingConfig
+from sjd2_lightning.decoding.config import BASELINE, Correction, DecodingConfig
 from sjd2_lightning.decoding.context import prompt_token_ids
 from sjd2_lightning.evaluation.flops import decoding_flops
 from sjd2_lightning.evaluation.jobs import (
@@ -118,6 +119,7 @@ def evaluate_methods(
     Raises:
         ValueError: before decoding, for unusable methods or prompts, or a folder of another configuration.
     """
+    methods = as_drawn(backbone, methods)
     if reference is not None and isinstance(reference.images, Tensor):
         size = tuple(reference.images.shape[1:3])
         if size != layout.pixels:
@@ -164,6 +166,7 @@ def decode_methods(
     on_start: Callable[[], None] = lambda: None,
 ) -> Decoded | None:
     """The first half of `evaluate_methods`: same arguments and errors, None on ranks other than 0."""
+    methods = as_drawn(backbone, methods)
     check_run(backbone, methods, prompts, layout, batch_size)
     rank, world_size = current_rank()
     identity = run_identity(backbone, methods, prompts, layout, batch_size)
@@ -242,6 +245,16 @@ def _baseline_identity(identity: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**identity, "methods": methods[BASELINE]} if BASELINE in methods else None
 
 
+def as_drawn(backbone: Backbone, methods: Mapping[str, DecodingConfig]) -> dict[str, DecodingConfig]:
+    """Methods without a corrector of drafts that the model does not have, or they cannot use."""
+    return {
+        name: config
+        if config.corrector.is_file or (config.corrects and backbone.draft_head is not None)
+        else dataclasses.replace(config, corrector=Correction())
+        for name, config in methods.items()
+    }
+
+
 def run_identity(
     backbone: Backbone,
     methods: Mapping[str, DecodingConfig],
@@ -257,7 +270,7 @@ def run_identity(
         "code": __version__,
         "weights": weights_hash(backbone),
         "device": backbone.device.type,
-        "methods": {name: method_fields(config) for name, config in methods.items()},
+        "methods": {name: method_fields(config) for name, config in as_drawn(backbone, methods).items()},
         "prompts": sha256_of_json([item.identity for item in prompts]),
         "pixels": list(layout.pixels),
         "batch_size": batch_size,

@@ -109,8 +109,10 @@ def method_fields(config: Any) -> dict[str, Any]:
         later["engine"] = engine
     if attention != "auto":
         later["attention"] = attention
-    if corrector["weights"] is not None:  # one that was trained anew has other passes
-        later["corrector"] = {**corrector, "sha256": sha256_of_file(Path(corrector["weights"]))}
+    if config.corrector.is_file:  # one that was trained anew has other passes
+        corrector["sha256"] = sha256_of_file(Path(corrector["weights"]))
+    if corrector["weights"] is not None:
+        later["corrector"] = corrector
     if drafter["weights"] is not None:
         later["drafter"] = {**drafter, "sha256": sha256_of_file(Path(drafter["weights"]))}
     said = {name: value for name, value in later.items() if value}

@@ -108,7 +108,10 @@ def load_backbone(
     load = family_of(family).load
     source = path if isinstance(path, WeightsSource) else WeightsSource(path)
     remedy = source.remedy() if source.command() else LoadOptions.remedy
-    return load(source.folder(), trunk, LoadOptions(dtype, device, unconditional, remedy))
+    folder = source.folder()
+    backbone = load(folder, trunk, LoadOptions(dtype, device, unconditional, remedy))
+    backbone.read_draft_head(folder)
+    return backbone
 
 
 def build_shrunken(family: str, seed: int = 0, condition: str | None = None) -> PretrainedBackbone:

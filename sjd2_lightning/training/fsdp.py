@@ -25,6 +25,7 @@ from sjd2_lightning.training.checkpoints import check_sharded, only_plain_values
 from sjd2_lightning.training.module import CodeBatch, SJD2Module
 from sjd2_lightning.training.noise import TrainingNoise
 from sjd2_lightning.training.objective import TokenLoss
+from sjd2_lightning.training.redrafting import Corrections
 from sjd2_lightning.training.states import TeacherForced
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,10 @@ class ShardedModule(SJD2Module):
     ) -> NoisyCodes:
         whole = super().noise_of
         return self.gathered(lambda: whole(sample, levels, grid, noise, rng))
+
+    def corrections(self, sample: TeacherForced, rng: torch.Generator) -> Corrections:
+        whole = super().corrections
+        return self.gathered(lambda: whole(sample, rng))
 
 
 def hollow_copy(backbone: Backbone) -> Backbone:

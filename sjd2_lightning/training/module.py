@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.models.draft_corrector import DraftCorrector
 from sjd2_lightning.training import objective
 from sjd2_lightning.training.batch import NoisyCodes
 from sjd2_lightning.training.noise import TrainingNoise as TrainingNoise
@@ -24,6 +25,7 @@ from sjd2_lightning.training.optimizer import (
     warmup_cosine,
     whole_states,
 )
+from sjd2_lightning.training.redrafting import Corrections, CorrectorTraining, corrections_of
 from sjd2_lightning.training.states import TeacherForced, hidden_of, logits_of, noisy_codes
 
 
@@ -49,6 +51,7 @@ class SJD2Module(L.LightningModule):
         seed: decides levels, noise and prompt dropout, together with global step and rank.
         save_trained_only: checkpoints hold the weights that are trained, as for a low-rank adapter.
         bucket: lengths of passes are multiples of it: what is compiled for one serves many batches.
+        corrector: training of a corrector of drafts beside the objective; the default trains none.
 
     Raises:
         ValueError: choices of the noise that do not go together.
@@ -67,6 +70,7 @@ class SJD2Module(L.LightningModule):
         seed: int = 0,
         save_trained_only: bool = False,
         bucket: int = 1,
+        corrector: CorrectorTraining | None = None,
     ) -> None:
         super().__init__()
         if found := noise.problems():
@@ -78,6 +82,7 @@ class SJD2Module(L.LightningModule):
         self.prompt_dropout = prompt_dropout
         self.seed = seed
         self.bucket = bucket
+        self.corrector = corrector or CorrectorTraining()
         self.image_layout: ImageLayout = backbone.layout(*image_size)
         for name, parameter in backbone.named_parameters():
             if name.startswith(optimizer.freeze):
@@ -88,6 +93,11 @@ class SJD2Module(L.LightningModule):
                 raise ValueError(
                     f"optimizer.freeze={prefix}: no parameter's name begins so; one of them is {names[0]}"
                 )
+        head, width = backbone.draft_head, self.corrector.width
+        if width and (head is None or head.width != width):  # else training goes on with the one it has
+            backbone.draft_head = DraftCorrector(backbone.hidden_size, width)
+        if backbone.draft_head is not None:
+            backbone.draft_head.requires_grad_(width > 0)
         if not any(parameter.requires_grad for parameter in backbone.parameters()):
             raise ValueError(f"optimizer.freeze={list(optimizer.freeze)}: nothing is left to train")
 
@@ -183,7 +193,26 @@ class SJD2Module(L.LightningModule):
         # 3. one pass, and 4. cross-entropy against the clean codes
         loss = self.losses(batch, prompts, noise).total
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.image_ids))
-        return loss
+        return loss if self.corrector.width == 0 else loss + self._correction_loss(batch, prompts, rng)
+
+    def _correction_loss(
+        self, batch: CodeBatch, prompts: Sequence[Sequence[int]], rng: torch.Generator
+    ) -> Tensor:
+        """That of the draft head, on some of the images; 0 in steps in which it does not learn."""
+        assert self.backbone.draft_head is not None
+        if self.global_step % self.corrector.every:
+            # ranks that exchange gradients wait for those of all weights
+            return torch.stack([p.sum() for p in self.backbone.draft_head.parameters()]).sum() * 0
+        most = self.corrector.images
+        sample = TeacherForced(prompts[:most], batch.image_ids[:most], self.image_layout, self.bucket)
+        found = self.corrections(sample, rng)
+        self.log("train/loss_drafts", found.loss, batch_size=len(sample.prompts))
+        self.log("train/right_drafts", found.right, batch_size=len(sample.prompts))
+        return found.loss
+
+    def corrections(self, sample: TeacherForced, rng: torch.Generator) -> Corrections:
+        """What images say of the draft head; see `corrections_of`."""
+        return corrections_of(self.backbone, sample, self.corrector, self.noise.enabled, rng)
 
     def validation_step(self, batch: CodeBatch, batch_idx: int) -> None:
         """Logs the loss of clean input, and of noisy input by the level of the token predicted from.
@@ -214,7 +243,8 @@ class SJD2Module(L.LightningModule):
             self.log(f"val/loss_{band}", loss, sync_dist=True, batch_size=count)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.named_parameters(), self.optimizer_config)
+        rates = {"backbone.draft_head.": self.corrector.lr}
+        optimizer = build_optimizer(self.named_parameters(), self.optimizer_config, rates)
         num_steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = warmup_cosine(optimizer, self.optimizer_config, num_steps)
         # the name is that of the logged learning rate

@@ -6,7 +6,7 @@ The learning rate warms up and decays by a cosine.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -53,21 +53,30 @@ class OptimizerConfig:
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, Parameter]], config: OptimizerConfig
+    named_parameters: Iterable[tuple[str, Parameter]],
+    config: OptimizerConfig,
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of all parameters that are trained.
 
     Args:
         named_parameters: parameters with their names; those without a gradient are left out.
         config: which optimizer, and its numbers.
+        rates: peak learning rates of parts of their own, which AdamW trains, by prefixes of names.
     """
     trained = [(name, p) for name, p in named_parameters if p.requires_grad]
+    apart = [
+        {"params": own, "lr": rate, "weight_decay": 0.0}
+        for prefix, rate in (rates or {}).items()
+        if (own := [p for name, p in trained if name.startswith(prefix)])
+    ]
+    trained = [(name, p) for name, p in trained if not name.startswith(tuple(rates or ()))]
     tables = [p for name, p in trained if p.ndim > 1 and any(part in name for part in _LOOKUPS)]
     matrices = [p for name, p in trained if p.ndim > 1 and not any(part in name for part in _LOOKUPS)]
     decay, lr = config.weight_decay, config.lr
     vectors = {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0}
     if config.name != "muon":
-        groups = [{"params": tables + matrices, "weight_decay": decay}, vectors]
+        groups = [{"params": tables + matrices, "weight_decay": decay}, vectors, *apart]
         if config.name == "adamw":
             return torch.optim.AdamW(groups, lr=lr, betas=config.betas)
         from torchao.optim import AdamW8bit
@@ -83,7 +92,7 @@ def build_optimizer(
     groups = [
         {"params": matrices, "weight_decay": decay},
         {"params": tables, "weight_decay": decay, "use_fallback": True},
-        vectors | {"use_fallback": True},
+        *({**group, "use_fallback": True} for group in (vectors, *apart)),
     ]
     return Muon(groups, lr=lr, betas=config.betas, adjust_lr_fn="match_rms_adamw")
 

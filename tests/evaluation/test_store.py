@@ -60,11 +60,12 @@ def test_identity_of_a_method_is_that_of_the_first_version(tmp_path):
         {"attention": "flex"},
         {"invariant": True},
         {"window_shape": 32},
+        {"corrector": Correction("own")},
         {"corrector": Correction(str(tmp_path / "corrector.safetensors"))},
     )
     (tmp_path / "corrector.safetensors").write_bytes(b"weights")
     configs = [dataclasses.replace(config, **each) for each in ({}, *later)]
-    assert len({sha256_of_json(method_fields(each)) for each in configs}) == 7
+    assert len({sha256_of_json(method_fields(each)) for each in configs}) == 8
     before = sha256_of_json(method_fields(configs[-1]))
     (tmp_path / "corrector.safetensors").write_bytes(b"others")
     assert sha256_of_json(method_fields(configs[-1])) != before, "it was trained anew"

@@ -77,13 +77,17 @@ def composed(tmp_path, monkeypatch):
 def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, peft):
     """Two steps, a validation with sampling, an export; then three methods on the exported weights."""
     chosen = [f"model={model}", "model.init=random_tiny", f"model.image_size=[{side},{side}]", *SMALL]
-    metrics = train(composed("train", *chosen, *TRAINING, f"model.peft={peft}"))
+    drafts = ["corrector=default", "corrector.width=4"] if peft == "lora" else []
+    metrics = train(composed("train", *chosen, *TRAINING, f"model.peft={peft}", *drafts))
     assert metrics["train/loss"] > 0
     assert "val/nfe" in metrics
     run = tmp_path / "run"
     assert list(run.glob("samples/step_*/images/sjd2/*.png"))
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    assert all(".lora_" in name for name in state) is (peft == "lora")
+    assert all(".lora_" in name or ".draft_head." in name for name in state) is (peft == "lora")
+    assert any(".draft_head." in name for name in state) is bool(drafts)
+    for folder in (run / "model", run / "model" / "adapter"):
+        assert (folder / "corrector.safetensors").is_file() is bool(drafts)
     assert (run / "model" / "adapter").is_dir() is (peft == "lora")
 
     report = evaluate(
@@ -283,6 +287,14 @@ def test_the_plan_knows_of_rounded_weights(composed):
     less, least = (train(composed("train", *settings, "model.peft=lora", *more)) for more in ((), INT8))
     assert less["training_gib"] - least["training_gib"] == pytest.approx(layers / 2**30, rel=0.01)
     assert least["training_gib"] < 24 * USABLE / 2
+
+
+def test_the_plan_counts_the_corrector_of_drafts(composed):
+    plain = train(composed("train", "model=lumina_mgpt", "print_plan=true"))
+    drafts = train(composed("train", "model=lumina_mgpt", "print_plan=true", "corrector=default"))
+    numbers = 4 * 4096 * 160 + 160
+    for name in ("parameters", "trained"):
+        assert drafts[name] - plain[name] == numbers
 
 
 def test_the_plan_knows_of_states_of_8_bits(composed):

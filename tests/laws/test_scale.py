@@ -36,7 +36,7 @@ def alone(tmp_path_factory):
         *(
             (f"{name} {kind}", kind)
             for name in ("ddp", "fsdp")
-            for kind in ("plain", "trajectory", "adapter")
+            for kind in ("plain", "trajectory", "adapter", "drafts")
         ),
         ("fsdp adapter compiled", "adapter"),
     ],

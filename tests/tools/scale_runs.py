@@ -29,6 +29,7 @@ from sjd2_lightning.training.checkpoints import VerifiedCheckpointIO
 from sjd2_lightning.training.fsdp import ShardedModule, ShardedStrategy, gathered_state
 from sjd2_lightning.training.guards import NonFiniteGuard
 from sjd2_lightning.training.optimizer import OptimizerConfig
+from sjd2_lightning.training.redrafting import CorrectorTraining
 from sjd2_lightning.training.resume import RandomStates
 from tests.tools.tiny_backbones import tiny_chameleon
 from tests.training.test_module import NOISE, OFF, QUIET, Batch, batch_of, loader
@@ -39,6 +40,7 @@ KINDS = {  # of runs: noise, precision, and whether an adapter is trained
     "plain": (OFF, "32-true", False),
     "trajectory": (TRAJECTORY, "32-true", False),
     "adapter": (NOISE, "32-true", True),
+    "drafts": (NOISE, "32-true", False),
     "bf16": (OFF, "bf16-mixed", False),
     "bf16 trajectory": (TRAJECTORY, "bf16-mixed", False),
 }
@@ -98,7 +100,10 @@ def few_steps(
     if compiled:
         backbone.compile_layers("aot_eager")
     made = TwoRanks if world_size == 1 else ShardedModule
-    module = made(backbone, noise, OptimizerConfig(lr=2e-2, warmup_steps=1), (6, 6), 0.0)
+    torch.manual_seed(0)
+    corrector = CorrectorTraining(width=4 if kind == "drafts" else 0)
+    optimizer = OptimizerConfig(lr=2e-2, warmup_steps=1)
+    module = made(backbone, noise, optimizer, (6, 6), 0.0, corrector=corrector)
     module.bucket = 16 if compiled else 1
     losses: list[torch.Tensor] = []
     accumulate = ACCUMULATE * 2 // world_size

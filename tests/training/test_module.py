@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.noise import NoiseProcess
 from sjd2_lightning.training.module import SJD2Module, TrainingNoise
 from sjd2_lightning.training.noise import RampLaw
@@ -45,10 +46,10 @@ def batch_of(seed: int = 0) -> Batch:
     return Batch(CAPTIONS, torch.randint(7, (4, 3, 3), generator=torch.Generator().manual_seed(seed)))
 
 
-def module_of(noise: TrainingNoise = NOISE, **values) -> SJD2Module:
+def module_of(noise: TrainingNoise = NOISE, backbone: Backbone | None = None, **values) -> SJD2Module:
     optimizer = OptimizerConfig(lr=2e-2, warmup_steps=3, freeze=values.pop("freeze", ()))
     settings = {"image_size": (6, 6), "seed": 1, **values}
-    return SJD2Module(tiny_chameleon(7, seed=4, scale=0.3), noise, optimizer, **settings)
+    return SJD2Module(backbone or tiny_chameleon(7, seed=4, scale=0.3), noise, optimizer, **settings)
 
 
 def loader(batches: list[Batch]) -> DataLoader:

@@ -22,8 +22,8 @@ from sjd2_lightning.decoding.law import guided
 from sjd2_lightning.decoding.output import Iteration
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, slot_keys, stream
 from sjd2_lightning.decoding.rules import known_codes
-from sjd2_lightning.decoding.variants.corrector import DraftCorrector, code_rows
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
+from sjd2_lightning.models.draft_corrector import DraftCorrector, code_rows
 from sjd2_lightning.run.stages import Advance
 from sjd2_lightning.run.values import Within, wrong_values
 from sjd2_lightning.training.optimizer import with_one_cycle

@@ -11,7 +11,8 @@ from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.config import Correction, PairSweeps
 from sjd2_lightning.decoding.law import guided
 from sjd2_lightning.decoding.rules import Read, Scores, Slots, Verdict
-from sjd2_lightning.decoding.variants.corrector import Corrected, DraftCorrector, code_rows
+from sjd2_lightning.decoding.variants.corrector import Corrected
+from sjd2_lightning.models.draft_corrector import DraftCorrector, code_rows
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
 AR = DecodingConfig("ar", window=1)

@@ -8,7 +8,7 @@ import torch
 from sjd2_lightning.cli.correct import learnt
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.config import Correction
-from sjd2_lightning.decoding.variants.corrector import DraftCorrector
+from sjd2_lightning.models.draft_corrector import DraftCorrector
 from sjd2_lightning.training.recipes.corrections import CorrectorRecipe, Learner, traces_of
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 

@@ -1,0 +1,191 @@
+"""The corrector that is trained beside the objective: the passes it learns from, and what it is worth."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
+from sjd2_lightning.decoding.config import OWN, Correction
+from sjd2_lightning.models.draft_corrector import DraftCorrector
+from sjd2_lightning.training import redrafting
+from sjd2_lightning.training.batch import NoisyCodes
+from sjd2_lightning.training.noise import draw_levels
+from sjd2_lightning.training.redrafting import CorrectorTraining, corrections_of
+from sjd2_lightning.training.states import TeacherForced, logits_of
+from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
+from tests.training.test_module import NOISE, batch_of, module_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # no trainer here
+PASSES = 3
+TRAINING = CorrectorTraining(width=8, passes=PASSES)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    """A model in which a code depends on the one to its left."""
+    found = tiny_chameleon(12, hidden_size=16, seed=5, scale=0.8).requires_grad_(False)
+    found.draft_head = DraftCorrector(16, 8)
+    return found
+
+
+def images_of(backbone, num, seed=0):
+    """Images that the model itself draws, under teacher forcing."""
+    layout = backbone.layout(16, 16)
+    prompts = [RAGGED_PROMPTS[number % 4] for number in range(num)]
+    drawn = decode(backbone, prompts, range(seed, seed + num), DecodingConfig("ar", window=1), layout)
+    return TeacherForced([backbone.prompt_ids(p, layout) for p in prompts], drawn.image_ids.clone(), layout)
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_passes_are_those_of_decoding(backbone, monkeypatch, noisy):
+    """What each pass is fed, against drafts made slot by slot from whole logits of the pass before."""
+    sample, seen, kept = images_of(backbone, 3), [], {}
+    real_hidden, real_gumbel = redrafting.hidden_of, redrafting.posterior_gumbel
+
+    def hidden_of(model, its, noise):
+        seen.append((its, noise))
+        return real_hidden(model, its, noise)
+
+    def posterior(law, codes, race):
+        kept["gumbel"] = real_gumbel(law, codes, race)
+        return kept["gumbel"]
+
+    monkeypatch.setattr(redrafting, "hidden_of", hidden_of)
+    monkeypatch.setattr(redrafting, "posterior_gumbel", posterior)
+    # one that changes nothing: drafts are what the pass itself makes of a slot
+    corrections_of(backbone, sample, TRAINING, noisy, torch.Generator().manual_seed(4))
+    ids = sample.image_ids.flatten(1)
+    top = draw_levels(*ids.shape, PASSES, redrafting._RUNS, torch.Generator().manual_seed(4))
+    assert len(set(top.flatten().tolist())) == PASSES + 1
+    read = (top > 0) | (torch.nn.functional.pad(top, (1, 0))[:, :-1] > 0)
+    gumbel = torch.zeros(*ids.shape, 12).masked_scatter(read[..., None], kept["gumbel"])
+    assert seen[0][1] is None
+    assert torch.equal(seen[0][0].image_ids, sample.image_ids)
+    assert len(seen) == PASSES + 1
+    before = None
+    for number, (its, noise) in enumerate(seen[1:]):
+        fed, ago = its.image_ids.flatten(1), PASSES - 1 - number
+        levels = torch.where(top > 0, (top + ago).clamp_max(PASSES), 0)
+        assert torch.equal(fed[top == 0], ids[top == 0]), "what was committed is what it is"
+        if noisy:
+            assert torch.equal(noise.levels, (levels == PASSES).long())
+        else:
+            assert noise is None
+        drafted = (levels > 0) & (levels < PASSES)
+        if before is not None:
+            assert drafted.any()
+            assert torch.equal(fed[drafted], before[drafted])
+        clean = noise if noise is None else NoisyCodes(*noise)
+        before = (logits_of(backbone, its, clean) + gumbel).argmax(-1)
+    law = logits_of(backbone, sample, None).log_softmax(-1)
+    assert torch.equal((law + gumbel).argmax(-1)[read], ids[read]), "the image is what decoding draws"
+
+
+def test_it_learns_from_real_images_what_saves_passes_of_others(backbone):
+    torch.manual_seed(0)
+    backbone.draft_head = DraftCorrector(16, 32)
+    optimizer = torch.optim.AdamW(backbone.draft_head.parameters(), 3e-3)
+    rng, rights = torch.Generator().manual_seed(1), []
+    sample = images_of(backbone, 160)
+    for step in range(150):
+        some = slice(step % 5 * 32, step % 5 * 32 + 32)
+        its = sample._replace(prompts=sample.prompts[some], image_ids=sample.image_ids[some])
+        found = corrections_of(backbone, its, TRAINING, True, rng)
+        optimizer.zero_grad()
+        found.loss.backward()
+        optimizer.step()
+        rights.append(float(found.right))
+    assert sum(rights[-20:]) > sum(rights[:20]) + 20 * 0.05
+    backbone.draft_head.requires_grad_(False)
+    config = DecodingConfig("sjd2", 12, 1, corrector=Correction(OWN))
+    passes, ids = {}, {}
+    for name, method in {"own": config, "none": replace(config, corrector=Correction())}.items():
+        output = decode(
+            backbone, list(RAGGED_PROMPTS) * 6, range(1000, 1024), method, backbone.layout(16, 16)
+        )
+        passes[name], ids[name] = int(output.stats.nfe.sum()), output.slot_ids
+    assert torch.equal(ids["own"], ids["none"])
+    assert passes["own"] < 0.93 * passes["none"]
+    backbone.draft_head = DraftCorrector(16, 8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"acceptance": "exact"}, {"sampling": Sampling(0.0)}, {"window": 1}],
+    ids=["exact", "greedy", "one slot"],
+)
+def test_a_method_that_cannot_use_the_own_one_goes_without(backbone, changes):
+    config = replace(DecodingConfig("sjd2", 6, 1, corrector=Correction(OWN)), **changes)
+    assert not config.problems()
+    assert not config.corrects
+    layout, prompts = backbone.layout(8, 8), list(RAGGED_PROMPTS[:2])
+    backbone.draft_head = DraftCorrector(16, 4)
+    torch.nn.init.normal_(backbone.draft_head.out.weight)
+    its = decode(backbone, prompts, [1, 2], config, layout)
+    plain = decode(backbone, prompts, [1, 2], replace(config, corrector=Correction()), layout)
+    assert its.stats.nfe.tolist() == plain.stats.nfe.tolist()
+    backbone.draft_head = DraftCorrector(16, 8)
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_its_loss_reaches_the_trunk_if_asked_for(stop_gradient):
+    training = CorrectorTraining(width=8, stop_gradient=stop_gradient)
+    module = module_of(NOISE, corrector=training)
+    torch.nn.init.normal_(module.backbone.draft_head.out.weight)
+    images = images_of(module.backbone.eval(), 2)
+    corrections_of(module.backbone, images, training, True, torch.Generator().manual_seed(0)).loss.backward()
+    trunk = [p for name, p in module.backbone.named_parameters() if ".layers." in name]
+    assert all((p.grad is None) == stop_gradient for p in trunk)
+    assert all(p.grad is not None for p in module.backbone.draft_head.parameters())
+
+
+def test_a_step_adds_its_loss_to_that_of_the_objective():
+    losses = {}
+    for name, training in {
+        "none": CorrectorTraining(),
+        "every": CorrectorTraining(width=8),
+        "seldom": CorrectorTraining(width=8, every=2),
+    }.items():
+        module, logged = module_of(NOISE, corrector=training), {}
+        module.log = lambda key, value, logged=logged, **_: logged.update({key: float(value.detach())})
+        losses[name] = float(module.training_step(batch_of(), 0))
+        assert ("train/loss_drafts" in logged) is (name != "none")
+        if name != "none":
+            assert losses[name] == pytest.approx(losses["none"] + logged["train/loss_drafts"], rel=1e-5)
+            assert 0 <= logged["train/right_drafts"] <= 1
+    rates = {group["lr"] for group in build(CorrectorTraining(width=8, lr=7e-3)).param_groups}
+    assert 7e-3 in rates
+
+
+def build(training):
+    """The optimizer of a module."""
+    from sjd2_lightning.training.optimizer import build_optimizer
+
+    module = module_of(NOISE, corrector=training)
+    rates = {"backbone.draft_head.": training.lr}
+    return build_optimizer(module.named_parameters(), module.optimizer_config, rates)
+
+
+def test_in_other_steps_it_does_not_learn_and_ranks_still_find_its_gradients():
+    module = module_of(NOISE, corrector=CorrectorTraining(width=8, every=2))
+    module.log = lambda *_, **__: None
+    type(module).global_step = property(lambda self: 1)
+    try:
+        module.training_step(batch_of(), 0).backward()
+    finally:
+        del type(module).global_step
+    assert all(p.grad is not None and not p.grad.any() for p in module.backbone.draft_head.parameters())
+
+
+def test_one_that_is_there_is_trained_on_or_kept():
+    module = module_of(NOISE, corrector=CorrectorTraining(width=8))
+    head = module.backbone.draft_head
+    again = module_of(NOISE, module.backbone, corrector=CorrectorTraining(width=8))
+    assert again.backbone.draft_head is head
+    assert head.new.weight.requires_grad
+    kept = module_of(NOISE, module.backbone)
+    assert kept.backbone.draft_head is head
+    assert not head.new.weight.requires_grad
+    other = module_of(NOISE, module.backbone, corrector=CorrectorTraining(width=4))
+    assert other.backbone.draft_head.width == 4

@@ -36,8 +36,8 @@ FORWARDING = {"teacher_samples", "data.prepare", "data.pairs"}
 # a backward pass computes again one, the speed of training and its trace two, fixed points and TarFlow seven,
 # files for the groups of the model and the trainer two, layers in int8 under an adapter one, more distances
 # and scores three, the names of classes one, the cache of keys one,
-# the corrector of drafts three
-MOST_FILES = 200
+# the corrector of drafts five, the drafter of blocks four
+MOST_FILES = 206
 
 TORCH_ONLY = ("noise", "embedding", "masks", "fixed_point", "decoding", "models.backbone")
 TORCH_ONLY += ("training.batch", "training.noise", "training.states", "training.objective")

@@ -169,7 +169,9 @@ class BlockLearner:
 
         hidden = windows.hidden.movedim(1, 0).flatten(0, 1)
         known = self.drafter.known(
-            hidden, both(F.embedding(windows.standing, parts)), both(windows.places)[:, : hidden.shape[1] + lefts.shape[1]]
+            hidden,
+            both(F.embedding(windows.standing, parts)),
+            both(windows.places)[:, : hidden.shape[1] + lefts.shape[1]],
         )
         units = F.gelu(known + both(F.embedding(lefts, parts)))
         mixed = guided(units, 1 if sides == 1 else windows.scale[:, None])
@@ -195,7 +197,7 @@ class BlockLearner:
 
     @torch.no_grad()
     def right(self, windows: Windows, batch: int = 64) -> tuple[float, float]:
-        """Shares of slots that entered whose guess is the token: behind no left neighbour, behind the true."""
+        """Shares of slots that entered whose guess is right: behind no left neighbour, behind the true."""
         found, total = torch.zeros(2), 0
         for start in range(0, len(windows.codes), batch):
             part = self._there(Windows(*(field[start : start + batch] for field in windows)))

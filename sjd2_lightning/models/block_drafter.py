@@ -10,9 +10,10 @@ Source: block-diffusion drafters that read the hidden states of the model that t
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,8 +21,38 @@ from torch.nn import functional as F
 
 from sjd2_lightning.models.draft_corrector import code_rows
 
-_HEAD_WIDTH = 32  # of attention: rotations need a multiple of 4
-_SLOWEST = 100.0  # places after which the slowest rotation has turned by one radian
+_HEAD_WIDTH = 32  # of attention
+_ROWS, _COLUMNS = 4, 8  # differences of places that have a number of their own; those beyond share the last
+_COPIED = 14.0  # logit of a code that is copied with all weight, at first
+_NEAR = 4.0  # what attention gives the slot one row up, at first
+
+
+class Nearness(nn.Module):
+    """What attention gives a slot for where it lies: a number for each difference of rows and columns.
+
+    Args:
+        num_heads: numbers of one difference.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        numbers = torch.zeros(num_heads, _ROWS, 2 * _COLUMNS + 1)
+        numbers[:, 1, _COLUMNS] = _NEAR
+        self.numbers = nn.Parameter(numbers)
+
+    def forward(self, places: Float[Tensor, "rows all 2"], num: int) -> Float[Tensor, "rows heads Q all"]:
+        """(B, heads, Q, W + Q) of the last Q slots towards all; -inf towards those on their right.
+
+        Args:
+            places: (B, W + Q, 2) row and column of the slots.
+            num: Q.
+        """
+        rows, columns = (places[:, -num:, None] - places[:, None]).unbind(-1)
+        index = rows.clamp(0, _ROWS - 1) * (2 * _COLUMNS + 1) + (columns + _COLUMNS).clamp(0, 2 * _COLUMNS)
+        found = F.embedding(index.long(), self.numbers.flatten(1).T).movedim(-1, 1)
+        size = places.shape[1]
+        right = torch.ones(num, size, dtype=torch.bool, device=places.device).triu(size - num + 1)
+        return found.masked_fill(right, -torch.inf)
 
 
 class Reading(nn.Module):
@@ -34,6 +65,7 @@ class Reading(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width, self.num_heads = width, max(1, width // _HEAD_WIDTH)
+        self.near = Nearness(self.num_heads)
         self.query = nn.Linear(width, width, bias=False)
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         self.mix = nn.Linear(width, width, bias=False)
@@ -42,43 +74,57 @@ class Reading(nn.Module):
         for last in (self.mix, self.down):
             nn.init.zeros_(last.weight)
 
-    def forward(self, fresh: Tensor, seen: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, fresh: Tensor, seen: Tensor, places: Tensor) -> Tensor:
         """(B, Q, U) what fresh slots (B, Q, U) become.
 
         Args:
             fresh: (B, Q, U) the slots that read.
             seen: (B, W, U) the window to their left.
             places: (B, W + Q, 2) row and column of all of them.
-            mask: (Q, W + Q) True = it may look there.
         """
         size = (self.width,)
         all_slots = torch.cat([F.rms_norm(seen, size), F.rms_norm(fresh, size)], dim=1)
-        query = self._turned(self.query(all_slots[:, seen.shape[1] :]), places[:, seen.shape[1] :])
-        key, value = self.key_value(all_slots).chunk(2, dim=-1)
-        read = F.scaled_dot_product_attention(
-            query, self._turned(key, places), self._by_head(value), attn_mask=mask
-        )
+        parts = self.query(all_slots[:, seen.shape[1] :]), *self.key_value(all_slots).chunk(2, dim=-1)
+        heads = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        read = F.scaled_dot_product_attention(*heads, attn_mask=self.near(places, fresh.shape[1]))
         fresh = fresh + self.mix(read.transpose(1, 2).flatten(2))
         return fresh + self.down(F.gelu(self.up(F.rms_norm(fresh, size))))
 
-    def _by_head(self, values: Tensor) -> Tensor:
-        return values.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _turned(self, values: Tensor, places: Tensor) -> Tensor:
-        """(B, heads, n, U / heads) rotated by row and column: products know differences of places alone."""
-        first, second = self._by_head(values).chunk(2, dim=-1)
-        num = first.shape[-1] // 2
-        pace = _SLOWEST ** (-torch.arange(num, device=values.device) / num)
-        angles = (places[..., None] * pace).flatten(2)[:, None]  # (B, 1, n, 2 num)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+class Codes(NamedTuple):
+    """What a drafter makes of codes.
+
+    Attributes:
+        read: (K + 1, U) what it reads of each; the last one is unknown.
+        copied: (K + 1, V) what it copies of each; 0 of the unknown.
+        effect: (K, U + V) what units make of logits.
+    """
+
+    read: Tensor
+    copied: Tensor
+    effect: Tensor
+
+
+class Known(NamedTuple):
+    """What fresh slots are known by, whatever their left neighbours become.
+
+    Attributes:
+        units: (B, Q, U) before these are added.
+        copied: (B, Q, V) what is copied from the window.
+        share: (B, Q, 1) how much of the left neighbour is.
+    """
+
+    units: Tensor
+    copied: Tensor
+    share: Tensor
 
 
 class BlockDrafter(nn.Module):
-    """What a pass says of the slots right of its window: units whose products with codes are logits.
+    """What a pass says of the slots right of its window: units, whose products with codes are logits.
 
-    It has no numbers for single codes, nor for single places: its size depends on neither vocabulary nor
-    window.
+    Many codes of an image repeat one nearby. So beside a network, whose units say which codes are likely, an
+    attention of its own copies codes: it needs no number for single codes either, so that the size of all
+    depends on neither vocabulary nor window.
 
     Args:
         hidden_size: D, width of hidden states and embeddings.
@@ -90,45 +136,66 @@ class BlockDrafter(nn.Module):
         super().__init__()
         if width % 4 or (width > _HEAD_WIDTH and width % _HEAD_WIDTH):
             raise ValueError(f"width={width}: must be a multiple of {_HEAD_WIDTH}, or of 4 below it")
-        self.hidden_size = hidden_size
+        self.hidden_size, self.width = hidden_size, width
+        num_copied = max(1, width // 2)  # V
         self.state = nn.Linear(hidden_size, width)
         self.code = nn.Linear(hidden_size, width, bias=False)
+        self.copy = nn.Linear(hidden_size, num_copied, bias=False)
         self.fresh = nn.Parameter(torch.randn(width) / 2)
         self.layers = nn.ModuleList(Reading(width) for _ in range(num_layers))
-        self.known_by = nn.Linear(width, width)
+        self.last = nn.Linear(width, width)
+        self.pointer = nn.Linear(width, num_copied)
+        self.pointed = nn.Linear(width, num_copied, bias=False)
+        self.near = Nearness(1)
+        self.shares = nn.Linear(width, 2)
         self.out = nn.Linear(width, hidden_size, bias=False)
+        nn.init.normal_(self.copy.weight, std=(_COPIED / num_copied / hidden_size) ** 0.5)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.shares.weight)
+        nn.init.zeros_(self.shares.bias)
 
-    def of_codes(self, table: Float[Tensor, "rows D"], num_codes: int) -> tuple[Tensor, Tensor]:
-        """What codes are read as, (K + 1, U), the last one unknown, and what units make of logits, (K, U).
+    def of_codes(self, table: Float[Tensor, "rows D"], num_codes: int) -> Codes:
+        """What it makes of K codes.
 
         Args:
             table: (K + structural, D) embeddings by slot id.
             num_codes: K.
         """
         rows = code_rows(table, num_codes)
-        return self.code(rows), rows[:-1] @ self.out.weight
+        copied = self.copy(rows)
+        return Codes(self.code(rows), copied, torch.cat([rows[:-1] @ self.out.weight, copied[:-1]], dim=-1))
 
     def known(
         self,
         hidden: Float[Tensor, "rows W D"],
-        drafts: Float[Tensor, "rows W U"],
+        standing: Int[Tensor, "rows W"],
         places: Float[Tensor, "rows all 2"],
-    ) -> Float[Tensor, "rows Q U"]:
-        """(B, Q, U) what fresh slots are known by, whatever their left neighbours become.
+        codes: Codes,
+    ) -> Known:
+        """What fresh slots are known by.
 
         Args:
             hidden: (B, W, D) hidden states that the laws of the window were read from.
-            drafts: (B, W, U) the part `code` of what now stands there.
-            places: (B, W + Q, 2) row and column in the image of the window's slots, then of the fresh ones.
+            standing: (B, W) codes that stand there now; K = unknown.
+            places: (B, W + Q, 2) row and column of the window's slots, then of the fresh ones.
+            codes: what is made of codes.
         """
         size, num = hidden.shape[1], places.shape[1] - hidden.shape[1]
-        seen = self.state(F.rms_norm(hidden.float(), (self.hidden_size,))) + drafts
-        # a fresh slot sees the window, itself and what lies between: so nothing depends on how many there are
-        mask = torch.ones(num, size + num, dtype=torch.bool, device=hidden.device).tril(size)
+        seen = self.state(F.rms_norm(hidden.float(), (self.hidden_size,))) + F.embedding(standing, codes.read)
         fresh = self.fresh.expand(len(hidden), num, -1)
         for layer in self.layers:
-            fresh = layer(fresh, seen, places, mask)
-        return self.known_by(fresh)
+            fresh = layer(fresh, seen, places)
+        near = self.near(places, num)[:, 0, :, :size]
+        looks = self.pointer(fresh) @ self.pointed(F.rms_norm(seen, (self.width,))).mT
+        weights = (looks / self.pointed.out_features**0.5 + near).softmax(-1)  # (B, Q, W)
+        from_window, from_left = self.shares(fresh).chunk(2, dim=-1)
+        copied = (1 + from_window) * (weights @ F.embedding(standing, codes.copied))
+        return Known(self.last(fresh), copied, from_left)
+
+    def units(self, known: Known, lefts: Int[Tensor, "rows Q"], codes: Codes) -> Float[Tensor, "rows Q both"]:
+        """(B, Q, U + V) units of fresh slots, by the codes (B, Q) to their left."""
+        units = F.gelu(known.units + F.embedding(lefts, codes.read))
+        return torch.cat([units, known.copied + known.share * F.embedding(lefts, codes.copied)], dim=-1)
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, in half precision."""

@@ -47,7 +47,7 @@ class BlockDrafts(OnEntry):
         path = config.weights
         assert path is not None
         self.network = _loaded(path, Path(path).stat().st_mtime_ns, table.shape[1], table.device)
-        self.code, self.effect = self.network.of_codes(table, num_codes)  # (K + 1, U), (K, U)
+        self.codes = self.network.of_codes(table, num_codes)
 
     def start(self, source: SlotSource, layouts: Sequence[ImageLayout], state: State) -> State:
         num = state.tokens.shape[1]
@@ -64,7 +64,10 @@ class BlockDrafts(OnEntry):
         noise = (
             source.gumbel(state.seeds, fresh) if state.gumbel is None else state.gumbel[window.rows, fresh]
         )
-        standing = known_codes(state.tokens.gather(1, seen), state.levels.gather(1, seen), self.num_codes)
+        levels = state.levels.gather(1, seen).masked_fill(
+            seen < window.index[:, :1], 0
+        )  # committed are clean
+        standing = known_codes(state.tokens.gather(1, seen), levels, self.num_codes)
         is_code = state.is_code.gather(1, fresh)
         places = state.places[window.rows, torch.cat([seen, fresh], dim=1)]
         guesses = self.guesses(scores, standing, places, noise, is_code)
@@ -93,21 +96,22 @@ class BlockDrafts(OnEntry):
         read = scores.read
         assert read is not None
         sides = len(read.hidden) // len(standing)
-        drafts = F.embedding(standing, self.code).repeat(sides, 1, 1)
-        known = self.network.known(read.hidden, drafts, places.repeat(sides, 1, 1))  # (C * B, Q, U)
+        known = self.network.known(
+            read.hidden, standing.repeat(sides, 1), places.repeat(sides, 1, 1), self.codes
+        )
         scale = read.scale[:, -1:] if isinstance(read.scale, Tensor) else read.scale
 
         def units(lefts: Tensor) -> Tensor:
-            """(B, Q, U) of both sides of guidance, by the codes (B, Q) to the left."""
-            return guided(F.gelu(known + F.embedding(lefts, self.code).repeat(sides, 1, 1)), scale)
+            """(B, Q, U + V) of both sides of guidance, by the codes (B, Q) to the left."""
+            return guided(self.network.units(known, lefts.repeat(sides, 1), self.codes), scale)
 
         # 1. the best codes of each slot, as if nothing were known of the guess on its left
         edge = standing[:, -1:]
         alone = units(torch.cat([edge, torch.full_like(standing[:, 1:], self.num_codes)], dim=1))
-        law = log_law(alone @ self.effect.T, self.sampling) + noise
+        law = log_law(alone @ self.codes.effect.T, self.sampling) + noise
         best, codes = law.topk(min(self.config.candidates, self.num_codes), dim=-1)
         guesses = codes[..., 0]
-        effect = F.embedding(codes, self.effect) / self.sampling.temperature  # (B, Q, n, U)
+        effect = F.embedding(codes, self.codes.effect) / self.sampling.temperature  # (B, Q, n, U + V)
         for _ in range(self.config.rounds):
             # 2. that guess changes which of them is the best
             lefts = torch.cat([edge, guesses.where(is_code, self.num_codes)[:, :-1]], dim=1)

@@ -161,22 +161,15 @@ class BlockLearner:
 
     def scores(self, windows: Windows, lefts: Tensor) -> Tensor:
         """(n, Q, K) perturbed logarithms of what slots right of windows hold, by the codes to their left."""
-        sides = windows.hidden.shape[1]
-        parts, effect = self.drafter.of_codes(self.table, self.num_codes)
-
-        def both(values: Tensor) -> Tensor:
-            return values.repeat(sides, *[1] * (values.ndim - 1))
-
-        hidden = windows.hidden.movedim(1, 0).flatten(0, 1)
-        known = self.drafter.known(
-            hidden,
-            both(F.embedding(windows.standing, parts)),
-            both(windows.places)[:, : hidden.shape[1] + lefts.shape[1]],
-        )
-        units = F.gelu(known + both(F.embedding(lefts, parts)))
+        sides, num = windows.hidden.shape[1], lefts.shape[1]
+        codes = self.drafter.of_codes(self.table, self.num_codes)
+        hidden = windows.hidden.movedim(1, 0).flatten(0, 1)  # (C * n, W, D), as decoding has it
+        places = windows.places[:, : hidden.shape[1] + num].repeat(sides, 1, 1)
+        known = self.drafter.known(hidden, windows.standing.repeat(sides, 1), places, codes)
+        units = self.drafter.units(known, lefts.repeat(sides, 1), codes)
         mixed = guided(units, 1 if sides == 1 else windows.scale[:, None])
-        noise = gumbel(windows.keys[:, : lefts.shape[1]], self.num_codes)
-        return mixed @ effect.T / self.temperature + noise
+        noise = gumbel(windows.keys[:, :num], self.num_codes)
+        return mixed @ codes.effect.T / self.temperature + noise
 
     def loss(self, windows: Windows, least: int, unknown: Tensor) -> Tensor:
         """Cross-entropy of the perturbed scores against the tokens.

@@ -23,8 +23,8 @@ from sjd2_lightning.models.draft_corrector import code_rows
 
 _HEAD_WIDTH = 32  # of attention
 _ROWS, _COLUMNS = 4, 8  # differences of places that have a number of their own; those beyond share the last
-_COPIED = 14.0  # logit of a code that is copied with all weight, at first
-_NEAR = 4.0  # what attention gives the slot one row up, at first
+_COPIED = 12.0  # what copying adds to the logit of a code that has all the weight, at first
+_NEAR = 8.0  # what attention gives the slot one row up, at first
 
 
 class Nearness(nn.Module):
@@ -96,12 +96,10 @@ class Codes(NamedTuple):
 
     Attributes:
         read: (K + 1, U) what it reads of each; the last one is unknown.
-        copied: (K + 1, V) what it copies of each; 0 of the unknown.
-        effect: (K, U + V) what units make of logits.
+        effect: (K, U) what units make of logits.
     """
 
     read: Tensor
-    copied: Tensor
     effect: Tensor
 
 
@@ -110,21 +108,19 @@ class Known(NamedTuple):
 
     Attributes:
         units: (B, Q, U) before these are added.
-        copied: (B, Q, V) what is copied from the window.
-        share: (B, Q, 1) how much of the left neighbour is.
+        copied: (B, Q, W + 1) what copying adds to the logits of the window's codes; last: of the neighbour's.
     """
 
     units: Tensor
     copied: Tensor
-    share: Tensor
 
 
 class BlockDrafter(nn.Module):
     """What a pass says of the slots right of its window: units, whose products with codes are logits.
 
     Many codes of an image repeat one nearby. So beside a network, whose units say which codes are likely, an
-    attention of its own copies codes: it needs no number for single codes either, so that the size of all
-    depends on neither vocabulary nor window.
+    attention of its own copies codes. It has no number for single codes, so that its size depends on neither
+    vocabulary nor window.
 
     Args:
         hidden_size: D, width of hidden states and embeddings.
@@ -137,22 +133,19 @@ class BlockDrafter(nn.Module):
         if width % 4 or (width > _HEAD_WIDTH and width % _HEAD_WIDTH):
             raise ValueError(f"width={width}: must be a multiple of {_HEAD_WIDTH}, or of 4 below it")
         self.hidden_size, self.width = hidden_size, width
-        num_copied = max(1, width // 2)  # V
         self.state = nn.Linear(hidden_size, width)
         self.code = nn.Linear(hidden_size, width, bias=False)
-        self.copy = nn.Linear(hidden_size, num_copied, bias=False)
         self.fresh = nn.Parameter(torch.randn(width) / 2)
         self.layers = nn.ModuleList(Reading(width) for _ in range(num_layers))
         self.last = nn.Linear(width, width)
-        self.pointer = nn.Linear(width, num_copied)
-        self.pointed = nn.Linear(width, num_copied, bias=False)
         self.near = Nearness(1)
+        self.pointer = nn.Linear(width, min(width, _HEAD_WIDTH))
+        self.pointed = nn.Linear(width, min(width, _HEAD_WIDTH), bias=False)
         self.shares = nn.Linear(width, 2)
         self.out = nn.Linear(width, hidden_size, bias=False)
-        nn.init.normal_(self.copy.weight, std=(_COPIED / num_copied / hidden_size) ** 0.5)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.shares.weight)
-        nn.init.zeros_(self.shares.bias)
+        for last in (self.out.weight, self.pointer.weight, self.pointer.bias, self.shares.weight):
+            nn.init.zeros_(last)
+        self.shares.bias.data = torch.tensor([_COPIED, 0.0])
 
     def of_codes(self, table: Float[Tensor, "rows D"], num_codes: int) -> Codes:
         """What it makes of K codes.
@@ -162,8 +155,7 @@ class BlockDrafter(nn.Module):
             num_codes: K.
         """
         rows = code_rows(table, num_codes)
-        copied = self.copy(rows)
-        return Codes(self.code(rows), copied, torch.cat([rows[:-1] @ self.out.weight, copied[:-1]], dim=-1))
+        return Codes(self.code(rows), rows[:-1] @ self.out.weight)
 
     def known(
         self,
@@ -188,14 +180,12 @@ class BlockDrafter(nn.Module):
         near = self.near(places, num)[:, 0, :, :size]
         looks = self.pointer(fresh) @ self.pointed(F.rms_norm(seen, (self.width,))).mT
         weights = (looks / self.pointed.out_features**0.5 + near).softmax(-1)  # (B, Q, W)
-        from_window, from_left = self.shares(fresh).chunk(2, dim=-1)
-        copied = (1 + from_window) * (weights @ F.embedding(standing, codes.copied))
-        return Known(self.last(fresh), copied, from_left)
+        of_window, of_left = self.shares(fresh).chunk(2, dim=-1)
+        return Known(self.last(fresh), torch.cat([of_window * weights, of_left], dim=-1))
 
-    def units(self, known: Known, lefts: Int[Tensor, "rows Q"], codes: Codes) -> Float[Tensor, "rows Q both"]:
-        """(B, Q, U + V) units of fresh slots, by the codes (B, Q) to their left."""
-        units = F.gelu(known.units + F.embedding(lefts, codes.read))
-        return torch.cat([units, known.copied + known.share * F.embedding(lefts, codes.copied)], dim=-1)
+    def units(self, known: Known, lefts: Int[Tensor, "rows Q"], codes: Codes) -> Float[Tensor, "rows Q U"]:
+        """(B, Q, U) units of fresh slots, by the codes (B, Q) to their left."""
+        return F.gelu(known.units + F.embedding(lefts, codes.read))
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, in half precision."""
@@ -222,3 +212,22 @@ class BlockDrafter(nn.Module):
                 "for this model by `sjd2 drafter`"
             )
         return found.requires_grad_(False)
+
+
+def copied_logits(
+    copied: Float[Tensor, "rows Q all"],
+    standing: Int[Tensor, "rows W"],
+    lefts: Int[Tensor, "rows Q"],
+    num_codes: int,
+) -> Float[Tensor, "rows Q K"]:
+    """(B, Q, K) what copying adds to logits; what is unknown is not copied.
+
+    Args:
+        copied: (B, Q, W + 1) of `Known`, both sides of guidance combined.
+        standing: (B, W) codes of the window; K = unknown.
+        lefts: (B, Q) codes to the left; K = unknown.
+        num_codes: K.
+    """
+    which = F.one_hot(standing, num_codes + 1)[..., :-1].to(copied)
+    found = F.pad(copied[..., :-1] @ which, (0, 1))  # a place for what is unknown
+    return found.scatter_add(-1, lefts[..., None], copied[..., -1:])[..., :-1]

@@ -24,7 +24,7 @@ from sjd2_lightning.decoding.start import SlotSource
 from sjd2_lightning.decoding.state import State
 from sjd2_lightning.decoding.window import OnEntry, Window
 from sjd2_lightning.models.backbone import ImageLayout, by_row
-from sjd2_lightning.models.block_drafter import BlockDrafter
+from sjd2_lightning.models.block_drafter import BlockDrafter, copied_logits
 
 
 @lru_cache(maxsize=4)
@@ -102,21 +102,26 @@ class BlockDrafts(OnEntry):
         scale = read.scale[:, -1:] if isinstance(read.scale, Tensor) else read.scale
 
         def units(lefts: Tensor) -> Tensor:
-            """(B, Q, U + V) of both sides of guidance, by the codes (B, Q) to the left."""
+            """(B, Q, U) of both sides of guidance, by the codes (B, Q) to the left."""
             return guided(self.network.units(known, lefts.repeat(sides, 1), self.codes), scale)
 
         # 1. the best codes of each slot, as if nothing were known of the guess on its left
         edge = standing[:, -1:]
-        alone = units(torch.cat([edge, torch.full_like(standing[:, 1:], self.num_codes)], dim=1))
-        law = log_law(alone @ self.codes.effect.T, self.sampling) + noise
+        lefts = torch.cat([edge, torch.full_like(standing[:, 1:], self.num_codes)], dim=1)
+        alone, copied = units(lefts), guided(known.copied, scale)
+        logits = alone @ self.codes.effect.T + copied_logits(copied, standing, lefts, self.num_codes)
+        law = log_law(logits, self.sampling) + noise
         best, codes = law.topk(min(self.config.candidates, self.num_codes), dim=-1)
         guesses = codes[..., 0]
-        effect = F.embedding(codes, self.codes.effect) / self.sampling.temperature  # (B, Q, n, U + V)
+        effect = F.embedding(codes, self.codes.effect)  # (B, Q, n, U)
+        of_left = copied[..., -1:] * (lefts == self.num_codes)[..., None]  # of those that begin without one
         for _ in range(self.config.rounds):
             # 2. that guess changes which of them is the best
             lefts = torch.cat([edge, guesses.where(is_code, self.num_codes)[:, :-1]], dim=1)
             change = torch.einsum("bwnu,bwu->bwn", effect, units(lefts) - alone)
-            guesses = codes.gather(-1, (best + change).argmax(-1, keepdim=True)).squeeze(-1)
+            change = change + of_left * (codes == lefts[..., None])
+            change = best + change / self.sampling.temperature
+            guesses = codes.gather(-1, change.argmax(-1, keepdim=True)).squeeze(-1)
         return guesses
 
 

@@ -23,7 +23,7 @@ from sjd2_lightning.decoding.randomness import Purpose, gumbel, slot_keys, strea
 from sjd2_lightning.decoding.rules import known_codes
 from sjd2_lightning.decoding.variants.drafter import places_of
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
-from sjd2_lightning.models.block_drafter import BlockDrafter
+from sjd2_lightning.models.block_drafter import BlockDrafter, copied_logits
 from sjd2_lightning.run.stages import Advance
 from sjd2_lightning.run.values import Share, Within, wrong_values
 from sjd2_lightning.training.optimizer import with_one_cycle
@@ -50,7 +50,7 @@ class DrafterRecipe:
     layers: Annotated[int, Within(1, 64)] = 1
     steps: Annotated[int, Within(1, 10**9)] = 2000
     batch: Annotated[int, Within(1, 2**20)] = 16
-    lr: Annotated[float, Within(0, 1, without="least")] = 2e-3
+    lr: Annotated[float, Within(0, 1, without="least")] = 1e-3
     unknown: Share = 0.3
     least: Annotated[int, Within(1, 2**16)] = 16
     per_image: Annotated[int, Within(1, 2**24)] = 64
@@ -167,9 +167,10 @@ class BlockLearner:
         places = windows.places[:, : hidden.shape[1] + num].repeat(sides, 1, 1)
         known = self.drafter.known(hidden, windows.standing.repeat(sides, 1), places, codes)
         units = self.drafter.units(known, lefts.repeat(sides, 1), codes)
-        mixed = guided(units, 1 if sides == 1 else windows.scale[:, None])
+        scale: float | Tensor = 1 if sides == 1 else windows.scale[:, None]
+        copied = copied_logits(guided(known.copied, scale), windows.standing, lefts, self.num_codes)
         noise = gumbel(windows.keys[:, :num], self.num_codes)
-        return mixed @ codes.effect.T / self.temperature + noise
+        return (guided(units, scale) @ codes.effect.T + copied) / self.temperature + noise
 
     def loss(self, windows: Windows, least: int, unknown: Tensor) -> Tensor:
         """Cross-entropy of the perturbed scores against the tokens.

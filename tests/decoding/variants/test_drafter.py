@@ -14,7 +14,7 @@ from sjd2_lightning.decoding.rules import Read, Scores, Verdict
 from sjd2_lightning.decoding.variants.drafter import BlockDrafts, places_of
 from sjd2_lightning.decoding.window import Window
 from sjd2_lightning.models.backbone import ImageLayout, rows_with_newlines
-from sjd2_lightning.models.block_drafter import BlockDrafter
+from sjd2_lightning.models.block_drafter import BlockDrafter, copied_logits
 from sjd2_lightning.noise import NoiseProcess
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
@@ -57,7 +57,9 @@ def test_a_new_one_copies_the_code_one_row_up():
     places = places_of(layout, 26)[None]
     standing = torch.randint(50, (1, 9))
     known = network.known(torch.randn(1, 9, 64), standing, places[:, :17], codes)
-    guesses = (network.units(known, torch.full((1, 8), 50), codes) @ codes.effect.T).argmax(-1)
+    lefts = torch.full((1, 8), 50)
+    assert not (network.units(known, lefts, codes) @ codes.effect.T).any()
+    guesses = copied_logits(known.copied, standing, lefts, 50).argmax(-1)
     assert guesses[0].tolist() == standing[0, :8].tolist()
 
 
@@ -68,9 +70,17 @@ def test_a_slot_does_not_depend_on_those_to_its_right(tmp_path):
     hidden, standing = torch.randn(2, 4, HIDDEN), torch.randint(NUM_CODES, (2, 4))
     places = torch.randint(4, (2, 8, 2)).float()
     lefts = torch.full((2, 4), NUM_CODES)
-    far = network.units(network.known(hidden, standing, places, codes), lefts, codes)
-    near = network.units(network.known(hidden, standing, places[:, :6], codes), lefts[:, :2], codes)
-    assert torch.allclose(far[:, :2], near, atol=1e-5)
+    far = network.known(hidden, standing, places, codes)
+    near = network.known(hidden, standing, places[:, :6], codes)
+    assert torch.allclose(far.copied[:, :2], near.copied, atol=1e-5)
+    units = network.units(far, lefts, codes)[:, :2]
+    assert torch.allclose(units, network.units(near, lefts[:, :2], codes), atol=1e-5)
+
+
+def test_codes_that_are_unknown_are_not_copied():
+    copied = torch.tensor([[[1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0]]])
+    found = copied_logits(copied, torch.tensor([[2, 3, 2]]), torch.tensor([[0, 3]]), 3)
+    assert found.tolist() == [[[8.0, 0.0, 5.0], [0.0, 0.0, 5.0]]]
 
 
 def test_places_are_rows_and_columns():
@@ -116,11 +126,14 @@ def test_guesses_are_the_best_codes_behind_the_guess_on_their_left(tmp_path, gui
             else:
                 left = standing[row, -1]
             lefts = torch.full((20, num), int(left))
-            units = [network.units(its, lefts, codes)[row, slot] for its in known]
+            logits = [
+                codes.effect @ network.units(its, lefts, codes)[row, slot]
+                + copied_logits(its.copied, standing, lefts, NUM_CODES)[row, slot]
+                for its in known
+            ]
             its = scale[row, -1] if isinstance(scale, torch.Tensor) else scale
-            mixed = units[0] if sides == 1 else units[1] + its * (units[0] - units[1])
-            law = codes.effect @ mixed / 0.6 + noise[row, slot]
-            guesses[row, slot] = law.argmax()
+            mixed = logits[0] if sides == 1 else logits[1] + its * (logits[0] - logits[1])
+            guesses[row, slot] = (mixed / 0.6 + noise[row, slot]).argmax()
     assert torch.equal(found, guesses)
 
 

@@ -50,7 +50,7 @@ def test_what_it_learns_from_is_what_decoding_shows_it(backbone, tmp_path, monke
     held = {tuple(keys.tolist()): number for number, keys in enumerate(windows.keys)}
     asked = seen[: len(seen) // 2]
     head = 0
-    for (hidden, standing, places, noise, is_code), num in zip(
+    for (hidden, standing, places, noise, _), num in zip(
         asked, decode(backbone, prompts, seeds, drafted, layout).stats.accepted[0], strict=True
     ):
         fresh = range(head + 7, head + 14)
@@ -103,13 +103,13 @@ def test_scores_are_those_of_decoding(backbone, tmp_path, guidance):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_it_learns_what_other_images_hold(backbone, guidance, tmp_path):
+def test_it_learns_what_other_images_hold(backbone, guidance):
     config = DecodingConfig("sjd2", 8, 1, sampling=Sampling(guidance_scale=guidance))
     prompts = [RAGGED_PROMPTS[number % 4] for number in range(96)]
     recipe = DrafterRecipe(width=32, steps=150, batch=16, lr=3e-3, least=8)
     weights = [parameter.clone() for parameter in backbone.parameters()]
     _, (alone, _) = learnt(backbone, prompts, config, PIXELS, replace(recipe, steps=1), batch=32)
-    network, (more, after) = learnt(backbone, prompts, config, PIXELS, recipe, batch=32)
+    _, (more, after) = learnt(backbone, prompts, config, PIXELS, recipe, batch=32)
     assert all(map(torch.equal, weights, backbone.parameters()))
     assert more > alone + 0.05
     assert after > more, "who knows the true left neighbour guesses better"

@@ -228,6 +228,6 @@ def copied_logits(
         lefts: (B, Q) codes to the left; K = unknown.
         num_codes: K.
     """
-    which = F.one_hot(standing, num_codes + 1)[..., :-1].to(copied)
+    which = (standing[..., None] == torch.arange(num_codes, device=standing.device)).to(copied)
     found = F.pad(copied[..., :-1] @ which, (0, 1))  # a place for what is unknown
     return found.scatter_add(-1, lefts[..., None], copied[..., -1:])[..., :-1]

@@ -2,8 +2,8 @@
 
 The model stays as it is. Images are drawn by sjd2, from the paper's noise, for
 captions of training shards. Give the sampling, window and levels that the model
-will be decoded with. Written as corrector.safetensors into the model's folder, it
-is the model's own; elsewhere it is for methods.sjd2.corrector.weights.
+will be decoded with. As corrector.safetensors in the model's folder the result
+is its own; elsewhere it is for methods.sjd2.corrector.weights.
 """
 
 from __future__ import annotations

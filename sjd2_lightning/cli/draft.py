@@ -1,8 +1,9 @@
 """Trains what guesses slots that enter the window on a model's own decodings.
 
 The model stays as it is. Images are drawn by sjd2, from the paper's noise, for
-captions of training shards. Give the sampling, window, levels and corrector that
-the model will be decoded with. The result is for methods.sjd2.drafter.weights.
+captions of training shards. Give the sampling, window, levels and corrector
+that the model will be decoded with. The result is for
+methods.sjd2.drafter.weights.
 """
 
 from __future__ import annotations

@@ -133,10 +133,10 @@ def places_of(layout: ImageLayout, num: int) -> Float[Tensor, "num 2"]:
         num: number of slots, those right of the image included, which are where the last one is.
     """
     grids = layout.grids or ((layout.height, layout.width),)
-    places, above = [], 0
+    places, first = [], 0
     for height, width in grids:
-        places += [(above + row, column) for row in range(height) for column in range(width)]
-        above += height
+        places += [(first + row, column) for row in range(height) for column in range(width)]
+        first += height
     is_code = torch.tensor(layout.forced) < 0
     found = torch.tensor(places)[(is_code.cumsum(0) - 1).clamp_min(0)]
     found[:, 1] += ~is_code

@@ -85,8 +85,9 @@ class Reading(nn.Module):
         size = (self.width,)
         all_slots = torch.cat([F.rms_norm(seen, size), F.rms_norm(fresh, size)], dim=1)
         parts = self.query(all_slots[:, seen.shape[1] :]), *self.key_value(all_slots).chunk(2, dim=-1)
-        heads = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        read = F.scaled_dot_product_attention(*heads, attn_mask=self.near(places, fresh.shape[1]))
+        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        near = self.near(places, fresh.shape[1])
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=near)
         fresh = fresh + self.mix(read.transpose(1, 2).flatten(2))
         return fresh + self.down(F.gelu(self.up(F.rms_norm(fresh, size))))
 

@@ -77,12 +77,13 @@ class Correction:
         weights: file of `DraftCorrector.save`; "own" is what the model itself holds, if it does and the
             method can use it; None leaves drafts alone.
         rounds: number of times that the whole window is corrected, each by the drafts of the time before.
-        candidates: number of codes of a slot that a correction chooses among, the best under its own noise.
+        candidates: number of codes of a slot that a correction chooses among, the best under its own noise; 0
+            is all, which costs less than to find some of a few thousand.
     """
 
     weights: str | None = None
     rounds: Annotated[int, Within(1, 1000)] = 4
-    candidates: Annotated[int, Within(1, 2**20)] = 64
+    candidates: Annotated[int, Within(0, 2**20)] = 0
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""

@@ -43,14 +43,14 @@ class DraftCorrector(nn.Module):
         """Parameters of a network of these sizes."""
         return 4 * hidden_size * width + width
 
-    def known(self, hidden: Float[Tensor, "*slots D"], old: Float[Tensor, "*slots U"]) -> Tensor:
+    def known(self, hidden: Float[Tensor, "*slots D"], old: Float[Tensor, "... U"]) -> Tensor:
         """(..., U) what a slot is known by, whatever its neighbour becomes.
 
         Args:
             hidden: (..., D) hidden states that laws were read from.
-            old: (..., U) the part `old` of what the left neighbours were then.
+            old: (..., U) the part `old` of what the left neighbours were then; on all sides the same.
         """
-        return self.state(F.rms_norm(hidden.float(), (self.hidden_size,))) + old
+        return self.state(F.rms_norm(hidden.float(), (self.hidden_size,)).to(self.state.weight)) + old
 
     def forward(self, mixed: Float[Tensor, "*slots U"]) -> Float[Tensor, "*slots D"]:
         """(..., D) the change of a law, from units (..., U)."""

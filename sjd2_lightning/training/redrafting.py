@@ -92,7 +92,7 @@ def corrections_of(
     read = ((top > 0) | (F.pad(top, (1, 0))[:, :-1] > 0)).to(device)
     codes, true_left = ids[read], _left(ids, num_codes)[read]
     with torch.no_grad():
-        rows = code_rows(backbone.slot_table(), num_codes)
+        rows = code_rows(backbone.slot_table(), num_codes).to(network.out.weight)
         # 1. Gumbel vectors under which decoding draws these very images
         law = backbone.image_logits(hidden_of(backbone, sample, None)[read]).float().log_softmax(-1)
         race = torch.empty(law.shape).exponential_(generator=rng).to(law)

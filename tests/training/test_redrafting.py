@@ -14,7 +14,7 @@ from sjd2_lightning.training.noise import draw_levels
 from sjd2_lightning.training.redrafting import CorrectorTraining, corrections_of
 from sjd2_lightning.training.states import TeacherForced, logits_of
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
-from tests.training.test_module import NOISE, batch_of, module_of
+from tests.training.test_module import NOISE, batch_of, module_of, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # no trainer here
 PASSES = 3
@@ -72,6 +72,8 @@ def test_passes_are_those_of_decoding(backbone, monkeypatch, noisy):
             assert torch.equal(noise.levels, (levels == PASSES).long())
         else:
             assert noise is None
+        entered, first = levels == PASSES, seen[1][0].image_ids.flatten(1)
+        assert noisy or torch.equal(fed[entered], first[entered]), "it is new to the window"
         drafted = (levels > 0) & (levels < PASSES)
         if before is not None:
             assert drafted.any()
@@ -154,17 +156,13 @@ def test_a_step_adds_its_loss_to_that_of_the_objective():
         if name != "none":
             assert losses[name] == pytest.approx(losses["none"] + logged["train/loss_drafts"], rel=1e-5)
             assert 0 <= logged["train/right_drafts"] <= 1
-    rates = {group["lr"] for group in build(CorrectorTraining(width=8, lr=7e-3)).param_groups}
-    assert 7e-3 in rates
 
 
-def build(training):
-    """The optimizer of a module."""
-    from sjd2_lightning.training.optimizer import build_optimizer
-
-    module = module_of(NOISE, corrector=training)
-    rates = {"backbone.draft_head.": training.lr}
-    return build_optimizer(module.named_parameters(), module.optimizer_config, rates)
+def test_it_has_a_rate_of_its_own():
+    trainer = train(module_of(NOISE, corrector=CorrectorTraining(width=8, lr=7e-3)), 1)
+    rates = {group["initial_lr"]: len(group["params"]) for group in trainer.optimizers[0].param_groups}
+    assert rates[7e-3] == len(list(DraftCorrector(1, 1).parameters()))
+    assert len(rates) == 2
 
 
 def test_in_other_steps_it_does_not_learn_and_ranks_still_find_its_gradients():

@@ -93,6 +93,19 @@ def test_a_round_takes_the_best_code_of_the_changed_law(tmp_path, guidance):
         assert found[row, slot] == (log + noise)[row, slot].add(change).argmax()
 
 
+def test_a_network_in_half_precision_corrects_too():
+    """As in a training whose weights all have 16 bits."""
+    network = random_corrector().bfloat16()
+    table, log = torch.randn(NUM_CODES + 1, HIDDEN), torch.randn(2, 3, NUM_CODES)
+    corrected = Corrected(Correction("own", candidates=NUM_CODES), 1.0, table.bfloat16(), NUM_CODES, network)
+    tokens = log.argmax(-1)
+    slots = Slots(tokens, tokens >= 0, torch.zeros_like(tokens), gumbel=torch.zeros_like(log))
+    scores = Scores(log, Read(torch.randn(4, 3, HIDDEN).bfloat16(), 2.0))
+    found = corrected(slots, Verdict(tokens, tokens >= 0, tokens), scores, tokens < 0)
+    assert found.shape == tokens.shape
+    assert torch.equal(found[:, 0], tokens[:, 0])
+
+
 def test_only_candidates_are_chosen(tmp_path):
     path = tmp_path / "corrector.safetensors"
     random_corrector().save(path)

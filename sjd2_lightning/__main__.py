@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": ("models.convert", "bring a released Lumina-mGPT or LlamaGen in shape"),
     "pairs": ("cli.pairs", "count which codes stand side by side: methods.sjd2.pairs.table"),
     "corrector": ("cli.correct", "train what corrects drafts: methods.sjd2.corrector.weights"),
+    "drafter": ("cli.draft", "train what guesses new slots: methods.sjd2.drafter.weights"),
     "teacher": ("cli.teacher", "let a model draw the images of a data set, for distillation"),
     "doctor": ("cli.doctor", "what this machine can do, which models are ready: sjd2 doctor"),
     "publish": ("cli.publish", "share tuned weights on the hub, with a card made from a report"),

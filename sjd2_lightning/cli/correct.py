@@ -2,13 +2,14 @@
 
 The model stays as it is. Images are drawn by sjd2, from the paper's noise, for
 captions of training shards. Give the sampling, window and levels that the model
-will be decoded with. Written as corrector.safetensors into the model's folder, it
-is the model's own; elsewhere it is for methods.sjd2.corrector.weights.
+will be decoded with. As corrector.safetensors in the model's folder the result
+is its own; elsewhere it is for methods.sjd2.corrector.weights.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -45,15 +46,11 @@ def learnt(
         recipe: how it is trained.
         batch: images drawn at once, if there are twice as many.
     """
-    layout, parts = backbone.layout(*pixels), []
-    batch = min(batch, len(captions) // 2)
-    with counted("drawing", len(captions), "images") as advance:
-        for start in range(0, len(captions), batch):
-            part = captions[start : start + batch]
-            keys = (f"{number} {caption}" for number, caption in enumerate(part, start))
-            seeds = [seed_of(key, recipe.seed) for key in keys]
-            parts.append(traces_of(backbone, part, seeds, config, layout, recipe.per_image))
-            advance(len(part))
+    layout = backbone.layout(*pixels)
+    parts = [
+        traces_of(backbone, part, seeds, config, layout, recipe.per_image)
+        for part, seeds in batches(captions, recipe.seed, batch)
+    ]
     num_train = min(len(parts) - 1, round((1 - recipe.val_share) * len(parts)))
     train, val = (
         Traces(*map(torch.cat, zip(*some, strict=True))) for some in (parts[:num_train], parts[num_train:])
@@ -70,17 +67,25 @@ def learnt(
     return corrector, learner.right(val)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="sjd2 corrector",
-        usage="%(prog)s SHARDS OUT --weights FOLDER [options]",
-        description=__doc__,
-        epilog="example:\n  sjd2 corrector data/scenes_small/codes/train corrector.safetensors \\\n"
-        "    --weights weights/tiny --temperature 0.9 --guidance-scale 1.5",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=25),
-    )
-    plain = CorrectorRecipe()
+def batches(captions: list[str], seed: int, size: int) -> Iterator[tuple[list[str], list[int]]]:
+    """Captions and seeds of images that are drawn together, two batches at least; says how far it is.
+
+    Args:
+        captions: at least two.
+        seed: what seeds are made of, beside captions and their numbers.
+        size: images drawn at once, if there are twice as many.
+    """
+    size = min(size, len(captions) // 2)
+    with counted("drawing", len(captions), "images") as advance:
+        for start in range(0, len(captions), size):
+            part = captions[start : start + size]
+            keys = (f"{number} {caption}" for number, caption in enumerate(part, start))
+            yield part, [seed_of(key, seed) for key in keys]
+            advance(len(part))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of commands that learn from a model's own decodings."""
     parser.add_argument("shards", type=Path, help="folder of training shards of codes, for their captions")
     parser.add_argument("out", type=Path, help="safetensors file to write")
     add = parser.add_argument
@@ -92,6 +97,53 @@ def main(arguments: list[str] | None = None) -> None:
     add("--window", type=int, default=32, metavar="N", help="(default: 32)")
     add("--levels", type=int, default=1, metavar="N", help="noisy levels; 0 is none (default: 1)")
     add("--num-images", type=int, default=320, metavar="N", help="images to learn from (default: 320)")
+
+
+def model_and_captions(
+    asked: argparse.Namespace, problems: list[str]
+) -> tuple[Backbone, list[str], tuple[int, int]]:
+    """The frozen model, captions, and height and width of their pictures, by `add_arguments`.
+
+    Args:
+        asked: the arguments.
+        problems: what is wrong with those of one command.
+
+    Raises:
+        ValueError: for these and further problems.
+    """
+    found = list(problems)
+    if asked.temperature == 0:
+        found.append("--temperature=0: greedy decoding draws nothing that could be learnt")
+    if asked.num_images < 2:
+        found.append(f"--num-images={asked.num_images}: must be at least 2, to learn from and to measure")
+    if found:
+        raise ValueError("; ".join(found))
+    with stage("checking the shards"):
+        index = ShardIndex.load(asked.shards)
+        index.check_codes()
+    if index.meta.pixel_size is None or index.num_samples < 2:
+        raise ValueError(f"{asked.shards}: needs at least 2 captions and the size of their pictures")
+    with stage("loading the weights"):
+        backbone = load_backbone(asked.family, asked.weights).eval().to(asked.device)
+    backbone.requires_grad_(False)
+    index.check_model(backbone.num_codes, getattr(backbone.image_tokenizer, "identity", None))
+    captions = [sample.caption for sample in islice(read_all(asked.shards), asked.num_images)]
+    return backbone, captions, index.meta.pixel_size
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="sjd2 corrector",
+        usage="%(prog)s SHARDS OUT --weights FOLDER [options]",
+        description=__doc__,
+        epilog="example:\n  sjd2 corrector data/scenes_small/codes/train corrector.safetensors \\\n"
+        "    --weights weights/tiny --temperature 0.9 --guidance-scale 1.5",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=25),
+    )
+    plain = CorrectorRecipe()
+    add_arguments(parser)
+    add = parser.add_argument
     add("--start", metavar="FILE", help="a corrector that draws and is trained on")
     add("--width", type=int, default=plain.width, metavar="N", help=f"units (default: {plain.width})")
     add("--steps", type=int, default=plain.steps, metavar="N", help=f"(default: {plain.steps})")
@@ -103,24 +155,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = DecodingConfig("sjd2", asked.window, asked.levels, sampling=sampling, corrector=corrector)
     recipe = CorrectorRecipe(width=asked.width, steps=asked.steps, seed=asked.seed)
     try:
-        found = config.problems() + recipe.problems()
-        if asked.temperature == 0:
-            found.append("--temperature=0: greedy decoding draws nothing that could be corrected")
-        if asked.num_images < 2:
-            found.append(f"--num-images={asked.num_images}: must be at least 2, to learn from and to measure")
-        if found:
-            raise ValueError("; ".join(found))
-        with stage("checking the shards"):
-            index = ShardIndex.load(asked.shards)
-            index.check_codes()
-        if index.meta.pixel_size is None or index.num_samples < 2:
-            raise ValueError(f"{asked.shards}: needs at least 2 captions and the size of their pictures")
-        with stage("loading the weights"):
-            backbone = load_backbone(asked.family, asked.weights).eval().to(asked.device)
-        backbone.requires_grad_(False)
-        index.check_model(backbone.num_codes, getattr(backbone.image_tokenizer, "identity", None))
-        captions = [sample.caption for sample in islice(read_all(asked.shards), asked.num_images)]
-        network, (alone, right) = learnt(backbone, captions, config, index.meta.pixel_size, recipe)
+        backbone, captions, pixels = model_and_captions(asked, config.problems() + recipe.problems())
+        network, (alone, right) = learnt(backbone, captions, config, pixels, recipe)
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(asked.out) as path:
             network.save(path)

@@ -14,7 +14,15 @@ BASELINE = "ar"  # the method that others are compared with
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
 WITH_TREE = ("replay", "exact")  # rules that know what becomes of a draft's siblings
 LOSSLESS = ("replay", "exact", "match")
-_PARTS = ("sampling", "tree", "groups", "pairs", "corrector", "noise")  # fields that are groups of values
+_PARTS = (
+    "sampling",
+    "tree",
+    "groups",
+    "pairs",
+    "corrector",
+    "drafter",
+    "noise",
+)  # fields that are groups of values
 REPEATED = ("repeat_left", "repeat_above")  # first drafts that repeat a neighbour
 OWN = "own"  # in the place of a file: the corrector that the model holds itself, if it has one
 MOST_SLOTS = 2**16  # of a window: more than any known image has
@@ -91,6 +99,28 @@ class Correction:
 
 
 @dataclass(frozen=True)
+class Drafting:
+    """How slots that enter the window are guessed by a small network, see `variants.drafter`.
+
+    Attributes:
+        weights: file of `BlockDrafter.save`; None guesses nothing.
+        rounds: number of times that all guesses are fitted to those on their left.
+        candidates: number of codes of a slot that these rounds choose among, the best under its own noise.
+    """
+
+    weights: str | None = None
+    rounds: Annotated[int, Within(0, 1000)] = 4
+    candidates: Annotated[int, Within(1, 2**20)] = 64
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a line each, starting with the key."""
+        found = wrong_values(self)
+        if self.weights is not None and not Path(self.weights).is_file():
+            found.append(f"weights={self.weights}: there is no such file; make it by `sjd2 drafter`")
+        return found
+
+
+@dataclass(frozen=True)
 class Grouping:
     """Which codes count as the draft, see `variants.grouped`.
 
@@ -142,6 +172,7 @@ class DecodingConfig:
             `variants.early_exit`; 0 is no limit. Not exact, and neither is the next one.
         max_changed: the same after the first pass that changes no more drafts of an image than this (ours); 0
             waits until all stand.
+        drafter: first drafts of slots that enter the window by a network that reads it, "replay" only.
         engine: how passes are run, see `engine`: "eager", "compiled" (the trunk's layers), "graphs" (compiled
             and captured, CUDA only) or "auto", which is graphs on CUDA and eager elsewhere.
         attention: how compiled layers attend: "dense" (under a dense mask, as everything else does), "flex"
@@ -171,6 +202,7 @@ class DecodingConfig:
     corrector: Correction = field(default_factory=Correction)
     max_passes: Natural = 0
     max_changed: Natural = 0
+    drafter: Drafting = field(default_factory=Drafting)
     engine: Literal["auto", "eager", "compiled", "graphs"] = "auto"
     attention: Literal["auto", "dense", "flex"] = "auto"
     invariant: bool = False
@@ -261,6 +293,16 @@ class DecodingConfig:
                 found.append(f"{key}: needs a temperature above 0, where drafts are drawn; set it to null")
             if self.pairs.table is not None:
                 found.append(f"{key}: corrects in place of pairs.table; set one of them to null")
+        if self.drafter.weights is not None:
+            key = f"drafter.weights={self.drafter.weights}"
+            if self.acceptance != "replay":
+                found.append(f"{key}: needs acceptance=replay; set it to null")
+            if self.sampling.temperature == 0:
+                found.append(f"{key}: needs a temperature above 0, where drafts are drawn; set it to null")
+            if self.draft_init in REPEATED:
+                found.append(f"{key}: guesses in place of draft_init={self.draft_init}; use random")
+            if self.num_levels > 0 and self.noise.source == "above":
+                found.append(f"{key}: guesses in place of noise.source=above; use gaussian")
         if self.draft_init == "gumbel" and self.acceptance != "replay":
             found.append("draft_init=gumbel: needs acceptance=replay")
         if self.num_levels > 0 and self.noise.source in TIED and self.acceptance != "replay":

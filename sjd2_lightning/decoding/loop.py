@@ -51,7 +51,7 @@ def iterate(batch: Batch, shape: Shape, observer: Observer | None = None) -> Non
     # 4. the windows move on
     window.advance(committed, this.cached, this.verdict, this.scores)
     for event in method.on_entry:
-        event.entered(window, committed)
+        event.entered(window, committed, this.scores)
 
 
 def start_iteration(batch: Batch, observer: Observer | None = None) -> None:

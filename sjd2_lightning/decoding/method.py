@@ -25,6 +25,7 @@ from sjd2_lightning.decoding.rules import (
 from sjd2_lightning.decoding.start import SlotSource
 from sjd2_lightning.decoding.state import State
 from sjd2_lightning.decoding.variants.corrector import Corrected
+from sjd2_lightning.decoding.variants.drafter import BlockDrafts
 from sjd2_lightning.decoding.variants.early_exit import EarlyExit, NoExit
 from sjd2_lightning.decoding.variants.first_drafts import FromAbove, OwnMaximum, Repeated, Tied
 from sjd2_lightning.decoding.variants.grouped import Grouped
@@ -77,7 +78,7 @@ class Method:
         self.redraft = self._redraft(num_codes, draft_head)
         noisy = frozenset({"noisy"} if config.num_levels else ())
         self.source = SlotSource(config, self.levels, rule.keeps | self.one_pass.keeps | noisy)
-        self.on_entry = self._on_entry()
+        self.on_entry = self._on_entry(num_codes)
 
     def begin(self, seeds: Tensor, layouts: Sequence[ImageLayout], num_columns: int) -> State:
         """The state of a batch in front of its first slot; arguments of `SlotSource.begin`."""
@@ -101,14 +102,17 @@ class Method:
             return Tied(self.space.normalise(self.space.table), source == "tied_white")
         return (Gaussian if source == "gaussian" else TableMean)(self.table.shape[1])
 
-    def _on_entry(self) -> tuple[OnEntry, ...]:
+    def _on_entry(self, num_codes: int) -> tuple[OnEntry, ...]:
+        config = self.config
         found: list[OnEntry] = []
-        if self.config.draft_init == "gumbel":
+        if config.draft_init == "gumbel":
             found.append(OwnMaximum())
-        if self.config.draft_init in REPEATED:
-            found.append(Repeated(self.config.draft_init))
-        if self.config.noise.source == "above" and self.config.num_levels:
+        if config.draft_init in REPEATED:
+            found.append(Repeated(config.draft_init))
+        if config.noise.source == "above" and config.num_levels:
             found.append(FromAbove(self.levels.normalised))
+        if config.size > 1 and config.drafter.weights is not None:
+            found.append(BlockDrafts(config.drafter, config.sampling, self.table, num_codes))
         return tuple(found)
 
 

@@ -85,6 +85,7 @@ class State(Rows):
         draft_probs: (R, W, K) laws that the drafts of the window were drawn from.
         neighbour: (R, N) slots that first drafts repeat; -1 = none.
         upper: (R, N) slots one row up; -1 = none.
+        places: (R, N, 2) row and column of each slot in its image.
     """
 
     image: Tensor
@@ -103,3 +104,4 @@ class State(Rows):
     draft_probs: Tensor | None = None
     neighbour: Tensor | None = None
     upper: Tensor | None = None
+    places: Tensor | None = None

@@ -114,5 +114,11 @@ class OnEntry:
         """The state that a batch starts with; `layouts` of its images, one a row."""
         return state
 
-    def entered(self, window: Window, committed: Tensor) -> None:
-        """Called when the window has moved on by `committed` (R,) slots."""
+    def entered(self, window: Window, committed: Tensor, scores: Scores) -> None:
+        """Called when the window has moved on by `committed` (R,) slots.
+
+        Args:
+            window: the window, moved on; its drafts are the next ones.
+            committed: (R,) slots by which it has moved.
+            scores: what the pass said of the slots that were its window.
+        """

@@ -104,6 +104,7 @@ def method_fields(config: Any) -> dict[str, Any]:
     if not isinstance(config, DecodingConfig):
         return fields
     engine, attention, corrector = (fields.pop(name) for name in ("engine", "attention", "corrector"))
+    drafter = fields.pop("drafter")
     later = {name: fields.pop(name) for name in ("invariant", "window_shape")}
     if engine not in ("auto", "compiled"):
         later["engine"] = engine
@@ -114,6 +115,8 @@ def method_fields(config: Any) -> dict[str, Any]:
     if corrector["weights"] is not None:
         later["corrector"] = corrector
     later |= {name: fields.pop(name) for name in ("max_passes", "max_changed")}
+    if drafter["weights"] is not None:
+        later["drafter"] = {**drafter, "sha256": sha256_of_file(Path(drafter["weights"]))}
     said = {name: value for name, value in later.items() if value}
     return fields.pop("noise") | fields | {"compile": engine == "compiled"} | said
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sjd2_lightning.data.pictures import LazyImages
-from sjd2_lightning.decoding.config import Correction, DecodingConfig
+from sjd2_lightning.decoding.config import Correction, DecodingConfig, Drafting
 from sjd2_lightning.decoding.law import Sampling
 from sjd2_lightning.evaluation.store import ImageRecord, RecordStore, discard_other_run, method_fields
 from sjd2_lightning.noise import NoiseProcess
@@ -61,14 +61,16 @@ def test_identity_of_a_method_is_that_of_the_first_version(tmp_path):
         {"invariant": True},
         {"window_shape": 32},
         {"corrector": Correction("own")},
+        {"drafter": Drafting(str(tmp_path / "corrector.safetensors"))},
         {"corrector": Correction(str(tmp_path / "corrector.safetensors"))},
     )
     (tmp_path / "corrector.safetensors").write_bytes(b"weights")
     configs = [dataclasses.replace(config, **each) for each in ({}, *later)]
-    assert len({sha256_of_json(method_fields(each)) for each in configs}) == 8
-    before = sha256_of_json(method_fields(configs[-1]))
+    assert len({sha256_of_json(method_fields(each)) for each in configs}) == 9
+    before = [sha256_of_json(method_fields(each)) for each in configs[-2:]]
     (tmp_path / "corrector.safetensors").write_bytes(b"others")
-    assert sha256_of_json(method_fields(configs[-1])) != before, "it was trained anew"
+    after = [sha256_of_json(method_fields(each)) for each in configs[-2:]]
+    assert not set(before) & set(after), "they were trained anew"
 
 
 def test_ranks_write_apart_and_are_read_together(tmp_path):

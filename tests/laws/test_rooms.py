@@ -17,6 +17,7 @@ WORDS = {
     "pairs": "pairs.py",
     "sweeps": "pairs.py",
     "corrector": "corrector.py",
+    "drafter": "drafter.py",
     "above": "first_drafts.py",
     "tied": "first_drafts.py",
     "pure": "paper.py",

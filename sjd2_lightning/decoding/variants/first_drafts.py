@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, stream
+from sjd2_lightning.decoding.rules import Scores
 from sjd2_lightning.decoding.start import SlotSource
 from sjd2_lightning.decoding.state import State
 from sjd2_lightning.decoding.window import OnEntry, Window
@@ -48,7 +49,7 @@ class Repeated(OnEntry):
     def start(self, source: SlotSource, layouts: Sequence[ImageLayout], state: State) -> State:
         return replace(state, neighbour=_neighbours(layouts, self.kind, state))
 
-    def entered(self, window: Window, committed: Tensor) -> None:
+    def entered(self, window: Window, committed: Tensor, scores: Scores) -> None:
         """Called when the window has moved on by `committed` (B,) slots."""
         state = window.state
         tokens, found = repeated(window, committed, state.neighbour, self.kind)
@@ -89,7 +90,7 @@ class FromAbove(OnEntry):
     def start(self, source: SlotSource, layouts: Sequence[ImageLayout], state: State) -> State:
         return replace(state, upper=_neighbours(layouts, "repeat_above", state))
 
-    def entered(self, window: Window, committed: Tensor) -> None:
+    def entered(self, window: Window, committed: Tensor, scores: Scores) -> None:
         """Called when the window has moved on by `committed` (B,) slots."""
         assert window.state.noisy is not None
         tokens, found = repeated(window, committed, window.state.upper, "repeat_above")

@@ -24,9 +24,10 @@ def moved_on(method, state, committed):
     """The window behind `committed` (B,) slots, entered; and its slots."""
     window = Window(method.source, state)
     verdict = Verdict(window.slots().tokens, window.slots().is_code, window.slots().tokens)
-    window.advance(committed, committed, verdict, Scores(torch.zeros(2, 4, 5)))
+    scores = Scores(torch.zeros(2, 4, 5))
+    window.advance(committed, committed, verdict, scores)
     for event in method.on_entry:
-        event.entered(window, committed)
+        event.entered(window, committed, scores)
     return Window(method.source, state).slots()
 
 

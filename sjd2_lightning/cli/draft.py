@@ -1,0 +1,102 @@
+"""Trains what guesses slots that enter the window on a model's own decodings.
+
+The model stays as it is. Images are drawn by sjd2, from the paper's noise, for
+captions of training shards. Give the sampling, window, levels and corrector
+that the model will be decoded with. The result is for
+methods.sjd2.drafter.weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from sjd2_lightning.cli.correct import add_arguments, batches, model_and_captions
+from sjd2_lightning.decoding import DecodingConfig, Sampling
+from sjd2_lightning.decoding.config import OWN, Correction
+from sjd2_lightning.models.backbone import Backbone
+from sjd2_lightning.models.block_drafter import BlockDrafter
+from sjd2_lightning.run.files import whole_file
+from sjd2_lightning.run.stages import counted, speak
+from sjd2_lightning.training.recipes.drafting import BlockLearner, DrafterRecipe, Windows, windows_of
+
+
+def learnt(
+    backbone: Backbone,
+    captions: list[str],
+    config: DecodingConfig,
+    pixels: tuple[int, int],
+    recipe: DrafterRecipe,
+    batch: int = 8,
+) -> tuple[BlockDrafter, tuple[float, float]]:
+    """A drafter that was trained on decodings of captions, and shares of held-out guesses that are right.
+
+    Args:
+        backbone: the model, in eval mode.
+        captions: at least two; one image is drawn for each, and the last batches of them measure.
+        config: the method that draws.
+        pixels: height and width of the images.
+        recipe: how it is trained.
+        batch: images drawn at once, if there are twice as many.
+
+    Returns:
+        The drafter, and shares of slots that entered: behind no left neighbour, behind the true one.
+    """
+    layout = backbone.layout(*pixels)
+    parts = [
+        windows_of(backbone, part, seeds, config, layout, recipe.per_image)
+        for part, seeds in batches(captions, recipe.seed, batch)
+    ]
+    num_train = min(len(parts) - 1, round((1 - recipe.val_share) * len(parts)))
+    train, val = (
+        Windows(*map(torch.cat, zip(*some, strict=True))) for some in (parts[:num_train], parts[num_train:])
+    )
+    torch.manual_seed(recipe.seed)
+    drafter = BlockDrafter(backbone.hidden_size, recipe.width, recipe.layers).to(backbone.device)
+    learner = BlockLearner(backbone, config.sampling.temperature, drafter)
+    with counted("training", recipe.steps, "steps") as advance:
+        learner.fit(train, recipe, advance)
+    return drafter, learner.right(val)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="sjd2 drafter",
+        usage="%(prog)s SHARDS OUT --weights FOLDER [options]",
+        description=__doc__,
+        epilog="example:\n  sjd2 drafter data/scenes_small/codes/train drafter.safetensors \\\n"
+        "    --weights weights/tiny --temperature 0.9 --guidance-scale 1.5",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=25),
+    )
+    plain = DrafterRecipe()
+    add_arguments(parser)
+    add = parser.add_argument
+    add("--corrector", default=OWN, metavar="FILE", help="own: the model's, if any (own); none; or a file")
+    add("--width", type=int, default=plain.width, metavar="N", help=f"units (default: {plain.width})")
+    add("--layers", type=int, default=plain.layers, metavar="N", help=f"(default: {plain.layers})")
+    add("--steps", type=int, default=plain.steps, metavar="N", help=f"(default: {plain.steps})")
+    add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    asked = parser.parse_args(arguments)
+    speak()
+    sampling = Sampling(asked.temperature, guidance_scale=asked.guidance_scale)
+    corrector = Correction(None if asked.corrector == "none" else asked.corrector)
+    config = DecodingConfig("sjd2", asked.window, asked.levels, sampling=sampling, corrector=corrector)
+    recipe = DrafterRecipe(asked.width, asked.layers, asked.steps, seed=asked.seed)
+    try:
+        backbone, captions, pixels = model_and_captions(asked, config.problems() + recipe.problems())
+        network, (alone, right) = learnt(backbone, captions, config, pixels, recipe)
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(asked.out) as path:
+            network.save(path)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{error}\n")
+    print(
+        f"{asked.out}: of held-out guesses {right:.1%} are right behind their true neighbours, {alone:.1%} "
+        f"behind none; decode with methods.sjd2.drafter.weights={asked.out}"
+    )
+
+
+if __name__ == "__main__":
+    main()

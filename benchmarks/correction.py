@@ -3,8 +3,8 @@
     .venv/bin/python -m benchmarks.correction data/scenes_small/codes/train --json outputs/correction.json
 
 The model draws images once, without a corrector, so that all variants learn from the same slots of passes.
-Each then decodes the same held-out captions; all of them must draw the same images. Passes of two variants are
-compared image by image.
+Each then decodes the same held-out captions; all of them must draw the same images. Passes of two variants
+are compared image by image.
 """
 
 from __future__ import annotations

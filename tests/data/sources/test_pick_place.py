@@ -49,7 +49,7 @@ def test_a_hand_that_comes_closed_takes_nothing():
 
 
 def test_a_cube_is_not_there_while_it_is_held_or_away_from_the_goal():
-    held = world_at((0.5, 0.5, 0.02))
+    held = world_at((0.5, 0.5, 0))
     assert not after(held, (0, 0, 0, 1))[2]
     assert not after(world_at((0.9, 0.9, 0.5), goal=(0.6, 0.5)), (0, 0, 0, -1))[2]
 

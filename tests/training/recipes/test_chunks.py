@@ -53,6 +53,8 @@ def test_labels_come_from_where_the_distance_says(teacher):
 def test_consistency_moves_what_is_said_behind_states_and_not_behind_ends(teacher):
     values = recipe(teacher=teacher, max_distance=math.inf, consistency=1.0)
     batch, _ = batch_of(values)
+    others = torch.randint(0, 16, batch.ends.shape, generator=torch.Generator().manual_seed(1))
+    batch = batch._replace(ends=others)  # so that it matters whose they are
     module = ChunkModule(values)
     loss = module.consistency_loss(batch)
     assert loss > 0

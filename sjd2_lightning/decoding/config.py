@@ -14,15 +14,8 @@ BASELINE = "ar"  # the method that others are compared with
 NOISY = ("sjd2", "sjd2_pure")  # methods with levels
 WITH_TREE = ("replay", "exact")  # rules that know what becomes of a draft's siblings
 LOSSLESS = ("replay", "exact", "match")
-_PARTS = (
-    "sampling",
-    "tree",
-    "groups",
-    "pairs",
-    "corrector",
-    "drafter",
-    "noise",
-)  # fields that are groups of values
+# fields that are groups of values
+_PARTS = ("sampling", "tree", "groups", "pairs", "corrector", "drafter", "noise")
 REPEATED = ("repeat_left", "repeat_above")  # first drafts that repeat a neighbour
 OWN = "own"  # in the place of a file: the corrector that the model holds itself, if it has one
 MOST_SLOTS = 2**16  # of a window: more than any known image has

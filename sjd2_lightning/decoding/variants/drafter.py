@@ -64,9 +64,8 @@ class BlockDrafts(OnEntry):
         noise = (
             source.gumbel(state.seeds, fresh) if state.gumbel is None else state.gumbel[window.rows, fresh]
         )
-        levels = state.levels.gather(1, seen).masked_fill(
-            seen < window.index[:, :1], 0
-        )  # committed are clean
+        # what is committed is clean
+        levels = state.levels.gather(1, seen).masked_fill(seen < window.index[:, :1], 0)
         standing = known_codes(state.tokens.gather(1, seen), levels, self.num_codes)
         is_code = state.is_code.gather(1, fresh)
         places = state.places[window.rows, torch.cat([seen, fresh], dim=1)]

@@ -85,7 +85,7 @@ def test_options_and_values_of_a_sweep_stay_apart():
         ("train", ["tiny"], "tiny: is no KEY=VALUE"),
         ("train", ["--max-steps", "10"], "did you mean `trainer.max_steps=10`?"),
         ("train", ["--max_steps=10"], "did you mean `trainer.max_steps=10`?"),
-        ("train", ["--lr", "1e-4"], "did you mean `optimizer.lr=1e-4`?"),
+        ("train", ["--lr", "1e-4"], "did you mean `optimizer.lr=1e-4` or `corrector.lr=1e-4`?"),
         ("evaluate", ["--num-prompts", "4"], "did you mean `num_prompts=4`"),
         ("evaluate", ["--prompt"], "did you mean `data.prompt_file=VALUE` or `num_prompts=VALUE`?"),
     ],

@@ -43,7 +43,7 @@ class CorrectorRecipe:
         seed: decides order and first weights.
     """
 
-    width: Annotated[int, Within(1, 2**16)] = 176
+    width: Annotated[int, Within(1, 2**16)] = 64
     steps: Annotated[int, Within(1, 10**9)] = 2000
     batch: Annotated[int, Within(1, 2**20)] = 256
     lr: Annotated[float, Within(0, 1, without="least")] = 2e-3

@@ -35,6 +35,7 @@ from sjd2_lightning.evaluation.references import (
 from sjd2_lightning.evaluation.scene_judge import scene_prompts, scene_reference, with_asked
 from sjd2_lightning.metrics.alignment import load_clip_scorer
 from sjd2_lightning.models.backbone import Backbone
+from sjd2_lightning.models.draft_corrector import CORRECTOR_FILE
 from sjd2_lightning.models.hub import located
 from sjd2_lightning.models.image_tokenizer import ImageTokenizer
 from sjd2_lightning.models.lora import has_adapter
@@ -164,6 +165,7 @@ def decoding_backbone(model: ModelConfig, path: Path, ckpt_path: str | None, dev
     files = [
         path / "backbone.json",
         *path.glob("*/*.safetensors"),
+        path / CORRECTOR_FILE,
         *map(Path, [ckpt_path] if ckpt_path else []),
     ]
     changed = tuple(file.stat().st_mtime_ns for file in files if file.is_file())

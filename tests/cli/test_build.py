@@ -11,13 +11,16 @@ from sjd2_lightning.cli.build import (
     build_data,
     build_prompts,
     build_reference,
+    decoding_backbone,
     trainings_after,
 )
 from sjd2_lightning.cli.prepare import main as prepare
 from sjd2_lightning.config.reading import conf_dir, train_config
 from sjd2_lightning.config.runs import TrainConfig
 from sjd2_lightning.data.index import Shard, ShardIndex, ShardMeta
+from sjd2_lightning.models.draft_corrector import CORRECTOR_FILE, DraftCorrector
 from tests.tools.configurations import put_named_files, typed
+from tests.tools.tiny_backbones import tiny_chameleon
 
 
 def composed(*overrides: str) -> TrainConfig:
@@ -86,3 +89,15 @@ def test_weights_say_which_trainings_made_them():
     alone = trainings_after(typed("train", "model=lumina_mgpt", "model.init=random_tiny", "noise=off"), 2)
     assert alone[0]["random"].startswith("random_tiny")
     assert [entry["noise"]["enabled"] for entry in alone[1:]] == [False]
+
+
+def test_a_corrector_that_is_trained_anew_is_read_anew(tmp_path):
+    """Runs of one process keep the model that they decode with."""
+    tiny_chameleon(7, seed=4, scale=0.3).save(tmp_path)
+    model = composed().model
+    kept = decoding_backbone(model, tmp_path, None, "cpu")
+    assert kept.draft_head is None
+    assert decoding_backbone(model, tmp_path, None, "cpu") is kept
+    DraftCorrector(kept.hidden_size, 4).save(tmp_path / CORRECTOR_FILE)
+    again = decoding_backbone(model, tmp_path, None, "cpu")
+    assert again.draft_head is not None

@@ -201,7 +201,7 @@ def load_trained(backbone: Backbone, ckpt_path: str | Path) -> None:
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         if has_adapter(backbone):  # its checkpoints hold nothing else
             state = {**backbone.state_dict(), **state}
-        backbone.take_draft_head(state)
+        backbone.take_corrector(state)
         backbone.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
         raise ValueError(
@@ -323,7 +323,7 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
         model = config.model.model_copy(update={"load_onto": None})
         backbone = build_backbone(model, captions=captions_of(config.data))
         state = {**backbone.state_dict(), **state}
-        backbone.take_draft_head(state)
+        backbone.take_corrector(state)
         backbone.load_state_dict(state)
     dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
     data: Any = getattr(trainer, "datamodule", None)

@@ -12,14 +12,14 @@ import argparse
 
 import torch
 
-from sjd2_lightning.cli.correct import add_arguments, batches, model_and_captions
-from sjd2_lightning.decoding import DecodingConfig, Sampling
-from sjd2_lightning.decoding.config import OWN, Correction
+from sjd2_lightning.cli.own_decodings import add_arguments, batches, method_of, write_learnt
+from sjd2_lightning.decoding import DecodingConfig
+from sjd2_lightning.decoding.config import OWN
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.block_drafter import BlockDrafter
-from sjd2_lightning.run.files import whole_file
 from sjd2_lightning.run.stages import counted, speak
-from sjd2_lightning.training.recipes.drafting import BlockLearner, DrafterRecipe, Windows, windows_of
+from sjd2_lightning.training.recipes.drafting import BlockLearner, DrafterRecipe, windows_of
+from sjd2_lightning.training.recipes.fitting import divided
 
 
 def learnt(
@@ -48,10 +48,7 @@ def learnt(
         windows_of(backbone, part, seeds, config, layout, recipe.per_image)
         for part, seeds in batches(captions, recipe.seed, batch)
     ]
-    num_train = min(len(parts) - 1, round((1 - recipe.val_share) * len(parts)))
-    train, val = (
-        Windows(*map(torch.cat, zip(*some, strict=True))) for some in (parts[:num_train], parts[num_train:])
-    )
+    train, val = divided(parts, recipe.val_share)
     torch.manual_seed(recipe.seed)
     drafter = BlockDrafter(backbone.hidden_size, recipe.width, recipe.layers).to(backbone.device)
     learner = BlockLearner(backbone, config.sampling.temperature, drafter)
@@ -80,18 +77,14 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     asked = parser.parse_args(arguments)
     speak()
-    sampling = Sampling(asked.temperature, guidance_scale=asked.guidance_scale)
-    corrector = Correction(None if asked.corrector == "none" else asked.corrector)
-    config = DecodingConfig("sjd2", asked.window, asked.levels, sampling=sampling, corrector=corrector)
+    config = method_of(asked, None if asked.corrector == "none" else asked.corrector)
     recipe = DrafterRecipe(asked.width, asked.layers, asked.steps, seed=asked.seed)
-    try:
-        backbone, captions, pixels = model_and_captions(asked, config.problems() + recipe.problems())
-        network, (alone, right) = learnt(backbone, captions, config, pixels, recipe)
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(asked.out) as path:
-            network.save(path)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{error}\n")
+    alone, right = write_learnt(
+        parser,
+        asked,
+        config.problems() + recipe.problems(),
+        lambda backbone, captions, pixels: learnt(backbone, captions, config, pixels, recipe),
+    )
     print(
         f"{asked.out}: of held-out guesses {right:.1%} are right behind their true neighbours, {alone:.1%} "
         f"behind none; decode with methods.sjd2.drafter.weights={asked.out}"

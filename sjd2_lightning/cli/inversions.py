@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sjd2_lightning.cli.task_report import write_task_report
 from sjd2_lightning.config.groups import shipped
 from sjd2_lightning.config.reading import save_config
 from sjd2_lightning.config.runs import EvaluateConfig
@@ -54,8 +55,6 @@ def evaluate_flow(
         from sjd2_lightning.evaluation.scene_judge import scene_reference
         from sjd2_lightning.metrics.alignment import load_clip_scorer
         from sjd2_lightning.models.tarflow import load_tarflow
-        from sjd2_lightning.report.write import report_object, write_report
-        from sjd2_lightning.run.provenance import collect_provenance, redact
 
     run_dir = Path(config.run_dir)
     with stage("loading the weights"):
@@ -86,23 +85,11 @@ def evaluate_flow(
         figures = figures_of_blocks(flow, scorer, reference.part(range(settings.num_measured)))
         write_whole(run_dir / "blocks.md", "\n".join(block_lines(figures, result)) + "\n")
         write_whole(run_dir / "blocks.json", json.dumps(block_objects(figures, result), indent=1) + "\n")
-    provenance = collect_provenance(
-        flow,
-        redact(config.model_dump(mode="json")),
-        {item.key: item.seed for item in prompts},
-        {"weights": settings.weights},
-        result.store.identity["weights"],
+    found = write_task_report(
+        config, result, flow, settings.weights, result.store.identity["weights"], hand_out
     )
-    with stage("writing the report"):
-        files = write_report(
-            result,
-            provenance,
-            page_prompts=config.report.num_images,
-            page_megabytes=config.report.page_megabytes,
-        )
-    hand_out(config, result, Path(settings.weights), provenance, files)
     print(f"blocks:  {run_dir / 'blocks.md'}")
-    return report_object(result, provenance) | {"blocks": block_objects(figures, result)}
+    return found | {"blocks": block_objects(figures, result)}
 
 
 def flow_methods(settings: FlowEvaluation, num_blocks: int) -> dict[str, FlowMethod]:

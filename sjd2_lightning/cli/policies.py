@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sjd2_lightning.cli.task_report import write_task_report
 from sjd2_lightning.config.reading import save_config
 from sjd2_lightning.config.runs import EvaluateConfig
 from sjd2_lightning.evaluation.policy_methods import PolicyEvaluation, policy_methods
@@ -34,8 +35,6 @@ def evaluate_policies(
         from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
         from sjd2_lightning.evaluation.results import measure_methods
         from sjd2_lightning.models.policy import load_policy
-        from sjd2_lightning.report.write import report_object, write_report
-        from sjd2_lightning.run.provenance import collect_provenance, redact
 
     run_dir = Path(config.run_dir)
     with stage("loading the weights"):
@@ -52,19 +51,12 @@ def evaluate_policies(
         replace_other=config.replace_images,
     )
     result = with_success(measure_methods(store, methods, episodes, QualityMeter(QualityMetrics(), None)))
-    provenance = collect_provenance(
+    found = write_task_report(
+        config,
+        result,
         policies[settings.baseline],
-        redact(config.model_dump(mode="json")),
-        {item.key: item.seed for item in episodes},
-        {"weights": settings.weights[settings.baseline]},
+        settings.weights[settings.baseline],
         result.store.identity["weights"][settings.baseline],
+        hand_out,
     )
-    with stage("writing the report"):
-        files = write_report(
-            result,
-            provenance,
-            page_prompts=config.report.num_images,
-            page_megabytes=config.report.page_megabytes,
-        )
-    hand_out(config, result, Path(settings.weights[settings.baseline]), provenance, files)
-    return report_object(result, provenance)
+    return found

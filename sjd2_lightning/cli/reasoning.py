@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sjd2_lightning.cli.task_report import write_task_report
 from sjd2_lightning.config.reading import save_config
 from sjd2_lightning.config.runs import EvaluateConfig
 from sjd2_lightning.evaluation.thought_methods import ThoughtEvaluation
@@ -40,8 +41,6 @@ def evaluate_thoughts(
         from sjd2_lightning.evaluation.quality import QualityMeter, QualityMetrics
         from sjd2_lightning.evaluation.results import measure_methods
         from sjd2_lightning.evaluation.thought_runs import answer_methods, problem_prompts, with_accuracy
-        from sjd2_lightning.report.write import report_object, write_report
-        from sjd2_lightning.run.provenance import collect_provenance, redact
 
     run_dir = Path(config.run_dir)
     number = config.num_prompts or _NUM_PROBLEMS
@@ -58,23 +57,16 @@ def evaluate_thoughts(
     meter = QualityMeter(QualityMetrics(), None)
     result = with_accuracy(measure_methods(store, methods, prompts, meter))
     write_whole(run_dir / "answers.md", "\n".join(answer_lines(result, config.report.num_images)) + "\n")
-    provenance = collect_provenance(
+    found = write_task_report(
+        config,
+        result,
         next(iter(ways.values())).thinker,
-        redact(config.model_dump(mode="json")),
-        {item.key: item.seed for item in prompts},
-        {"weights": settings.weights},
+        settings.weights,
         result.store.identity["weights"],
+        hand_out,
     )
-    with stage("writing the report"):
-        files = write_report(
-            result,
-            provenance,
-            page_prompts=config.report.num_images,
-            page_megabytes=config.report.page_megabytes,
-        )
-    hand_out(config, result, Path(settings.weights), provenance, files)
     print(f"answers: {run_dir / 'answers.md'}")
-    return report_object(result, provenance)
+    return found
 
 
 def ways_of(settings: ThoughtEvaluation, device: str) -> dict[str, Answering]:

@@ -171,9 +171,8 @@ class TrainConfig(SharedConfig):
     def problems(self) -> list[str]:
         """A recipe without its sizes, a checkpoint that is not there."""
         found = super().problems()
-        recipes = {"tokenizer": "tiny_tokenizer", "clip": "tiny_clip"}
+        recipes = {"tokenizer": "tiny_tokenizer", "clip": "tiny_clip", "ceed": "ceed_teacher"}
         recipes |= {name: name for name in ("tarflow", "pccot")}
-        recipes["ceed"] = "ceed_teacher"
         if self.task in recipes and getattr(self, self.task) is None:
             recipe = recipes[self.task]
             found.append(f"task={self.task}: needs the group of keys `{self.task}`; use experiment={recipe}")
@@ -253,8 +252,9 @@ class EvaluateConfig(SharedConfig):
             found.append(
                 "report.publish=wandb: a W&B Report shows a W&B run; use logger=wandb, or publish=none"
             )
-        if self.flow is not None and self.thoughts is not None:
-            found.append("thoughts: one evaluation is of a flow or of thoughts; set flow or thoughts to null")
+        given = [name for name in ("flow", "thoughts", "policies") if getattr(self, name) is not None]
+        if len(given) > 1:
+            found.append(f"{given[-1]}: an evaluation has one task, and {given[0]} is given too; keep one")
         found += self._judged_problems()
         if self.benchmark is not None:
             judged_images = 1 if self.benchmark == "geneval2" else 4

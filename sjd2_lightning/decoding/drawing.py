@@ -54,8 +54,9 @@ class Batch:
         kept: Batch | None = None,
     ) -> None:
         self.backbone, self.config, self.engine = backbone, config, engine
-        self.method = Method(config, backbone.slot_table(), backbone.num_codes, backbone.draft_head)
+        self.method = Method.of(config, backbone)
         self.one_pass = self.method.one_pass
+        self.one_pass.check(layouts)
         side = self.method.levels.timestep_tokens()
         if config.window_shape:  # one number of side columns for all methods, those without levels included
             side = F.pad(side, (0, 0, 0, max(1, -(-len(side) // _SIDE)) * _SIDE - len(side)))

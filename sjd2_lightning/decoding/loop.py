@@ -38,7 +38,7 @@ def iterate(batch: Batch, shape: Shape, observer: Observer | None = None) -> Non
     window = Window(method.source, state)
     slots = window.slots()
     # 1. one forward pass over the window, and a verdict on every slot, as if all slots to its left stood
-    this = method.exits(window, slots, method.one_pass(batch.context, window, slots, shape))
+    this = method.one_pass(batch.context, window, slots, shape)
     window.note_lawless(slots, this.scores)  # the host looks when images are finished
     # 2. the longest run that stands is committed, and the slot behind it, judged on its true prefix too
     committed = (this.run + 1).minimum(state.end - state.head)
@@ -194,12 +194,6 @@ def _checked(
     layouts = [layout] * len(prompts) if isinstance(layout, ImageLayout) else list(layout)
     if len(layouts) != len(prompts):
         raise ValueError(f"need one layout for all prompts or one a prompt; got {len(layouts)}")
-    longest = max(one.num_slots for one in layouts)
-    if config.exits_early and config.num_drafted < longest:
-        raise ValueError(
-            f"decoding.max_passes={config.max_passes}, decoding.max_changed={config.max_changed}: the window "
-            f"must hold all {longest} slots of an image that ends early; set decoding.window={longest}"
-        )
     return layouts
 
 

@@ -26,7 +26,7 @@ from sjd2_lightning.decoding.start import SlotSource
 from sjd2_lightning.decoding.state import State
 from sjd2_lightning.decoding.variants.corrector import Corrected
 from sjd2_lightning.decoding.variants.drafter import BlockDrafts
-from sjd2_lightning.decoding.variants.early_exit import EarlyExit, NoExit
+from sjd2_lightning.decoding.variants.early_exit import EarlyExitPass
 from sjd2_lightning.decoding.variants.first_drafts import FromAbove, OwnMaximum, Repeated, Tied
 from sjd2_lightning.decoding.variants.grouped import Grouped
 from sjd2_lightning.decoding.variants.pairs import Sweeper
@@ -34,7 +34,7 @@ from sjd2_lightning.decoding.variants.paper import Paper, Pure, keep
 from sjd2_lightning.decoding.variants.tree import ReplayTreePass, Tree, TreePass
 from sjd2_lightning.decoding.window import OnEntry
 from sjd2_lightning.embedding import EmbeddingSpace
-from sjd2_lightning.models.backbone import ImageLayout
+from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.models.draft_corrector import DraftCorrector
 from sjd2_lightning.noise import TIED
 
@@ -60,25 +60,30 @@ class Method:
         config: the method's values.
         table: (K + structural, D) embeddings by slot id.
         num_codes: K.
-        draft_head: what the model itself corrects drafts by, if it does.
+        corrector: what the model itself corrects drafts by, if it does.
     """
 
     def __init__(
-        self, config: DecodingConfig, table: Tensor, num_codes: int, draft_head: DraftCorrector | None = None
+        self, config: DecodingConfig, table: Tensor, num_codes: int, corrector: DraftCorrector | None = None
     ) -> None:
         self.config, self.table = config, table
         self.space = EmbeddingSpace(table[:num_codes])
         self.levels = NoiseLevels(config, table, self.space, self._start())
         rule = RULES[config.acceptance](config, self.space)
         tree = Tree.of(config, table, num_codes)
+        plain = EarlyExitPass if config.exits_early else Pass
         self.one_pass = (
-            Pass(config, rule) if tree is None else TREE_PASSES[config.acceptance](config, rule, tree)
+            plain(config, rule) if tree is None else TREE_PASSES[config.acceptance](config, rule, tree)
         )
-        self.exits = EarlyExit(config) if config.exits_early else NoExit()
-        self.redraft = self._redraft(num_codes, draft_head)
+        self.redraft = self._redraft(num_codes, corrector)
         noisy = frozenset({"noisy"} if config.num_levels else ())
         self.source = SlotSource(config, self.levels, rule.keeps | self.one_pass.keeps | noisy)
         self.on_entry = self._on_entry(num_codes)
+
+    @classmethod
+    def of(cls, config: DecodingConfig, backbone: Backbone) -> Method:
+        """A method with a model's table and what the model itself brings."""
+        return cls(config, backbone.slot_table(), backbone.num_codes, backbone.corrector)
 
     def begin(self, seeds: Tensor, layouts: Sequence[ImageLayout], num_columns: int) -> State:
         """The state of a batch in front of its first slot; arguments of `SlotSource.begin`."""
@@ -87,11 +92,11 @@ class Method:
             state = event.start(self.source, layouts, state)
         return state
 
-    def _redraft(self, num_codes: int, draft_head: DraftCorrector | None) -> Redraft:
+    def _redraft(self, num_codes: int, corrector: DraftCorrector | None) -> Redraft:
         config = self.config
-        if config.corrects and (config.corrector.weights != OWN or draft_head is not None):
+        if config.corrects and (config.corrector.weights != OWN or corrector is not None):
             temperature = config.sampling.temperature
-            return Corrected(config.corrector, temperature, self.table, num_codes, draft_head)
+            return Corrected(config.corrector, temperature, self.table, num_codes, corrector)
         if config.size > 1 and config.pairs.table is not None:
             return Sweeper(config.pairs, self.table, num_codes)
         return verified

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from sjd2_lightning.decoding.context import Context, Shape
 from sjd2_lightning.decoding.law import log_law
 from sjd2_lightning.decoding.rules import Rule, Scores, Slots, Verdict, judged, num_leading
 from sjd2_lightning.decoding.window import Window
+from sjd2_lightning.models.backbone import ImageLayout
 
 
 class Judged(NamedTuple):
@@ -44,6 +46,9 @@ class Pass:
         # committed tokens that a pass feeds again since the cache does not hold them: fewest and most
         self.least_again, self.most_again = 1, config.size if rule.accepts_noisy else 1
         self.num_columns = config.size  # that a pass needs right of the committed slots
+
+    def check(self, layouts: Sequence[ImageLayout]) -> None:
+        """Raises ValueError for images that such passes cannot draw."""
 
     def __call__(self, context: Context, window: Window, slots: Slots, shape: Shape) -> Judged:
         """One forward pass.

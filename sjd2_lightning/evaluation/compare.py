@@ -249,7 +249,7 @@ def as_drawn(backbone: Backbone, methods: Mapping[str, DecodingConfig]) -> dict[
     """Methods without a corrector of drafts that the model does not have, or they cannot use."""
     return {
         name: config
-        if config.corrector.is_file or (config.corrects and backbone.draft_head is not None)
+        if config.corrector.is_file or (config.corrects and backbone.corrector is not None)
         else dataclasses.replace(config, corrector=Correction())
         for name, config in methods.items()
     }

@@ -29,18 +29,17 @@ from sjd2_lightning.data.sources.pick_place import (
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.decoding.loop import decode
 from sjd2_lightning.decoding.output import DecodeOutput
-from sjd2_lightning.evaluation.jobs import process_name
+from sjd2_lightning.evaluation.jobs import process_name, unfinished_batches
 from sjd2_lightning.evaluation.policy_methods import PolicyMethod
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts, seed_of
 from sjd2_lightning.evaluation.results import EvaluationResult, MethodResult
 from sjd2_lightning.evaluation.store import Record, RecordStore, discard_other_run, method_fields
-from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference
+from sjd2_lightning.metrics.bootstrap import MetricResult, mean_result, paired_difference, share_result
 from sjd2_lightning.metrics.efficiency import timed
-from sjd2_lightning.metrics.success import success_result
 from sjd2_lightning.models.policy import ActionPolicy
 from sjd2_lightning.run.files import sha256_of_json
 from sjd2_lightning.run.provenance import weights_hash
-from sjd2_lightning.run.stages import counted
+from sjd2_lightning.run.stages import stage
 
 _SIDE = 128  # of the picture of an episode, in pixels
 _TABLE, _HAND, _CUBE, _GOAL = (245, 243, 238), (40, 90, 160), (200, 60, 40), (60, 150, 70)
@@ -165,22 +164,17 @@ def act_methods(
     if replace_other:
         discard_other_run(out_dir, identity)
     store = RecordStore(out_dir, identity, kind=EpisodeRecord)
-    done = {(record.method, record.key) for record in store.load()}
-    batches = [episodes[start : start + batch_size] for start in range(0, len(episodes), batch_size)]
     is_warm = False
-    with counted("acting", len(episodes), "episodes", True) as advance:
-        for number, batch in enumerate(batches):
-            if not all((name, item.key) in done for name in methods for item in batch):
-                if not is_warm:  # the first call of a shape is slower
-                    is_warm = all(act(policies[m.policy], m, batch, 1) for m in methods.values())
-                turn = number % len(methods)
-                order = [*list(methods)[turn:], *list(methods)[:turn]]
-                found = {name: act(policies[methods[name].policy], methods[name], batch) for name in order}
-                for name, acted in found.items():
-                    own = found[plain[methods[name].policy]].codes
-                    records = _records(name, number, batch, acted, own)
-                    store.append(records, [_picture(acted, row) for row in range(len(batch))])
-            advance(len(batch))
+    doing = "acting", "episodes"
+    for number, batch, order in unfinished_batches(episodes, list(methods), batch_size, store, doing):
+        if not is_warm:  # the first call of a shape is slower
+            with stage("warming up"):
+                is_warm = all(act(policies[m.policy], m, batch, 1) for m in methods.values())
+        found = {name: act(policies[methods[name].policy], methods[name], batch) for name in order}
+        for name, acted in found.items():
+            own = found[plain[methods[name].policy]].codes
+            records = _records(name, number, batch, acted, own)
+            store.append(records, [_picture(acted, row) for row in range(len(batch))])
     return store
 
 
@@ -194,7 +188,9 @@ def with_success(result: EvaluationResult) -> EvaluationResult:
 
 def _with_success(method: MethodResult, plain: MethodResult | None) -> MethodResult:
     rows: list[Any] = list(method.records)
-    measured = method.measured | {"success": success_result([row.success for row in rows])}
+    protocol = "share of episodes with the cube on the goal at their end; Wilson's interval"
+    share = share_result("success", [row.success for row in rows], protocol)
+    measured = method.measured | {"success": share}
     measured["chunk_passes"] = mean_result(
         "chunk_passes",
         [np.mean(row.chunk_passes) for row in rows],

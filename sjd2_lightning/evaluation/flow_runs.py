@@ -19,7 +19,7 @@ from torch import Tensor
 from sjd2_lightning import __version__
 from sjd2_lightning.decoding.config import BASELINE
 from sjd2_lightning.evaluation.flow_methods import FlowMethod
-from sjd2_lightning.evaluation.jobs import process_name
+from sjd2_lightning.evaluation.jobs import process_name, unfinished_batches
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts
 from sjd2_lightning.evaluation.store import Record, RecordStore, discard_other_run, method_fields
 from sjd2_lightning.fixed_point import Solution
@@ -28,7 +28,7 @@ from sjd2_lightning.models.image_tokenizer import to_uint8
 from sjd2_lightning.models.tarflow import FlowBlock, TarFlow
 from sjd2_lightning.run.files import sha256_of_json
 from sjd2_lightning.run.provenance import weights_hash
-from sjd2_lightning.run.stages import counted, stage
+from sjd2_lightning.run.stages import stage
 
 EQUAL = 1e-3  # largest difference of a pixel in [-1, 1] that counts as equal: an eighth of a grey level
 
@@ -94,30 +94,25 @@ def invert_methods(
     if replace:
         discard_other_run(out_dir, identity)
     store = RecordStore(out_dir, identity, kind=FlowRecord)
-    done = {(record.method, record.key) for record in store.load()}
-    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     is_warm = False
-    with counted("inverting", len(prompts), "pictures", True) as advance:
-        for number, batch in enumerate(batches):
-            if all((name, item.key) in done for name in methods for item in batch):
-                continue
-            text = torch.stack([vectors[item.prompt] for item in batch]).to(device)
-            z = start_of(flow, batch).to(device)
-            calls = {
-                name: partial(flow.invert, z, text, m.schedules, m.guidance) for name, m in methods.items()
-            }
-            if not is_warm:  # the first call of a shape is slower
-                with stage("warming up"):
-                    is_warm = all(call() for call in calls.values())
-            turn = number % len(calls)
-            found = {name: timed(calls[name], device) for name in [*list(calls)[turn:], *list(calls)[:turn]]}
-            loop = found[BASELINE][0][0]
-            for name, ((pixels, solutions), seconds) in found.items():
-                gaps = (pixels - loop).abs().amax((1, 2, 3)).tolist()
-                shown = flow.denoised(pixels, text) if denoise and flow.sizes.noise == "gaussian" else pixels
-                records = _records(flow, name, number, batch, solutions, gaps, seconds)
-                store.append(records, to_uint8(((shown + 1) / 2).clamp(0, 1)))
-            advance(len(batch))
+    doing = "inverting", "pictures"
+    for number, batch, order in unfinished_batches(prompts, list(methods), batch_size, store, doing):
+        text = torch.stack([vectors[item.prompt] for item in batch]).to(device)
+        z = start_of(flow, batch).to(device)
+        calls = {
+            name: partial(flow.invert, z, text, methods[name].schedules, methods[name].guidance)
+            for name in order
+        }
+        if not is_warm:  # the first call of a shape is slower
+            with stage("warming up"):
+                is_warm = all(call() for call in calls.values())
+        found = {name: timed(call, device) for name, call in calls.items()}
+        loop = found[BASELINE][0][0]
+        for name, ((pixels, solutions), seconds) in found.items():
+            gaps = (pixels - loop).abs().amax((1, 2, 3)).tolist()
+            shown = flow.denoised(pixels, text) if denoise and flow.sizes.noise == "gaussian" else pixels
+            records = _records(flow, name, number, batch, solutions, gaps, seconds)
+            store.append(records, to_uint8(((shown + 1) / 2).clamp(0, 1)))
     return store
 
 

@@ -7,7 +7,7 @@ and token decoding, not the image decoder, which is the same for all methods.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from uuid import uuid4
@@ -23,7 +23,7 @@ from sjd2_lightning.evaluation.store import ImageRecord, RecordStore
 from sjd2_lightning.metrics.efficiency import peak_memory, timed
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.models.image_tokenizer import to_uint8
-from sjd2_lightning.run.stages import stage
+from sjd2_lightning.run.stages import counted, stage
 
 OnBatch = Callable[[str, int], None]
 
@@ -47,9 +47,42 @@ def jobs_of_rank(
     batches = [tuple(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     jobs = []
     for batch in range(rank, len(batches), world_size):
-        turn = batch // world_size % len(methods)
-        jobs += [Job(batch, method, batches[batch]) for method in [*methods[turn:], *methods[:turn]]]
+        jobs += [Job(batch, method, batches[batch]) for method in in_turn(methods, batch // world_size)]
     return jobs
+
+
+def in_turn(methods: Sequence[str], number: int) -> list[str]:
+    """Methods in the order of a batch: each is the first one as often."""
+    turn = number % len(methods)
+    return [*methods[turn:], *methods[:turn]]
+
+
+def unfinished_batches(
+    prompts: Sequence[PromptItem],
+    methods: Sequence[str],
+    batch_size: int,
+    store: RecordStore,
+    doing: tuple[str, str],
+) -> Iterator[tuple[int, Sequence[PromptItem], list[str]]]:
+    """Batches of which a record lacks, for other tasks than images of codes; says how far it is.
+
+    Args:
+        prompts: what all methods get.
+        methods: their names.
+        batch_size: prompts of a batch.
+        store: takes the records.
+        doing: what is done and to what, as in "acting", "episodes".
+
+    Yields:
+        The number of a batch, its prompts, and the methods in its order.
+    """
+    done = {(record.method, record.key) for record in store.load()}
+    with counted(doing[0], len(prompts), doing[1], True) as advance:
+        for number, start in enumerate(range(0, len(prompts), batch_size)):
+            batch = prompts[start : start + batch_size]
+            if any((name, item.key) not in done for name in methods for item in batch):
+                yield number, batch, in_turn(methods, number)
+            advance(len(batch))
 
 
 def unfinished(jobs: Sequence[Job], store: RecordStore) -> list[Job]:

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sjd2_lightning import __version__
 from sjd2_lightning.data.sources.arithmetic import Problem
 from sjd2_lightning.decoding.config import BASELINE
-from sjd2_lightning.evaluation.jobs import process_name
+from sjd2_lightning.evaluation.jobs import process_name, unfinished_batches
 from sjd2_lightning.evaluation.prompts import PromptItem, check_prompts, seed_of
 from sjd2_lightning.evaluation.results import EvaluationResult
 from sjd2_lightning.evaluation.store import Record, RecordStore, discard_other_run, method_fields
@@ -32,7 +32,7 @@ from sjd2_lightning.models.thinker import Thinker
 from sjd2_lightning.models.thinking import Thought, answers_of, explained, read, solved
 from sjd2_lightning.run.files import sha256_of_json
 from sjd2_lightning.run.provenance import weights_hash
-from sjd2_lightning.run.stages import counted, stage
+from sjd2_lightning.run.stages import stage
 
 _CARD = (176, 96)  # pixels of a card
 _RIGHT, _WRONG = (0, 110, 60), (180, 40, 30)
@@ -178,27 +178,19 @@ def answer_methods(
     if replace_other:
         discard_other_run(out_dir, identity)
     store = RecordStore(out_dir, identity, kind=ThoughtRecord)
-    done = {(record.method, record.key) for record in store.load()}
-    starts = range(0, len(prompts), batch_size)
     is_warm = False
-    with counted("answering", len(prompts), "problems", True) as advance:
-        for number, start in enumerate(starts):
-            batch = prompts[start : start + batch_size]
-            if all((name, item.key) in done for name in ways for item in batch):
-                continue
-            questions = [item.prompt for item in batch]
-            calls = {name: partial(own, questions) for name, own in ways.items()}
-            if not is_warm:  # the first call of a shape is slower
-                with stage("warming up"):
-                    is_warm = all(call() for call in calls.values())
-            turn = number % len(calls)
-            timings = {
-                name: timed(calls[name], device) for name in [*list(calls)[turn:], *list(calls)[:turn]]
-            }
-            for name, (found, seconds) in timings.items():
-                own = _records(name, number, batch, problems[start : start + batch_size], found, seconds)
-                store.append(own, [card(record) for record in own])
-            advance(len(batch))
+    doing = "answering", "problems"
+    for number, batch, order in unfinished_batches(prompts, list(ways), batch_size, store, doing):
+        questions = [item.prompt for item in batch]
+        calls = {name: partial(ways[name], questions) for name in order}
+        if not is_warm:  # the first call of a shape is slower
+            with stage("warming up"):
+                is_warm = all(call() for call in calls.values())
+        timings = {name: timed(call, device) for name, call in calls.items()}
+        start = number * batch_size
+        for name, (found, seconds) in timings.items():
+            own = _records(name, number, batch, problems[start : start + batch_size], found, seconds)
+            store.append(own, [card(record) for record in own])
     return store
 
 

@@ -127,7 +127,7 @@ class Backbone(nn.Module, ABC):
         from_image: whether positions are counted from the first slot, so that prompts have those below 0.
         takes_visible: whether `forward` takes a `Visible` in the place of a mask.
         shortest_prompt: a prompt that takes as few token ids as any.
-        draft_head: what corrects its drafts in replay decoding; None where it has nothing.
+        corrector: what corrects its drafts in replay decoding; None where it has none.
     """
 
     num_codes: int
@@ -137,31 +137,31 @@ class Backbone(nn.Module, ABC):
     takes_visible: bool = False
     shortest_prompt: str = "a"
     decoder: Any = None  # what decoding keeps of this model; see `decoding.loop.decoder_of`
-    draft_head: DraftCorrector | None
+    corrector: DraftCorrector | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_module("draft_head", None)
+        self.register_module("corrector", None)
 
-    def take_draft_head(self, state: Mapping[str, Tensor]) -> None:
-        """Makes room for the draft head that a state of this model holds; one without leaves none."""
-        weight = state.get("draft_head.new.weight")
-        self.draft_head = None if weight is None else DraftCorrector(weight.shape[1], weight.shape[0])
+    def take_corrector(self, state: Mapping[str, Tensor]) -> None:
+        """Makes room for the corrector that a state of this model holds; a state without one leaves none."""
+        weight = state.get("corrector.new.weight")
+        self.corrector = None if weight is None else DraftCorrector(weight.shape[1], weight.shape[0])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "decoder": None}  # of this model alone: copies make their own
 
-    def read_draft_head(self, folder: str | Path) -> None:
-        """Takes the draft head that a folder holds, if it does; raises ValueError for another model's."""
+    def read_corrector(self, folder: str | Path) -> None:
+        """Takes the corrector that a folder holds, if it does; raises ValueError for another model's."""
         if (path := Path(folder) / CORRECTOR_FILE).is_file():
-            self.draft_head = DraftCorrector.load(path, self.hidden_size).to(self.device)
+            self.corrector = DraftCorrector.load(path, self.hidden_size).to(self.device)
 
-    def write_draft_head(self, folder: str | Path) -> None:
-        """Writes the draft head into a folder; one of other weights that lies there goes."""
+    def write_corrector(self, folder: str | Path) -> None:
+        """Writes the corrector into a folder; one of other weights that lies there goes."""
         path = Path(folder) / CORRECTOR_FILE
         path.unlink(missing_ok=True)
-        if self.draft_head is not None:
-            self.draft_head.save(path)
+        if self.corrector is not None:
+            self.corrector.save(path)
 
     @abstractmethod
     def layout(self, height: int, width: int) -> ImageLayout:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -189,11 +190,14 @@ def load_policy(folder: str | Path) -> ActionPolicy:
     """A policy that `ActionPolicy.save` wrote, in eval mode.
 
     Raises:
-        ValueError: the folder holds no policy.
+        ValueError: a file is missing, damaged, or does not fit the other.
     """
     folder = Path(folder)
-    if not (folder / _SIZES).is_file():
-        raise ValueError(f"{folder}: there is no {_SIZES}; train a policy by experiment=ceed_teacher first")
-    policy = ActionPolicy(PolicySizes(**json.loads((folder / _SIZES).read_text())))
-    policy.load_state_dict(load_file(folder / _WEIGHTS))
+    try:
+        policy = ActionPolicy(PolicySizes(**json.loads((folder / _SIZES).read_text())))
+        policy.load_state_dict(load_file(folder / _WEIGHTS))
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"no policy in {folder} ({str(error).splitlines()[0]}); train one with experiment=ceed_teacher"
+        ) from error
     return policy.eval()

@@ -185,7 +185,7 @@ class PretrainedBackbone(Backbone):
             add_lora(self.model, self.TRUNK_PATH, settings)
         else:
             load_adapter(self.model, folder)
-            self.read_draft_head(folder)
+            self.read_corrector(folder)
         self.train(mode)  # new modules start in train mode
 
     def quantize(self, kind: Literal["int8", "fp8"], device: str | torch.device) -> None:
@@ -321,8 +321,8 @@ class PretrainedBackbone(Backbone):
         folder.mkdir(parents=True, exist_ok=True)
         if has_adapter(self.model):
             save_adapter(self.model, folder / ADAPTER)
-            self.write_draft_head(folder / ADAPTER)
-        self.write_draft_head(folder)
+            self.write_corrector(folder / ADAPTER)
+        self.write_corrector(folder)
         state = {name: value.to(dtype or value.dtype) for name, value in merged_state(self.model).items()}
         self.model.save_pretrained(folder / TRUNK, state_dict=state, safe_serialization=True)
         self.text_tokenizer.save_pretrained(folder / TEXT)

@@ -110,7 +110,7 @@ def load_backbone(
     remedy = source.remedy() if source.command() else LoadOptions.remedy
     folder = source.folder()
     backbone = load(folder, trunk, LoadOptions(dtype, device, unconditional, remedy))
-    backbone.read_draft_head(folder)
+    backbone.read_corrector(folder)
     return backbone
 
 

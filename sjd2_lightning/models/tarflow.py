@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -290,7 +291,7 @@ def load_tarflow(folder: str | Path) -> TarFlow:
     try:
         flow = TarFlow(FlowSizes(**json.loads((folder / SETTINGS).read_text())))
         flow.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"no flow in {folder} ({str(error).splitlines()[0]}); train one with experiment=tarflow"
         ) from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -313,7 +314,7 @@ def load_thinker(folder: str | Path) -> Thinker:
         missing, unexpected = thinker.load_state_dict(load_file(folder / WEIGHTS), strict=False)
         if unexpected or any(not name.startswith("model.") for name in missing):
             raise ValueError(f"{WEIGHTS} does not fit {SETTINGS}")
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"no thinking model in {folder} ({str(error).splitlines()[0]}); train one with experiment=pccot"
         ) from error

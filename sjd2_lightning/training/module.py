@@ -82,7 +82,7 @@ class SJD2Module(L.LightningModule):
         self.prompt_dropout = prompt_dropout
         self.seed = seed
         self.bucket = bucket
-        self.corrector = corrector or CorrectorTraining()
+        self.corrector_training = corrector or CorrectorTraining()
         self.image_layout: ImageLayout = backbone.layout(*image_size)
         for name, parameter in backbone.named_parameters():
             if name.startswith(optimizer.freeze):
@@ -93,11 +93,11 @@ class SJD2Module(L.LightningModule):
                 raise ValueError(
                     f"optimizer.freeze={prefix}: no parameter's name begins so; one of them is {names[0]}"
                 )
-        head, width = backbone.draft_head, self.corrector.width
-        if width and (head is None or head.width != width):  # else training goes on with the one it has
-            backbone.draft_head = DraftCorrector(backbone.hidden_size, width)
-        if backbone.draft_head is not None:
-            backbone.draft_head.requires_grad_(width > 0)
+        own, width = backbone.corrector, self.corrector_training.width
+        if width and (own is None or own.width != width):  # else training goes on with the one it has
+            backbone.corrector = DraftCorrector(backbone.hidden_size, width)
+        if backbone.corrector is not None:
+            backbone.corrector.requires_grad_(width > 0)
         if not any(parameter.requires_grad for parameter in backbone.parameters()):
             raise ValueError(f"optimizer.freeze={list(optimizer.freeze)}: nothing is left to train")
 
@@ -193,17 +193,19 @@ class SJD2Module(L.LightningModule):
         # 3. one pass, and 4. cross-entropy against the clean codes
         loss = self.losses(batch, prompts, noise).total
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.image_ids))
-        return loss if self.corrector.width == 0 else loss + self._correction_loss(batch, prompts, rng)
+        return (
+            loss if self.corrector_training.width == 0 else loss + self._correction_loss(batch, prompts, rng)
+        )
 
     def _correction_loss(
         self, batch: CodeBatch, prompts: Sequence[Sequence[int]], rng: torch.Generator
     ) -> Tensor:
-        """That of the draft head, on some of the images; 0 in steps in which it does not learn."""
-        assert self.backbone.draft_head is not None
-        if self.global_step % self.corrector.every:
+        """That of the corrector, on some of the images; 0 in steps in which it does not learn."""
+        assert self.backbone.corrector is not None
+        if self.global_step % self.corrector_training.every:
             # ranks that exchange gradients wait for those of all weights
-            return torch.stack([p.sum() for p in self.backbone.draft_head.parameters()]).sum() * 0
-        most = self.corrector.images
+            return torch.stack([p.sum() for p in self.backbone.corrector.parameters()]).sum() * 0
+        most = self.corrector_training.images
         sample = TeacherForced(prompts[:most], batch.image_ids[:most], self.image_layout, self.bucket)
         found = self.corrections(sample, rng)
         self.log("train/loss_drafts", found.loss, batch_size=len(sample.prompts))
@@ -211,8 +213,8 @@ class SJD2Module(L.LightningModule):
         return found.loss
 
     def corrections(self, sample: TeacherForced, rng: torch.Generator) -> Corrections:
-        """What images say of the draft head; see `corrections_of`."""
-        return corrections_of(self.backbone, sample, self.corrector, self.noise.enabled, rng)
+        """What images say of the corrector; see `corrections_of`."""
+        return corrections_of(self.backbone, sample, self.corrector_training, self.noise.enabled, rng)
 
     def validation_step(self, batch: CodeBatch, batch_idx: int) -> None:
         """Logs the loss of clean input, and of noisy input by the level of the token predicted from.
@@ -243,7 +245,7 @@ class SJD2Module(L.LightningModule):
             self.log(f"val/loss_{band}", loss, sync_dist=True, batch_size=count)
 
     def configure_optimizers(self) -> Any:
-        rates = {"backbone.draft_head.": self.corrector.lr}
+        rates = {"backbone.corrector.": self.corrector_training.lr}
         optimizer = build_optimizer(self.named_parameters(), self.optimizer_config, rates)
         num_steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = warmup_cosine(optimizer, self.optimizer_config, num_steps)

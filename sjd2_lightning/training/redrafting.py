@@ -25,6 +25,8 @@ from sjd2_lightning.training.states import TeacherForced, hidden_of, posterior_g
 # clean runs, slots that enter the window together (decoding commits two to ten a pass), and the window's end
 _RUNS = RampLaw(clean_run=(1, 24), segment=(2, 10), top_run=(0, 24), clean_share=0.0)
 _ROUNDS = 2  # corrections of drafts between passes
+# scores of an image that are held at once: of large codebooks a part of the image is open
+_MOST_NUMBERS = 2**26
 
 
 @dataclass(frozen=True)
@@ -71,26 +73,38 @@ def corrections_of(
     noisy: bool,
     rng: torch.Generator,
 ) -> Corrections:
-    """Makes passes of decoding again and measures how the backbone's draft head corrects what they leave.
+    """Makes passes of decoding again and measures how the backbone's corrector corrects what they leave.
 
     Args:
-        backbone: the model, with its draft head.
+        backbone: the model, with its corrector.
         sample: images and prompts.
         training: how it is trained.
         noisy: whether slots enter the window as noise; otherwise as random codes.
         rng: on the CPU.
     """
-    network, num_codes = backbone.draft_head, backbone.num_codes
+    network, num_codes = backbone.corrector, backbone.num_codes
     assert network is not None
     ids = sample.image_ids.flatten(1)
     device = ids.device
     batch, num = ids.shape
     top = draw_levels(batch, num, training.passes, _RUNS, rng)
+    if (most := max(1, _MOST_NUMBERS // num_codes)) < num:
+        first = int(torch.randint(num - most + 1, (), generator=rng))
+        top[:, :first] = top[:, first + most :] = 0
     start = torch.randint(num_codes, (batch, num), generator=rng).to(device)
     eps = torch.randn(batch, num, backbone.hidden_size, generator=rng).to(device) if noisy else None
+    slots = sample.layout.code_slots
+    # codes behind a row's end, or the prompt, and not behind a code
+    begins = F.pad(slots.diff() != 1, (1, 0), value=True)
+
+    def left(of: Tensor) -> Tensor:
+        """(m,) what is known to the left of the slots that are read, of codes (B, n); K = no code."""
+        shifted = F.pad(of, (1, 0), value=num_codes)[:, :-1]
+        return shifted.masked_fill(begins.to(device), num_codes)[read]
+
     # slots that are open, or have a neighbour that was
-    read = ((top > 0) | (F.pad(top, (1, 0))[:, :-1] > 0)).to(device)
-    codes, true_left = ids[read], _left(ids, num_codes)[read]
+    read = ((top > 0) | ((F.pad(top, (1, 0))[:, :-1] > 0) & ~begins)).to(device)
+    codes, true_left = ids[read], left(ids)
     with torch.no_grad():
         rows = code_rows(backbone.slot_table(), num_codes).to(network.out.weight)
         # 1. Gumbel vectors under which decoding draws these very images
@@ -116,7 +130,7 @@ def corrections_of(
             scores = backbone.image_logits(hidden).float() + gumbel
         # 3. behind its true neighbour the best code of a slot is the code that it became
         was = fed.masked_fill(entered, num_codes) if noisy else fed
-        known = network.known(hidden, network.old(rows[_left(was, num_codes)[read]]))
+        known = network.known(hidden, network.old(rows[left(was)]))
         changed = scores + _change(network, known, true_left, rows)
         losses.append(F.cross_entropy(changed, codes))
         with torch.no_grad():
@@ -125,15 +139,9 @@ def corrections_of(
             best = scores.argmax(-1)
             for _ in range(_ROUNDS if ago else 0):
                 drafts = torch.where(is_open, ids.masked_scatter(read, best), ids)
-                now = _left(drafts, num_codes)[read]
-                best = (scores + _change(network, known, now, rows)).argmax(-1)
+                best = (scores + _change(network, known, left(drafts), rows)).argmax(-1)
             drafts = torch.where(is_open, ids.masked_scatter(read, best), ids)
     return Corrections(torch.stack(losses).mean(), right)
-
-
-def _left(codes: Tensor, num_codes: int) -> Tensor:
-    """(B, n) the code to the left of each; K in front of the first."""
-    return F.pad(codes, (1, 0), value=num_codes)[:, :-1]
 
 
 def _change(network: DraftCorrector, known: Tensor, now: Tensor, rows: Tensor) -> Tensor:

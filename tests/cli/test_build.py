@@ -96,8 +96,8 @@ def test_a_corrector_that_is_trained_anew_is_read_anew(tmp_path):
     tiny_chameleon(7, seed=4, scale=0.3).save(tmp_path)
     model = composed().model
     kept = decoding_backbone(model, tmp_path, None, "cpu")
-    assert kept.draft_head is None
+    assert kept.corrector is None
     assert decoding_backbone(model, tmp_path, None, "cpu") is kept
     DraftCorrector(kept.hidden_size, 4).save(tmp_path / CORRECTOR_FILE)
     again = decoding_backbone(model, tmp_path, None, "cpu")
-    assert again.draft_head is not None
+    assert again.corrector is not None

@@ -71,6 +71,21 @@ def test_each_way_has_its_passes_and_jacobi_is_the_chain(store):
     assert [name for name, method in METHODS.items() if method.lossless] == ["ar", "jacobi"]
 
 
+def test_an_answer_is_right_to_the_letter(tmp_path):
+    model = thinker(seed=5)
+    ways = {"ar": Answering(model, METHODS["ar"], 4, 10)}
+    given = {record.key: record.answer for record in run(tmp_path / "all").load() if record.method == "ar"}
+    problems = [
+        problem._replace(answer=given[item.key] + ("" if number % 2 else "0"))
+        for number, (item, problem) in enumerate(zip(PROMPTS, PROBLEMS, strict=True))
+    ]
+    found = {
+        record.key: record.right
+        for record in answer_methods(ways, PROMPTS, problems, tmp_path / "own").load()
+    }
+    assert [found[item.key] for item in PROMPTS] == [False, True, False, True, False]
+
+
 def test_answers_are_those_of_the_model(store):
     model = thinker(seed=5)
     for name, num_passes in (("ar", 6), ("pccot", 2), ("pause", 0)):

@@ -37,8 +37,9 @@ FORWARDING = {"teacher_samples", "data.prepare", "data.pairs"}
 # files for the groups of the model and the trainer two, layers in int8 under an adapter one, more distances
 # and scores three, the names of classes one, the cache of keys one,
 # the corrector of drafts five, thinking in latents seven: model, thoughts, problems, recipe, ways, runs,
-# command, policies of actions nine, the drafter of blocks four
-MOST_FILES = 222
+# command, policies of actions eight, the drafter of blocks four,
+# what commands and recipes share that learn from own decodings two, the report of other tasks one
+MOST_FILES = 224
 
 TORCH_ONLY = ("noise", "embedding", "masks", "fixed_point", "decoding", "models.backbone")
 TORCH_ONLY += ("training.batch", "training.noise", "training.states", "training.objective")

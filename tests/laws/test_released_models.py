@@ -84,8 +84,8 @@ def test_a_family_trains_decodes_and_exports(composed, tmp_path, model, side, pe
     run = tmp_path / "run"
     assert list(run.glob("samples/step_*/images/sjd2/*.png"))
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    assert all(".lora_" in name or ".draft_head." in name for name in state) is (peft == "lora")
-    assert any(".draft_head." in name for name in state) is bool(drafts)
+    assert all(".lora_" in name or ".corrector." in name for name in state) is (peft == "lora")
+    assert any(".corrector." in name for name in state) is bool(drafts)
     for folder in (run / "model", run / "model" / "adapter"):
         assert (folder / "corrector.safetensors").is_file() is bool(drafts)
     assert (run / "model" / "adapter").is_dir() is (peft == "lora")

@@ -17,6 +17,8 @@ WORDS = {
     "pairs": "pairs.py",
     "sweeps": "pairs.py",
     "corrector": "corrector.py",
+    "early": "early_exit.py",
+    "exit": "early_exit.py",
     "drafter": "drafter.py",
     "above": "first_drafts.py",
     "tied": "first_drafts.py",

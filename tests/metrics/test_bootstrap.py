@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from sjd2_lightning.metrics.bootstrap import mean_result, paired_difference, ratio_of_totals, resample_counts
+from sjd2_lightning.metrics.bootstrap import (
+    mean_result,
+    paired_difference,
+    ratio_of_totals,
+    resample_counts,
+    share_result,
+)
 
 
 def test_mean_interval_covers_the_true_mean():
@@ -70,10 +76,19 @@ def test_counts_are_resamples_of_every_item():
     assert abs(counts.mean() - 1) < 1e-9
 
 
+def test_wilson_s_interval_holds_at_the_ends():
+    found = share_result("s", [True] * 10, "p")
+    assert found.value == 1
+    assert found.interval == pytest.approx((1 / (1 + 1.959964**2 / 10), 1))
+    low, high = share_result("s", [True, False] * 250, "p").interval
+    assert 0.45 < low < 0.5 < high < 0.55
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda: mean_result("m", [], "p"), "non-empty"),
+        (lambda: share_result("s", [], "p"), "non-empty"),
         (lambda: mean_result("m", [1.0, float("nan")], "p"), "sample 1 is nan"),
         (lambda: paired_difference("d", [1.0], [1.0, 2.0], "p"), "pair them by key"),
         (lambda: ratio_of_totals("speedup", [1.0, 1.0], [1.0, 0.0], "p"), "denominator 1 is 0.0"),

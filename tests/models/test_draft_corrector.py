@@ -14,21 +14,21 @@ from tests.tools.tiny_backbones import tiny_chameleon
 def with_head(width: int = 4):
     found = tiny_chameleon(7, seed=4, scale=0.3)
     torch.manual_seed(3)
-    found.draft_head = DraftCorrector(found.hidden_size, width)
-    torch.nn.init.normal_(found.draft_head.out.weight)
+    found.corrector = DraftCorrector(found.hidden_size, width)
+    torch.nn.init.normal_(found.corrector.out.weight)
     return found
 
 
 def test_a_folder_holds_it(tmp_path):
     backbone = with_head()
     backbone.save(tmp_path)
-    again = load_backbone("chameleon", tmp_path).draft_head
-    for name, value in backbone.draft_head.state_dict().items():
+    again = load_backbone("chameleon", tmp_path).corrector
+    for name, value in backbone.corrector.state_dict().items():
         assert torch.equal(again.state_dict()[name], value.half().float())
     assert not any(parameter.requires_grad for parameter in again.parameters())
-    backbone.draft_head = None
+    backbone.corrector = None
     backbone.save(tmp_path)
-    assert load_backbone("chameleon", tmp_path).draft_head is None, "one of other weights"
+    assert load_backbone("chameleon", tmp_path).corrector is None, "one of other weights"
 
 
 def test_a_folder_with_that_of_another_model_is_refused(tmp_path):
@@ -44,23 +44,23 @@ def test_an_adapter_brings_it_along(tmp_path):
     backbone.save(tmp_path)
     base = tiny_chameleon(7, seed=4, scale=0.3)
     base.add_lora(LoraSettings(), tmp_path / "adapter")
-    assert torch.equal(base.draft_head.new.weight, backbone.draft_head.new.weight.half().float())
+    assert torch.equal(base.corrector.new.weight, backbone.corrector.new.weight.half().float())
 
 
 def test_a_state_says_whether_there_is_one():
     plain, other = tiny_chameleon(7, seed=4, scale=0.3), with_head(width=6)
-    plain.take_draft_head(other.state_dict())
+    plain.take_corrector(other.state_dict())
     plain.load_state_dict(other.state_dict())
-    assert plain.draft_head.width == 6
-    other.take_draft_head(tiny_chameleon(7, seed=4, scale=0.3).state_dict())
-    assert other.draft_head is None
-    assert not any("draft_head" in name for name in other.state_dict())
+    assert plain.corrector.width == 6
+    other.take_corrector(tiny_chameleon(7, seed=4, scale=0.3).state_dict())
+    assert other.corrector is None
+    assert not any("corrector" in name for name in other.state_dict())
 
 
 def test_records_say_what_drew_them(tmp_path):
     """Of a model that has none the own one is no part of a method: folders of before go on."""
     path = tmp_path / "other.safetensors"
-    with_head().draft_head.save(path)
+    with_head().corrector.save(path)
     methods = {
         "own": DecodingConfig("sjd2", 4, 1, corrector=Correction(OWN)),
         "file": DecodingConfig("sjd2", 4, 1, corrector=Correction(str(path))),

@@ -1,5 +1,7 @@
 """The policy as a backbone: all decoding methods and noisy states of codes apply to chunks of actions."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -77,8 +79,18 @@ def test_a_policy_is_read_back(tmp_path: Path):
     assert again.sizes == SIZES
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert_close(model.decode_images(torch.full((1, 4, 3), 11)), torch.ones(1, 3, 4, 3))
-    with pytest.raises(ValueError, match=r"there is no policy\.json"):
-        load_policy(tmp_path / "elsewhere")
+    (tmp_path / "policy.safetensors").write_bytes(b"cut off")
+    other = json.dumps(dataclasses.asdict(SIZES) | {"width": 32})
+    for folder, sizes in (
+        (tmp_path, None),
+        (tmp_path, other),
+        (tmp_path, "{"),
+        (tmp_path / "elsewhere", None),
+    ):
+        if sizes is not None:
+            (folder / "policy.json").write_text(sizes)
+        with pytest.raises(ValueError, match=r"no policy in .*; train one with experiment=ceed_teacher"):
+            load_policy(folder)
 
 
 def test_observations_and_sizes_that_do_not_fit_are_refused():

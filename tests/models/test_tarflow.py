@@ -146,7 +146,10 @@ def test_a_folder_is_read_back_and_what_is_none_is_refused(tmp_path):
     assert torch.equal(load_tarflow(tmp_path)(pixels, text)[0], model(pixels, text)[0])
     settings = json.loads((tmp_path / "flow.json").read_text())
     (tmp_path / "flow.json").write_text(json.dumps(settings | {"width": 32}))
-    for folder in (tmp_path, tmp_path / "none"):
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "flow.json").write_text(json.dumps(settings))
+    (tmp_path / "cut" / "flow.safetensors").write_bytes(b"cut off")
+    for folder in (tmp_path, tmp_path / "none", tmp_path / "cut"):
         with pytest.raises(ValueError, match=r"no flow in .*experiment=tarflow"):
             load_tarflow(folder)
 

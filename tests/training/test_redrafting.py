@@ -25,7 +25,7 @@ TRAINING = CorrectorTraining(width=8, passes=PASSES)
 def backbone():
     """A model in which a code depends on the one to its left."""
     found = tiny_chameleon(12, hidden_size=16, seed=5, scale=0.8).requires_grad_(False)
-    found.draft_head = DraftCorrector(16, 8)
+    found.corrector = DraftCorrector(16, 8)
     return found
 
 
@@ -58,7 +58,8 @@ def test_passes_are_those_of_decoding(backbone, monkeypatch, noisy):
     ids = sample.image_ids.flatten(1)
     top = draw_levels(*ids.shape, PASSES, redrafting._RUNS, torch.Generator().manual_seed(4))
     assert len(set(top.flatten().tolist())) == PASSES + 1
-    read = (top > 0) | (torch.nn.functional.pad(top, (1, 0))[:, :-1] > 0)
+    begins = torch.arange(ids.shape[1]) % sample.layout.width == 0
+    read = (top > 0) | ((torch.nn.functional.pad(top, (1, 0))[:, :-1] > 0) & ~begins)
     gumbel = torch.zeros(*ids.shape, 12).masked_scatter(read[..., None], kept["gumbel"])
     assert seen[0][1] is None
     assert torch.equal(seen[0][0].image_ids, sample.image_ids)
@@ -84,10 +85,49 @@ def test_passes_are_those_of_decoding(backbone, monkeypatch, noisy):
     assert torch.equal((law + gumbel).argmax(-1)[read], ids[read]), "the image is what decoding draws"
 
 
+@pytest.mark.parametrize("noisy", [True, False])
+def test_a_neighbour_is_what_decoding_calls_one(backbone, monkeypatch, noisy):
+    """Behind a row's end there is none, and what entered as noise is not known."""
+    sample, read = images_of(backbone, 2), []
+    width, codes = sample.layout.width, backbone.num_codes
+    marked = torch.arange(codes + 1)[:, None].expand(-1, 16).float()
+    monkeypatch.setattr(redrafting, "code_rows", lambda *_: marked)
+    for part in (backbone.corrector.old, backbone.corrector.new):
+        monkeypatch.setattr(part, "forward", lambda rows, read=read: read.append(rows[:, 0]) or rows[:, :8])
+    corrections_of(backbone, sample, TRAINING, noisy, torch.Generator().manual_seed(4))
+    ids = sample.image_ids.flatten(1)
+    top = draw_levels(*ids.shape, PASSES, redrafting._RUNS, torch.Generator().manual_seed(4))
+    columns = torch.arange(ids.shape[1]) % width
+    before, left = (torch.nn.functional.pad(value, (1, 0))[:, :-1] for value in (top, ids))
+    open_, begins = top > 0, (columns == 0).expand_as(top)
+    chosen = open_ | ((before > 0) & ~begins)
+    # of the last pass: `old` is asked first, `new` behind it for the true neighbours
+    old, new = read[-2:]
+    assert torch.equal(new.long(), torch.where(begins, codes, left)[chosen])
+    entered = (before == PASSES) & ~begins
+    assert (old.long()[begins[chosen]] == codes).all()
+    assert (old.long()[entered[chosen]] == codes).all() == noisy
+    settled = (before == 0) & ~begins
+    assert torch.equal(old.long()[settled[chosen]], left[settled & chosen])
+
+
+def test_of_a_large_codebook_a_part_of_the_image_is_open(backbone, monkeypatch):
+    sample, seen = images_of(backbone, 2), []
+    real = redrafting.posterior_gumbel
+    monkeypatch.setattr(
+        redrafting, "posterior_gumbel", lambda law, *rest: seen.append(law) or real(law, *rest)
+    )
+    for most in (10**9, 12 * 10):
+        monkeypatch.setattr(redrafting, "_MOST_NUMBERS", most)
+        corrections_of(backbone, sample, TRAINING, True, torch.Generator().manual_seed(4))
+    whole, part = (len(law) for law in seen)
+    assert part <= 2 * (10 + 1) < whole
+
+
 def test_it_learns_from_real_images_what_saves_passes_of_others(backbone):
     torch.manual_seed(0)
-    backbone.draft_head = DraftCorrector(16, 32)
-    optimizer = torch.optim.AdamW(backbone.draft_head.parameters(), 3e-3)
+    backbone.corrector = DraftCorrector(16, 32)
+    optimizer = torch.optim.AdamW(backbone.corrector.parameters(), 3e-3)
     rng, rights = torch.Generator().manual_seed(1), []
     sample = images_of(backbone, 160)
     for step in range(150):
@@ -99,7 +139,7 @@ def test_it_learns_from_real_images_what_saves_passes_of_others(backbone):
         optimizer.step()
         rights.append(float(found.right))
     assert sum(rights[-20:]) > sum(rights[:20]) + 20 * 0.05
-    backbone.draft_head.requires_grad_(False)
+    backbone.corrector.requires_grad_(False)
     config = DecodingConfig("sjd2", 12, 1, corrector=Correction(OWN))
     passes, ids = {}, {}
     for name, method in {"own": config, "none": replace(config, corrector=Correction())}.items():
@@ -109,7 +149,7 @@ def test_it_learns_from_real_images_what_saves_passes_of_others(backbone):
         passes[name], ids[name] = int(output.stats.nfe.sum()), output.slot_ids
     assert torch.equal(ids["own"], ids["none"])
     assert passes["own"] < 0.93 * passes["none"]
-    backbone.draft_head = DraftCorrector(16, 8)
+    backbone.corrector = DraftCorrector(16, 8)
 
 
 @pytest.mark.parametrize(
@@ -122,24 +162,24 @@ def test_a_method_that_cannot_use_the_own_one_goes_without(backbone, changes):
     assert not config.problems()
     assert not config.corrects
     layout, prompts = backbone.layout(8, 8), list(RAGGED_PROMPTS[:2])
-    backbone.draft_head = DraftCorrector(16, 4)
-    torch.nn.init.normal_(backbone.draft_head.out.weight)
+    backbone.corrector = DraftCorrector(16, 4)
+    torch.nn.init.normal_(backbone.corrector.out.weight)
     its = decode(backbone, prompts, [1, 2], config, layout)
     plain = decode(backbone, prompts, [1, 2], replace(config, corrector=Correction()), layout)
     assert its.stats.nfe.tolist() == plain.stats.nfe.tolist()
-    backbone.draft_head = DraftCorrector(16, 8)
+    backbone.corrector = DraftCorrector(16, 8)
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_its_loss_reaches_the_trunk_if_asked_for(stop_gradient):
     training = CorrectorTraining(width=8, stop_gradient=stop_gradient)
     module = module_of(NOISE, corrector=training)
-    torch.nn.init.normal_(module.backbone.draft_head.out.weight)
+    torch.nn.init.normal_(module.backbone.corrector.out.weight)
     images = images_of(module.backbone.eval(), 2)
     corrections_of(module.backbone, images, training, True, torch.Generator().manual_seed(0)).loss.backward()
     trunk = [p for name, p in module.backbone.named_parameters() if ".layers." in name]
     assert all((p.grad is None) == stop_gradient for p in trunk)
-    assert all(p.grad is not None for p in module.backbone.draft_head.parameters())
+    assert all(p.grad is not None for p in module.backbone.corrector.parameters())
 
 
 def test_a_step_adds_its_loss_to_that_of_the_objective():
@@ -173,17 +213,17 @@ def test_in_other_steps_it_does_not_learn_and_ranks_still_find_its_gradients():
         module.training_step(batch_of(), 0).backward()
     finally:
         del type(module).global_step
-    assert all(p.grad is not None and not p.grad.any() for p in module.backbone.draft_head.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in module.backbone.corrector.parameters())
 
 
 def test_one_that_is_there_is_trained_on_or_kept():
     module = module_of(NOISE, corrector=CorrectorTraining(width=8))
-    head = module.backbone.draft_head
+    head = module.backbone.corrector
     again = module_of(NOISE, module.backbone, corrector=CorrectorTraining(width=8))
-    assert again.backbone.draft_head is head
+    assert again.backbone.corrector is head
     assert head.new.weight.requires_grad
     kept = module_of(NOISE, module.backbone)
-    assert kept.backbone.draft_head is head
+    assert kept.backbone.corrector is head
     assert not head.new.weight.requires_grad
     other = module_of(NOISE, module.backbone, corrector=CorrectorTraining(width=4))
-    assert other.backbone.draft_head.width == 4
+    assert other.backbone.corrector.width == 4

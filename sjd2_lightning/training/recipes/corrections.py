@@ -15,7 +15,6 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 from sjd2_lightning.decoding import DecodingConfig, decode
 from sjd2_lightning.decoding.law import guided
@@ -26,7 +25,7 @@ from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.models.draft_corrector import DraftCorrector, code_rows
 from sjd2_lightning.run.stages import Advance
 from sjd2_lightning.run.values import Within, wrong_values
-from sjd2_lightning.training.optimizer import with_one_cycle
+from sjd2_lightning.training.recipes.fitting import fit
 
 
 @dataclass(frozen=True)
@@ -171,20 +170,10 @@ class Learner:
             recipe: how.
             advance: called with the number of steps done.
         """
-        optimizer = torch.optim.AdamW(self.corrector.parameters(), lr=recipe.lr, weight_decay=0.01)
-        schedule = with_one_cycle(optimizer, recipe.lr, recipe.steps, 0.05)["lr_scheduler"]["scheduler"]
-        rng = torch.Generator().manual_seed(recipe.seed)
-        loader = DataLoader(TensorDataset(*slots), recipe.batch, shuffle=True, generator=rng)
-        done = 0
-        while done < recipe.steps:
-            for fields in loader:
-                part = self._there(Traces(*fields))
-                before, change = self.scores(part)
-                optimizer.zero_grad()
-                F.cross_entropy(before + change, part.codes).backward()
-                optimizer.step()
-                schedule.step()
-                advance(1)
-                done += 1
-                if done == recipe.steps:
-                    break
+
+        def loss_of(rows: Traces) -> Tensor:
+            part = self._there(rows)
+            before, change = self.scores(part)
+            return F.cross_entropy(before + change, part.codes)
+
+        fit(self.corrector.parameters(), slots, loss_of, recipe, advance)

@@ -14,7 +14,6 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 from sjd2_lightning.decoding import DecodingConfig, decode
 from sjd2_lightning.decoding.law import guided
@@ -26,7 +25,7 @@ from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.models.block_drafter import BlockDrafter, copied_logits
 from sjd2_lightning.run.stages import Advance
 from sjd2_lightning.run.values import Share, Within, wrong_values
-from sjd2_lightning.training.optimizer import with_one_cycle
+from sjd2_lightning.training.recipes.fitting import fit
 
 
 @dataclass(frozen=True)
@@ -220,20 +219,11 @@ class BlockLearner:
             recipe: how.
             advance: called with the number of steps done.
         """
-        optimizer = torch.optim.AdamW(self.drafter.parameters(), lr=recipe.lr, weight_decay=0.01)
-        schedule = with_one_cycle(optimizer, recipe.lr, recipe.steps, 0.05)["lr_scheduler"]["scheduler"]
         rng = torch.Generator().manual_seed(recipe.seed)
-        loader = DataLoader(TensorDataset(*windows), recipe.batch, shuffle=True, generator=rng)
-        done = 0
-        while done < recipe.steps:
-            for fields in loader:
-                part = self._there(Windows(*fields))
-                unknown = torch.rand(part.codes.shape, generator=rng) < recipe.unknown
-                optimizer.zero_grad()
-                self.loss(part, recipe.least, unknown.to(part.codes.device)).backward()
-                optimizer.step()
-                schedule.step()
-                advance(1)
-                done += 1
-                if done == recipe.steps:
-                    break
+
+        def loss_of(rows: Windows) -> Tensor:
+            part = self._there(rows)
+            unknown = torch.rand(part.codes.shape, generator=rng) < recipe.unknown
+            return self.loss(part, recipe.least, unknown.to(part.codes.device))
+
+        fit(self.drafter.parameters(), windows, loss_of, recipe, advance)

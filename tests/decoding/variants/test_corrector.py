@@ -61,10 +61,10 @@ def test_a_round_takes_the_best_code_of_the_changed_law(tmp_path, guidance):
     network = DraftCorrector.load(path, HIDDEN)
     sides = 1 if guidance == "off" else 2
     scale = {"off": 1.0, "constant": 2.5, "by slot": 3 * torch.rand(size, generator=rng)}[guidance]
-    table = torch.randn(NUM_CODES + 1, HIDDEN, generator=rng)
+    table = torch.randn(NUM_CODES + 2, HIDDEN, generator=rng)  # there are two structural tokens
     hidden = torch.randn(sides * size[0], size[1], HIDDEN, generator=rng)
     log, noise = torch.randn(2, *size, NUM_CODES, generator=rng)
-    fed, tokens = torch.randint(NUM_CODES + 1, (2, *size), generator=rng)  # the last one is a row's end
+    fed, tokens = torch.randint(NUM_CODES + 2, (2, *size), generator=rng)
     is_code = fed < NUM_CODES
     tokens = tokens.clamp_max(NUM_CODES - 1).where(is_code, fed)
     levels = torch.randint(2, size, generator=rng)

@@ -24,6 +24,17 @@ def backbone():
     return tiny_chameleon(12, hidden_size=16, seed=5, scale=0.8).requires_grad_(False)
 
 
+def test_guidance_of_a_window_is_that_of_its_last_slot(backbone):
+    layout = backbone.layout(*PIXELS)
+    sampling = Sampling(guidance_scale=3.0, guidance_schedule="linear")
+    config = DecodingConfig("sjd2", 7, 1, sampling=sampling)
+    windows = windows_of(backbone, list(RAGGED_PROMPTS[:1]), [3], config, layout, 10**6)
+    scales = sampling.scales(layout.num_slots)
+    assert len(windows.scale) > 3
+    assert float(windows.scale.min()) >= float(scales[6])
+    assert all(torch.isclose(scale, scales).any() for scale in windows.scale)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("num_levels", [0, 2])
 def test_what_it_learns_from_is_what_decoding_shows_it(backbone, tmp_path, monkeypatch, num_levels, guidance):

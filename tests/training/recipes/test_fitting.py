@@ -1,5 +1,6 @@
 """What trains and what measures, and the steps of small networks."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -34,10 +35,9 @@ def test_steps_see_all_rows_in_turn_and_end_small():
     done = []
     fit([weight], rows, loss_of, recipe, done.append)
     assert len(done) == sum(done) == len(seen) == 40
-    assert sorted(sum(seen[:3], [])) == sorted(sum(seen[3:6], [])) == list(range(6))
+    for first in (0, 3):
+        assert sorted(row for rows in seen[first : first + 3] for row in rows) == list(range(6))
     assert seen[:3] != seen[3:6], "in another order"
-    steps = [
-        float((later - earlier).abs().max()) for earlier, later in zip(moves[1:], moves[2:], strict=False)
-    ]
+    steps = [float((later - earlier).abs().max()) for earlier, later in pairwise(moves[1:])]
     assert max(steps) == pytest.approx(0.1, rel=0.05)
     assert steps[-1] < 0.01

@@ -18,7 +18,7 @@ from sjd2_lightning.config.groups import shipped
 from sjd2_lightning.config.model_group import ModelConfig
 from sjd2_lightning.config.runs import SharedConfig, TrainConfig
 from sjd2_lightning.data import DataConfig
-from sjd2_lightning.data.datamodule import CodeDataModule
+from sjd2_lightning.data.datamodule import CaptionLimit, CodeDataModule
 from sjd2_lightning.data.index import HELD_OUT_NAME, PROMPTS_NAME
 from sjd2_lightning.data.sources.coco import coco_items
 from sjd2_lightning.data.sources.emoji import load_emoji_index
@@ -85,6 +85,7 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
         chunks = ChunkModule(config.ceed, recipe_dir(config), config.optimizer.lr)
         return chunks, Chunks(config.ceed, data.batch_size, config.seed)
     backbone = build_backbone(config.model, captions=captions_of(config.data))
+    CaptionLimit(backbone, backbone.layout(*config.model.image_size))  # refuses before shards are made
     if config.model.quantize is not None:
         with stage("rounding the weights"):
             round_frozen(backbone.trunk.layers)

@@ -30,6 +30,7 @@ class ScratchConfig(Group):
     intermediate_size: Annotated[int, Field(ge=1, le=2**18)]
     num_layers: Annotated[int, Field(ge=1, le=1000)]
     num_heads: Annotated[int, Field(ge=1, le=2**16)]
+    num_positions: Annotated[int, Field(ge=1, le=2**20)]
 
     def problems(self) -> list[str]:
         """Heads that do not divide the width, a missing image tokenizer."""

@@ -216,6 +216,7 @@ def tiny_trunk_config(
     intermediate_size: int,
     num_layers: int,
     num_heads: int,
+    num_positions: int,
 ) -> ChameleonConfig:
     """Configuration of a small Chameleon whose vocabulary map names its codes as the released one does."""
     letters = str.maketrans("0123456789", "ABCDEFGHIJ")
@@ -227,7 +228,7 @@ def tiny_trunk_config(
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_heads,
-        max_position_embeddings=1024,
+        max_position_embeddings=num_positions,
         bos_token_id=text_tokenizer.bos_token_id,
         eos_token_id=text_tokenizer.eos_token_id,
         pad_token_id=None,
@@ -253,6 +254,7 @@ def build_tiny(
     intermediate_size: int = 512,
     num_layers: int = 6,
     num_heads: int = 6,
+    num_positions: int = 1024,
 ) -> ChameleonBackbone:
     """A tiny backbone with random weights and the text tokenizer of the given captions.
 
@@ -261,13 +263,21 @@ def build_tiny(
         image_tokenizer: folder of the trained image tokenizer.
         text_vocab_size: size of the whole vocabulary, codes and control tokens included.
         hidden_size, intermediate_size, num_layers, num_heads: sizes of the trunk.
+        num_positions: most tokens of a prompt and its image.
     """
     images = load_image_tokenizer(image_tokenizer)
     text = train_text_tokenizer(captions, images.num_codes, text_vocab_size)
     ids = text.convert_tokens_to_ids
     first_code = ids("<code0>")
     config = tiny_trunk_config(
-        text, images.num_codes, first_code, hidden_size, intermediate_size, num_layers, num_heads
+        text,
+        images.num_codes,
+        first_code,
+        hidden_size,
+        intermediate_size,
+        num_layers,
+        num_heads,
+        num_positions,
     )
     config._attn_implementation = "sdpa"
     tokens = ChameleonTokens(

@@ -92,13 +92,12 @@ class _Kept:
         following[rows[settled], places[settled]] = iteration.tokens.cpu().short()[settled]
 
 
-def mixed_labels(teacher: Tensor, shown: Tensor, max_distance: float) -> Tensor:
-    """(n, N) codes to learn: the teacher's, or what was shown where the teacher's lie too far from it.
+def near_enough(teacher: Tensor, shown: Tensor, max_distance: float) -> Tensor:
+    """(n,) bool: whether the label of a chunk is what the teacher decoded, and not the demonstration.
 
     Args:
         teacher, shown: (n, N) codes of the teacher and of the demonstrations.
         max_distance: largest mean distance over a chunk, in bins, at which the teacher is right; infinity
             takes all of the teacher's, -1 none. The paper leaves the norm's scale and the value open.
     """
-    distance = (teacher - shown).abs().float().mean(1)
-    return torch.where((distance <= max_distance)[:, None], teacher, shown)
+    return (teacher - shown).abs().float().mean(1) <= max_distance

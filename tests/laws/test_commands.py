@@ -172,6 +172,16 @@ def test_a_step_of_each_recipe(composed, tiny_folder, experiment):
     assert not shipped.exists(), "a trial run leaves the shipped weights alone"
 
 
+def test_images_too_long_for_a_model_are_refused_before_shards_are_made(composed, tiny_folder):
+    own = ["hidden_size=16", "intermediate_size=16", "num_layers=1", "num_positions=16"]
+    own.append(f"image_tokenizer={tiny_folder / 'model' / 'tokenizer'}")
+    scratch = [f"model.scratch.{key}" for key in own]
+    config = composed("train", "experiment=tiny_base", *QUIET[1:], *scratch, "data.data_dir=new")
+    with pytest.raises(ValueError, match=r"the model has 16 positions; set a smaller model\.image_size"):
+        train(config)
+    assert not Path("new").exists()
+
+
 def test_a_sweep_of_fine_tuning(command, tiny_folder, tmp_path):
     places = [f"model.path={tiny_folder / 'model'}", f"data.data_dir={tiny_folder / 'data'}", "run_dir=sweep"]
     status = command(

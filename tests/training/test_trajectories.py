@@ -7,7 +7,7 @@ import torch
 
 from sjd2_lightning.decoding import DecodingConfig, decode
 from sjd2_lightning.training.states import TeacherForced, logits_of
-from sjd2_lightning.training.trajectories import GREEDY, jacobi_trajectories, mixed_labels
+from sjd2_lightning.training.trajectories import GREEDY, jacobi_trajectories, near_enough
 from tests.decoding.variants.test_early_exit import TEXTS, N, policy
 
 SEEDS = list(range(len(TEXTS)))
@@ -42,8 +42,5 @@ def test_drawn_states_are_on_the_way_and_spread_over_it():
 def test_labels_are_the_teacher_s_up_to_a_distance():
     shown = torch.tensor([[5, 5, 5, 5], [5, 5, 5, 5], [5, 5, 5, 5]])
     teacher = torch.tensor([[5, 5, 5, 5], [6, 4, 6, 4], [9, 9, 1, 5]])  # 0, 1 and 3 bins away
-    assert torch.equal(mixed_labels(teacher, shown, math.inf), teacher)
-    assert torch.equal(mixed_labels(teacher, shown, -1), shown)
-    mixed = mixed_labels(teacher, shown, 1)
-    assert torch.equal(mixed, torch.stack([teacher[0], teacher[1], shown[2]]))
-    assert torch.equal(mixed_labels(teacher, shown, 0.9)[1], shown[1])
+    near = {limit: near_enough(teacher, shown, limit).tolist() for limit in (-1, 0.9, 1, math.inf)}
+    assert near == {-1: [False] * 3, 0.9: [True, False, False], 1: [True, True, False], math.inf: [True] * 3}

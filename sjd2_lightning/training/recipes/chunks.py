@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -15,8 +16,9 @@ from sjd2_lightning.models.policy import ActionPolicy, load_policy
 from sjd2_lightning.training.optimizer import with_one_cycle
 from sjd2_lightning.training.recipes import ChunkRecipe
 from sjd2_lightning.training.states import TeacherForced, logits_of
-from sjd2_lightning.training.trajectories import Trajectories, jacobi_trajectories, mixed_labels
+from sjd2_lightning.training.trajectories import Trajectories, jacobi_trajectories, near_enough
 
+log = logging.getLogger(__name__)
 _BETAS, _DECAY = (0.9, 0.95), 0.01
 _NUM_HELD_OUT = 60  # demonstrations behind val/loss
 _HELD_OUT_SEED = 10_000  # of them, away from those of any training
@@ -155,7 +157,7 @@ class ChunkSet(Dataset[ChunkBatch]):
     Args:
         windows: n windows.
         followed: trajectories of the teacher over them; None without one.
-        max_distance: see `training.trajectories.mixed_labels`.
+        max_distance: see `training.trajectories.near_enough`.
         seed: seed of the states that are drawn.
     """
 
@@ -166,8 +168,11 @@ class ChunkSet(Dataset[ChunkBatch]):
         self.followed, self.rng = followed, torch.Generator().manual_seed(seed)
         self.labels = self.shown
         if followed is not None:
-            ends = followed.ends.long()
-            self.labels = mixed_labels(ends, self.shown.flatten(1), max_distance).view_as(self.shown)
+            ends, shown = followed.ends.long(), self.shown.flatten(1)
+            near = near_enough(ends, shown, max_distance)
+            self.labels = torch.where(near[:, None], ends, shown).view_as(self.shown)
+            share = float(near.float().mean())
+            log.info("labels: %.0f %% the teacher's, %.0f %% demonstrations", 100 * share, 100 - 100 * share)
 
     def __len__(self) -> int:
         return len(self.numbers)

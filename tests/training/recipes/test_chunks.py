@@ -36,13 +36,16 @@ def batch_of(values):
     return next(iter(data.train_dataloader())), data
 
 
-def test_labels_come_from_where_the_distance_says(teacher):
+def test_labels_come_from_where_the_distance_says(teacher, caplog):
+    caplog.set_level("INFO", logger="sjd2_lightning")
     shown = batch_of(recipe())[1].train_set.labels
     pure, data = batch_of(recipe(teacher=teacher, max_distance=math.inf))
     assert torch.equal(data.train_set.labels.flatten(1), data.train_set.followed.ends.long())
     assert torch.equal(pure.labels, pure.ends)
+    assert "labels: 100 % the teacher's, 0 % demonstrations" in caplog.text
     truth = batch_of(recipe(teacher=teacher, max_distance=-1, consistency=1.0))[1].train_set
     assert torch.equal(truth.labels, shown)
+    assert "labels: 0 % the teacher's, 100 % demonstrations" in caplog.text
     mixed = batch_of(recipe(teacher=teacher, max_distance=3.0))[1].train_set.labels
     own = [(mixed == other).flatten(1).all(1) for other in (shown, data.train_set.labels)]
     assert (own[0] | own[1]).all()

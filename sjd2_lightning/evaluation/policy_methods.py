@@ -28,7 +28,9 @@ class PolicyEvaluation:
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
         found = wrong_values(self)
-        if self.baseline not in self.weights:
+        if not self.weights:
+            found.append("weights={}: give at least the folder of the baseline")
+        elif self.baseline not in self.weights:
             found.append(f"baseline={self.baseline}: is none of weights, {', '.join(self.weights)}")
         for name, folder in self.weights.items():
             if not name.isidentifier():

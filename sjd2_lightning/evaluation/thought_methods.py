@@ -95,9 +95,11 @@ class ThoughtEvaluation:
         if BASELINE not in self.compare:
             found.append(f"compare={list(self.compare)}: leave {BASELINE} in; all are compared with it")
         baseline = self.ways.get(BASELINE)
-        if baseline is None or baseline.kind != "latents" or baseline.schedule.window != 1:
-            found.append(
-                f"ways.{BASELINE}: must be kind=latents with schedule.window=1, the chain that others are "
-                "compared with"
-            )
+        chain = f"ways.{BASELINE}", "the chain, which others are compared with"
+        if baseline is None:
+            found.append(f"ways: leave {BASELINE} in, {chain[1]}")
+        elif baseline.kind != "latents":
+            found.append(f"{chain[0]}.kind={baseline.kind}: must be latents, {chain[1]}")
+        elif baseline.schedule.window != 1:
+            found.append(f"{chain[0]}.schedule.window={baseline.schedule.window}: must be 1, {chain[1]}")
         return found

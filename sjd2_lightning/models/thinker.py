@@ -78,7 +78,7 @@ class ThoughtSettings:
         found = wrong_values(self)
         if self.num_passes > 0 and not self.num_latents:
             found.append(
-                f"num_passes={self.num_passes}: without latents there is nothing to pass over; set it to 0"
+                f"num_latents=0: num_passes={self.num_passes} has nothing to pass over; set num_passes=0"
             )
         if not self.answer_prompt.strip():
             found.append("answer_prompt='': give a text; the answer begins behind it")

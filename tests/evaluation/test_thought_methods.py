@@ -13,7 +13,9 @@ WHOLE = ThoughtEvaluation("weights", {"ar": CHAIN, "pause": ThoughtMethod("pause
 def test_a_baseline_is_the_chain_and_is_compared():
     assert WHOLE.problems() == []
     (line,) = replace(WHOLE, ways={"ar": ThoughtMethod()}).problems()
-    assert line.startswith("ways.ar: must be kind=latents with schedule.window=1")
+    assert line == "ways.ar.schedule.window=0: must be 1, the chain, which others are compared with"
+    (line,) = replace(WHOLE, ways={"ar": ThoughtMethod("pause")}).problems()
+    assert line == "ways.ar.kind=pause: must be latents, the chain, which others are compared with"
     assert replace(WHOLE, compare=("pause",)).problems() == [
         "compare=['pause']: leave ar in; all are compared with it"
     ]

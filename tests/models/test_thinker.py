@@ -53,7 +53,7 @@ def test_wrong_values_and_folders_are_named(tmp_path):
     assert replace(SIZES, width=30).problems() == ["width=30: must be a multiple of 2 num_heads=4"]
     (line,) = ThinkerSizes(str(tmp_path)).problems()
     assert line.startswith(f"path={tmp_path}: there is no config.json")
-    assert ThoughtSettings(0, 2).problems()[0].startswith("num_passes=2: without latents")
+    assert ThoughtSettings(0, 2).problems()[0].startswith("num_latents=0: num_passes=2 has nothing")
     assert ThoughtSettings(answer_prompt=" ").problems()
     with pytest.raises(ValueError, match=r"pccot\.model\.width=30"):
         build_thinker(replace(SIZES, width=30), SETTINGS)

@@ -186,7 +186,11 @@ class ChunkRecipe:
         """What is wrong with the values, a line each, starting with the key."""
         found = [*wrong_values(self), *(f"sizes.{line}" for line in self.sizes.problems())]
         if self.teacher is None and self.needs_teacher:
-            found.append("teacher=null: labels and consistency need one; train it by experiment=ceed_teacher")
+            asks = "consistency" if self.consistency > 0 else "max_distance"
+            found.append(
+                f"{asks}={getattr(self, asks):g}: needs a teacher, and teacher=null; train one by "
+                "experiment=ceed_teacher, and name its folder"
+            )
         if self.teacher is not None and not (Path(self.teacher) / "policy.json").is_file():
             found.append(
                 f"teacher={self.teacher}: there is no policy.json; run `sjd2 train experiment=ceed_teacher` "

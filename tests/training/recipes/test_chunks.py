@@ -87,7 +87,8 @@ def test_a_distilled_policy_is_saved(teacher, tmp_path):
     [
         ({"max_distance": -2.0}, "max_distance=-2.0: must be at least -1"),
         ({"max_distance": math.nan}, "max_distance=nan: must be at least -1"),
-        ({"consistency": 1.0}, "teacher=null: labels and consistency need one"),
+        ({"consistency": 1.0}, "consistency=1: needs a teacher, and teacher=null"),
+        ({"max_distance": 0.0}, "max_distance=0: needs a teacher, and teacher=null"),
         ({"teacher": "nowhere"}, "teacher=nowhere: there is no policy.json"),
         ({"label_weight": 0.0}, "label_weight=0"),
         ({"sizes": PolicySizes(width=20)}, "sizes.width=20"),

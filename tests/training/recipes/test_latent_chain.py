@@ -150,7 +150,7 @@ def test_batches_are_the_seeds_own():
 
 
 def test_wrong_values_are_named():
-    with pytest.raises(ValueError, match=r"pccot\.thoughts\.num_passes=2: without latents"):
+    with pytest.raises(ValueError, match=r"pccot\.thoughts\.num_latents=0: num_passes=2 has"):
         ThoughtModule(replace(RECIPE, thoughts=replace(SETTINGS, num_latents=0, num_passes=2)), OPTIMIZER)
     with pytest.raises(ValueError, match=r"pccot\.lora\.rank=0"):
         ThoughtModule(replace(RECIPE, lora=LoraSettings(rank=0)), OPTIMIZER)

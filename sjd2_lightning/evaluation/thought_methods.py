@@ -95,11 +95,11 @@ class ThoughtEvaluation:
         if BASELINE not in self.compare:
             found.append(f"compare={list(self.compare)}: leave {BASELINE} in; all are compared with it")
         baseline = self.ways.get(BASELINE)
-        chain = f"ways.{BASELINE}", "the chain, which others are compared with"
+        why = "others are compared with the chain"
         if baseline is None:
-            found.append(f"ways: leave {BASELINE} in, {chain[1]}")
+            found.append(f"ways: leave {BASELINE} in; {why}")
         elif baseline.kind != "latents":
-            found.append(f"{chain[0]}.kind={baseline.kind}: must be latents, {chain[1]}")
+            found.append(f"ways.{BASELINE}.kind={baseline.kind}: must be latents; {why}")
         elif baseline.schedule.window != 1:
-            found.append(f"{chain[0]}.schedule.window={baseline.schedule.window}: must be 1, {chain[1]}")
+            found.append(f"ways.{BASELINE}.schedule.window={baseline.schedule.window}: must be 1; {why}")
         return found

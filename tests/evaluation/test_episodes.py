@@ -146,3 +146,4 @@ def test_a_policy_without_plain_decoding_and_folders_without_one_are_refused(tmp
     assert [line.split(":")[0] for line in problems] == [
         "baseline=c", "weights.a b", f"weights.a b={tmp_path}",
     ]  # fmt: skip
+    assert PolicyEvaluation({}, "c").problems() == ["weights={}: give at least the folder of the baseline"]

@@ -13,9 +13,10 @@ WHOLE = ThoughtEvaluation("weights", {"ar": CHAIN, "pause": ThoughtMethod("pause
 def test_a_baseline_is_the_chain_and_is_compared():
     assert WHOLE.problems() == []
     (line,) = replace(WHOLE, ways={"ar": ThoughtMethod()}).problems()
-    assert line == "ways.ar.schedule.window=0: must be 1, the chain, which others are compared with"
+    assert line == "ways.ar.schedule.window=0: must be 1; others are compared with the chain"
     (line,) = replace(WHOLE, ways={"ar": ThoughtMethod("pause")}).problems()
-    assert line == "ways.ar.kind=pause: must be latents, the chain, which others are compared with"
+    assert line == "ways.ar.kind=pause: must be latents; others are compared with the chain"
+    assert "ways: leave ar in; others are compared with the chain" in replace(WHOLE, ways={}).problems()
     assert replace(WHOLE, compare=("pause",)).problems() == [
         "compare=['pause']: leave ar in; all are compared with it"
     ]

@@ -128,6 +128,7 @@ def build_backbone(
     """
     if model.scratch is not None:
         sizes = model.scratch.model_dump() | {"image_tokenizer": shipped(model.scratch.image_tokenizer)}
+        sizes["start"] = model.scratch.start and shipped(model.scratch.start)
         with stage("making a new model"):
             return build_tiny(captions, **sizes)
     if model.init == "random_tiny" and path in (None, model.folder):

@@ -31,9 +31,10 @@ class ScratchConfig(Group):
     num_layers: Annotated[int, Field(ge=1, le=1000)]
     num_heads: Annotated[int, Field(ge=1, le=2**16)]
     num_positions: Annotated[int, Field(ge=1, le=2**20)]
+    start: str | None
 
     def problems(self) -> list[str]:
-        """Heads that do not divide the width, a missing image tokenizer."""
+        """Heads that do not divide the width, a missing image tokenizer, no model to start with."""
         found = []
         if self.hidden_size % self.num_heads:
             found.append(f"hidden_size={self.hidden_size}: must be a multiple of num_heads={self.num_heads}")
@@ -42,6 +43,8 @@ class ScratchConfig(Group):
                 f"image_tokenizer={self.image_tokenizer}: there is no image tokenizer; train it with "
                 "`sjd2 train experiment=tiny_tokenizer`"
             )
+        if self.start is not None and not (shipped(self.start) / "backbone.json").is_file():
+            found.append(f"start={self.start}: has no backbone.json; give a folder that training exported")
         return found
 
 

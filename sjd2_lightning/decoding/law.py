@@ -60,7 +60,7 @@ def guided(
 ) -> Float[Tensor, "B *slots K"]:
     """Classifier-free guidance `u + s (c - u)` on logits of stacked rows: conditional, then unconditional.
 
-    A code that both sides ban, by -inf, stays banned.
+    A code that the prompt's side bans, by -inf, stays banned.
 
     Args:
         logits: (2B, ..., K); with a scale of 1 (B, ..., K), which are returned as they are.
@@ -77,7 +77,7 @@ def guided(
     else:
         conditional, unconditional = logits.float().chunk(2)
         mixed = torch.add(unconditional, conditional - unconditional, alpha=guidance_scale)
-    return mixed.masked_fill_(torch.maximum(conditional, unconditional) == -torch.inf, -torch.inf)
+    return mixed.masked_fill_(conditional == -torch.inf, -torch.inf)
 
 
 def log_law(logits: Float[Tensor, "*slots K"], sampling: Sampling) -> Float[Tensor, "*slots K"]:

@@ -34,7 +34,7 @@ from sjd2_lightning.models.lora import (
 )
 from sjd2_lightning.models.recompute import checkpoint_arguments
 from sjd2_lightning.models.rounding import round_to_decode
-from sjd2_lightning.models.trunk import ARTEFACTS, InvariantTrunk, LayeredTrunk, cache_argument
+from sjd2_lightning.models.trunk import ARTEFACTS, EagerTrunk, InvariantTrunk, LayeredTrunk, cache_argument
 from sjd2_lightning.models.weights import ADAPTER, BACKBONE_FILE, TEXT, TRUNK
 
 PROMPT = "{prompt}"  # place of a user's words in a template
@@ -108,7 +108,7 @@ class PretrainedBackbone(Backbone):
         for part in self.UNTRAINED:
             model.get_submodule(part).requires_grad_(False)
         self._cache_name = cache_argument(self.trunk)
-        self._compiled = False
+        self.compiled = False
         self.quantized: str | None = None  # what `quantize` was asked for
         self.num_codes = image_tokenizer.num_codes
         self.hidden_size = model.config.get_text_config().hidden_size
@@ -161,7 +161,7 @@ class PretrainedBackbone(Backbone):
         for layer in self.trunk.layers:
             layer.compile(fullgraph=True, dynamic=False, backend=backend)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, ARTEFACTS)
-        self._compiled = True
+        self.compiled = True
 
     def attend_flexibly(self) -> None:
         """Takes FlexAttention where `forward` is given what queries see, and SDPA under a dense mask."""
@@ -229,8 +229,8 @@ class PretrainedBackbone(Backbone):
     ) -> Tensor:
         mask: Any = attention_mask
         mask = blocks_of(mask) if isinstance(mask, Visible) else additive(mask, embeddings.dtype)
-        decodes = self._compiled and cache is not None
-        if self._compiled and torch.is_grad_enabled() and not embeddings.requires_grad:
+        decodes = self.compiled and cache is not None
+        if self.compiled and torch.is_grad_enabled() and not embeddings.requires_grad:
             # behind frozen embeddings the first layer would be compiled apart from the others
             embeddings = embeddings.detach().requires_grad_()
         with torch.compiler.set_stance("force_eager") if decodes else nullcontext():
@@ -264,7 +264,7 @@ class PretrainedBackbone(Backbone):
             )
         if invariant:
             return InvariantTrunk(self)
-        return LayeredTrunk(self, flex) if compiled and alike else super().decoding_trunk(False, invariant)
+        return LayeredTrunk(self, flex) if compiled and alike else EagerTrunk(self)
 
     def decode_images(self, image_ids: Tensor, layout: ImageLayout | None = None) -> Tensor:
         return self.image_tokenizer.decode(image_ids)

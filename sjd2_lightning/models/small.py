@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sjd2_lightning.models.chameleon import LUMINA_MGPT, ChameleonBackbone, ChameleonTokens
+from sjd2_lightning.models.chameleon import LUMINA_MGPT, ChameleonBackbone, ChameleonTokens, load_chameleon
 from sjd2_lightning.models.emu3 import Emu3Backbone, Emu3Tokens
 from sjd2_lightning.models.image_tokenizer import VQImageTokenizer, load_image_tokenizer
 from sjd2_lightning.models.janus import JanusBackbone, JanusTokens
@@ -255,6 +255,7 @@ def build_tiny(
     num_layers: int = 6,
     num_heads: int = 6,
     num_positions: int = 1024,
+    start: str | Path | None = None,
 ) -> ChameleonBackbone:
     """A tiny backbone with random weights and the text tokenizer of the given captions.
 
@@ -264,9 +265,22 @@ def build_tiny(
         text_vocab_size: size of the whole vocabulary, codes and control tokens included.
         hidden_size, intermediate_size, num_layers, num_heads: sizes of the trunk.
         num_positions: most tokens of a prompt and its image.
+        start: folder of a trained backbone whose text tokenizer and, where they fit, weights are taken.
+
+    Raises:
+        ValueError: the model to start with has another number of codes than the image tokenizer.
     """
     images = load_image_tokenizer(image_tokenizer)
-    text = train_text_tokenizer(captions, images.num_codes, text_vocab_size)
+    trained = None if start is None else load_chameleon(start)
+    if trained is None:
+        text = train_text_tokenizer(captions, images.num_codes, text_vocab_size)
+    elif trained.num_codes == images.num_codes:
+        text = trained.text_tokenizer
+    else:
+        raise ValueError(
+            f"model.scratch.start={start}: it has {trained.num_codes} codes, and the image tokenizer in "
+            f"{image_tokenizer} has {images.num_codes}: train one with as many by tokenizer.num_codes"
+        )
     ids = text.convert_tokens_to_ids
     first_code = ids("<code0>")
     config = tiny_trunk_config(
@@ -289,4 +303,24 @@ def build_tiny(
         size_unit=SIZE_UNIT,
         template="{prompt}",
     )
-    return ChameleonBackbone(ChameleonForConditionalGeneration(config), text, images, tokens)
+    backbone = ChameleonBackbone(ChameleonForConditionalGeneration(config), text, images, tokens)
+    if trained is not None:
+        copy_weights(trained, backbone)
+    return backbone
+
+
+@torch.no_grad()
+def copy_weights(source: ChameleonBackbone, target: ChameleonBackbone) -> None:
+    """Copies the weights whose names and shapes are the same, but not the rows of codes.
+
+    A code of one image tokenizer says nothing about the code of that number in another.
+    """
+    weights = dict(source.model.named_parameters())
+    codes = target.slot_token_ids[: target.num_codes]
+    by_token = {"model.embed_tokens.weight", "lm_head.weight"}
+    for name, own in target.model.named_parameters():
+        if name in weights and weights[name].shape == own.shape:
+            fresh = own[codes].clone() if name in by_token else None
+            own.copy_(weights[name])
+            if fresh is not None:
+                own[codes] = fresh

@@ -118,7 +118,7 @@ def test_a_part_that_fails_is_written_and_the_others_go_on(tmp_path, monkeypatch
 def test_own_work_has_neither_trunk_nor_head():
     backbone = gpu_cells.build(gpu_cells.SMALL["lumina"], torch.device("cpu"))
     config, calls = gpu_cells.config_of(4, True, "eager"), []
-    backbone.trunk.register_forward_hook(lambda *_: calls.append(1))
+    backbone.trunk.norm.register_forward_hook(lambda *_: calls.append(1))
     gpu_cells.pass_ms(backbone, config, 1, 64)
     whole = len(calls)
     gpu_cells.own_ms(backbone, config, 1, 64)

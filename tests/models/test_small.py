@@ -55,3 +55,35 @@ def test_text_tokenizer_does_not_depend_on_the_order_of_captions():
     second = train_text_tokenizer(CAPTIONS[::-1], 16, 400)
     assert first.get_vocab() == second.get_vocab()
     assert len(first) <= 400
+
+
+def test_a_model_that_starts_with_another_has_its_weights_but_its_own_codes(backbone, tmp_path):
+    backbone.save(tmp_path / "start")
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 2}
+    found = build_tiny([], tmp_path / "start" / "tokenizer", **sizes, start=tmp_path / "start")
+    assert found.text_tokenizer.get_vocab() == backbone.text_tokenizer.get_vocab()
+    old, new = backbone.model.state_dict(), found.model.state_dict()
+    by_token = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert all(old[name].equal(new[name]) for name in old.keys() - by_token)
+    codes = backbone.slot_token_ids[:16]
+    for name in by_token:
+        same = (old[name] == new[name]).all(1)
+        assert not same[codes].any()
+        assert same.sum() == len(same) - 16
+
+
+def test_weights_of_other_shapes_stay_new(backbone, tmp_path):
+    backbone.save(tmp_path / "start")
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_layers": 2, "num_heads": 2}
+    found = build_tiny([], tmp_path / "start" / "tokenizer", **sizes, start=tmp_path / "start")
+    attention = "model.layers.0.self_attn.q_proj.weight"
+    assert backbone.model.state_dict()[attention].equal(found.model.state_dict()[attention])
+    assert found.model.model.layers[1].mlp.up_proj.weight.shape == (16, 8)
+
+
+def test_a_start_with_another_number_of_codes_is_refused(backbone, tmp_path):
+    backbone.save(tmp_path / "start")
+    tiny_image_tokenizer(32, patch=4).save(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"it has 16 codes, and the image tokenizer in .* has 32: train one"):
+        build_tiny([], tmp_path / "other", start=tmp_path / "start")

@@ -131,6 +131,24 @@ def test_iterates_that_overflow_begin_again_and_are_counted():
         solve(Overflowing(0), guess, Schedule())
 
 
+class Leaking(Overflowing):
+    """Hides columns by a factor of 0, as attention does: what is not finite reaches all columns."""
+
+    def values(self, first, fed):
+        return super().values(first, fed) + 0 * fed.sum()
+
+
+def test_no_iterate_that_overflows_is_fed():
+    guess = start(0)
+    guess[:, 5] = 100
+    for schedule in (
+        Schedule(tolerance=0),
+        Schedule(window=4, tolerance=0),
+        Schedule(segments=2, tolerance=0),
+    ):
+        torch.testing.assert_close(solve(Leaking(0), guess, schedule).values, loop(0).values)
+
+
 def test_gradients_of_unroll_are_those_of_the_loop():
     def gradient(num_passes, guess):
         causal = RandomMap(4)

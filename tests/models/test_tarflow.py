@@ -61,6 +61,21 @@ def test_every_inversion_gives_the_pixels_back(schedule, guidance):
     assert [int(solution.stats.num_generated[0]) for solution in solutions] == [15] * 3
 
 
+def test_guidance_grows_from_nothing_to_its_whole_weight_at_the_last_patch():
+    model, (_, text) = flow(), some()
+    block, z, fed = model.blocks[0], torch.randn(2, 16, 12), torch.randn(2, 15, 12)
+    found = BlockInverse(block, z, text, model.dropped_text, 1.5).values(0, fed)
+    asked, bare = (block.scale_and_shift(0, fed, own) for own in (text, model.dropped_text.expand(2, -1)))
+    for place in (0, 6, 14):  # of patches 1, 7 and 15
+        weight = 1.5 * (place + 1) / 15
+        scale, shift = (
+            (1 + weight) * a[:, place] - weight * b[:, place] for a, b in zip(asked, bare, strict=True)
+        )
+        torch.testing.assert_close(
+            found[:, place], z[:, place + 1] * scale.exp() + shift, rtol=1e-4, atol=1e-4
+        )
+
+
 def test_guesses_that_overflow_end_at_the_loops_values():
     model, (_, text) = flow(scale=6).double(), some()  # weights twenty times what they are elsewhere
     text, draw = text.double(), torch.Generator().manual_seed(3)

@@ -53,8 +53,9 @@ def test_round_trip_and_foreign_files(tmp_path):
 
 
 @pytest.mark.parametrize("guidance", ["off", "constant", "by slot"])
-def test_a_round_takes_the_best_code_of_the_changed_law(tmp_path, guidance):
-    """Against the formula written out slot by slot, on both sides of guidance."""
+@pytest.mark.parametrize(("rounds", "candidates"), [(1, NUM_CODES), (3, NUM_CODES), (2, 3)])
+def test_a_round_takes_the_best_code_of_the_changed_law(tmp_path, guidance, rounds, candidates):
+    """Against the formula slot by slot, on both sides of guidance; a round reads what the last one wrote."""
     rng, size = torch.Generator().manual_seed(1), (40, 5)
     path = tmp_path / "corrector.safetensors"
     random_corrector().save(path)
@@ -69,28 +70,35 @@ def test_a_round_takes_the_best_code_of_the_changed_law(tmp_path, guidance):
     tokens = tokens.clamp_max(NUM_CODES - 1).where(is_code, fed)
     levels = torch.randint(2, size, generator=rng)
     settled = torch.arange(size[1]) <= torch.randint(size[1], (size[0], 1), generator=rng)
-    correction, temperature = Correction(str(path), rounds=1, candidates=NUM_CODES), 0.4
+    correction, temperature = Correction(str(path), rounds=rounds, candidates=candidates), 0.4
     corrected = Corrected(correction, temperature, table, NUM_CODES)
     slots = Slots(fed, is_code, levels, gumbel=noise)
     verdict = Verdict(tokens, torch.ones_like(is_code), tokens)
     found = corrected(slots, verdict, Scores(log, Read(hidden, scale)), settled)
     rows = F.rms_norm(table[:NUM_CODES], (HIDDEN,))
-    for row, slot in product(range(size[0]), range(size[1])):
-        if slot == 0 or settled[row, slot] or not is_code[row, slot]:
-            assert found[row, slot] == tokens[row, slot]
-            continue
-        left, now = int(fed[row, slot - 1]), int(tokens[row, slot - 1])
-        is_known = left < NUM_CODES and levels[row, slot - 1] == 0
-        units = []
-        for side in range(sides):
-            state = network.state(F.rms_norm(hidden[side * size[0] + row, slot], (HIDDEN,)))
-            old = network.old(rows[left]) if is_known else 0
-            new = network.new(rows[now]) if now < NUM_CODES else 0
-            units.append(F.gelu(state + old + new))
-        its = scale[row, slot] if isinstance(scale, torch.Tensor) else scale
-        mixed = units[0] if sides == 1 else units[1] + its * (units[0] - units[1])
-        change = rows @ network.out(mixed) / temperature
-        assert found[row, slot] == (log + noise)[row, slot].add(change).argmax()
+    best = (log + noise).masked_fill(
+        log + noise < (log + noise).topk(candidates).values[..., -1:], -torch.inf
+    )
+    wanted = tokens.clone()
+    for _ in range(rounds):
+        before = wanted.clone()
+        for row, slot in product(range(size[0]), range(1, size[1])):
+            if settled[row, slot] or not is_code[row, slot]:
+                continue
+            left, now = int(fed[row, slot - 1]), int(before[row, slot - 1])
+            is_known = left < NUM_CODES and levels[row, slot - 1] == 0
+            units = []
+            for side in range(sides):
+                state = network.state(F.rms_norm(hidden[side * size[0] + row, slot], (HIDDEN,)))
+                old = network.old(rows[left]) if is_known else 0
+                new = network.new(rows[now]) if now < NUM_CODES else 0
+                units.append(F.gelu(state + old + new))
+            its = scale[row, slot] if isinstance(scale, torch.Tensor) else scale
+            mixed = units[0] if sides == 1 else units[1] + its * (units[0] - units[1])
+            change = rows @ network.out(mixed) / temperature
+            wanted[row, slot] = best[row, slot].add(change).argmax()
+    assert torch.equal(found, wanted)
+    assert not torch.equal(wanted, tokens)
 
 
 def test_a_network_in_half_precision_corrects_too():

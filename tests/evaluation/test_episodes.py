@@ -147,3 +147,12 @@ def test_a_policy_without_plain_decoding_and_folders_without_one_are_refused(tmp
         "baseline=c", "weights.a b", f"weights.a b={tmp_path}",
     ]  # fmt: skip
     assert PolicyEvaluation({}, "c").problems() == ["weights={}: give at least the folder of the baseline"]
+
+
+def test_seconds_of_a_chunk_are_its_share_of_those_of_its_batch(store):
+    plain = measure_methods(store, METHODS, EPISODES, QualityMeter(QualityMetrics(), None))
+    own = plain.methods["jacobi"]
+    rows = tuple(replace(row, batch_size=4, chunk_seconds=(0.2,) * 9 + (0.8,)) for row in own.records)
+    found = with_success(replace(plain, methods={"jacobi": replace(own, records=rows)})).methods["jacobi"]
+    assert found.seconds_p95 == pytest.approx(0.2), "two of twenty chunks took a quarter of 0.8 s"
+    assert found.measured["chunk_ms_p95"].value == pytest.approx(200)

@@ -42,5 +42,6 @@ def test_drawn_states_are_on_the_way_and_spread_over_it():
 def test_labels_are_the_teacher_s_up_to_a_distance():
     shown = torch.tensor([[5, 5, 5, 5], [5, 5, 5, 5], [5, 5, 5, 5]])
     teacher = torch.tensor([[5, 5, 5, 5], [6, 4, 6, 4], [9, 9, 1, 5]])  # 0, 1 and 3 bins away
-    near = {limit: near_enough(teacher, shown, limit).tolist() for limit in (-1, 0.9, 1, math.inf)}
-    assert near == {-1: [False] * 3, 0.9: [True, False, False], 1: [True, True, False], math.inf: [True] * 3}
+    near = {limit: near_enough(teacher, shown, limit).tolist() for limit in (-1, 0.9, 1, 3, math.inf)}
+    far, all_of_them = [True, True, False], [True] * 3
+    assert near == {-1: [False] * 3, 0.9: [True, False, False], 1: far, 3: all_of_them, math.inf: all_of_them}

@@ -162,7 +162,7 @@ def identity(config: DecodingConfig, weights: str, prompts: list[PromptItem]) ->
     So a field that a later version adds changes nothing until it is used.
     """
     standard = method_fields(DecodingConfig(config.method))
-    chosen = {name: value for name, value in method_fields(config).items() if value != standard[name]}
+    chosen = {name: value for name, value in method_fields(config).items() if value != standard.get(name)}
     return sha256_of_json([config.method, chosen, weights, [item.identity for item in prompts]])
 
 

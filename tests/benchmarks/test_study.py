@@ -1,6 +1,7 @@
 """The study's commands on random weights: what is decoded, kept, pooled and compared."""
 
 import json
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -11,7 +12,7 @@ import yaml
 from benchmarks.likelihood import log_laws, nats_per_code
 from benchmarks.shipped import shipped_prompts
 from sjd2_lightning.decoding import Sampling, decode
-from sjd2_lightning.decoding.config import DecodingConfig, TreeShape
+from sjd2_lightning.decoding.config import Correction, DecodingConfig, TreeShape
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.noise import NoiseProcess
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
@@ -153,6 +154,13 @@ def test_what_the_first_version_decoded_is_not_decoded_again(study):
     config = DecodingConfig("sjd2", window=16, num_levels=2, noise=noise, sampling=sampling)
     held = "5b908b41e5950660ef4d922f1b0e81e7efc278e7e9c6200ab1743e6bf84ec870"
     assert study.identity(config, "w", [PromptItem("a", "red", 3)]) == held
+
+
+def test_what_only_some_methods_say_of_themselves_is_part_of_their_identity(study):
+    plain, prompts = DecodingConfig("sjd2", 16, 1), [PromptItem("a", "red", 3)]
+    kinds = [plain, replace(plain, corrector=Correction("own")), replace(plain, window_shape=16)]
+    kinds += [replace(plain, window=64, max_changed=2), replace(plain, engine="eager")]
+    assert len({study.identity(config, "w", prompts) for config in kinds}) == len(kinds)
 
 
 def test_an_unknown_method_is_named(study, options, monkeypatch):

@@ -18,6 +18,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from sjd2_lightning.config.groups import AutoWindowConfig
 from sjd2_lightning.config.reading import conf_dir, evaluate_config
 from sjd2_lightning.decoding import DecodingConfig, decode
 from sjd2_lightning.decoding.config import BASELINE
+from sjd2_lightning.decoding.loop import decoder_of
 from sjd2_lightning.evaluation.auto_window import resolve_windows
 from sjd2_lightning.evaluation.prompts import PromptItem
 from sjd2_lightning.metrics.bootstrap import mean_result, paired_difference, ratio_of_totals
@@ -96,9 +98,13 @@ def measure_group(
             cell.accepted.update(passes)
         cell.equal_to_ar += (output.slot_ids == baseline.slot_ids).all(1).tolist()
         if with_share:
-            with time_inside(backbone, "forward", "image_logits", device=device) as inside:
+            with ExitStack() as watching:  # the trunk of every engine: one of them runs
+                trunks = decoder_of(backbone).trunks.values()
+                parts = [time_inside(trunk, "run", "prefill", "head", device=device) for trunk in trunks]
+                inside = [watching.enter_context(part) for part in parts]
                 _, observed = timed(job, device)
-            cell.inside, cell.observed = cell.inside + inside.seconds, cell.observed + observed
+            cell.inside += sum(part.seconds for part in inside)
+            cell.observed += observed
             if cell.peak_bytes is None:
                 with LiveBytes() as live:
                     job()

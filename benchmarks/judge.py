@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from sjd2_lightning.data.sources.scene_pixels import GROUND_COLOURS, UNITS, cut_outs, ground_pixels
 from sjd2_lightning.data.sources.scenes import Scene, held_out_scenes, training_scene
+from sjd2_lightning.evaluation.scene_judge import scene_judge
 from sjd2_lightning.metrics.features import EffNetLite0
 from sjd2_lightning.metrics.judge import Asked, Judge, Verdict, summary
 from sjd2_lightning.metrics.segmentation import distance, fitted_ground
@@ -243,7 +244,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     scenes = held_out_scenes(options.per_category, options.seed)
     images = np.stack([scene.image() for scene in scenes])
     asked = [Asked.of(scene.facts()) for scene in scenes]
-    judge = Judge({noun: np.asarray(picture) for noun, picture in cut_outs().items()}, GROUND_COLOURS)
+    judge = scene_judge(UNITS)
     start = time.perf_counter()
     real = judge(images, asked)
     result: dict[str, Any] = {"images_per_second": len(images) / (time.perf_counter() - start)}

@@ -19,11 +19,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.judge import psnr
-from sjd2_lightning.data.sources.scene_pixels import GROUND_COLOURS, UNITS, cut_outs
+from sjd2_lightning.data.sources.scene_pixels import UNITS
 from sjd2_lightning.data.sources.scenes import CATEGORY_SHARES, Scene, Variety, held_out_scene
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.evaluation.prompts import seed_of
-from sjd2_lightning.metrics.judge import Asked, Judge, summary
+from sjd2_lightning.evaluation.scene_judge import scene_judge
+from sjd2_lightning.metrics.judge import Asked, summary
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.image_tokenizer import to_uint8
 from sjd2_lightning.models.registry import load_backbone
@@ -97,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         np.stack([scene.image() for scene in scenes]),
         [Asked.of(scene.facts()) for scene in scenes],
     )
-    judge = Judge({noun: np.asarray(picture) for noun, picture in cut_outs().items()}, GROUND_COLOURS)
+    judge = scene_judge(UNITS)
 
     def row(pictures: np.ndarray) -> dict[str, Any]:
         return {name: [x.value, x.interval] for name, x in summary(judge(pictures, asked)).items()}

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -24,11 +23,12 @@ from rich.table import Table
 
 from benchmarks.likelihood import nats_per_code
 from benchmarks.scenes import decoded, drawn, held_out
-from sjd2_lightning.data.sources.scene_pixels import GROUND_COLOURS, UNITS, cut_outs
+from sjd2_lightning.data.sources.scene_pixels import UNITS
 from sjd2_lightning.data.sources.scenes import Scene, Variety
 from sjd2_lightning.decoding import DecodingConfig, Sampling
+from sjd2_lightning.evaluation.scene_judge import scene_judge
 from sjd2_lightning.metrics.bootstrap import mean_result, paired_difference
-from sjd2_lightning.metrics.judge import Asked, Judge, Verdict, difference, summary
+from sjd2_lightning.metrics.judge import Asked, Verdict, difference, summary
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.registry import load_backbone
 from sjd2_lightning.run.files import write_whole
@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     backbone = load_backbone("chameleon", options.weights).eval()
     scenes = held_out(options.per_category, options.seed, Variety(32, True))
     asked = [Asked.of(scene.facts()) for scene in scenes]
-    judge = Judge({noun: np.asarray(picture) for noun, picture in cut_outs().items()}, GROUND_COLOURS)
+    judge = scene_judge(UNITS)
     sampling = Sampling(options.temperature, guidance_scale=options.guidance)
     plain: tuple[list[Verdict], list[float], torch.Tensor] | None = None
     found: dict[str, Any] = {}

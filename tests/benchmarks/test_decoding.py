@@ -44,7 +44,7 @@ def test_what_a_method_came_to(found):
             assert row["nfe"] * row["step_compression"] == pytest.approx(slots, rel=1e-6)
             assert sum(int(n) * times for n, times in row["acceptance_lengths"].items()) == 2 * slots
             assert sum(row["acceptance_lengths"].values()) == round(2 * row["nfe"])
-            assert 0 < row["backbone_share"] <= 1
+            assert 0.4 < row["backbone_share"] < 1, "passes over windows are most of a decoding"
             assert row["seconds_per_image"] * row["images_per_second"] == pytest.approx(1)
             assert row["peak_bytes"] > 10_000
             assert row["nll"] > 0

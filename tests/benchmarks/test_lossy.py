@@ -3,11 +3,9 @@
 import json
 
 import pytest
-import torch
 
 from benchmarks.study import lossy
 from sjd2_lightning.decoding import Sampling
-from sjd2_lightning.models.small import build_tiny, small_vq
 
 
 def test_settings_are_sound_and_say_what_is_exact():
@@ -18,13 +16,9 @@ def test_settings_are_sound_and_say_what_is_exact():
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_lossy_rules_writes_its_figures(tmp_path, capsys):
-    torch.manual_seed(0)
-    small_vq(16, 3).save(tmp_path / "tokenizer")
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2}
-    build_tiny(["a dog", "two keys"], tmp_path / "tokenizer", 320, **sizes).save(tmp_path / "model")
+def test_the_benchmark_of_lossy_rules_writes_its_figures(random_scenes_model, tmp_path, capsys):
     path = tmp_path / "lossy.json"
-    lossy.main(["--weights", str(tmp_path / "model"), "--per-category", "1", "--json", str(path)])
+    lossy.main(["--weights", str(random_scenes_model), "--per-category", "1", "--json", str(path)])
     found = json.loads(path.read_text())["settings"]
     assert found["replay_32_1"]["equal_to_ar"] == 1
     assert found["replay_32_1"]["nats_minus_ar"][0] == 0

@@ -3,20 +3,14 @@
 import json
 
 import pytest
-import torch
 
 from benchmarks import scenes
-from sjd2_lightning.models.small import build_tiny, small_vq
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_scenes_writes_its_figures(tmp_path, capsys):
-    torch.manual_seed(0)
-    small_vq(16, 3).save(tmp_path / "tokenizer")
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2}
-    build_tiny(["a dog", "two keys"], tmp_path / "tokenizer", 320, **sizes).save(tmp_path / "model")
+def test_the_benchmark_of_scenes_writes_its_figures(random_scenes_model, tmp_path, capsys):
     files = ["--json", str(tmp_path / "scenes.json"), "--page", str(tmp_path / "scenes.png")]
-    scenes.main(["--weights", str(tmp_path / "model"), "--per-category", "1", "--replayed", "1", *files])
+    scenes.main(["--weights", str(random_scenes_model), "--per-category", "1", "--replayed", "1", *files])
     found = json.loads((tmp_path / "scenes.json").read_text())
     assert set(found["drawn"]) == {*scenes.CATEGORIES, "overall"}
     assert found["drawn"]["overall"][0] == 0, "random weights draw nothing that was asked for"

@@ -1,5 +1,7 @@
 """From logits to laws: against float64 code written anew, and draws against their weights."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -141,9 +143,11 @@ def test_what_is_no_law_is_seen_through_every_cut(sampling):
 
 
 def test_guidance_keeps_a_banned_code_banned():
-    logits = torch.tensor([[0.0, -torch.inf, 1.0], [0.5, -torch.inf, 0.0]])
-    for scale in (3.0, 0.0, torch.tensor([3.0])):
-        mixed = guided(logits, scale)
+    cases = product(
+        (-torch.inf, 0.2), (3.0, 0.0, torch.tensor([3.0]))
+    )  # by both sides, or the prompt's alone
+    for theirs, scale in cases:
+        mixed = guided(torch.tensor([[0.0, -torch.inf, 1.0], [0.5, theirs, 0.0]]), scale)
         assert mixed[0, 1] == -torch.inf
         assert mixed[0, [0, 2]].isfinite().all()
 

@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
+from sjd2_lightning.decoding import DecodingConfig, decode
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.recompute import checkpoint_arguments
 from sjd2_lightning.training.module import SJD2Module
@@ -75,6 +76,8 @@ def test_decoding_does_not_run_what_was_compiled_for_training():
     counter = CompileCounterWithBackend("eager")
     module = module_of(False, "none", counter)
     backbone = module.backbone.eval()
+    decode(backbone, ["red"], [0], DecodingConfig("sjd2", 4, 1), backbone.layout(4, 4))
+    assert counter.frame_count == 0
     cache = backbone.new_cache(1, 4)
     columns = torch.arange(4)[None]
     cache.place(columns, 4)

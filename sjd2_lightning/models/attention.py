@@ -5,6 +5,7 @@ transformers repeats keys and values for each query head as soon as there is a m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sjd2_lightning.masks import Visible, additive
 
 SMALLEST_HEAD = 16  # numbers that a head must have for FlexAttention on CUDA
+_LONG = 512  # tokens of a sequence from which groups of rows pay
+_GROUPS = 4
 _BLOCK = 128  # columns and queries of a block, the one size that all of its kernels take
 
 
@@ -145,10 +148,24 @@ def either_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """`flexible_attention` under a mask of blocks, else transformers' SDPA; arguments are theirs."""
+    """`flexible_attention` under a mask of blocks, else transformers' SDPA; arguments are theirs.
+
+    A CPU's kernel computes columns that a mask hides. No token of a whole sequence sees one behind it, so
+    groups of rows leave those out.
+    """
     if not isinstance(attention_mask, BlockMask):
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
+        length = query.shape[2]
+        whole = query.device.type == "cpu" and key.shape[2] == length >= _LONG
+        size = math.ceil(length / (_GROUPS if whole else 1))
+        found = []
+        for start in range(0, length, size):
+            rows = slice(start, start + size)
+            columns = slice(start + size if whole else None)
+            mask = attention_mask[:, :, rows, columns]
+            seen = key[:, :, columns], value[:, :, columns]
+            found.append(sdpa(module, query[:, :, rows], *seen, mask, scaling=scaling, **options)[0])
+        return torch.cat(found, dim=1), None
     # autocast knows SDPA and not this: norms of queries and keys leave them in another type
     query, key = query.to(value.dtype), key.to(value.dtype)
     return flexible_attention(module, query, key, value, attention_mask, scaling)

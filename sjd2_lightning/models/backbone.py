@@ -209,7 +209,8 @@ class Backbone(nn.Module, ABC):
     ) -> Tensor:
         """Hidden states (B, L, D) of embeddings (B, L, D) under a boolean mask (B, 1, L, S).
 
-        Where `takes_visible`, columns 0 to L - 1 without a cache may come with what they see in its place.
+        Without a cache S is L, and no token sees one behind it; where `takes_visible`, what such columns see
+        may come in place of the mask.
         Position ids are (B, L), or (A, B, L) where layouts have several axes; see `position_ids`.
         """
 

@@ -57,7 +57,7 @@ def test_experiment_says_what_it_claims(experiment):
 def test_option_list_is_not_empty():
     assert {"model=tiny", "noise=off", "decoding=default", "trainer=cpu", "logger=none"} <= set(OPTIONS)
     alone = {name for name in EXPERIMENTS if "/" not in name}
-    recipes = {"tiny_base", "tiny_1024_base", "tiny_tokenizer", "tiny_tuned", "tiny_clip"}
+    recipes = {"tiny_base", "tiny_1024_base", "tiny_1024_tuned", "tiny_tokenizer", "tiny_tuned", "tiny_clip"}
     policies = {"ceed_teacher", "ceed", "ceed_pure", "ceed_longer"}
     assert alone == {"demo", "smoke", "tarflow", "pccot", *recipes, *policies}
     assert {"study/plain", "study/recipe", "study/tied"} <= set(EXPERIMENTS) - alone

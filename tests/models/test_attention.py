@@ -5,8 +5,10 @@ from dataclasses import replace
 import jaxtyping
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
-from sjd2_lightning.masks import Visible
+from sjd2_lightning.masks import Visible, additive
 from sjd2_lightning.models import attention
 from sjd2_lightning.models.attention import blocks_of
 from sjd2_lightning.models.registry import build_shrunken
@@ -125,3 +127,22 @@ def test_operations_are_counted_under_a_dense_mask():
     wanted, module = module_of(False), flexible(False, "none", None)
     assert picture_flops(module, batch_of()) == picture_flops(wanted, batch_of()) > 0
     assert module.backbone.takes_visible
+
+
+@pytest.mark.parametrize("length", [512, 803])
+def test_groups_of_rows_attend_as_one_call_does(length):
+    """Long sequences on a CPU leave columns behind a group out; heads may share keys."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(3, heads, length, 16, generator=generator) for heads in (4, 2, 2))
+    inputs = [tensor.requires_grad_() for tensor in (query, keys, values)]
+    mask = additive(sequences(length).dense(length), torch.float32)
+    layer = nn.Module()
+    layer.num_key_value_groups, layer.is_causal = 2, True
+    found, _ = attention.either_attention(layer, query, keys, values, mask)
+    repeated = [tensor.repeat_interleave(2, dim=1) for tensor in (keys, values)]
+    wanted = scaled_dot_product_attention(query, *repeated, attn_mask=mask).transpose(1, 2)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    weights = torch.randn(wanted.shape, generator=generator)
+    gradients = [torch.autograd.grad((out * weights).sum(), inputs) for out in (found, wanted)]
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)

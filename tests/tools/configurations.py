@@ -27,6 +27,7 @@ NAMED_FILES = (
     "weights/tiny_plain/backbone.json",
     "weights/tiny_plain/tokenizer/patch_tokenizer.json",
     "weights/tiny/backbone.json",
+    "weights/tiny_1024/backbone.json",
     "weights/tiny/pairs.safetensors",
     "weights/tiny/tokenizer/patch_tokenizer.json",
     "weights/tiny/clip/open_clip_config.json",

@@ -36,6 +36,7 @@ NAMED_FILES = (
     *(f"weights/simple_ar/simplear_{size}B_rl/config.json" for size in (0.5, 1.5)),
     "weights/glm_image/model_index.json",
     *(f"weights/{name}/backbone.json" for name in ("llamagen", "llamagen_class")),
+    "outputs/tiny_1024_plain/backbone.json",
     "outputs/demo/model/backbone.json",
     "outputs/smoke/model/backbone.json",
     "outputs/study/small_base/model/backbone.json",

@@ -143,10 +143,8 @@ def test_what_is_no_law_is_seen_through_every_cut(sampling):
 
 
 def test_guidance_keeps_a_banned_code_banned():
-    cases = product(
-        (-torch.inf, 0.2), (3.0, 0.0, torch.tensor([3.0]))
-    )  # by both sides, or the prompt's alone
-    for theirs, scale in cases:
+    """By both sides, or by the prompt's alone."""
+    for theirs, scale in product((-torch.inf, 0.2), (3.0, 0.0, torch.tensor([3.0]))):
         mixed = guided(torch.tensor([[0.0, -torch.inf, 1.0], [0.5, theirs, 0.0]]), scale)
         assert mixed[0, 1] == -torch.inf
         assert mixed[0, [0, 2]].isfinite().all()

@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         lambda backbone, captions, pixels: learnt(backbone, captions, config, pixels, recipe),
     )
     print(
-        f"{asked.out}: of held-out drafts {right:.1%} are right behind their true neighbours, {alone:.1%} "
+        f"{asked.out}: of held-out drafts {right:.1%} are right beside their true neighbours, {alone:.1%} "
         f"without; decode with methods.sjd2.corrector.weights={asked.out}"
     )
 

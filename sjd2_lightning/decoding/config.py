@@ -70,13 +70,10 @@ class Correction:
         weights: file of `DraftCorrector.save`; "own" is what the model itself holds, if it does and the
             method can use it; None leaves drafts alone.
         rounds: number of times that the whole window is corrected, each by the drafts of the time before.
-        candidates: number of codes of a slot that a correction chooses among, the best under its own noise; 0
-            is all, which costs less than to find some of a few thousand.
     """
 
     weights: str | None = None
     rounds: Annotated[int, Within(1, 1000)] = 4
-    candidates: Annotated[int, Within(0, 2**20)] = 0
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
@@ -160,7 +157,7 @@ class DecodingConfig:
         tree: siblings of the drafts at the head, "exact" and "replay" only.
         groups: codes that are alike, "grouped" only.
         pairs: correction of drafts by their left neighbours, "replay" only.
-        corrector: the same by a network that reads the hidden state too, "replay" only.
+        corrector: the same by a small network, and by the neighbours above, "replay" only.
         max_passes: passes after which what stands of an image is taken as it is (CEED-VLA), see
             `variants.early_exit`; 0 is no limit. Not exact, and neither is the next one.
         max_changed: the same after the first pass that changes no more drafts of an image than this (ours); 0

@@ -24,7 +24,7 @@ from sjd2_lightning.decoding.rules import (
 )
 from sjd2_lightning.decoding.start import SlotSource
 from sjd2_lightning.decoding.state import State
-from sjd2_lightning.decoding.variants.corrector import Corrected
+from sjd2_lightning.decoding.variants.corrector import Corrected, RowUp
 from sjd2_lightning.decoding.variants.drafter import BlockDrafts
 from sjd2_lightning.decoding.variants.early_exit import EarlyExitPass
 from sjd2_lightning.decoding.variants.first_drafts import FromAbove, OwnMaximum, Repeated, Tied
@@ -116,6 +116,8 @@ class Method:
             found.append(Repeated(config.draft_init))
         if config.noise.source == "above" and config.num_levels:
             found.append(FromAbove(self.levels.normalised))
+        if isinstance(self.redraft, Corrected):
+            found.append(RowUp())
         if config.size > 1 and config.drafter.weights is not None:
             found.append(BlockDrafts(config.drafter, config.sampling, self.table, num_codes))
         return tuple(found)

@@ -30,6 +30,7 @@ class Slots(NamedTuple):
         draft_probs: (B, W, K) the law that the draft was drawn from.
         gumbel: (B, W, K) the slot's own Gumbel noise.
         uniforms: (B, W, 3) fresh numbers of this iteration: to accept, for the residual, for another draw.
+        upper: (B, W) where in the window the slot one row up is; below 0 = left of it, or nowhere.
     """
 
     tokens: Tensor
@@ -39,6 +40,7 @@ class Slots(NamedTuple):
     draft_probs: Tensor | None = None
     gumbel: Tensor | None = None
     uniforms: Tensor | None = None
+    upper: Tensor | None = None
 
 
 class Read(NamedTuple):

@@ -48,6 +48,7 @@ class Window:
             state.draft_probs,
             gumbel,
             uniforms,
+            None if state.upper is None else state.upper.gather(1, self.index) - state.head[:, None],
         )
 
     def keys(self, purpose: Purpose, num: int) -> Tensor:

@@ -145,7 +145,7 @@ class Backbone(nn.Module, ABC):
 
     def take_corrector(self, state: Mapping[str, Tensor]) -> None:
         """Makes room for the corrector that a state of this model holds; a state without one leaves none."""
-        weight = state.get("corrector.new.weight")
+        weight = state.get("corrector.left.weight")
         self.corrector = None if weight is None else DraftCorrector(weight.shape[1], weight.shape[0])
 
     def __getstate__(self) -> dict[str, Any]:

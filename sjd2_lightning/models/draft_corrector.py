@@ -1,15 +1,15 @@
-"""A small network that corrects drafts by the hidden states behind their laws (ours).
+"""A small network that corrects drafts by their neighbours (ours).
 
-A pass read the law of a slot behind what its left neighbour was then. By the time the next draft is made, the
-neighbour has changed, and nine of ten wrong drafts are wrong for that alone. The network says what the new
-neighbour makes of the law. How decoding uses it is in `decoding.variants.corrector`.
+A pass read the law of a slot behind what its neighbours to the left and above were then. By the time the next
+draft is made, they have changed, and nine of ten wrong drafts are wrong for the left one alone. The network
+says what the new ones make of the law. How decoding uses it is in `decoding.variants.corrector`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,42 +19,49 @@ CORRECTOR_FILE = "corrector.safetensors"  # in folders of weights and of adapter
 
 
 class DraftCorrector(nn.Module):
-    """What a new left neighbour makes of a law: the logit of code k changes by `forward(...)` @ e_k.
+    """What neighbours say of a slot: code c beside it adds a(c) . e_k to the logit of code k.
 
+    A neighbour that changes from c to d therefore adds (a(d) - a(c)) . e_k, and one that stays adds nothing.
     It has no numbers for single codes: those enter and leave by their embeddings, so that its size does not
     depend on the vocabulary. A new one changes nothing.
 
     Args:
-        hidden_size: D, width of hidden states and embeddings.
-        width: number of units.
+        hidden_size: D, width of embeddings.
+        width: number of units U.
     """
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
         self.hidden_size, self.width = hidden_size, width
-        self.state = nn.Linear(hidden_size, width)
-        self.old = nn.Linear(hidden_size, width, bias=False)
-        self.new = nn.Linear(hidden_size, width, bias=False)
+        self.left = nn.Linear(hidden_size, width)
+        self.above = nn.Linear(hidden_size, width)
         self.out = nn.Linear(width, hidden_size, bias=False)
         nn.init.zeros_(self.out.weight)
 
     @staticmethod
     def numbers(hidden_size: int, width: int) -> int:
         """Parameters of a network of these sizes."""
-        return 4 * hidden_size * width + width
+        return 3 * hidden_size * width + 2 * width
 
-    def known(self, hidden: Float[Tensor, "*slots D"], old: Float[Tensor, "... U"]) -> Tensor:
-        """(..., U) what a slot is known by, whatever its neighbour becomes.
+    def said(self, rows: Float[Tensor, "codes D"]) -> tuple[Tensor, Tensor]:
+        """What each code says to the left of a slot and above it, (K + 1, U) each; `rows` by `code_rows`."""
+        return F.gelu(self.left(rows)), F.gelu(self.above(rows))
+
+    def change(
+        self, rows: Float[Tensor, "codes D"], old: Int[Tensor, "n 2"], new: Int[Tensor, "n 2"]
+    ) -> Float[Tensor, "n K"]:
+        """(n, K) what new neighbours add to the logits of slots.
 
         Args:
-            hidden: (..., D) hidden states that laws were read from.
-            old: (..., U) the part `old` of what the left neighbours were then; on all sides the same.
+            rows: (K + 1, D) embeddings by `code_rows`.
+            old: (n, 2) left neighbours and those above, as the laws were read behind them; K = not known.
+            new: (n, 2) what they are now.
         """
-        return self.state(F.rms_norm(hidden.float(), (self.hidden_size,)).to(self.state.weight)) + old
-
-    def forward(self, mixed: Float[Tensor, "*slots U"]) -> Float[Tensor, "*slots D"]:
-        """(..., D) the change of a law, from units (..., U)."""
-        return self.out(mixed)
+        units = [
+            F.embedding(new[:, side], said) - F.embedding(old[:, side], said)
+            for side, said in enumerate(self.said(rows))
+        ]
+        return self.out(units[0] + units[1]) @ rows[:-1].T
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, in half precision."""
@@ -70,11 +77,14 @@ class DraftCorrector(nn.Module):
         """
         try:
             state = {name: value.float() for name, value in load_file(path).items()}
-            width, theirs = state["new.weight"].shape
+            width, theirs = state["left.weight"].shape
             found = cls(theirs, width)
             found.load_state_dict(state)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is no corrector of drafts: {error}") from None
+            raise ValueError(
+                f"{path} is no corrector of drafts of this version: {error}; take it away, and train one "
+                "anew by `sjd2 corrector`"
+            ) from None
         if theirs != hidden_size:
             raise ValueError(
                 f"the corrector {path} is of a model of width {theirs}, this one has {hidden_size}; train "

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sjd2_lightning.models.backbone import Backbone
-from sjd2_lightning.models.draft_corrector import DraftCorrector, code_rows
+from sjd2_lightning.models.draft_corrector import code_rows
 from sjd2_lightning.run.values import Within, wrong_values
 from sjd2_lightning.training.batch import NoisyCodes
 from sjd2_lightning.training.noise import RampLaw, draw_levels
@@ -39,7 +39,6 @@ class CorrectorTraining:
         every: it learns in every n-th step.
         passes: passes of decoding that are made again, beside the one that finds the laws.
         lr: its learning rate at the peak; the schedule is that of the optimizer.
-        stop_gradient: whether its loss leaves the trunk alone.
     """
 
     width: Annotated[int, Within(0, 2**16)] = 0
@@ -47,7 +46,6 @@ class CorrectorTraining:
     every: Annotated[int, Within(1, 10**9)] = 1
     passes: Annotated[int, Within(1, 1000)] = 4
     lr: Annotated[float, Within(0, 1, without="least")] = 2e-3
-    stop_gradient: bool = True
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
@@ -59,7 +57,7 @@ class Corrections(NamedTuple):
 
     Attributes:
         loss: cross-entropy of corrected and perturbed scores against the codes, mean over passes.
-        right: share of drafts that are right behind their true neighbours.
+        right: share of drafts that are right beside their true neighbours.
     """
 
     loss: Tensor
@@ -97,14 +95,15 @@ def corrections_of(
     # codes behind a row's end, or the prompt, and not behind a code
     begins = F.pad(slots.diff() != 1, (1, 0), value=True)
 
-    def left(of: Tensor) -> Tensor:
-        """(m,) what is known to the left of the slots that are read, of codes (B, n); K = no code."""
-        shifted = F.pad(of, (1, 0), value=num_codes)[:, :-1]
-        return shifted.masked_fill(begins.to(device), num_codes)[read]
+    def beside(of: Tensor) -> Tensor:
+        """(m, 2) what is left of the slots that are read, and above, of codes (B, n); K = not known."""
+        left = F.pad(of, (1, 0), value=num_codes)[:, :-1].masked_fill(begins.to(device), num_codes)
+        above = F.pad(of, (sample.layout.width, 0), value=num_codes)[:, :num]
+        return torch.stack([left[read], above[read]], dim=-1)
 
     # slots that are open, or have a neighbour that was
     read = ((top > 0) | ((F.pad(top, (1, 0))[:, :-1] > 0) & ~begins)).to(device)
-    codes, true_left = ids[read], left(ids)
+    codes, true = ids[read], beside(ids)
     with torch.no_grad():
         rows = code_rows(backbone.slot_table(), num_codes).to(network.out.weight)
         # 1. Gumbel vectors under which decoding draws these very images
@@ -124,14 +123,12 @@ def corrections_of(
         else:
             fed = torch.where(entered, start, fed)
         its = sample._replace(image_ids=fed.view_as(sample.image_ids))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not training.stop_gradient):
-            hidden = hidden_of(backbone, its, noise)[read]
         with torch.no_grad():
-            scores = backbone.image_logits(hidden).float() + gumbel
-        # 3. behind its true neighbour the best code of a slot is the code that it became
+            scores = backbone.image_logits(hidden_of(backbone, its, noise)[read]).float() + gumbel
+        # 3. beside its true neighbours the best code of a slot is the code that it became
         was = fed.masked_fill(entered, num_codes) if noisy else fed
-        known = network.known(hidden, network.old(rows[left(was)]))
-        changed = scores + _change(network, known, true_left, rows)
+        old = beside(was)
+        changed = scores + network.change(rows, old, true)
         losses.append(F.cross_entropy(changed, codes))
         with torch.no_grad():
             right += (changed.argmax(-1) == codes).float().mean() / training.passes
@@ -139,11 +136,6 @@ def corrections_of(
             best = scores.argmax(-1)
             for _ in range(_ROUNDS if ago else 0):
                 drafts = torch.where(is_open, ids.masked_scatter(read, best), ids)
-                best = (scores + _change(network, known, left(drafts), rows)).argmax(-1)
+                best = (scores + network.change(rows, old, beside(drafts))).argmax(-1)
             drafts = torch.where(is_open, ids.masked_scatter(read, best), ids)
     return Corrections(torch.stack(losses).mean(), right)
-
-
-def _change(network: DraftCorrector, known: Tensor, now: Tensor, rows: Tensor) -> Tensor:
-    """(m, K) what new neighbours (m,) make of laws."""
-    return (network(F.gelu(known + network.new(rows[now]))) @ rows[:-1].T).float()

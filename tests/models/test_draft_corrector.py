@@ -44,7 +44,7 @@ def test_an_adapter_brings_it_along(tmp_path):
     backbone.save(tmp_path)
     base = tiny_chameleon(7, seed=4, scale=0.3)
     base.add_lora(LoraSettings(), tmp_path / "adapter")
-    assert torch.equal(base.corrector.new.weight, backbone.corrector.new.weight.half().float())
+    assert torch.equal(base.corrector.left.weight, backbone.corrector.left.weight.half().float())
 
 
 def test_a_state_says_whether_there_is_one():

@@ -90,25 +90,30 @@ def test_a_neighbour_is_what_decoding_calls_one(backbone, monkeypatch, noisy):
     """Behind a row's end there is none, and what entered as noise is not known."""
     sample, read = images_of(backbone, 2), []
     width, codes = sample.layout.width, backbone.num_codes
-    marked = torch.arange(codes + 1)[:, None].expand(-1, 16).float()
-    monkeypatch.setattr(redrafting, "code_rows", lambda *_: marked)
-    for part in (backbone.corrector.old, backbone.corrector.new):
-        monkeypatch.setattr(part, "forward", lambda rows, read=read: read.append(rows[:, 0]) or rows[:, :8])
+    real = backbone.corrector.change
+
+    def change(rows, old, new):
+        read.append((old, new))
+        return real(rows, old, new)
+
+    monkeypatch.setattr(backbone.corrector, "change", change)
     corrections_of(backbone, sample, TRAINING, noisy, torch.Generator().manual_seed(4))
     ids = sample.image_ids.flatten(1)
     top = draw_levels(*ids.shape, PASSES, redrafting._RUNS, torch.Generator().manual_seed(4))
     columns = torch.arange(ids.shape[1]) % width
-    before, left = (torch.nn.functional.pad(value, (1, 0))[:, :-1] for value in (top, ids))
-    open_, begins = top > 0, (columns == 0).expand_as(top)
-    chosen = open_ | ((before > 0) & ~begins)
-    # of the last pass: `old` is asked first, `new` behind it for the true neighbours
-    old, new = read[-2:]
-    assert torch.equal(new.long(), torch.where(begins, codes, left)[chosen])
-    entered = (before == PASSES) & ~begins
-    assert (old.long()[begins[chosen]] == codes).all()
-    assert (old.long()[entered[chosen]] == codes).all() == noisy
-    settled = (before == 0) & ~begins
-    assert torch.equal(old.long()[settled[chosen]], left[settled & chosen])
+    begins = {1: (columns == 0).expand_as(top), width: (torch.arange(ids.shape[1]) < width).expand_as(top)}
+    of_left = torch.nn.functional.pad(top, (1, 0))[:, :-1]
+    chosen = (top > 0) | ((of_left > 0) & ~begins[1])
+    old, new = read[-1]  # of the last pass
+    for side, (distance, alone) in enumerate(begins.items()):
+        before, beside = (
+            torch.nn.functional.pad(value, (distance, 0))[:, :-distance] for value in (top, ids)
+        )
+        assert torch.equal(new[:, side], torch.where(alone, codes, beside)[chosen])
+        entered, settled = (before == PASSES) & ~alone, (before == 0) & ~alone
+        assert (old[alone[chosen], side] == codes).all()
+        assert (old[entered[chosen], side] == codes).all() == noisy
+        assert torch.equal(old[settled[chosen], side], beside[settled & chosen])
 
 
 def test_of_a_large_codebook_a_part_of_the_image_is_open(backbone, monkeypatch):
@@ -170,15 +175,14 @@ def test_a_method_that_cannot_use_the_own_one_goes_without(backbone, changes):
     backbone.corrector = DraftCorrector(16, 8)
 
 
-@pytest.mark.parametrize("stop_gradient", [True, False])
-def test_its_loss_reaches_the_trunk_if_asked_for(stop_gradient):
-    training = CorrectorTraining(width=8, stop_gradient=stop_gradient)
+def test_its_loss_leaves_the_trunk_alone():
+    training = CorrectorTraining(width=8)
     module = module_of(NOISE, corrector=training)
     torch.nn.init.normal_(module.backbone.corrector.out.weight)
     images = images_of(module.backbone.eval(), 2)
     corrections_of(module.backbone, images, training, True, torch.Generator().manual_seed(0)).loss.backward()
     trunk = [p for name, p in module.backbone.named_parameters() if ".layers." in name]
-    assert all((p.grad is None) == stop_gradient for p in trunk)
+    assert all(p.grad is None for p in trunk)
     assert all(p.grad is not None for p in module.backbone.corrector.parameters())
 
 
@@ -221,9 +225,9 @@ def test_one_that_is_there_is_trained_on_or_kept():
     head = module.backbone.corrector
     again = module_of(NOISE, module.backbone, corrector=CorrectorTraining(width=8))
     assert again.backbone.corrector is head
-    assert head.new.weight.requires_grad
+    assert head.left.weight.requires_grad
     kept = module_of(NOISE, module.backbone)
     assert kept.backbone.corrector is head
-    assert not head.new.weight.requires_grad
+    assert not head.left.weight.requires_grad
     other = module_of(NOISE, module.backbone, corrector=CorrectorTraining(width=4))
     assert other.backbone.corrector.width == 4

@@ -1,10 +1,12 @@
-"""Drafts corrected by a small network, which reads the hidden state behind a slot's law (ours).
+"""Drafts corrected by their neighbours to the left and one row up, by a small network (ours).
 
 The network is `models.draft_corrector`. Replay only: there it does not matter what a draft is made of.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,14 +16,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sjd2_lightning.decoding.config import OWN, Correction
-from sjd2_lightning.decoding.law import guided
 from sjd2_lightning.decoding.rules import Scores, Slots, Verdict, known_codes
+from sjd2_lightning.decoding.start import SlotSource
+from sjd2_lightning.decoding.state import State
+from sjd2_lightning.decoding.variants.first_drafts import upper_slots
+from sjd2_lightning.decoding.window import OnEntry
+from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.models.draft_corrector import DraftCorrector, code_rows
 
 
 @lru_cache(maxsize=4)
 def _loaded(path: str, changed: int, hidden_size: int, device: torch.device) -> DraftCorrector:
     return DraftCorrector.load(path, hidden_size).to(device)
+
+
+class RowUp(OnEntry):
+    """The state says which slot is one row up."""
+
+    def start(self, source: SlotSource, layouts: Sequence[ImageLayout], state: State) -> State:
+        return replace(state, upper=upper_slots(layouts, state))
 
 
 class Corrected:
@@ -47,46 +60,40 @@ class Corrected:
         path = config.weights
         if path == OWN:
             assert own is not None
-            self.network = own
+            network = own
         else:
             assert path is not None
-            self.network = _loaded(path, Path(path).stat().st_mtime_ns, table.shape[1], table.device)
-        rows = code_rows(table, num_codes).to(self.network.out.weight)
-        self.old, new = self.network.old(rows), self.network.new(rows)  # (K + 1, U)
-        self.new = F.pad(new, (0, 0, 0, len(table) - len(new)))  # (K + structural, U), which are not known
-        # the change of code k is e_k . W u: the codes' part of it, (K, U), is made once
-        self.effect = rows[:-1] @ self.network.out.weight / temperature
+            network = _loaded(path, Path(path).stat().st_mtime_ns, table.shape[1], table.device)
+        rows = code_rows(table, num_codes).to(network.out.weight)
+        self.left, self.upper = (said.float() for said in network.said(rows))  # (K + 1, U)
+        # code k gains e_k . W u by units u: the codes' part of it, (U, K), is made once
+        self.effect = (rows[:-1] @ network.out.weight / temperature).float().T.contiguous()
 
     def __call__(
         self, slots: Slots, verdict: Verdict, scores: Scores, settled: Bool[Tensor, "B W"]
     ) -> Tensor:
         """The next drafts (B, W), as slot ids; see `method.Redraft`."""
-        read, tokens = scores.read, verdict.tokens.clone()
         assert slots.gumbel is not None
-        assert read is not None
-        left, drafts = tokens[:, :-1], tokens[:, 1:]  # views: a round reads what the one before wrote
+        tokens = verdict.tokens.clone()
+        drafts = tokens[:, 1:]  # a view: a round reads what the one before wrote
         moves = (slots.is_code & ~settled)[:, 1:]
-        # 1. the best codes of each slot under its own noise, and what the slot is known by
-        best = (scores.log + slots.gumbel)[:, 1:]  # (B, W - 1, K)
-        codes = effect = None
-        if 0 < self.config.candidates < self.num_codes:
-            best, codes = best.topk(self.config.candidates, dim=-1, sorted=False)  # (B, W - 1, n)
-            effect = F.embedding(codes, self.effect)  # (B, W - 1, n, U)
-        old = F.embedding(known_codes(slots.tokens, slots.levels, self.num_codes)[:, :-1], self.old)
-        hidden = read.hidden[:, 1:].unflatten(0, (-1, len(old)))
-        known = self.network.known(hidden, old)  # (C, B, W - 1, U)
-        scale = read.scale[:, 1:] if isinstance(read.scale, Tensor) else read.scale
+        best = (scores.log[:, 1:] + slots.gumbel[:, 1:]).flatten(0, 1)  # (B * (W - 1), K)
+        changed = torch.empty_like(best)
+        upper = None if slots.upper is None else slots.upper[:, 1:]
+        # 1. what the neighbours said that each law was read behind
+        before = self._said(known_codes(slots.tokens, slots.levels, self.num_codes), upper)
         for _ in range(self.config.rounds):
-            # 2. the neighbour's new token changes the law, on both sides of guidance
-            units = guided(F.gelu(known + F.embedding(left, self.new)).flatten(0, 1), scale).to(self.effect)
-            change = units @ self.effect.T if effect is None else _products(effect, units)
-            # 3. and with it which of the codes is the best
-            chosen = (best + change).argmax(-1, keepdim=True)
-            found = chosen if codes is None else codes.gather(-1, chosen)
-            drafts.copy_(found.squeeze(-1).where(moves, drafts))
+            # 2. what they say now, and with it the best of the codes under the slot's own noise
+            units = self._said(tokens.clamp_max(self.num_codes), upper) - before
+            found = torch.addmm(best, units.flatten(0, 1), self.effect, out=changed).argmax(-1)
+            drafts.copy_(found.view_as(drafts).where(moves, drafts))
         return tokens
 
-
-def _products(effect: Tensor, units: Tensor) -> Tensor:
-    """(B, W, n) of (B, W, n, U) and (B, W, U); on a CPU six times faster than by `@`."""
-    return torch.einsum("bwnu,bwu->bwn", effect, units)
+    def _said(self, codes: Tensor, upper: Tensor | None) -> Tensor:
+        """(B, W - 1, U) what codes (B, W) of the window say to the slots behind its first."""
+        said = F.embedding(codes[:, :-1], self.left)
+        if upper is None:
+            return said
+        # one that is left of the window stays what it is
+        inside = codes.gather(1, upper.clamp_min(0)).masked_fill(upper < 0, self.num_codes)
+        return said + F.embedding(inside, self.upper)

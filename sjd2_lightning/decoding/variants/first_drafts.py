@@ -88,7 +88,7 @@ class FromAbove(OnEntry):
         self.rows = rows
 
     def start(self, source: SlotSource, layouts: Sequence[ImageLayout], state: State) -> State:
-        return replace(state, upper=_neighbours(layouts, "repeat_above", state))
+        return replace(state, upper=upper_slots(layouts, state))
 
     def entered(self, window: Window, committed: Tensor, scores: Scores) -> None:
         """Called when the window has moved on by `committed` (B,) slots."""
@@ -100,9 +100,14 @@ class FromAbove(OnEntry):
 
 
 def _neighbours(layouts: Sequence[ImageLayout], kind: str, state: State) -> Tensor:
-    """(B, N) the slot that each slot repeats; -1 where there is none."""
+    """(B, N) `neighbours` of the images of a batch."""
     num = state.tokens.shape[1]
     return by_row(layouts, lambda layout: neighbours(layout, kind, num)).to(state.tokens.device)
+
+
+def upper_slots(layouts: Sequence[ImageLayout], state: State) -> Tensor:
+    """(B, N) the slot one row up of each slot, for `State.upper`; -1 where there is none."""
+    return _neighbours(layouts, "repeat_above", state)
 
 
 def neighbours(layout: ImageLayout, kind: str, num_columns: int) -> Tensor:

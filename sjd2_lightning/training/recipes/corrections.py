@@ -1,9 +1,8 @@
 """The corrector of drafts, learnt from what a model's own decodings went through (ours).
 
-A frozen model draws images by replay. Each pass leaves, of every slot that it did not commit, the hidden
-state behind its law and what its left neighbour was then; the finished image says what both became. The
-target is the very token, under the slot's own Gumbel vector: what counts is which code comes first, not the
-law.
+A frozen model draws images by replay. Each pass leaves, of every slot that it did not commit, its law and
+what its neighbours were then; the finished image says what all of them became. The target is the very token,
+under the slot's own Gumbel vector: what counts is which code comes first, not the law.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from sjd2_lightning.decoding.law import guided
 from sjd2_lightning.decoding.output import Iteration
 from sjd2_lightning.decoding.randomness import Purpose, gumbel, slot_keys, stream
 from sjd2_lightning.decoding.rules import known_codes
+from sjd2_lightning.decoding.variants.first_drafts import neighbours
 from sjd2_lightning.models.backbone import Backbone, ImageLayout
 from sjd2_lightning.models.draft_corrector import DraftCorrector, code_rows
 from sjd2_lightning.run.stages import Advance
@@ -61,8 +61,8 @@ class Traces(NamedTuple):
     Attributes:
         hidden: (n, C, D) hidden states behind their laws; with guidance those of both sides.
         scale: (n,) guidance scales.
-        old: (n,) what their left neighbours were; K = noise or no code.
-        new: (n,) what these became.
+        old: (n, 2) what their neighbours to the left and above were; K = noise or no code.
+        new: (n, 2) what these became.
         codes: (n,) what the slots became.
         keys: (n,) keys of their Gumbel vectors.
     """
@@ -90,6 +90,7 @@ def traces_of(
     """
     num_codes, device = backbone.num_codes, backbone.device
     is_code = torch.tensor(layout.forced, device=device) < 0
+    upper = neighbours(layout, "repeat_above", layout.num_slots)
     of_rows = torch.tensor(list(seeds), device=device)
     parts: list[tuple[Tensor, ...]] = []
 
@@ -106,13 +107,19 @@ def traces_of(
         hidden = this.read.hidden.unflatten(0, (-1, len(this.heads))).movedim(0, 2)  # (R, W, C, D)
         scale = torch.as_tensor(this.read.scale, device=device).expand(len(this.heads), window)
         images = this.rows[:, None].expand(-1, window)
-        fields = hidden.half(), scale, was.roll(1, dims=1), images, slots
+        # of those above, what is left of the window is what it will be; -1 until the image is finished
+        above = upper.to(device)[slots.clamp_max(layout.num_slots - 1)] - this.heads[:, None]
+        above = was.gather(1, above.clamp_min(0)).masked_fill(above < 0, -1)
+        old = torch.stack([was.roll(1, dims=1), above], dim=-1)
+        fields = hidden.half(), scale, old, images, slots
         parts.append(tuple(field[is_open].cpu() for field in fields))
 
     final = decode(backbone, prompts, seeds, config, layout, keep).slot_ids.cpu()
     hidden, scale, old, images, slots = (torch.cat(part) for part in zip(*parts, strict=True))
     keys = stream(slot_keys(of_rows.cpu()[images], slots), Purpose.GUMBEL)
-    new = final[images, slots - 1].clamp_max(num_codes)
+    beside = torch.stack([slots - 1, upper[slots]], dim=-1)
+    new = final[images[:, None], beside].clamp_max(num_codes).masked_fill(beside < 0, num_codes)
+    old = torch.where(old < 0, new, old)
     found = Traces(hidden, scale, old, new, final[images, slots], keys)
     order = torch.randperm(len(slots), generator=torch.Generator().manual_seed(seeds[0]))
     return Traces(*(field[order[: most * len(prompts)]] for field in found))
@@ -134,18 +141,14 @@ class Learner:
 
     def scores(self, slots: Traces) -> tuple[Tensor, Tensor]:
         """(n, K) perturbed log-probabilities of slots as passes left them, and how they are corrected."""
-        sides = slots.hidden.shape[1]
         hidden = slots.hidden.movedim(1, 0).flatten(0, 1)  # (C * n, D), as decoding has it
-        scale: float | Tensor = 1 if sides == 1 else slots.scale
+        scale: float | Tensor = 1 if slots.hidden.shape[1] == 1 else slots.scale
         with torch.no_grad():
             dtype = self.backbone.slot_table().dtype
             # all codes: what top-k cuts off now may be the token later
             logits = guided(self.backbone.image_logits(hidden.to(dtype)), scale) / self.temperature
             before = logits + gumbel(slots.keys, logits.shape[-1])
-        old = self.corrector.old(self.rows[slots.old]).repeat(sides, 1)
-        known = self.corrector.known(hidden, old)
-        units = F.gelu(known + self.corrector.new(self.rows[slots.new]).repeat(sides, 1))
-        return before, self.corrector(guided(units, scale)) @ self.rows[:-1].T / self.temperature
+        return before, self.corrector.change(self.rows, slots.old, slots.new) / self.temperature
 
     @torch.no_grad()
     def right(self, slots: Traces, batch: int = 1024) -> tuple[float, float]:

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.config import Correction, PairSweeps
-from sjd2_lightning.decoding.law import guided
-from sjd2_lightning.decoding.rules import Read, Scores, Slots, Verdict
+from sjd2_lightning.decoding.rules import Scores, Slots, Verdict
 from sjd2_lightning.decoding.variants.corrector import Corrected
 from sjd2_lightning.models.draft_corrector import DraftCorrector, code_rows
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
@@ -27,9 +26,18 @@ def random_corrector(hidden_size: int = HIDDEN, width: int = 6, seed: int = 0) -
 
 
 def test_a_new_one_changes_nothing():
-    fresh = DraftCorrector(HIDDEN, 4)
-    known = fresh.known(torch.randn(3, HIDDEN), torch.zeros(3, 4))
-    assert torch.equal(fresh(F.gelu(known)), torch.zeros(3, HIDDEN))
+    old, new = torch.randint(NUM_CODES + 1, (2, 9, 2))
+    rows = code_rows(torch.randn(NUM_CODES, HIDDEN), NUM_CODES)
+    assert not DraftCorrector(HIDDEN, 4).change(rows, old, new).any()
+
+
+def test_neighbours_that_stay_change_nothing():
+    rows = code_rows(torch.randn(NUM_CODES, HIDDEN), NUM_CODES)
+    old, new = torch.randint(NUM_CODES + 1, (2, 300, 2), generator=torch.Generator().manual_seed(0))
+    change = random_corrector().change(rows, old, new)
+    assert torch.equal(change.abs().amax(1) > 0, (old != new).any(1))
+    back = random_corrector().change(rows, new, old)
+    assert torch.allclose(change, -back, atol=1e-5), "what returns is as it was"
 
 
 def test_codes_are_of_one_size_and_what_is_unknown_is_zero():
@@ -48,55 +56,48 @@ def test_round_trip_and_foreign_files(tmp_path):
     with pytest.raises(ValueError, match="is of a model of width 5, this one has 6"):
         DraftCorrector.load(path, 6)
     (tmp_path / "text.safetensors").write_text("no network")
-    with pytest.raises(ValueError, match="is no corrector of drafts"):
+    with pytest.raises(ValueError, match="is no corrector of drafts of this version"):
         DraftCorrector.load(tmp_path / "text.safetensors", HIDDEN)
 
 
-@pytest.mark.parametrize("guidance", ["off", "constant", "by slot"])
-@pytest.mark.parametrize(("rounds", "candidates"), [(1, NUM_CODES), (3, NUM_CODES), (2, 3)])
-def test_a_round_takes_the_best_code_of_the_changed_law(tmp_path, guidance, rounds, candidates):
-    """Against the formula slot by slot, on both sides of guidance; a round reads what the last one wrote."""
+@pytest.mark.parametrize("with_upper", [False, True])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_round_takes_the_best_code_of_the_changed_law(tmp_path, rounds, with_upper):
+    """Against the formula slot by slot; a round reads what the last one wrote."""
     rng, size = torch.Generator().manual_seed(1), (40, 5)
     path = tmp_path / "corrector.safetensors"
     random_corrector().save(path)
     network = DraftCorrector.load(path, HIDDEN)
-    sides = 1 if guidance == "off" else 2
-    scale = {"off": 1.0, "constant": 2.5, "by slot": 3 * torch.rand(size, generator=rng)}[guidance]
     table = torch.randn(NUM_CODES + 2, HIDDEN, generator=rng)  # there are two structural tokens
-    hidden = torch.randn(sides * size[0], size[1], HIDDEN, generator=rng)
     log, noise = torch.randn(2, *size, NUM_CODES, generator=rng)
     fed, tokens = torch.randint(NUM_CODES + 2, (2, *size), generator=rng)
     is_code = fed < NUM_CODES
     tokens = tokens.clamp_max(NUM_CODES - 1).where(is_code, fed)
     levels = torch.randint(2, size, generator=rng)
     settled = torch.arange(size[1]) <= torch.randint(size[1], (size[0], 1), generator=rng)
-    correction, temperature = Correction(str(path), rounds=rounds, candidates=candidates), 0.4
-    corrected = Corrected(correction, temperature, table, NUM_CODES)
-    slots = Slots(fed, is_code, levels, gumbel=noise)
+    upper = torch.arange(size[1]).expand(size) - torch.randint(2, 5, (size[0], 1), generator=rng)
+    temperature = 0.4
+    corrected = Corrected(Correction(str(path), rounds=rounds), temperature, table, NUM_CODES)
+    slots = Slots(fed, is_code, levels, gumbel=noise, upper=upper if with_upper else None)
     verdict = Verdict(tokens, torch.ones_like(is_code), tokens)
-    found = corrected(slots, verdict, Scores(log, Read(hidden, scale)), settled)
-    rows = F.rms_norm(table[:NUM_CODES], (HIDDEN,))
-    best = (log + noise).masked_fill(
-        log + noise < (log + noise).topk(candidates).values[..., -1:], -torch.inf
-    )
+    found = corrected(slots, verdict, Scores(log), settled)
+    rows = torch.cat([F.rms_norm(table[:NUM_CODES], (HIDDEN,)), torch.zeros(1, HIDDEN)])
     wanted = tokens.clone()
     for _ in range(rounds):
         before = wanted.clone()
         for row, slot in product(range(size[0]), range(1, size[1])):
             if settled[row, slot] or not is_code[row, slot]:
                 continue
-            left, now = int(fed[row, slot - 1]), int(before[row, slot - 1])
-            is_known = left < NUM_CODES and levels[row, slot - 1] == 0
-            units = []
-            for side in range(sides):
-                state = network.state(F.rms_norm(hidden[side * size[0] + row, slot], (HIDDEN,)))
-                old = network.old(rows[left]) if is_known else 0
-                new = network.new(rows[now]) if now < NUM_CODES else 0
-                units.append(F.gelu(state + old + new))
-            its = scale[row, slot] if isinstance(scale, torch.Tensor) else scale
-            mixed = units[0] if sides == 1 else units[1] + its * (units[0] - units[1])
-            change = rows @ network.out(mixed) / temperature
-            wanted[row, slot] = best[row, slot].add(change).argmax()
+            beside = {slot - 1: network.left}
+            if with_upper and upper[row, slot] >= 0:
+                beside[int(upper[row, slot])] = network.above
+            units = torch.zeros(6)
+            for place, said in beside.items():
+                was = int(fed[row, place]) if levels[row, place] == 0 else NUM_CODES
+                old, new = rows[min(was, NUM_CODES)], rows[min(int(before[row, place]), NUM_CODES)]
+                units += F.gelu(said(new)) - F.gelu(said(old))
+            change = rows[:-1] @ network.out(units) / temperature
+            wanted[row, slot] = (log[row, slot] + noise[row, slot] + change).argmax()
     assert torch.equal(found, wanted)
     assert not torch.equal(wanted, tokens)
 
@@ -105,30 +106,41 @@ def test_a_network_in_half_precision_corrects_too():
     """As in a training whose weights all have 16 bits."""
     network = random_corrector().bfloat16()
     table, log = torch.randn(NUM_CODES + 1, HIDDEN), torch.randn(2, 3, NUM_CODES)
-    corrected = Corrected(Correction("own", candidates=NUM_CODES), 1.0, table.bfloat16(), NUM_CODES, network)
+    corrected = Corrected(Correction("own"), 1.0, table.bfloat16(), NUM_CODES, network)
     tokens = log.argmax(-1)
     slots = Slots(tokens, tokens >= 0, torch.zeros_like(tokens), gumbel=torch.zeros_like(log))
-    scores = Scores(log, Read(torch.randn(4, 3, HIDDEN).bfloat16(), 2.0))
-    found = corrected(slots, Verdict(tokens, tokens >= 0, tokens), scores, tokens < 0)
+    found = corrected(slots, Verdict(tokens, tokens >= 0, tokens), Scores(log), tokens < 0)
     assert found.shape == tokens.shape
     assert torch.equal(found[:, 0], tokens[:, 0])
 
 
-def test_only_candidates_are_chosen(tmp_path):
-    path = tmp_path / "corrector.safetensors"
-    random_corrector().save(path)
-    table, log = torch.randn(NUM_CODES, HIDDEN), torch.randn(1, 3, NUM_CODES)
-    slots = Slots(
-        torch.zeros(1, 3, dtype=torch.long),
-        torch.ones(1, 3, dtype=torch.bool),
-        torch.zeros(1, 3, dtype=torch.long),
-        gumbel=torch.zeros(1, 3, NUM_CODES),
-    )
-    best = log.argmax(-1)
-    verdict = Verdict(best, torch.ones(1, 3, dtype=torch.bool), best)
-    one = Corrected(Correction(str(path), rounds=3, candidates=1), 1.0, table, NUM_CODES)
-    read = Read(torch.randn(1, 3, HIDDEN), 1.0)
-    assert torch.equal(one(slots, verdict, Scores(log, read), torch.zeros(1, 3, dtype=torch.bool)), best)
+@pytest.mark.parametrize("width", [16, 10])
+def test_the_slot_above_is_one_row_up(monkeypatch, width):
+    """In rows of a batch whose images differ in width, and in whose windows several rows lie."""
+    backbone = tiny_chameleon(12, hidden_size=16, seed=5, scale=0.5)
+    backbone.corrector, seen = random_corrector(16), []
+    real = Corrected.__call__
+
+    def kept(self, slots, *rest):
+        seen.append(slots.upper)
+        return real(self, slots, *rest)
+
+    monkeypatch.setattr(Corrected, "__call__", kept)
+    layouts = [backbone.layout(12, width), backbone.layout(12, 8)]
+    config = DecodingConfig("sjd2", 12, 1, corrector=Correction("own"))
+    heads = []
+    decode(backbone, list(RAGGED_PROMPTS[:2]), [1, 2], config, layouts, lambda this: heads.append(this.heads))
+    for head, upper in zip(heads, seen, strict=True):
+        if len(head) < 2:
+            break
+        for row, layout in enumerate(layouts):
+            codes = layout.code_slots.tolist()
+            for place in range(12):
+                slot = int(head[row]) + place
+                if slot in codes and (number := codes.index(slot)) >= layout.width:
+                    assert upper[row, place] == codes[number - layout.width] - int(head[row])
+                else:
+                    assert upper[row, place] < 0
 
 
 @pytest.mark.parametrize(
@@ -163,8 +175,3 @@ def test_images_stay_those_of_autoregression(tmp_path, num_levels, guidance, wid
 def test_what_does_not_go_together_is_refused(changes, problem):
     config = replace(DecodingConfig("sjd2", 8, 1, corrector=Correction(__file__)), **changes)
     assert any(problem in line for line in config.problems())
-
-
-def test_guided_units_are_mixed_like_logits():
-    units = torch.randn(4, 3, 5)
-    assert torch.allclose(guided(units, 1.5), units[2:] + 1.5 * (units[:2] - units[2:]))

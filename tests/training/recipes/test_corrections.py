@@ -8,11 +8,12 @@ import torch
 from sjd2_lightning.cli.correct import learnt
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.config import Correction
+from sjd2_lightning.decoding.variants.first_drafts import neighbours
 from sjd2_lightning.models.draft_corrector import DraftCorrector
 from sjd2_lightning.training.recipes.corrections import CorrectorRecipe, Learner, traces_of
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
 
-PIXELS = (16, 16)
+PIXELS, WINDOW = (16, 16), 10  # longer than a row of 8 codes and its end
 
 
 @pytest.fixture(scope="module")
@@ -26,28 +27,35 @@ def backbone():
 def test_scores_of_traces_are_those_of_the_passes(backbone, num_levels, guidance):
     """The best code before correction is what the pass itself made of the slot."""
     layout = backbone.layout(*PIXELS)
-    config = DecodingConfig("sjd2", 7, num_levels, sampling=Sampling(0.8, guidance_scale=guidance))
+    config = DecodingConfig("sjd2", WINDOW, num_levels, sampling=Sampling(0.8, guidance_scale=guidance))
     prompts, seeds = list(RAGGED_PROMPTS[:2]), [3, 4]
     seen = []
     final = decode(backbone, prompts, seeds, config, layout, seen.append).slot_ids
     traces = traces_of(backbone, prompts, seeds, config, layout, 10**6)
     is_code = [forced < 0 for forced in layout.forced]
-    wanted = sorted(
-        (
-            int(this.tokens[row, slot]),
-            int(final[image, head + slot]),
-            int(final[image, head + slot - 1]),
-            12 if this.levels[row, slot - 1] else int(this.drafts[row, slot - 1]),
-        )
-        for this in seen
-        for row, (image, head) in enumerate(zip(this.rows.tolist(), this.heads.tolist(), strict=True))
-        for slot in range(max(1, int(this.num_committed[row])), 7)
-        if head + slot < layout.num_slots and is_code[head + slot]
-    )
+    upper = neighbours(layout, "repeat_above", layout.num_slots).tolist()
+    wanted = []
+    for this in seen:
+        for row, (image, head) in enumerate(zip(this.rows.tolist(), this.heads.tolist(), strict=True)):
+
+            def was(slot, this=this, row=row, head=head, ids=final[image]):
+                """What the pass was fed there, or what had been committed."""
+                if slot < head:
+                    return min(int(ids[slot]), 12) if slot >= 0 else 12
+                place = slot - head
+                return 12 if this.levels[row, place] else min(int(this.drafts[row, place]), 12)
+
+            for place in range(max(1, int(this.num_committed[row])), WINDOW):
+                slot = head + place
+                if slot >= layout.num_slots or not is_code[slot]:
+                    continue
+                became = [min(int(final[image, at]), 12) if at >= 0 else 12 for at in (slot - 1, upper[slot])]
+                own = int(this.tokens[row, place]), int(final[image, slot])
+                wanted.append((*own, became, [was(slot - 1), was(upper[slot])]))
     learner = Learner(backbone, 0.8, DraftCorrector(16, 4))
     before, change = learner.scores(traces)
     fields = (before.argmax(-1), traces.codes, traces.new, traces.old)
-    assert sorted(zip(*(field.tolist() for field in fields), strict=True)) == wanted
+    assert sorted(zip(*(field.tolist() for field in fields), strict=True)) == sorted(wanted)
     assert not change.any()
     assert len(traces_of(backbone, prompts, seeds, config, layout, 5).codes) == 10
 

@@ -292,7 +292,7 @@ def test_the_plan_knows_of_rounded_weights(composed):
 def test_the_plan_counts_the_corrector_of_drafts(composed):
     plain = train(composed("train", "model=lumina_mgpt", "print_plan=true"))
     drafts = train(composed("train", "model=lumina_mgpt", "print_plan=true", "corrector=default"))
-    numbers = 4 * 4096 * 64 + 64
+    numbers = 3 * 4096 * 64 + 2 * 64
     for name in ("parameters", "trained"):
         assert drafts[name] - plain[name] == numbers
 

@@ -65,7 +65,7 @@ class Corrected:
             assert path is not None
             network = _loaded(path, Path(path).stat().st_mtime_ns, table.shape[1], table.device)
         rows = code_rows(table, num_codes).to(network.out.weight)
-        self.left, self.upper = (said.float() for said in network.said(rows))  # (K + 1, U)
+        self.said_left, self.said_upper = (said.float() for said in network.said(rows))  # (K + 1, U)
         # code k gains e_k . W u by units u: the codes' part of it, (U, K), is made once
         self.effect = (rows[:-1] @ network.out.weight / temperature).float().T.contiguous()
 
@@ -91,9 +91,9 @@ class Corrected:
 
     def _said(self, codes: Tensor, upper: Tensor | None) -> Tensor:
         """(B, W - 1, U) what codes (B, W) of the window say to the slots behind its first."""
-        said = F.embedding(codes[:, :-1], self.left)
+        said = F.embedding(codes[:, :-1], self.said_left)
         if upper is None:
             return said
         # one that is left of the window stays what it is
         inside = codes.gather(1, upper.clamp_min(0)).masked_fill(upper < 0, self.num_codes)
-        return said + F.embedding(inside, self.upper)
+        return said + F.embedding(inside, self.said_upper)

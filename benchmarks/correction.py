@@ -3,17 +3,17 @@
     .venv/bin/python -m benchmarks.correction data/scenes_small/codes/train --json outputs/correction.json
 
 The model draws images once, without a corrector, so that all variants learn from the same slots of passes.
-Each then decodes the same held-out captions; all of them must draw the same images. Passes of two variants
-are compared image by image.
+Each then decodes the same held-out captions under each scale of guidance; all of them must draw the same
+images. Passes of two variants are compared image by image.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import cycle, islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -68,7 +68,7 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("left and above", rounds=(4, 1, 2, 8, 31)),
+    Variant("left and above", rounds=(8, 1, 2, 4, 16, 31)),
     Variant("another seed", seed=1),
     Variant("left alone", change=unread("above")),
     Variant("above alone", change=unread("left")),
@@ -79,14 +79,16 @@ VARIANTS = (
 )
 
 
-def collected(backbone: Backbone, captions: list[str], config: DecodingConfig, most: int) -> Traces:
-    """Open slots of decodings of captions."""
+def collected(
+    backbone: Backbone, captions: list[str], methods: Sequence[DecodingConfig], most: int
+) -> Traces:
+    """Open slots of decodings of captions, a batch by each method in turn."""
     parts, layout = [], backbone.layout(PIXELS, PIXELS)
     with counted("drawing", len(captions), "images") as advance:
-        for start in range(0, len(captions), BATCH):
+        for method, start in zip(cycle(methods), range(0, len(captions), BATCH), strict=False):
             part = captions[start : start + BATCH]
             seeds = [seed_of(f"{number} {caption}") for number, caption in enumerate(part, start)]
-            parts.append(traces_of(backbone, part, seeds, config, layout, most))
+            parts.append(traces_of(backbone, part, seeds, method, layout, most))
             advance(len(part))
     return Traces(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -104,10 +106,10 @@ def passes_of(backbone: Backbone, captions: list[str], config: DecodingConfig) -
 
 
 def row(name: str, nfe: Tensor, num_slots: int, best: Tensor | None, **more: Any) -> dict[str, Any]:
-    """A line of the result: tokens a pass, and what it loses to `best` image by image."""
+    """A line of the result: tokens a pass, and what it gains over `best` image by image."""
     slots = np.full(len(nfe), num_slots)
     found = ratio_of_totals("tokens a pass", slots, nfe.numpy(), "")
-    line = {"variant": name, "tokens_a_pass": found.value, "interval": found.interval, **more}
+    line = {"variant": name, **more, "tokens_a_pass": found.value, "interval": found.interval}
     if best is not None:
         own, other = num_slots / nfe.numpy(), num_slots / best.numpy()
         gap = paired_difference("gap", own, other, "")
@@ -120,26 +122,31 @@ def main() -> None:
     parser.add_argument("shards", type=Path)
     parser.add_argument("--weights", type=Path, default=Path("weights/tiny"))
     parser.add_argument("--temperature", type=float, default=0.9)
-    parser.add_argument("--guidance-scale", type=float, default=1.5)
-    parser.add_argument("--num-images", type=int, default=320)
+    parser.add_argument("--guidance-scale", type=float, nargs="+", default=[1.5, 3.0])
+    parser.add_argument("--num-images", type=int, default=640)
     parser.add_argument("--num-prompts", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--only", nargs="+", default=[variant.name for variant in VARIANTS])
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     speak()
     backbone = load_backbone("chameleon", asked.weights).eval()
     backbone.requires_grad_(False)
-    sampling = Sampling(asked.temperature, guidance_scale=asked.guidance_scale)
-    alone = DecodingConfig("sjd2", 32, 1, sampling=sampling)
+    scales = asked.guidance_scale
+    methods = {
+        scale: DecodingConfig("sjd2", 32, 1, sampling=Sampling(asked.temperature, guidance_scale=scale))
+        for scale in scales
+    }
     captions = [sample.caption for sample in islice(read_all(asked.shards), asked.num_images)]
-    slots = collected(backbone, captions, alone, CorrectorRecipe().per_image)
+    slots = collected(backbone, captions, list(methods.values()), CorrectorRecipe().per_image)
     variety = Variety(num_nouns=32, aligned=True)
     scenes = held_out_scenes(-(-asked.num_prompts // 6), 0, variety)
     prompts = [scene.caption for scene in scenes][: asked.num_prompts]
     num_slots = backbone.layout(PIXELS, PIXELS).num_slots
-    nfe, ids = passes_of(backbone, prompts, alone)
-    rows, best = [row("no corrector", nfe, num_slots, None)], None
+    rows, images, best = [], {}, dict[float, Tensor]()
+    for scale, method in methods.items():
+        nfe, images[scale] = passes_of(backbone, prompts, method)
+        rows.append(row("no corrector", nfe, num_slots, None, guidance=scale))
     with TemporaryDirectory() as folder:
         for variant in VARIANTS:
             if variant.name not in asked.only:
@@ -154,14 +161,14 @@ def main() -> None:
                 learner.fit(slots, recipe, advance)
             path = Path(folder) / f"{len(rows)}.safetensors"
             network.save(path)
-            for rounds in variant.rounds:
-                method = replace(alone, corrector=Correction(str(path), rounds))
-                nfe, same = passes_of(backbone, prompts, method)
-                assert torch.equal(same, ids), "a corrector changed an image"
-                best = nfe if best is None else best
-                numbers = sum(p.numel() for p in network.parameters())
-                more = {"rounds": rounds, "numbers": numbers}
-                rows.append(row(variant.name, nfe, num_slots, best, **more))
+            numbers = sum(p.numel() for p in network.parameters())
+            for rounds, (scale, method) in product(variant.rounds, methods.items()):
+                correction = Correction(str(path), rounds)
+                nfe, same = passes_of(backbone, prompts, replace(method, corrector=correction))
+                assert torch.equal(same, images[scale]), "a corrector changed an image"
+                best.setdefault(scale, nfe)
+                more = {"guidance": scale, "rounds": rounds, "numbers": numbers}
+                rows.append(row(variant.name, nfe, num_slots, best[scale], **more))
                 print(json.dumps(rows[-1]), flush=True)
     if asked.json is not None:
         asked.json.parent.mkdir(parents=True, exist_ok=True)

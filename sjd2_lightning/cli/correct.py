@@ -9,10 +9,12 @@ is its own; elsewhere it is for methods.sjd2.corrector.weights.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from itertools import cycle
 
 import torch
 
-from sjd2_lightning.cli.own_decodings import add_arguments, batches, method_of, write_learnt
+from sjd2_lightning.cli.own_decodings import add_arguments, batches, methods_of, write_learnt
 from sjd2_lightning.decoding import DecodingConfig
 from sjd2_lightning.models.backbone import Backbone
 from sjd2_lightning.models.draft_corrector import DraftCorrector
@@ -24,7 +26,7 @@ from sjd2_lightning.training.recipes.fitting import divided
 def learnt(
     backbone: Backbone,
     captions: list[str],
-    config: DecodingConfig,
+    methods: Sequence[DecodingConfig],
     pixels: tuple[int, int],
     recipe: CorrectorRecipe,
     batch: int = 8,
@@ -34,24 +36,26 @@ def learnt(
     Args:
         backbone: the model, in eval mode.
         captions: at least two; one image is drawn for each, and the last batches of them measure.
-        config: the method that draws; a corrector of its own is what training goes on from.
+        methods: those that draw, a batch each in turn, at one temperature; a corrector of theirs is what
+            training goes on from.
         pixels: height and width of the images.
         recipe: how it is trained.
         batch: images drawn at once, if there are twice as many.
     """
     layout = backbone.layout(*pixels)
     parts = [
-        traces_of(backbone, part, seeds, config, layout, recipe.per_image)
-        for part, seeds in batches(captions, recipe.seed, batch)
+        traces_of(backbone, part, seeds, method, layout, recipe.per_image)
+        for method, (part, seeds) in zip(cycle(methods), batches(captions, recipe.seed, batch), strict=False)
     ]
     train, val = divided(parts, recipe.val_share)
     torch.manual_seed(recipe.seed)
-    if config.corrector.weights is None:
+    start = methods[0].corrector.weights
+    if start is None:
         corrector = DraftCorrector(backbone.hidden_size, recipe.width)
     else:
-        corrector = DraftCorrector.load(config.corrector.weights, backbone.hidden_size).requires_grad_(True)
+        corrector = DraftCorrector.load(start, backbone.hidden_size).requires_grad_(True)
     corrector = corrector.to(backbone.device)
-    learner = Learner(backbone, config.sampling.temperature, corrector)
+    learner = Learner(backbone, methods[0].sampling.temperature, corrector)
     with counted("training", recipe.steps, "steps") as advance:
         learner.fit(train, recipe, advance)
     return corrector, learner.right(val)
@@ -76,13 +80,13 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     asked = parser.parse_args(arguments)
     speak()
-    config = method_of(asked, asked.start)
+    methods = methods_of(asked, asked.start)
     recipe = CorrectorRecipe(width=asked.width, steps=asked.steps, seed=asked.seed)
     alone, right = write_learnt(
         parser,
         asked,
-        config.problems() + recipe.problems(),
-        lambda backbone, captions, pixels: learnt(backbone, captions, config, pixels, recipe),
+        [line for method in methods for line in method.problems()] + recipe.problems(),
+        lambda backbone, captions, pixels: learnt(backbone, captions, methods, pixels, recipe),
     )
     print(
         f"{asked.out}: of held-out drafts {right:.1%} are right beside their true neighbours, {alone:.1%} "

@@ -9,10 +9,12 @@ methods.sjd2.drafter.weights.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from itertools import cycle
 
 import torch
 
-from sjd2_lightning.cli.own_decodings import add_arguments, batches, method_of, write_learnt
+from sjd2_lightning.cli.own_decodings import add_arguments, batches, methods_of, write_learnt
 from sjd2_lightning.decoding import DecodingConfig
 from sjd2_lightning.decoding.config import OWN
 from sjd2_lightning.models.backbone import Backbone
@@ -25,7 +27,7 @@ from sjd2_lightning.training.recipes.fitting import divided
 def learnt(
     backbone: Backbone,
     captions: list[str],
-    config: DecodingConfig,
+    methods: Sequence[DecodingConfig],
     pixels: tuple[int, int],
     recipe: DrafterRecipe,
     batch: int = 8,
@@ -35,7 +37,7 @@ def learnt(
     Args:
         backbone: the model, in eval mode.
         captions: at least two; one image is drawn for each, and the last batches of them measure.
-        config: the method that draws.
+        methods: those that draw, a batch each in turn, at one temperature.
         pixels: height and width of the images.
         recipe: how it is trained.
         batch: images drawn at once, if there are twice as many.
@@ -45,13 +47,13 @@ def learnt(
     """
     layout = backbone.layout(*pixels)
     parts = [
-        windows_of(backbone, part, seeds, config, layout, recipe.per_image)
-        for part, seeds in batches(captions, recipe.seed, batch)
+        windows_of(backbone, part, seeds, method, layout, recipe.per_image)
+        for method, (part, seeds) in zip(cycle(methods), batches(captions, recipe.seed, batch), strict=False)
     ]
     train, val = divided(parts, recipe.val_share)
     torch.manual_seed(recipe.seed)
     drafter = BlockDrafter(backbone.hidden_size, recipe.width, recipe.layers).to(backbone.device)
-    learner = BlockLearner(backbone, config.sampling.temperature, drafter)
+    learner = BlockLearner(backbone, methods[0].sampling.temperature, drafter)
     with counted("training", recipe.steps, "steps") as advance:
         learner.fit(train, recipe, advance)
     return drafter, learner.right(val)
@@ -77,13 +79,13 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     asked = parser.parse_args(arguments)
     speak()
-    config = method_of(asked, None if asked.corrector == "none" else asked.corrector)
+    methods = methods_of(asked, None if asked.corrector == "none" else asked.corrector)
     recipe = DrafterRecipe(asked.width, asked.layers, asked.steps, seed=asked.seed)
     alone, right = write_learnt(
         parser,
         asked,
-        config.problems() + recipe.problems(),
-        lambda backbone, captions, pixels: learnt(backbone, captions, config, pixels, recipe),
+        [line for method in methods for line in method.problems()] + recipe.problems(),
+        lambda backbone, captions, pixels: learnt(backbone, captions, methods, pixels, recipe),
     )
     print(
         f"{asked.out}: of held-out guesses {right:.1%} are right behind their true neighbours, {alone:.1%} "

@@ -18,6 +18,8 @@ from sjd2_lightning.models.registry import FAMILIES, load_backbone
 from sjd2_lightning.run.files import whole_file
 from sjd2_lightning.run.stages import counted, stage
 
+_SCALES = "1 is off (default: 1); of several each draws a batch in turn"
+
 
 class Network(Protocol):
     """What is learnt."""
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--family", choices=sorted(FAMILIES), default="chameleon", help="its family (chameleon)")
     add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (cpu)")
     add("--temperature", type=float, default=1.0, metavar="X", help="(default: 1)")
-    add("--guidance-scale", type=float, default=1.0, metavar="X", help="1 is off (default: 1)")
+    add("--guidance-scale", type=float, nargs="+", default=[1.0], metavar="X", help=_SCALES)
     add("--window", type=int, default=32, metavar="N", help="(default: 32)")
     add("--levels", type=int, default=1, metavar="N", help="noisy levels; 0 is none (default: 1)")
     add("--num-images", type=int, default=320, metavar="N", help="images to learn from (default: 320)")
@@ -78,6 +80,8 @@ def model_and_captions(
     found = list(problems)
     if asked.temperature == 0:
         found.append("--temperature=0: greedy decoding draws nothing that could be learnt")
+    if len(asked.guidance_scale) > 1 and 1 in asked.guidance_scale:
+        found.append("--guidance-scale: 1 is decoding without guidance, which goes with no other scale")
     if asked.num_images < 2:
         found.append(f"--num-images={asked.num_images}: must be at least 2, to learn from and to measure")
     if found:
@@ -95,17 +99,19 @@ def model_and_captions(
     return backbone, captions, index.meta.pixel_size
 
 
-def method_of(asked: argparse.Namespace, corrector: str | None) -> DecodingConfig:
-    """The method that draws, by `add_arguments`.
+def methods_of(asked: argparse.Namespace, corrector: str | None) -> list[DecodingConfig]:
+    """The methods that draw, one for each scale of guidance, by `add_arguments`.
 
     Args:
         asked: the arguments.
         corrector: weights of what corrects its drafts, see `Correction`.
     """
-    sampling = Sampling(asked.temperature, guidance_scale=asked.guidance_scale)
-    return DecodingConfig(
-        "sjd2", asked.window, asked.levels, sampling=sampling, corrector=Correction(corrector)
-    )
+    samplings = [Sampling(asked.temperature, guidance_scale=scale) for scale in asked.guidance_scale]
+    correction = Correction(corrector)
+    return [
+        DecodingConfig("sjd2", asked.window, asked.levels, sampling=sampling, corrector=correction)
+        for sampling in samplings
+    ]
 
 
 def write_learnt(

@@ -87,7 +87,6 @@ class ModelConfig(Group):
     peft: Literal["lora"] | None
     lora: Annotated[LoraSettings, AfterValidator(sound)]
     sampling: ModelSampling
-    correction_rounds: int
     adapter: str | None
     activation_checkpointing: Annotated[Checkpointing, BeforeValidator(_checkpointing)]
     scratch: ScratchConfig | None

@@ -69,11 +69,12 @@ class Correction:
     Attributes:
         weights: file of `DraftCorrector.save`; "own" is what the model itself holds, if it does and the
             method can use it; None leaves drafts alone.
-        rounds: number of times that the whole window is corrected, each by the drafts of the time before.
+        rounds: number of times that drafts are corrected, each by those of the time before: first the whole
+            window, then a few slots whose left neighbour has changed.
     """
 
     weights: str | None = None
-    rounds: Annotated[int, Within(1, 1000)] = 4
+    rounds: Annotated[int, Within(1, 1000)] = 8
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""

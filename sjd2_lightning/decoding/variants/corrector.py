@@ -24,6 +24,9 @@ from sjd2_lightning.decoding.window import OnEntry
 from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.models.draft_corrector import DraftCorrector, code_rows
 
+# slots of a window that rounds behind the first correct: changes run to the right, and the first count most
+_FRONT = 4
+
 
 @lru_cache(maxsize=4)
 def _loaded(path: str, changed: int, hidden_size: int, device: torch.device) -> DraftCorrector:
@@ -73,27 +76,40 @@ class Corrected:
         self, slots: Slots, verdict: Verdict, scores: Scores, settled: Bool[Tensor, "B W"]
     ) -> Tensor:
         """The next drafts (B, W), as slot ids; see `method.Redraft`."""
-        assert slots.gumbel is not None
-        tokens = verdict.tokens.clone()
-        drafts = tokens[:, 1:]  # a view: a round reads what the one before wrote
-        moves = (slots.is_code & ~settled)[:, 1:]
-        best = (scores.log[:, 1:] + slots.gumbel[:, 1:]).flatten(0, 1)  # (B * (W - 1), K)
-        changed = torch.empty_like(best)
-        upper = None if slots.upper is None else slots.upper[:, 1:]
+        assert slots.gumbel is not None and slots.upper is not None
+        batch, window = verdict.tokens.shape
+        place = torch.arange(window, device=verdict.tokens.device)
+        starts = window * torch.arange(batch, device=place.device)[:, None]
+        # the windows in one row: slot i has codes[i] to its left and is codes[i + 1]; codes[0] = not known
+        fed = self._in_a_row(known_codes(slots.tokens, slots.levels, self.num_codes))
+        kept = self._in_a_row(verdict.tokens)
+        # what is left of the window stays what it is, and so does the code that is not known
+        upper = torch.where(slots.upper < 0, 0, slots.upper + starts + 1).flatten()
+        moves = F.pad((slots.is_code & ~settled).flatten(), (1, 0))
+        best = (scores.log + slots.gumbel).flatten(0, 1)
         # 1. what the neighbours said that each law was read behind
-        before = self._said(known_codes(slots.tokens, slots.levels, self.num_codes), upper)
-        for _ in range(self.config.rounds):
-            # 2. what they say now, and with it the best of the codes under the slot's own noise
-            units = self._said(tokens.clamp_max(self.num_codes), upper) - before
-            found = torch.addmm(best, units.flatten(0, 1), self.effect, out=changed).argmax(-1)
-            drafts.copy_(found.view_as(drafts).where(moves, drafts))
-        return tokens
+        before = self._said(fed[:-1], fed[upper])
+        # 2. what they say now, and with it the best of the codes under the slot's own noise: of all slots
+        units = self._said(kept[:-1], kept[upper]) - before
+        codes = F.pad(torch.addmm(best, units, self.effect).argmax(-1), (1, 0)).where(moves, kept)
+        read = kept[:-1].clone()  # what was to the left of a slot when it was corrected
+        later = window - place  # the first slots first
+        now = later + window * (place > 0)
+        for _ in range(1, self.config.rounds):
+            # 3. once more of a few, first of those whose left neighbour has changed since
+            turn = torch.where((codes[:-1] != read).view(batch, window), now, later)
+            which = (turn.topk(min(_FRONT, window)).indices + starts).flatten()
+            left = codes.index_select(0, which)
+            read.index_copy_(0, which, left)
+            units = self._said(left, codes[upper.index_select(0, which)]) - before.index_select(0, which)
+            found = torch.addmm(best.index_select(0, which), units, self.effect).argmax(-1)
+            codes = codes.index_copy(0, which + 1, found).where(moves, kept)
+        return codes[1:].where(moves[1:], verdict.tokens.flatten()).view(batch, window)
 
-    def _said(self, codes: Tensor, upper: Tensor | None) -> Tensor:
-        """(B, W - 1, U) what codes (B, W) of the window say to the slots behind its first."""
-        said = F.embedding(codes[:, :-1], self.said_left)
-        if upper is None:
-            return said
-        # one that is left of the window stays what it is
-        inside = codes.gather(1, upper.clamp_min(0)).masked_fill(upper < 0, self.num_codes)
-        return said + F.embedding(inside, self.said_upper)
+    def _in_a_row(self, ids: Tensor) -> Tensor:
+        """(1 + B * W,) the codes of slot ids (B, W); K in front and for structural ones = not known."""
+        return F.pad(ids.clamp_max(self.num_codes).flatten(), (1, 0), value=self.num_codes)
+
+    def _said(self, left: Tensor, upper: Tensor) -> Tensor:
+        """(n, U) what the neighbours of n slots say to them."""
+        return F.embedding(left, self.said_left) + F.embedding(upper, self.said_upper)

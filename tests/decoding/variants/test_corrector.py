@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.decoding.config import Correction, PairSweeps
 from sjd2_lightning.decoding.rules import Scores, Slots, Verdict
+from sjd2_lightning.decoding.variants import corrector
 from sjd2_lightning.decoding.variants.corrector import Corrected
 from sjd2_lightning.models.draft_corrector import DraftCorrector, code_rows
 from tests.tools.tiny_backbones import RAGGED_PROMPTS, tiny_chameleon
@@ -61,10 +62,11 @@ def test_round_trip_and_foreign_files(tmp_path):
 
 
 @pytest.mark.parametrize("with_upper", [False, True])
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_a_round_takes_the_best_code_of_the_changed_law(tmp_path, rounds, with_upper):
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_a_round_takes_the_best_code_of_the_changed_law(tmp_path, monkeypatch, rounds, with_upper):
     """Against the formula slot by slot; a round reads what the last one wrote."""
-    rng, size = torch.Generator().manual_seed(1), (40, 5)
+    monkeypatch.setattr(corrector, "_FRONT", 3)
+    rng, size = torch.Generator().manual_seed(1), (40, 9)
     path = tmp_path / "corrector.safetensors"
     random_corrector().save(path)
     network = DraftCorrector.load(path, HIDDEN)
@@ -76,30 +78,62 @@ def test_a_round_takes_the_best_code_of_the_changed_law(tmp_path, rounds, with_u
     levels = torch.randint(2, size, generator=rng)
     settled = torch.arange(size[1]) <= torch.randint(size[1], (size[0], 1), generator=rng)
     upper = torch.arange(size[1]).expand(size) - torch.randint(2, 5, (size[0], 1), generator=rng)
+    upper = upper if with_upper else torch.full(size, -1)
     temperature = 0.4
     corrected = Corrected(Correction(str(path), rounds=rounds), temperature, table, NUM_CODES)
-    slots = Slots(fed, is_code, levels, gumbel=noise, upper=upper if with_upper else None)
+    slots = Slots(fed, is_code, levels, gumbel=noise, upper=upper)
     verdict = Verdict(tokens, torch.ones_like(is_code), tokens)
     found = corrected(slots, verdict, Scores(log), settled)
     rows = torch.cat([F.rms_norm(table[:NUM_CODES], (HIDDEN,)), torch.zeros(1, HIDDEN)])
-    wanted = tokens.clone()
-    for _ in range(rounds):
-        before = wanted.clone()
-        for row, slot in product(range(size[0]), range(1, size[1])):
-            if settled[row, slot] or not is_code[row, slot]:
-                continue
-            beside = {slot - 1: network.left}
-            if with_upper and upper[row, slot] >= 0:
-                beside[int(upper[row, slot])] = network.above
-            units = torch.zeros(6)
-            for place, said in beside.items():
-                was = int(fed[row, place]) if levels[row, place] == 0 else NUM_CODES
-                old, new = rows[min(was, NUM_CODES)], rows[min(int(before[row, place]), NUM_CODES)]
-                units += F.gelu(said(new)) - F.gelu(said(old))
-            change = rows[:-1] @ network.out(units) / temperature
-            wanted[row, slot] = (log[row, slot] + noise[row, slot] + change).argmax()
-    assert torch.equal(found, wanted)
-    assert not torch.equal(wanted, tokens)
+
+    def corrected_slot(row: int, slot: int, now: list[int]) -> int:
+        """What a slot becomes beside the tokens of its window."""
+        if settled[row, slot] or not is_code[row, slot]:
+            return now[slot]
+        beside = {slot - 1: network.left}
+        if upper[row, slot] >= 0:
+            beside[int(upper[row, slot])] = network.above
+        units = torch.zeros(6)
+        for place, said in beside.items():
+            was = int(fed[row, place]) if levels[row, place] == 0 else NUM_CODES
+            units += F.gelu(said(rows[min(now[place], NUM_CODES)])) - F.gelu(said(rows[min(was, NUM_CODES)]))
+        change = rows[:-1] @ network.out(units) / temperature
+        return int((log[row, slot] + noise[row, slot] + change).argmax())
+
+    for row in range(size[0]):
+        now = tokens[row].tolist()
+        read, turn = now[:-1], list(range(size[1]))
+        for _ in range(rounds):
+            now_read = {slot: now[slot - 1] for slot in turn if slot}
+            after = {slot: corrected_slot(row, slot, now) for slot in turn}
+            for slot, code in after.items():
+                now[slot] = code
+            for slot, left in now_read.items():
+                read[slot - 1] = left
+            # three slots: first those whose left neighbour has changed since they were corrected, then others
+            same = [slot == 0 or read[slot - 1] == now[slot - 1] for slot in range(size[1])]
+            turn = sorted(range(size[1]), key=lambda slot: (same[slot], slot))[:3]
+        assert found[row].tolist() == now
+    assert not torch.equal(found, tokens)
+
+
+def test_further_rounds_settle_a_window(tmp_path):
+    """As many rounds as there are slots leave no slot that its neighbours would change."""
+    rng, size = torch.Generator().manual_seed(2), (20, 12)
+    path = tmp_path / "corrector.safetensors"
+    random_corrector().save(path)
+    table, log = torch.randn(NUM_CODES, HIDDEN, generator=rng), torch.randn(*size, NUM_CODES, generator=rng)
+    tokens = torch.randint(NUM_CODES, size, generator=rng)
+    levels, upper = torch.ones(size, dtype=torch.long), torch.full(size, -1)
+    slots = Slots(tokens, tokens >= 0, levels, gumbel=torch.zeros_like(log), upper=upper)
+    settled = torch.arange(size[1]) < 1
+
+    def after(rounds: int) -> torch.Tensor:
+        one = Corrected(Correction(str(path), rounds=rounds), 1.0, table, NUM_CODES)
+        return one(slots, Verdict(tokens, tokens >= 0, tokens), Scores(log), settled.expand(size))
+
+    assert torch.equal(after(12), after(30))
+    assert not torch.equal(after(2), after(12))
 
 
 def test_a_network_in_half_precision_corrects_too():
@@ -108,7 +142,8 @@ def test_a_network_in_half_precision_corrects_too():
     table, log = torch.randn(NUM_CODES + 1, HIDDEN), torch.randn(2, 3, NUM_CODES)
     corrected = Corrected(Correction("own"), 1.0, table.bfloat16(), NUM_CODES, network)
     tokens = log.argmax(-1)
-    slots = Slots(tokens, tokens >= 0, torch.zeros_like(tokens), gumbel=torch.zeros_like(log))
+    levels, upper = torch.zeros_like(tokens), torch.full_like(tokens, -1)
+    slots = Slots(tokens, tokens >= 0, levels, gumbel=torch.zeros_like(log), upper=upper)
     found = corrected(slots, Verdict(tokens, tokens >= 0, tokens), Scores(log), tokens < 0)
     assert found.shape == tokens.shape
     assert torch.equal(found[:, 0], tokens[:, 0])

@@ -66,7 +66,7 @@ def test_it_saves_passes_of_other_images(backbone, guidance, tmp_path):
     prompts = [RAGGED_PROMPTS[number % 4] for number in range(160)]
     recipe = CorrectorRecipe(width=32, steps=600, batch=64, lr=3e-3)
     weights = [parameter.clone() for parameter in backbone.parameters()]
-    network, (alone, corrected) = learnt(backbone, prompts, config, PIXELS, recipe, batch=32)
+    network, (alone, corrected) = learnt(backbone, prompts, [config], PIXELS, recipe, batch=32)
     assert all(map(torch.equal, weights, backbone.parameters()))
     assert corrected > alone + 0.05
     path = tmp_path / "corrector.safetensors"
@@ -80,7 +80,7 @@ def test_it_saves_passes_of_other_images(backbone, guidance, tmp_path):
     again, _ = learnt(
         backbone,
         prompts[:4],
-        replace(config, corrector=Correction(str(path))),
+        [replace(config, corrector=Correction(str(path)))],
         PIXELS,
         replace(recipe, steps=1),
     )
@@ -97,7 +97,7 @@ def test_what_measures_does_not_train(backbone, monkeypatch):
     monkeypatch.setattr(Learner, "right", lambda self, slots: seen.update(val=slots) or (0.0, 0.0))
     for num in (2, 3, 9):
         config = DecodingConfig("sjd2", 6, 1)
-        learnt(backbone, list(RAGGED_PROMPTS * 3)[:num], config, PIXELS, CorrectorRecipe(), batch=4)
+        learnt(backbone, list(RAGGED_PROMPTS * 3)[:num], [config], PIXELS, CorrectorRecipe(), batch=4)
         keys = [set(seen[part].keys.tolist()) for part in ("train", "val")]
         assert all(keys)
         assert not keys[0] & keys[1]
@@ -105,6 +105,18 @@ def test_what_measures_does_not_train(backbone, monkeypatch):
 
 def test_the_same_seed_gives_the_same_network(backbone):
     config, recipe = DecodingConfig("sjd2", 6, 1), CorrectorRecipe(width=4, steps=20, batch=16)
-    ways = [learnt(backbone, list(RAGGED_PROMPTS[:4]), config, PIXELS, recipe)[0] for _ in range(2)]
+    ways = [learnt(backbone, list(RAGGED_PROMPTS[:4]), [config], PIXELS, recipe)[0] for _ in range(2)]
     for one, other in zip(ways[0].parameters(), ways[1].parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_scales_of_guidance_take_turns(backbone, monkeypatch):
+    """A batch of images each, in what trains and in what measures."""
+    seen = {}
+    monkeypatch.setattr(Learner, "fit", lambda self, slots, *_: seen.update(train=slots))
+    monkeypatch.setattr(Learner, "right", lambda self, slots: seen.update(val=slots) or (0.0, 0.0))
+    methods = [DecodingConfig("sjd2", 6, 1, sampling=Sampling(guidance_scale=scale)) for scale in (1.5, 3.0)]
+    recipe = CorrectorRecipe(val_share=0.5)
+    learnt(backbone, list(RAGGED_PROMPTS * 2)[:8], methods, PIXELS, recipe, batch=2)
+    for part in ("train", "val"):
+        assert set(seen[part].scale.tolist()) == {1.5, 3.0}

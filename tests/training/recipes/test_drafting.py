@@ -119,8 +119,8 @@ def test_it_learns_what_other_images_hold(backbone, guidance):
     prompts = [RAGGED_PROMPTS[number % 4] for number in range(96)]
     recipe = DrafterRecipe(width=32, steps=150, batch=16, lr=3e-3, least=8)
     weights = [parameter.clone() for parameter in backbone.parameters()]
-    _, (alone, _) = learnt(backbone, prompts, config, PIXELS, replace(recipe, steps=1), batch=32)
-    _, (more, after) = learnt(backbone, prompts, config, PIXELS, recipe, batch=32)
+    _, (alone, _) = learnt(backbone, prompts, [config], PIXELS, replace(recipe, steps=1), batch=32)
+    _, (more, after) = learnt(backbone, prompts, [config], PIXELS, recipe, batch=32)
     assert all(map(torch.equal, weights, backbone.parameters()))
     assert more > alone + 0.05
     assert after > more, "who knows the true left neighbour guesses better"
@@ -128,6 +128,6 @@ def test_it_learns_what_other_images_hold(backbone, guidance):
 
 def test_the_same_seed_gives_the_same_network(backbone):
     config, recipe = DecodingConfig("sjd2", 6, 1), DrafterRecipe(width=4, steps=10, batch=8)
-    ways = [learnt(backbone, list(RAGGED_PROMPTS[:4]), config, PIXELS, recipe)[0] for _ in range(2)]
+    ways = [learnt(backbone, list(RAGGED_PROMPTS[:4]), [config], PIXELS, recipe)[0] for _ in range(2)]
     for one, other in zip(ways[0].parameters(), ways[1].parameters(), strict=True):
         assert torch.equal(one, other)

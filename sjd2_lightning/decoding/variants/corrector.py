@@ -76,7 +76,8 @@ class Corrected:
         self, slots: Slots, verdict: Verdict, scores: Scores, settled: Bool[Tensor, "B W"]
     ) -> Tensor:
         """The next drafts (B, W), as slot ids; see `method.Redraft`."""
-        assert slots.gumbel is not None and slots.upper is not None
+        assert slots.gumbel is not None
+        assert slots.upper is not None
         batch, window = verdict.tokens.shape
         place = torch.arange(window, device=verdict.tokens.device)
         starts = window * torch.arange(batch, device=place.device)[:, None]

@@ -1,7 +1,6 @@
 """The corrector of drafts: what it changes, its file, what it is worth, and that it changes no image."""
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch

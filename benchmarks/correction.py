@@ -117,7 +117,8 @@ def row(name: str, nfe: Tensor, num_slots: int, best: Tensor | None, **more: Any
     return line
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shards", type=Path)
     parser.add_argument("--weights", type=Path, default=Path("weights/tiny"))
@@ -128,7 +129,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--only", nargs="+", default=[variant.name for variant in VARIANTS])
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     speak()
     backbone = load_backbone("chameleon", asked.weights).eval()
     backbone.requires_grad_(False)

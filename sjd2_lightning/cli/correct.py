@@ -35,17 +35,18 @@ def learnt(
 
     Args:
         backbone: the model, in eval mode.
-        captions: at least two; one image is drawn for each, and the last batches of them measure.
+        captions: at least two for each method; each gives one image, and their last batches measure.
         methods: those that draw, a batch each in turn, at one temperature; a corrector of theirs is what
             training goes on from.
         pixels: height and width of the images.
         recipe: how it is trained.
-        batch: images drawn at once, if there are twice as many.
+        batch: images drawn at once, if there are enough for two batches by each method.
     """
     layout = backbone.layout(*pixels)
+    drawn = batches(captions, recipe.seed, batch, 2 * len(methods))
     parts = [
         traces_of(backbone, part, seeds, method, layout, recipe.per_image)
-        for method, (part, seeds) in zip(cycle(methods), batches(captions, recipe.seed, batch), strict=False)
+        for method, (part, seeds) in zip(cycle(methods), drawn, strict=False)
     ]
     train, val = divided(parts, recipe.val_share)
     torch.manual_seed(recipe.seed)

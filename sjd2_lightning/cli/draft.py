@@ -36,19 +36,20 @@ def learnt(
 
     Args:
         backbone: the model, in eval mode.
-        captions: at least two; one image is drawn for each, and the last batches of them measure.
+        captions: at least two for each method; each gives one image, and their last batches measure.
         methods: those that draw, a batch each in turn, at one temperature.
         pixels: height and width of the images.
         recipe: how it is trained.
-        batch: images drawn at once, if there are twice as many.
+        batch: images drawn at once, if there are enough for two batches by each method.
 
     Returns:
         The drafter, and shares of slots that entered: behind no left neighbour, behind the true one.
     """
     layout = backbone.layout(*pixels)
+    drawn = batches(captions, recipe.seed, batch, 2 * len(methods))
     parts = [
         windows_of(backbone, part, seeds, method, layout, recipe.per_image)
-        for method, (part, seeds) in zip(cycle(methods), batches(captions, recipe.seed, batch), strict=False)
+        for method, (part, seeds) in zip(cycle(methods), drawn, strict=False)
     ]
     train, val = divided(parts, recipe.val_share)
     torch.manual_seed(recipe.seed)

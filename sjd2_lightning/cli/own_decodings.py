@@ -33,15 +33,16 @@ class Network(Protocol):
 Learn = Callable[[Backbone, list[str], tuple[int, int]], tuple[Network, tuple[float, float]]]
 
 
-def batches(captions: list[str], seed: int, size: int) -> Iterator[tuple[list[str], list[int]]]:
-    """Captions and seeds of images that are drawn together, two batches at least; says how far it is.
+def batches(captions: list[str], seed: int, size: int, least: int) -> Iterator[tuple[list[str], list[int]]]:
+    """Captions and seeds of images that are drawn together; says how far it is.
 
     Args:
-        captions: at least two.
+        captions: at least `least`.
         seed: what seeds are made of, beside captions and their numbers.
-        size: images drawn at once, if there are twice as many.
+        size: images drawn at once, if there are enough of them for `least` batches.
+        least: number of batches that there are at least.
     """
-    size = min(size, len(captions) // 2)
+    size = min(size, len(captions) // least)
     with counted("drawing", len(captions), "images") as advance:
         for start in range(0, len(captions), size):
             part = captions[start : start + size]
@@ -82,15 +83,18 @@ def model_and_captions(
         found.append("--temperature=0: greedy decoding draws nothing that could be learnt")
     if len(asked.guidance_scale) > 1 and 1 in asked.guidance_scale:
         found.append("--guidance-scale: 1 is decoding without guidance, which goes with no other scale")
-    if asked.num_images < 2:
-        found.append(f"--num-images={asked.num_images}: must be at least 2, to learn from and to measure")
+    if asked.num_images < (least := 2 * len(asked.guidance_scale)):
+        found.append(
+            f"--num-images={asked.num_images}: must be at least {least}, to learn from and to measure"
+            + " under each scale" * (least > 2)
+        )
     if found:
         raise ValueError("; ".join(found))
     with stage("checking the shards"):
         index = ShardIndex.load(asked.shards)
         index.check_codes()
-    if index.meta.pixel_size is None or index.num_samples < 2:
-        raise ValueError(f"{asked.shards}: needs at least 2 captions and the size of their pictures")
+    if index.meta.pixel_size is None or index.num_samples < least:
+        raise ValueError(f"{asked.shards}: needs at least {least} captions and the size of their pictures")
     with stage("loading the weights"):
         backbone = load_backbone(asked.family, asked.weights).eval().to(asked.device)
     backbone.requires_grad_(False)

@@ -12,6 +12,7 @@ from sjd2_lightning.cli import correct, draft
         (["--temperature", "0"], "--temperature=0: greedy decoding draws nothing that could be learnt"),
         (["--num-images", "1"], "--num-images=1: must be at least 2"),
         (["--guidance-scale", "1", "2"], "--guidance-scale: 1 is decoding without guidance"),
+        (["--guidance-scale", "2", "3", "--num-images", "3"], "must be at least 4"),
         (["--guidance-scale", "2", "nan"], "guidance_scale=nan"),
         (["--steps", "0"], "steps=0: must be at least 1"),
         ([], "no-shards"),

@@ -24,7 +24,7 @@ from sjd2_lightning.decoding.window import OnEntry
 from sjd2_lightning.models.backbone import ImageLayout
 from sjd2_lightning.models.draft_corrector import DraftCorrector, code_rows
 
-# slots of a window that rounds behind the first correct: changes run to the right, and the first count most
+# slots of a window that rounds after the first correct: changes run to the right, and the first count most
 _FRONT = 4
 
 

@@ -117,6 +117,6 @@ def test_scales_of_guidance_take_turns(backbone, monkeypatch):
     monkeypatch.setattr(Learner, "right", lambda self, slots: seen.update(val=slots) or (0.0, 0.0))
     methods = [DecodingConfig("sjd2", 6, 1, sampling=Sampling(guidance_scale=scale)) for scale in (1.5, 3.0)]
     recipe = CorrectorRecipe(val_share=0.5)
-    learnt(backbone, list(RAGGED_PROMPTS * 2)[:8], methods, PIXELS, recipe, batch=2)
+    learnt(backbone, list(RAGGED_PROMPTS * 2)[:8], methods, PIXELS, recipe, batch=8)
     for part in ("train", "val"):
         assert set(seen[part].scale.tolist()) == {1.5, 3.0}

@@ -48,6 +48,11 @@ class Visible(NamedTuple):
             seen |= keys == self.side[..., None]
         return seen
 
+    @property
+    def noisy(self) -> Bool[Tensor, "B L"] | None:
+        """(B, L) bool: which queries have a timestep token, since they are noisy; None = none has."""
+        return None if self.side is None else self.side >= 0
+
     def dense(self, num_columns: int) -> Bool[Tensor, "B 1 L S"]:
         """(B, 1, L, S) bool, True = seen, for keys in S = `num_columns` columns."""
         return self.sees(arange(num_columns, device=self.first.device)[None])[:, None]

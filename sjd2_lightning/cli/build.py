@@ -147,7 +147,8 @@ def build_backbone(
             f"model.condition={model.condition}: the weights in {path or model.path} are drawn from "
             f"{'classes; use model=llamagen_class' if found == 'class' else 'texts; use model=llamagen'}"
         )
-    if model.peft is not None or model.adapter is not None:
+    goes_on = backbone.noise_gate is not None and model.adapter is None and model.lora.noisy_only
+    if (model.peft is not None or model.adapter is not None) and not goes_on:
         folder = None if model.adapter is None else located(model.adapter, "model.adapter")
         backbone.add_lora(model.lora, folder)
     if model.activation_checkpointing != "none":

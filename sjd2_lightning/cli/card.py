@@ -7,6 +7,11 @@ from pathlib import Path
 
 from sjd2_lightning.config.runs import TrainConfig
 
+_KEPT = (
+    "What was trained is an adapter that acts on noisy tokens alone, so the images are those of the base by "
+    "the same seeds, in fewer passes."
+)
+
 
 @dataclass(frozen=True)
 class Card:
@@ -22,6 +27,7 @@ class Card:
         data: name of the data set.
         attribution: licence line of the pictures; "" where none is known.
         recipe: keys of train.py that made the weights, with their values.
+        noisy_only: whether the base's weights are as they were, under an adapter that acts on noisy tokens.
     """
 
     base: str
@@ -33,6 +39,7 @@ class Card:
     data: str
     attribution: str
     recipe: dict[str, str] = field(default_factory=dict)
+    noisy_only: bool = False
 
     @classmethod
     def of(cls, config: TrainConfig, steps: int, attribution: str) -> Card:
@@ -52,6 +59,7 @@ class Card:
             "trainer.precision": trainer.precision,
             "optimizer.lr": config.optimizer.lr,
             "model.peft": model.peft,
+            **({} if model.peft is None else {"model.lora.noisy_only": model.lora.noisy_only}),
             "model.dtype": model.dtype,
             "seed": config.seed,
         }
@@ -66,6 +74,7 @@ class Card:
             Path(config.data.data_dir).name,
             attribution,
             {key: str(value) for key, value in recipe.items()},
+            model.peft is not None and model.lora.noisy_only,
         )
 
     def text(self, place: str, measured: str = "", licence: str = "", is_adapter: bool = False) -> str:
@@ -87,6 +96,7 @@ class Card:
             "",
             f"Fine-tuned {noisy if self.is_noisy else 'plainly'}: {self.steps} steps on `{self.data}`.",
             f"Images of {width} x {height} pixels{'; a low-rank adapter' if is_adapter else ''}.",
+            *([_KEPT] if self.noisy_only else []),
             "",
             "```python",
             "from sjd2_lightning import Pipeline",

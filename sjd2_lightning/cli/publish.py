@@ -18,6 +18,7 @@ from typing import Any
 from sjd2_lightning.cli.card import Card
 from sjd2_lightning.cli.settings import read_settings
 from sjd2_lightning.models.hub import PARTS, HubName
+from sjd2_lightning.models.lora import holds_noisy_adapter
 from sjd2_lightning.models.weights import ADAPTER, ADAPTER_FILE, BACKBONE_FILE, SETTINGS_FILE
 from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.provenance import TRAININGS_FILE
@@ -107,11 +108,12 @@ def write_folder(
         )
     card = Card(**settings["card"])
     measured = "" if report is None else measured_by(report, export)
+    is_part = holds_noisy_adapter(export / ADAPTER)  # it is not merged into the weights
     _clear(folder)
     for pattern in PARTS:
         for path in sorted(weights.rglob(pattern)):
             place = path.relative_to(weights)
-            if place.parts[0] != ADAPTER:
+            if place.parts[0] != ADAPTER or is_part:
                 _link(path, folder / place)
     for beside in _BESIDE:
         if (export / beside).is_file():

@@ -186,6 +186,11 @@ class TrainConfig(SharedConfig):
                 "trainer.fp8=true: is for training all weights; with an adapter set it to false, and "
                 "model.quantize=int8 for less memory"
             )
+        if self.model.peft and self.model.lora.noisy_only and not self.noise.enabled:
+            found.append(
+                "model.lora.noisy_only=true: without noise (noise.enabled=false) it would learn nothing; set "
+                "it to false, or use noise=default"
+            )
         if self.model.peft and self.callbacks.ema_decay:
             found.append("callbacks.ema_decay: averages all weights; with model.peft set it to null")
         if self.trainer.strategy == "fsdp":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sjd2_lightning.masks import Visible
 from sjd2_lightning.models.draft_corrector import CORRECTOR_FILE, DraftCorrector
 from sjd2_lightning.models.kv_cache import KVCache
+from sjd2_lightning.models.noise_gate import NoiseGate
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Backbone(nn.Module, ABC):
         takes_visible: whether `forward` takes a `Visible` in the place of a mask.
         shortest_prompt: a prompt that takes as few token ids as any.
         corrector: what corrects its drafts in replay decoding; None where it has none.
+        noise_gate: that of its adapter, if it has one that acts on noisy tokens alone.
     """
 
     num_codes: int
@@ -138,6 +140,7 @@ class Backbone(nn.Module, ABC):
     shortest_prompt: str = "a"
     decoder: Any = None  # what decoding keeps of this model; see `decoding.loop.decoder_of`
     corrector: DraftCorrector | None
+    noise_gate: NoiseGate | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,6 +158,11 @@ class Backbone(nn.Module, ABC):
         """Takes the corrector that a folder holds, if it does; raises ValueError for another model's."""
         if (path := Path(folder) / CORRECTOR_FILE).is_file():
             self.corrector = DraftCorrector.load(path, self.hidden_size).to(self.device)
+
+    def open_gate(self, noisy: Tensor | None) -> None:
+        """Says which tokens (B, L) of the next pass an adapter of noise alone acts on; None = on none."""
+        if self.noise_gate is not None:
+            self.noise_gate.open_for(noisy)
 
     def write_corrector(self, folder: str | Path) -> None:
         """Writes the corrector into a folder; one of other weights that lies there goes."""
@@ -206,12 +214,14 @@ class Backbone(nn.Module, ABC):
         position_ids: Tensor,
         attention_mask: Tensor | Visible,
         cache: KVCache | None = None,
+        noisy: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, L, D) of embeddings (B, L, D) under a boolean mask (B, 1, L, S).
 
         Without a cache S is L, and no token sees one behind it; where `takes_visible`, what such columns see
         may come in place of the mask.
         Position ids are (B, L), or (A, B, L) where layouts have several axes; see `position_ids`.
+        An adapter of noise alone acts on the tokens that are `noisy`, (B, L) bool; None = on none.
         """
 
     @abstractmethod
@@ -315,7 +325,7 @@ class Trunk:
 
     def run(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:
         """Hidden states (B, L, D) of embeddings (B, L, D) at positions (B, L)."""
-        return self.forward(embeddings, positions, visible.dense(cache.num_visible), cache)
+        return self.forward(embeddings, positions, visible.dense(cache.num_visible), cache, visible.noisy)
 
     def prefill(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> None:
         """The same for prompts, whose lengths differ from batch to batch: never compiled."""

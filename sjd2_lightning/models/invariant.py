@@ -315,7 +315,9 @@ def invariant_copy(module: nn.Module) -> nn.Module:
             part.config._attn_implementation = ATTENTION
         parent, _, own = name.rpartition(".")
         if stand_in := _STANDS_FOR.get(type(part)):
-            setattr(copied.get_submodule(parent), own, stand_in(part))
+            stands = stand_in(part)
+            stands._forward_hooks.update(part._forward_hooks)  # those of an adapter's gate
+            setattr(copied.get_submodule(parent), own, stands)
         elif next(part.parameters(recurse=False), None) is not None:
             raise ValueError(
                 f"decoding.invariant=true: no invariant arithmetic for {name or 'the layer'}, a "

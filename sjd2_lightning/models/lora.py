@@ -1,8 +1,8 @@
 """Adapters through peft: new low-rank ones (LoRA, arXiv 2106.09685) on a trunk, and saved ones of any kind.
 
 The adapter is put into the model's own layers, so that nothing else needs to know of it, and is merged into
-plain weights by peft. On disk it is a peft folder: `PeftModel.from_pretrained(model, folder)` reads it
-without this package.
+plain weights by peft, but for one of noise alone (`noise_gate`). On disk it is a peft folder:
+`PeftModel.from_pretrained(model, folder)` reads it without this package.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sjd2_lightning.models.noise_gate import NOISY_ONLY, NoiseGate
 from sjd2_lightning.models.weights import finite, open_weights, read_json
 from sjd2_lightning.run.values import Within, wrong_values
 
@@ -34,12 +35,15 @@ class LoraSettings:
         alpha: updates are scaled by alpha / rank.
         dropout: share of the adapter's input that is dropped while it is trained.
         targets: names of the linear layers in every layer of the trunk that get an update.
+        noisy_only: whether it acts on noisy tokens alone, so that clean input has the law of the weights as
+            they were; such an adapter is never merged, see `noise_gate`.
     """
 
     rank: Annotated[int, Within(1, 2**14)] = 16
     alpha: Annotated[float, Within(0, 1e6, without="least")] = 32.0
     dropout: Annotated[float, Within(0, 1, without="most")] = 0.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    noisy_only: bool = False
 
     def problems(self) -> list[str]:
         """What is wrong with the values, a line each, starting with the key."""
@@ -49,7 +53,9 @@ class LoraSettings:
         return found
 
 
-def add_lora(model: nn.Module, trunk_path: str, settings: LoraSettings, layers: str = "layers") -> None:
+def add_lora(
+    model: nn.Module, trunk_path: str, settings: LoraSettings, layers: str = "layers"
+) -> NoiseGate | None:
     """Puts a new adapter into a model's trunk, which changes nothing before it is trained.
 
     Everything else is frozen.
@@ -60,9 +66,13 @@ def add_lora(model: nn.Module, trunk_path: str, settings: LoraSettings, layers: 
         settings: sizes.
         layers: what the trunk calls its layers.
 
+    Returns:
+        The gate of an adapter that acts on noisy tokens alone.
+
     Raises:
         ValueError: if a target names no linear layer of the trunk.
     """
+    _refuse_second(model)
     # models with adapters are rare, and peft takes seconds to import
     from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
@@ -86,6 +96,7 @@ def add_lora(model: nn.Module, trunk_path: str, settings: LoraSettings, layers: 
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
     )
     inject_adapter_in_model(config, model.requires_grad_(False))
+    return NoiseGate(model) if settings.noisy_only else None
 
 
 def has_adapter(module: nn.Module) -> bool:
@@ -93,8 +104,16 @@ def has_adapter(module: nn.Module) -> bool:
     return any(hasattr(part, "peft_config") for part in (module, *module.children()))
 
 
-def save_adapter(model: Any, folder: str | Path) -> None:
-    """Writes the adapter alone as a peft folder."""
+def _refuse_second(model: nn.Module) -> None:
+    if has_adapter(model):
+        raise ValueError(
+            "model.peft, model.adapter: the model has an adapter that acts on noisy tokens alone, and takes "
+            "no second one; set both to null to go on with the one it has"
+        )
+
+
+def save_adapter(model: Any, folder: str | Path, noisy_only: bool = False) -> None:
+    """Writes the adapter alone as a peft folder, which says whether it acts on noisy tokens alone."""
     from peft import get_peft_model_state_dict
 
     folder = Path(folder)
@@ -102,13 +121,24 @@ def save_adapter(model: Any, folder: str | Path) -> None:
     model.peft_config["default"].save_pretrained(folder)
     state = get_peft_model_state_dict(model)
     tensors = {_PREFIX + name: value.detach().cpu().contiguous() for name, value in state.items()}
-    save_file(tensors, folder / _WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / _WEIGHTS, {"format": "pt", **({NOISY_ONLY: "true"} if noisy_only else {})})
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> None:
+def holds_noisy_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter that acts on noisy tokens alone."""
+    if not (folder / _WEIGHTS).is_file():
+        return False
+    with open_weights(folder / _WEIGHTS) as file:
+        return NOISY_ONLY in (file.metadata() or {})
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> NoiseGate | None:
     """Puts a saved adapter of any kind that peft can merge into a model, to be used or trained on.
 
     Everything else is frozen.
+
+    Returns:
+        The gate of an adapter that acts on noisy tokens alone.
 
     Raises:
         ValueError: if the folder holds no adapter, one of another model, one that peft cannot put into it
@@ -116,6 +146,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 
+    _refuse_second(model)
     folder = Path(folder)
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
@@ -142,23 +173,27 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         raise ValueError(f"model.adapter={folder}: peft cannot put it into this model: {error}") from error
     if result.unexpected_keys or wanted & set(result.missing_keys):
         raise ValueError(_foreign(folder))
+    if holds_noisy_adapter(folder):
+        return NoiseGate(model)
     if problem := _merge_problem(model, plain):
         raise ValueError(
             f"model.adapter={folder}: {problem}, so what is trained of this {kind} could not be exported; "
             "merge it with its own tool first, or take an adapter of another kind"
         )
+    return None
 
 
 def _foreign(folder: Path) -> str:
     return f"model.adapter={folder}: this adapter is of another model or other sizes"
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model with its adapter merged into the weights by peft, under the model's own names."""
+def plain_state(model: nn.Module, merged: bool = True) -> dict[str, Tensor]:
+    """The state of a model under its own names, its adapter merged into the weights by peft or left out."""
     adapted = _adapted(model)
     state = {name: value for name, value in model.state_dict().items() if not _inside(name, adapted)}
     for name, module in adapted.items():
-        state |= {f"{name}.{own}": value for own, value in _merged(module).state_dict().items()}
+        plain = _merged(module) if merged else _base(module)
+        state |= {f"{name}.{own}": value for own, value in plain.state_dict().items()}
     return state
 
 

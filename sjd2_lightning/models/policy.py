@@ -121,6 +121,7 @@ class ActionPolicy(Backbone):
         position_ids: Tensor,
         attention_mask: Tensor | Visible,
         cache: KVCache | None = None,
+        noisy: Tensor | None = None,
     ) -> Tensor:
         assert isinstance(attention_mask, Tensor)
         # nothing is read right of the chunk, where a window may reach

@@ -29,7 +29,7 @@ from sjd2_lightning.models.lora import (
     has_adapter,
     layers_alike,
     load_adapter,
-    merged_state,
+    plain_state,
     save_adapter,
 )
 from sjd2_lightning.models.recompute import checkpoint_arguments
@@ -182,9 +182,9 @@ class PretrainedBackbone(Backbone):
         mode = self.model.training
         self.requires_grad_(False)
         if folder is None:
-            add_lora(self.model, self.TRUNK_PATH, settings)
+            self.noise_gate = add_lora(self.model, self.TRUNK_PATH, settings)
         else:
-            load_adapter(self.model, folder)
+            self.noise_gate = load_adapter(self.model, folder)
             self.read_corrector(folder)
         self.train(mode)  # new modules start in train mode
 
@@ -202,7 +202,7 @@ class PretrainedBackbone(Backbone):
             ValueError: torchao is not installed; fp8 on a device without it; an adapter or quantised weights.
         """
         self._refuse_quantized("quantise")
-        if has_adapter(self.model):
+        if has_adapter(self.model) and self.noise_gate is None:
             raise ValueError(
                 f"model.quantize={kind}: the model has an adapter; evaluate the exported folder, where it is "
                 "merged"
@@ -226,7 +226,9 @@ class PretrainedBackbone(Backbone):
         position_ids: Tensor,
         attention_mask: Tensor | Visible,
         cache: KVCache | None = None,
+        noisy: Tensor | None = None,
     ) -> Tensor:
+        self.open_gate(noisy)
         mask: Any = attention_mask
         mask = blocks_of(mask) if isinstance(mask, Visible) else additive(mask, embeddings.dtype)
         decodes = self.compiled and cache is not None
@@ -310,8 +312,9 @@ class PretrainedBackbone(Backbone):
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes weights and everything needed to load them again into a local folder.
 
-        A low-rank adapter is merged into the weights, and lies alone in `adapter/` too. `backbone.json` comes
-        last, also behind what adapters of families write: a folder that has it is whole.
+        A low-rank adapter lies in `adapter/`, and is merged into the weights too if it acts on all tokens.
+        `backbone.json` comes last, also behind what adapters of families write: a folder that has it is
+        whole.
 
         Raises:
             ValueError: for quantised weights.
@@ -320,10 +323,11 @@ class PretrainedBackbone(Backbone):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if has_adapter(self.model):
-            save_adapter(self.model, folder / ADAPTER)
+            save_adapter(self.model, folder / ADAPTER, self.noise_gate is not None)
             self.write_corrector(folder / ADAPTER)
         self.write_corrector(folder)
-        state = {name: value.to(dtype or value.dtype) for name, value in merged_state(self.model).items()}
+        plain = plain_state(self.model, merged=self.noise_gate is None)
+        state = {name: value.to(dtype or value.dtype) for name, value in plain.items()}
         self.model.save_pretrained(folder / TRUNK, state_dict=state, safe_serialization=True)
         self.text_tokenizer.save_pretrained(folder / TEXT)
         fields = json.dumps({"family": self.FAMILY, **asdict(self._tokens)}, indent=2)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sjd2_lightning.models.hub import WeightsSource
-from sjd2_lightning.models.weights import LoadOptions
+from sjd2_lightning.models.lora import LoraSettings, holds_noisy_adapter
+from sjd2_lightning.models.weights import ADAPTER, LoadOptions
 
 if TYPE_CHECKING:
     from sjd2_lightning.models.pretrained import PretrainedBackbone
@@ -103,13 +104,16 @@ def load_backbone(
         unconditional: another context of guidance than the family's.
 
     Raises:
-        ValueError: for an unknown family or incomplete weights; the message says how to get them.
+        ValueError: for an unknown family, incomplete weights, or another model's adapter beside them; the
+            message says how to get them.
     """
     load = family_of(family).load
     source = path if isinstance(path, WeightsSource) else WeightsSource(path)
     remedy = source.remedy() if source.command() else LoadOptions.remedy
     folder = source.folder()
     backbone = load(folder, trunk, LoadOptions(dtype, device, unconditional, remedy))
+    if holds_noisy_adapter(folder / ADAPTER):
+        backbone.add_lora(LoraSettings(), folder / ADAPTER)
     backbone.read_corrector(folder)
     return backbone
 

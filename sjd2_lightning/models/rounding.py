@@ -94,7 +94,9 @@ def round_frozen(layers: nn.Module) -> None:
 
 
 def round_to_decode(layers: nn.Module, kind: Literal["int8", "fp8"], device: torch.device) -> None:
-    """Rounds the weights of all linear layers, one scale a row, by torchao; they cannot be trained then.
+    """Rounds the weights of all linear layers but an adapter's, one scale a row, by torchao.
+
+    They cannot be trained then.
 
     Args:
         layers: layers of a trunk.
@@ -117,8 +119,12 @@ def round_to_decode(layers: nn.Module, kind: Literal["int8", "fp8"], device: tor
             "or set model.quantize=null"
         ) from error
     config = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]
-    # torchao would change the compiler's settings for the whole process
-    quantize_(layers, config(set_inductor_config=False))
+    # an adapter stays whole; torchao would change the compiler's settings for the whole process
+    quantize_(
+        layers,
+        config(set_inductor_config=False),
+        lambda part, name: isinstance(part, nn.Linear) and ".lora_" not in name,
+    )
 
 
 def train_in_fp8(layers: nn.Module, emulate: bool = False) -> None:

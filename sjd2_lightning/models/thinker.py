@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sjd2_lightning.models.hub import HubName, located
-from sjd2_lightning.models.lora import LoraSettings, add_lora, merged_state
+from sjd2_lightning.models.lora import LoraSettings, add_lora, plain_state
 from sjd2_lightning.run.files import write_whole
 from sjd2_lightning.run.values import Natural, Within, wrong_values
 
@@ -241,8 +241,10 @@ class Thinker(nn.Module):
         """Trains a low-rank adapter in place of the language model; marks and projection are trained too.
 
         Raises:
-            ValueError: a target names no linear map of the model.
+            ValueError: a target names no linear map of the model, or it is to act on noisy tokens.
         """
+        if settings.noisy_only:
+            raise ValueError("pccot.lora.noisy_only=true: thoughts hold no noisy tokens; set it to false")
         layers = _LAYERS.get(self.model.config.model_type, "layers")
         add_lora(self.model, self.model.base_model_prefix, settings, layers)
 
@@ -252,7 +254,7 @@ class Thinker(nn.Module):
 
         transformers.utils.logging.disable_progress_bar()
         plain = transformers.AutoModelForCausalLM.from_config(self.model.config)
-        plain.load_state_dict(merged_state(self.model))
+        plain.load_state_dict(plain_state(self.model))
         plain.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         own = {k: v.detach().contiguous() for k, v in self.state_dict().items() if not k.startswith("model.")}

@@ -20,6 +20,7 @@ from sjd2_lightning.masks import Visible, additive
 from sjd2_lightning.models.attention import DENSE, FLEX, SMALLEST_HEAD
 from sjd2_lightning.models.backbone import Backbone, Trunk
 from sjd2_lightning.models.kv_cache import KVCache, LayerCache
+from sjd2_lightning.models.noise_gate import always_open
 
 ARTEFACTS = 64  # versions of a layer that may be compiled: by sizes that are 1, dtype and device
 
@@ -45,6 +46,7 @@ class EagerTrunk(Trunk):
             "position_embeddings": self.trunk.rotary_emb(embeddings, positions),
             self.cache_name: cache,
         }
+        self.backbone.open_gate(visible.noisy)
         hidden = embeddings
         # layers that training compiled are not compiled for windows too
         with torch.compiler.set_stance("force_eager") if self.backbone.compiled else nullcontext():
@@ -79,6 +81,7 @@ class LayeredTrunk(Trunk):
         """A layer without weights, whose attention is ours."""
         template: Any = copy.deepcopy(layer).to("meta")
         template.self_attn.config._attn_implementation = self.attention.name
+        always_open(template)
         return template
 
     def prepare(self) -> None:
@@ -91,6 +94,7 @@ class LayeredTrunk(Trunk):
     def run(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:
         rotations = self.trunk.rotary_emb(embeddings, positions)
         mask = self.mask(visible, cache, embeddings.dtype)
+        self.backbone.open_gate(visible.noisy)
         hidden = embeddings
         for number, weights in enumerate(self.weights):
             hidden = self.layer(weights, hidden, mask, rotations, cache.layer(number))
@@ -139,7 +143,9 @@ class InvariantTrunk(LayeredTrunk):
 
         if found := invariant.problems(self.head_size, self.backbone.device):
             raise ValueError("\n".join(found))
-        return invariant.invariant_copy(layer)
+        template = invariant.invariant_copy(layer)
+        always_open(template)
+        return template
 
     def prepare(self) -> None:
         from sjd2_lightning.models import invariant

@@ -46,13 +46,17 @@ class NoisyCodes(NamedTuple):
 
 
 class TrunkInput(NamedTuple):
-    """Columns: `num_side` timestep tokens, `prompt_len` prompt tokens, slots but the last."""
+    """Columns: `num_side` timestep tokens, `prompt_len` prompt tokens, slots but the last.
+
+    `noisy` (B, L) bool says which tokens are noisy; None = none is.
+    """
 
     embeddings: Tensor
     position_ids: Tensor
     attention_mask: Tensor | Visible
     num_side: int
     prompt_len: int
+    noisy: Tensor | None
 
 
 def trunk_input(
@@ -108,7 +112,7 @@ def trunk_input(
     places = columns.maximum(first[:, None]) - num_side - prompt_len
     distances = layout.distances(layout.num_slots).to(device).expand(batch, -1, -1) if layout.axes else None
     positions = position_ids(places, prompt_len - starts, distances, backbone.from_image)
-    return TrunkInput(embeddings, positions, mask, num_side, prompt_len)
+    return TrunkInput(embeddings, positions, mask, num_side, prompt_len, visible.noisy if num_side else None)
 
 
 def code_logits(backbone: Backbone, fed: TrunkInput, layout: ImageLayout) -> Tensor:
@@ -118,6 +122,6 @@ def code_logits(backbone: Backbone, fed: TrunkInput, layout: ImageLayout) -> Ten
 
 def code_hidden(backbone: Backbone, fed: TrunkInput, layout: ImageLayout) -> Tensor:
     """Hidden states (B, height * width, D) of the columns to the left of every code."""
-    hidden = backbone(fed.embeddings, fed.position_ids, fed.attention_mask)
+    hidden = backbone(fed.embeddings, fed.position_ids, fed.attention_mask, noisy=fed.noisy)
     before_slot = layout.code_slots.to(hidden.device) + fed.num_side + fed.prompt_len - 1
     return hidden[:, before_slot]

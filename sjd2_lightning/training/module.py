@@ -54,7 +54,7 @@ class SJD2Module(L.LightningModule):
         corrector: training of a corrector of drafts beside the objective; the default trains none.
 
     Raises:
-        ValueError: choices of the noise that do not go together.
+        ValueError: choices of the noise that do not go together, or with the model's adapter.
     """
 
     IN_STEP: ClassVar[bool] = False  # whether all ranks must take the same passes
@@ -75,6 +75,11 @@ class SJD2Module(L.LightningModule):
         super().__init__()
         if found := noise.problems():
             raise ValueError("; ".join(f"noise.{line}" for line in found))
+        if backbone.noise_gate is not None and not noise.enabled:
+            raise ValueError(
+                "noise.enabled=false: the model's adapter acts on noisy tokens and would learn nothing; use "
+                "noise=default, or train the weights below it, without the folder adapter/"
+            )
         self.strict_loading = not save_trained_only
         self.backbone = backbone
         self.noise = noise

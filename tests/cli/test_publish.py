@@ -14,6 +14,7 @@ from sjd2_lightning.cli.card import Card
 from sjd2_lightning.cli.publish import export_of, write_folder
 from sjd2_lightning.cli.settings import write_settings
 from sjd2_lightning.models.lora import LoraSettings
+from sjd2_lightning.models.registry import load_backbone
 from sjd2_lightning.run.provenance import write_trainings
 from tests.tools.configurations import typed
 from tests.tools.hub import hub_on_this_machine
@@ -83,6 +84,21 @@ def test_the_folder_holds_weights_settings_and_card(export, report, tmp_path):
     ):
         assert text in card
     assert str(export) not in card, "no place of a machine"
+
+
+def test_an_adapter_of_noise_goes_with_the_weights_below_it(tmp_path):
+    backbone = tiny_chameleon(num_codes=16, num_layers=1, hidden_size=16)
+    backbone.add_lora(LoraSettings(rank=2, noisy_only=True))
+    backbone.save(tmp_path / "model")
+    asked = (f"export_dir={tmp_path / 'model'}", SIZE, "model.peft=lora", "model.lora.noisy_only=true")
+    config = typed("train", *asked)
+    write_settings(config, Card.of(config, 30, ""))
+    write_folder(tmp_path / "model", tmp_path / "out", "me/mine", None)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "images are those of the base by the same seeds" in card
+    assert "- `model.lora.noisy_only=True`" in card
+    assert "adapter/adapter_model.safetensors" in files(tmp_path / "out")
+    assert load_backbone("chameleon", tmp_path / "out").noise_gate is not None
 
 
 def test_the_adapter_alone(export, tmp_path):

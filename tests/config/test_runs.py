@@ -121,6 +121,13 @@ def test_rounded_weights_are_decoded_or_lie_under_an_adapter():
     assert typed("train", "model.quantize=int8", "print_plan=true").print_plan
 
 
+def test_an_adapter_of_noise_needs_noise():
+    asked = ("model.peft=lora", "model.lora.noisy_only=true")
+    assert typed("train", *asked).model.lora.noisy_only
+    [line] = problems("train", *asked, "noise=off")
+    assert line.startswith("model.lora.noisy_only=true: without noise (noise.enabled=false) it would learn")
+
+
 def test_what_fp8_and_flexible_attention_do_not_go_with(monkeypatch):
     assert typed("train", "trainer.fp8=true", "trainer.precision=bf16-mixed").trainer.fp8
     [line] = problems("train", "trainer.fp8=true")

@@ -38,8 +38,9 @@ FORWARDING = {"teacher_samples", "data.prepare", "data.pairs"}
 # and scores three, the names of classes one, the cache of keys one,
 # the corrector of drafts five, thinking in latents seven: model, thoughts, problems, recipe, ways, runs,
 # command, policies of actions eight, the drafter of blocks four,
-# what commands and recipes share that learn from own decodings two, the report of other tasks one
-MOST_FILES = 224
+# what commands and recipes share that learn from own decodings two, the report of other tasks one,
+# the gate of an adapter one
+MOST_FILES = 225
 
 TORCH_ONLY = ("noise", "embedding", "masks", "fixed_point", "decoding", "models.backbone")
 TORCH_ONLY += ("training.batch", "training.noise", "training.states", "training.objective")

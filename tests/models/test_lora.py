@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, JanusForConditionalGeneration
 
 from sjd2_lightning.decoding import DecodingConfig, decode
-from sjd2_lightning.models.lora import LoraSettings, layers_alike, merged_state
+from sjd2_lightning.models.lora import LoraSettings, layers_alike, plain_state
 from sjd2_lightning.models.registry import build_shrunken, load_backbone
 from sjd2_lightning.models.trunk import LayeredTrunk
 from tests.tools.tiny_backbones import tiny_chameleon
@@ -72,7 +72,7 @@ def test_saved_alone_and_loaded_again(tuned, tmp_path):
 
 def test_merged_weights_are_plain(tuned, tmp_path):
     tuned.save(tmp_path)
-    assert set(merged_state(tuned.model)) == set(tiny_chameleon(5).model.state_dict())
+    assert set(plain_state(tuned.model)) == set(tiny_chameleon(5).model.state_dict())
     assert torch.allclose(logits(load_backbone("chameleon", tmp_path)), logits(tuned), atol=1e-5)
     plain, info = AutoModel.from_pretrained(tmp_path / "trunk", output_loading_info=True)
     assert not info["missing_keys"]

@@ -58,7 +58,12 @@ class TableBackbone(Backbone):
         return torch.eye(self.num_codes + 1, self.hidden_size)
 
     def forward(
-        self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: KVCache | None = None
+        self,
+        embeddings: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        cache: KVCache | None = None,
+        noisy: Tensor | None = None,
     ) -> Tensor:
         keys = (
             embeddings

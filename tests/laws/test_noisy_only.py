@@ -1,0 +1,51 @@
+"""An adapter of noise alone, by the command: the weights below stay, and another training goes on with it."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tools.training_runs import differences, make_folder, places, run, state_of
+
+SETTINGS = ("optimizer.lr=0.02", "trainer.max_steps=4", "trainer.val_check_interval=4")
+SETTINGS += ("callbacks.checkpoint.every_n_train_steps=1",)
+LORA = ("model.peft=lora", "model.lora.noisy_only=true")
+ADAPTER = "model/adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Folder of a run that was not stopped, and of one that was."""
+    folder = make_folder(tmp_path_factory.mktemp("model"))
+    run([*places(folder, folder / "first"), *SETTINGS, *LORA, "trainer.max_steps=1"])  # imports, shards
+    assert run([*places(folder, folder / "whole"), *SETTINGS, *LORA])[1] == 0
+    place = [*places(folder, folder / "stopped"), *SETTINGS, *LORA, "ckpt_path=auto"]
+    assert run(place, stop_at=1)[1] == 143
+    assert run(place)[1] == 0
+    return folder
+
+
+def test_it_goes_on_bitwise_from_checkpoints_of_the_adapter_alone(ran):
+    states = [state_of(ran / name / "checkpoints" / "last.ckpt") for name in ("whole", "stopped")]
+    assert not differences(*states)
+    assert all(".lora_" in name for name in states[0]["state_dict"])
+
+
+def test_the_weights_below_are_exported_as_they_were(ran):
+    base, exported = (load_file(ran / name / "trunk/model.safetensors") for name in ("model", "whole/model"))
+    assert base.keys() == exported.keys()
+    assert all(torch.equal(value, exported[name]) for name, value in base.items())
+    assert (
+        max(value.abs().max() for name, value in load_file(ran / "whole" / ADAPTER).items() if "_B" in name)
+        > 0
+    )
+
+
+def test_another_training_goes_on_with_it(ran):
+    again = [*places(ran, ran / "again"), *SETTINGS, f"model.path={ran / 'whole/model'}"]
+    assert run(again)[1] == 0
+    before, after = (load_file(ran / name / ADAPTER) for name in ("whole", "again"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+    trunk = "model/trunk/model.safetensors"
+    below, still = load_file(ran / "whole" / trunk), load_file(ran / "again" / trunk)
+    assert all(torch.equal(value, still[name]) for name, value in below.items())

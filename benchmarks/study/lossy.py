@@ -70,7 +70,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     sampling = Sampling(options.temperature, guidance_scale=options.guidance)
     plain: tuple[list[Verdict], list[float], torch.Tensor] | None = None
     found: dict[str, Any] = {}
-    for name, config in track(settings(sampling).items(), "settings"):
+    chosen = {
+        name: one
+        for name, one in settings(sampling).items()
+        if name in ("ar", *(options.only or settings(sampling)))
+    }
+    for name, config in track(chosen.items(), "settings"):
         codes, compression = drawn(backbone, scenes, config, _BATCH)
         verdicts, own = judge(decoded(backbone, codes), asked), nats(backbone, scenes, codes, sampling)
         if plain is None:
@@ -104,6 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weights", default="weights/tiny", help="folder of the model")
     parser.add_argument("--per-category", type=int, default=34, help="captions of each category")
     parser.add_argument("--seed", type=int, default=1, help="seed of the scenes")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(settings(Sampling())), help="settings beside ar; all by default"
+    )
     parser.add_argument("--temperature", type=float, default=0.9, help="temperature of sampling")
     parser.add_argument("--guidance", type=float, default=1.5, help="scale of classifier-free guidance")
     options = parser.parse_args(arguments)

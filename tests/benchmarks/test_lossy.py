@@ -26,3 +26,6 @@ def test_the_benchmark_of_lossy_rules_writes_its_figures(random_scenes_model, tm
     assert found["paper_96_25"]["tokens_a_pass"][0] > found["ar"]["tokens_a_pass"][0] == 1
     assert found["ar"]["right"][0] == 0, "random weights draw nothing that was asked for"
     assert "paper_96_25" in capsys.readouterr().out
+    few = ["--weights", str(random_scenes_model), "--per-category", "1", "--only", "replay_32_1"]
+    lossy.main([*few, "--json", str(path)])
+    assert list(json.loads(path.read_text())["settings"]) == ["ar", "replay_32_1"]

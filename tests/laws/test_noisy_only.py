@@ -1,9 +1,13 @@
 """An adapter of noise alone, by the command: the weights below stay, and another training goes on with it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from sjd2_lightning.cli.build import build_backbone
+from tests.tools.configurations import typed
 from tests.tools.training_runs import differences, make_folder, places, run, state_of
 
 SETTINGS = ("optimizer.lr=0.02", "trainer.max_steps=4", "trainer.val_check_interval=4")
@@ -38,6 +42,16 @@ def test_the_weights_below_are_exported_as_they_were(ran):
         max(value.abs().max() for name, value in load_file(ran / "whole" / ADAPTER).items() if "_B" in name)
         > 0
     )
+
+
+def test_one_file_of_keys_trains_and_evaluates(ran):
+    asked = typed("evaluate", f"model.path={ran / 'whole/model'}", *LORA).model
+    backbone = build_backbone(asked)
+    assert backbone.noise_gate is not None
+    names = [name for name, _ in backbone.named_parameters() if ".lora_A." in name]
+    assert len(names) == len(set(names)) == 7
+    with pytest.raises(ValueError, match="takes no second one"):
+        build_backbone(asked.model_copy(update={"lora": replace(asked.lora, noisy_only=False)}))
 
 
 def test_another_training_goes_on_with_it(ran):

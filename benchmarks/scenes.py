@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/scenes.py --json outputs/scenes.json --page outputs/scenes.png
 
-The captions are of combinations that training never showed, equally many of each category. Reconstructions
-bound what the model can reach. Tokens a pass are those of `sjd2` in replay mode, which draws what `ar` draws.
+The captions are of combinations that training never showed, equally many of each category, or of those that
+it shows (`--combinations trained`): the difference is what the model does not compose. Reconstructions bound
+what the model can reach. Tokens a pass are those of `sjd2` in replay mode, which draws what `ar` draws.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.judge import psnr
 from sjd2_lightning.data.sources.scene_pixels import UNITS
-from sjd2_lightning.data.sources.scenes import CATEGORY_SHARES, Scene, Variety, held_out_scene
+from sjd2_lightning.data.sources.scenes import CATEGORY_SHARES, Scene, Variety, held_out_scene, training_scene
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
 from sjd2_lightning.evaluation.prompts import seed_of
 from sjd2_lightning.evaluation.scene_judge import scene_judge
@@ -31,6 +33,7 @@ from sjd2_lightning.models.registry import load_backbone
 
 CATEGORIES = tuple(name for name in CATEGORY_SHARES if name != "three")
 _BATCH = 20
+_UNSEEN = 1_000_000  # a scene of the training split from which on no set of shards is so large
 _ACROSS, _LINE = 8, 24
 
 
@@ -39,6 +42,18 @@ def held_out(per_category: int, seed: int, variety: Variety) -> list[Scene]:
     return [
         held_out_scene(name, seed, index, variety) for index in range(per_category) for name in CATEGORIES
     ]
+
+
+def trained(per_category: int, seed: int, variety: Variety) -> list[Scene]:
+    """Scenes whose combinations training shows, but which no training had; in turn by category."""
+    found: dict[str, list[Scene]] = {name: [] for name in CATEGORIES}
+    for index in count(_UNSEEN):
+        scene = training_scene(seed, index, variety)
+        if len(scenes := found.get(scene.category, [])) < per_category:
+            scenes.append(scene)
+        if all(len(scenes) == per_category for scenes in found.values()):
+            return [scene for scenes in zip(*found.values(), strict=True) for scene in scenes]
+    raise AssertionError("categories come up for ever")
 
 
 @torch.inference_mode()
@@ -93,7 +108,8 @@ def page(images: np.ndarray, scenes: Sequence[Scene], path: Path) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Shares of pictures judged right, by category, and tokens a pass."""
     backbone = load_backbone("chameleon", options.weights).eval()
-    scenes = held_out(options.per_category, options.seed, Variety(options.num_nouns, True))
+    chosen = {"held_out": held_out, "trained": trained}[options.combinations]
+    scenes = chosen(options.per_category, options.seed, Variety(options.num_nouns, True))
     images, asked = (
         np.stack([scene.image() for scene in scenes]),
         [Asked.of(scene.facts()) for scene in scenes],
@@ -131,6 +147,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weights", default="weights/tiny_plain", help="folder of the model")
     parser.add_argument("--per-category", type=int, default=20, help="captions of each category")
     parser.add_argument("--seed", type=int, default=1, help="seed of the scenes")
+    parser.add_argument(
+        "--combinations",
+        choices=("held_out", "trained"),
+        default="held_out",
+        help="such as training never shows, or new scenes of those that it does",
+    )
     parser.add_argument("--num-nouns", type=int, default=32, help="nouns of the captions, as in training")
     parser.add_argument("--temperature", type=float, default=0.7, help="temperature of sampling")
     parser.add_argument("--top-k", type=int, default=0, help="codes to draw from; 0 is all")

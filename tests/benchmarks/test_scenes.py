@@ -8,7 +8,6 @@ from benchmarks import scenes
 from sjd2_lightning.data.sources.scenes import Variety, training_scene
 
 
-@pytest.mark.slow
 def test_trained_combinations_are_new_scenes_of_the_training_split():
     variety = Variety(32, True)
     found = scenes.trained(2, 0, variety)
@@ -19,6 +18,7 @@ def test_trained_combinations_are_new_scenes_of_the_training_split():
         assert int(scene.key.removeprefix("scene_")) >= 1_000_000
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_scenes_writes_its_figures(random_scenes_model, tmp_path, capsys):
     files = ["--json", str(tmp_path / "scenes.json"), "--page", str(tmp_path / "scenes.png")]
     scenes.main(["--weights", str(random_scenes_model), "--per-category", "1", "--replayed", "1", *files])

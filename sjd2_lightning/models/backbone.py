@@ -11,7 +11,7 @@ import copy
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,10 @@ class Backbone(nn.Module, ABC):
         """Says which tokens (B, L) of the next pass an adapter of noise alone acts on; None = on none."""
         if self.noise_gate is not None:
             self.noise_gate.open_for(noisy)
+
+    def gated(self, noisy: Tensor | None) -> AbstractContextManager[None]:
+        """The same for the passes inside the block."""
+        return nullcontext() if self.noise_gate is None else self.noise_gate.opened_for(noisy)
 
     def write_corrector(self, folder: str | Path) -> None:
         """Writes the corrector into a folder; one of other weights that lies there goes."""

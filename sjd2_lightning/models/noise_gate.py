@@ -9,6 +9,8 @@ Source of the gate: gated LoRA (Samragh et al. 2025, arXiv 2507.11851), there fo
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ class NoiseGate:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.noisy: Tensor | None = None
+        self.is_shut = False  # the adapter is not even computed
         self.layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_B")]
         for layer in self.layers:
             for update in layer.lora_B.values():
@@ -38,8 +41,25 @@ class NoiseGate:
 
         Unless gradients are asked for: those of a clean batch are 0, and not missing.
         """
-        self.noisy = noisy
-        is_shut = noisy is None and not torch.is_grad_enabled()
+        self._set(noisy, noisy is None and not torch.is_grad_enabled())
+
+    @contextmanager
+    def opened_for(self, noisy: Bool[Tensor, "B L"] | None) -> Iterator[None]:
+        """The same inside the block.
+
+        Without gradients it is then as it was before: a backward pass that is still to come may compute
+        layers of an earlier pass again.
+        """
+        before = self.noisy, self.is_shut
+        self.open_for(noisy)
+        try:
+            yield
+        finally:
+            if not torch.is_grad_enabled():
+                self._set(*before)
+
+    def _set(self, noisy: Tensor | None, is_shut: bool) -> None:
+        self.noisy, self.is_shut = noisy, is_shut
         for layer in self.layers:
             layer._disable_adapters = is_shut  # peft's public switch freezes the adapter too
 

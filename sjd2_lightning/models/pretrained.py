@@ -228,14 +228,13 @@ class PretrainedBackbone(Backbone):
         cache: KVCache | None = None,
         noisy: Tensor | None = None,
     ) -> Tensor:
-        self.open_gate(noisy)
         mask: Any = attention_mask
         mask = blocks_of(mask) if isinstance(mask, Visible) else additive(mask, embeddings.dtype)
         decodes = self.compiled and cache is not None
         if self.compiled and torch.is_grad_enabled() and not embeddings.requires_grad:
             # behind frozen embeddings the first layer would be compiled apart from the others
             embeddings = embeddings.detach().requires_grad_()
-        with torch.compiler.set_stance("force_eager") if decodes else nullcontext():
+        with self.gated(noisy), torch.compiler.set_stance("force_eager") if decodes else nullcontext():
             return self.trunk(
                 inputs_embeds=embeddings,
                 position_ids=position_ids,

@@ -107,6 +107,25 @@ def test_a_batch_that_is_clean_throughout_can_be_trained_on(gated):
     assert not any(bool(p.grad.any()) for p in gated.parameters() if p.requires_grad)
 
 
+def test_a_layer_that_is_computed_again_has_the_gate_of_its_pass(gated):
+    """Passes without gradients may come before the backward pass: those of the corrector do."""
+    sample = sample_of(gated)
+    parameters = [p for p in gated.parameters() if p.requires_grad]
+    for noise in (None, noise_of()):
+        found = []
+        for again in (False, True):
+            if again:
+                gated.checkpoint_activations()
+            gated.train()
+            loss = logits_of(gated, sample, noise).logsumexp(-1).sum()
+            with torch.no_grad():
+                logits_of(gated, sample, noise_of(((3,) * 6,) * 4))
+                logits_of(gated, sample, None)
+            found.append(torch.autograd.grad(loss, parameters))
+            gated.model.gradient_checkpointing_disable()
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*found, strict=True))
+
+
 def test_training_without_noise_is_refused(gated):
     with pytest.raises(ValueError, match=r"noise\.enabled=false: .* would learn nothing"):
         module_of(replace(NOISE, enabled=False), gated)
@@ -165,6 +184,7 @@ def test_invariant_layers_gate_alike():
     assert from_plain > 1e-2
 
 
+@pytest.mark.slow
 def test_compiled_layers_gate_alike(repo):
     """Where types are not checked, since the compiler cannot read such functions."""
     run = subprocess.run(

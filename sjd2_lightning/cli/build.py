@@ -90,6 +90,11 @@ def build_task(config: TrainConfig) -> tuple[L.LightningModule, L.LightningDataM
         with stage("rounding the weights"):
             round_frozen(backbone.trunk.layers)
         backbone.quantized = config.model.quantize
+    if backbone.noise_gate is not None and (config.trainer.fp8 or config.callbacks.ema_decay):
+        raise ValueError(
+            f"model.path={config.model.path}: its adapter alone is trained; set trainer.fp8=false and "
+            "callbacks.ema_decay=null"
+        )
     if config.trainer.fp8:
         train_in_fp8(backbone.trunk.layers)
     if config.trainer.attends_flexibly(backbone.layout(*config.model.image_size).num_slots):
@@ -151,6 +156,10 @@ def build_backbone(
     if (model.peft is not None or model.adapter is not None) and not goes_on:
         folder = None if model.adapter is None else located(model.adapter, "model.adapter")
         backbone.add_lora(model.lora, folder)
+        if model.lora.noisy_only and backbone.noise_gate is None:
+            raise ValueError(
+                f"model.adapter={model.adapter}: it acts on all tokens; set model.lora.noisy_only=false"
+            )
     if model.activation_checkpointing != "none":
         backbone.checkpoint_activations(model.activation_checkpointing)
     return backbone
@@ -318,7 +327,7 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
     state, backbone = gathered_state(module.backbone), module.backbone
     if not trainer.is_global_zero:
         return
-    if config.model.quantize is not None:  # the adapter is merged into whole weights
+    if config.model.quantize is not None:  # the export holds whole weights, not rounded ones
         named = module.backbone.named_parameters()
         state = {name: value.detach() for name, value in named if value.requires_grad}
     if state is not None:
@@ -331,7 +340,7 @@ def export_model(config: TrainConfig, module: L.LightningModule, trainer: L.Trai
     dtype = None if config.export_dtype is None else getattr(torch, config.export_dtype)
     data: Any = getattr(trainer, "datamodule", None)
     attribution = data.index("train").meta.attribution if isinstance(data, CodeDataModule) else ""
-    card = Card.of(config, trainer.global_step, attribution)
+    card = Card.of(config, trainer.global_step, attribution, backbone.noise_gate is not None)
     with harmless(f"writing {config.export_dir}/README.md"):
         write_whole(Path(config.export_dir) / "README.md", card.text(config.export_dir))
     with stage(f"writing the weights to {config.export_dir}"):

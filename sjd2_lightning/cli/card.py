@@ -42,13 +42,14 @@ class Card:
     noisy_only: bool = False
 
     @classmethod
-    def of(cls, config: TrainConfig, steps: int, attribution: str) -> Card:
+    def of(cls, config: TrainConfig, steps: int, attribution: str, noisy_only: bool = False) -> Card:
         """The card of a training that ends.
 
         Args:
             config: the training.
             steps: steps of the optimizer that were taken.
             attribution: licence line of the pictures; "" where none is known.
+            noisy_only: whether the model's adapter acts on noisy tokens alone.
         """
         model, trainer = config.model, config.trainer
         recipe = {
@@ -74,7 +75,7 @@ class Card:
             Path(config.data.data_dir).name,
             attribution,
             {key: str(value) for key, value in recipe.items()},
-            model.peft is not None and model.lora.noisy_only,
+            noisy_only,
         )
 
     def text(self, place: str, measured: str = "", licence: str = "", is_adapter: bool = False) -> str:

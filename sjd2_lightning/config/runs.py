@@ -248,7 +248,8 @@ class EvaluateConfig(SharedConfig):
         """A benchmark without its prompts, samples or verdicts, a W&B Report without a run."""
         found = super().problems()
         model = self.model
-        if model.quantize is not None and (model.peft is not None or model.adapter is not None):
+        adapted = model.peft is not None or model.adapter is not None
+        if model.quantize is not None and adapted and not model.lora.noisy_only:
             found.append(
                 f"model.quantize={model.quantize}: an adapter is not rounded with its base; set it to null, "
                 "or evaluate the folder that training exported, which has the adapter merged"

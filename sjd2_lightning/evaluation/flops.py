@@ -43,10 +43,11 @@ def decoding_flops(
     found, counted = {}, {}
     for name, config in methods.items():
         copies = 1 if config.sampling.guidance_scale == 1 else 2
-        if (config.size, copies) not in counted:
-            counted[config.size, copies] = _per_token(backbone, config.size, layout.num_slots, copies)
-        fixed, per_column = counted[config.size, copies]
         side = config.num_levels
+        kind = (config.size, copies, side > 0)
+        if kind not in counted:
+            counted[kind] = _per_token(backbone, config.size, layout.num_slots, copies, side > 0)
+        fixed, per_column = counted[kind]
         found[name] = {
             record.key: _of_record(record, config, side + lengths[record.prompt], fixed, per_column)
             for record in records[name]
@@ -54,7 +55,9 @@ def decoding_flops(
     return found
 
 
-def pass_flops(backbone: Backbone, num_tokens: int, num_columns: int, copies: int = 1) -> int:
+def pass_flops(
+    backbone: Backbone, num_tokens: int, num_columns: int, copies: int = 1, noisy: bool = False
+) -> int:
     """Operations of one forward of trunk and head, by torch's counter.
 
     Args:
@@ -62,6 +65,7 @@ def pass_flops(backbone: Backbone, num_tokens: int, num_columns: int, copies: in
         num_tokens: L, fed and read.
         num_columns: S >= L, attended to.
         copies: rows of an image: 2 with guidance.
+        noisy: whether some tokens may be noisy, for which an adapter of noise alone is computed.
     """
     device = backbone.device
     table = backbone.slot_table()
@@ -72,14 +76,16 @@ def pass_flops(backbone: Backbone, num_tokens: int, num_columns: int, copies: in
     cache.place(columns, num_columns)
     # The counter knows matrix products, and only some of the fused attention kernels.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        backbone.image_logits(backbone(embeddings, columns, mask, cache))
+        backbone.image_logits(backbone(embeddings, columns, mask, cache, columns >= 0 if noisy else None))
     return int(counter.get_total_flops())
 
 
-def _per_token(backbone: Backbone, window: int, num_slots: int, copies: int) -> tuple[float, float]:
+def _per_token(
+    backbone: Backbone, window: int, num_slots: int, copies: int, noisy: bool
+) -> tuple[float, float]:
     """a and b of the module's formula."""
     near, far = window + 1, window + 1 + num_slots
-    first, second = (pass_flops(backbone, window, columns, copies) / window for columns in (near, far))
+    first, second = (pass_flops(backbone, window, columns, copies, noisy) / window for columns in (near, far))
     slope = (second - first) / num_slots
     return first - slope * near, slope
 

@@ -108,7 +108,8 @@ def _refuse_second(model: nn.Module) -> None:
     if has_adapter(model):
         raise ValueError(
             "model.peft, model.adapter: the model has an adapter that acts on noisy tokens alone, and takes "
-            "no second one; set both to null to go on with the one it has"
+            "no second one; set both to null, or model.lora.noisy_only=true and model.adapter=null, to go on "
+            "with the one it has"
         )
 
 

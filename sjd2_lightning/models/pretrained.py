@@ -7,6 +7,7 @@ subclassed.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -312,8 +313,7 @@ class PretrainedBackbone(Backbone):
         """Writes weights and everything needed to load them again into a local folder.
 
         A low-rank adapter lies in `adapter/`, and is merged into the weights too if it acts on all tokens.
-        `backbone.json` comes last, also behind what adapters of families write: a folder that has it is
-        whole.
+        `backbone.json` comes last, behind what families write too: a folder that has it is whole.
 
         Raises:
             ValueError: for quantised weights.
@@ -321,6 +321,7 @@ class PretrainedBackbone(Backbone):
         self._refuse_quantized("save")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # of weights that lay here before
         if has_adapter(self.model):
             save_adapter(self.model, folder / ADAPTER, self.noise_gate is not None)
             self.write_corrector(folder / ADAPTER)

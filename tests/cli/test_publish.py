@@ -92,7 +92,7 @@ def test_an_adapter_of_noise_goes_with_the_weights_below_it(tmp_path):
     backbone.save(tmp_path / "model")
     asked = (f"export_dir={tmp_path / 'model'}", SIZE, "model.peft=lora", "model.lora.noisy_only=true")
     config = typed("train", *asked)
-    write_settings(config, Card.of(config, 30, ""))
+    write_settings(config, Card.of(config, 30, "", noisy_only=True))
     write_folder(tmp_path / "model", tmp_path / "out", "me/mine", None)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "images are those of the base by the same seeds" in card

@@ -118,6 +118,9 @@ def test_rounded_weights_are_decoded_or_lie_under_an_adapter():
     assert line.endswith("use trainer=ddp")
     [line] = problems("evaluate", "model.quantize=int8", "model.peft=lora")
     assert line.startswith("model.quantize=int8: an adapter is not rounded with its base")
+    assert typed(
+        "evaluate", "model.quantize=int8", "model.peft=lora", "model.lora.noisy_only=true"
+    ).model.quantize
     assert typed("train", "model.quantize=int8", "print_plan=true").print_plan
 
 

@@ -7,13 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 from sjd2_lightning.cli.build import build_backbone
+from sjd2_lightning.models.lora import LoraSettings
 from tests.tools.configurations import typed
+from tests.tools.tiny_backbones import tiny_chameleon
 from tests.tools.training_runs import differences, make_folder, places, run, state_of
 
 SETTINGS = ("optimizer.lr=0.02", "trainer.max_steps=4", "trainer.val_check_interval=4")
 SETTINGS += ("callbacks.checkpoint.every_n_train_steps=1",)
 LORA = ("model.peft=lora", "model.lora.noisy_only=true")
 ADAPTER = "model/adapter/adapter_model.safetensors"
+KEPT = "images are those of the base by the same seeds"
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +57,28 @@ def test_one_file_of_keys_trains_and_evaluates(ran):
         build_backbone(asked.model_copy(update={"lora": replace(asked.lora, noisy_only=False)}))
 
 
+def test_its_card_says_what_it_leaves_alone(ran):
+    assert KEPT in (ran / "whole/model/README.md").read_text()
+
+
+def test_an_adapter_of_all_tokens_is_not_taken_for_one_of_noise(ran, tmp_path):
+    backbone = tiny_chameleon()
+    backbone.add_lora(LoraSettings(rank=2))
+    backbone.save(tmp_path)
+    tiny_chameleon().save(tmp_path / "base")
+    adapter = f"model.adapter={tmp_path / 'adapter'}"
+    asked = typed("train", f"model.path={tmp_path / 'base'}", adapter, "model.lora.noisy_only=true").model
+    with pytest.raises(ValueError, match=r"it acts on all tokens; set model\.lora\.noisy_only=false"):
+        build_backbone(asked)
+
+
 def test_another_training_goes_on_with_it(ran):
     again = [*places(ran, ran / "again"), *SETTINGS, f"model.path={ran / 'whole/model'}"]
     assert run(again)[1] == 0
     before, after = (load_file(ran / name / ADAPTER) for name in ("whole", "again"))
     assert before.keys() == after.keys()
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
+    assert KEPT in (ran / "again/model/README.md").read_text()
     trunk = "model/trunk/model.safetensors"
     below, still = load_file(ran / "whole" / trunk), load_file(ran / "again" / trunk)
     assert all(torch.equal(value, still[name]) for name, value in below.items())

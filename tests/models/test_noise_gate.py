@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sjd2_lightning.decoding import DecodingConfig, Sampling, decode
+from sjd2_lightning.evaluation.flops import pass_flops
 from sjd2_lightning.models.lora import LoraSettings
 from sjd2_lightning.models.registry import load_backbone
 from sjd2_lightning.training.batch import NoisyCodes
@@ -215,6 +216,20 @@ def test_a_folder_holds_the_weights_below_and_the_adapter_beside_them(gated, tmp
     )
 
 
+def test_an_export_leaves_no_adapter_of_what_lay_there_before(gated, tmp_path):
+    gated.save(tmp_path)
+    tiny_chameleon(5).save(tmp_path)
+    assert load_backbone("chameleon", tmp_path).noise_gate is None
+
+
+def test_its_operations_are_counted_where_tokens_may_be_noisy(gated):
+    plain = tiny_chameleon(5)
+    assert pass_flops(gated, 4, 8) == pass_flops(plain, 4, 8)
+    maps = [one for one in gated.modules() if hasattr(one, "lora_B")]
+    more = sum(2 * 2 * (one.in_features + one.out_features) for one in maps)  # rank 2, a product is two
+    assert pass_flops(gated, 4, 8, noisy=True) == pass_flops(plain, 4, 8) + 4 * more
+
+
 def test_the_adapter_alone_knows_what_it_acts_on(gated, tmp_path):
     gated.save(tmp_path)
     other = tiny_chameleon(5)
@@ -226,7 +241,7 @@ def test_the_adapter_alone_knows_what_it_acts_on(gated, tmp_path):
 
 def test_a_second_adapter_is_refused(gated, tmp_path):
     gated.save(tmp_path)
-    with pytest.raises(ValueError, match="set both to null to go on with the one it has"):
+    with pytest.raises(ValueError, match="takes no second one; set both to null, or"):
         load_backbone("chameleon", tmp_path).add_lora(SETTINGS)
 
 

@@ -65,9 +65,9 @@ def test_shapes_come_from_few_numbers(table, name):
     layout, shapes = table.layout(5, 4), set()
     eager = decode(table, PROMPTS, range(3), METHODS[name], layout)
 
-    def watched(embeddings, positions, mask, cache):
+    def watched(embeddings, positions, mask, cache, noisy):
         shapes.add((len(embeddings), embeddings.shape[1], mask.shape[-1]))
-        return table(embeddings, positions, mask, cache)
+        return table(embeddings, positions, mask, cache, noisy)
 
     with patch.object(torch, "compile", lambda *_, **__: watched):
         static = Decoder(table)(PROMPTS, range(3), replace(METHODS[name], engine="compiled"), layout)
@@ -151,9 +151,9 @@ def test_methods_of_one_shape_have_one_shape(table, name):
     wanted = decode(table, PROMPTS, range(3), METHODS[name], layout)
     real = type(table).forward
 
-    def watched(self, embeddings, positions, mask, cache):
+    def watched(self, embeddings, positions, mask, cache, noisy=None):
         shapes.add((tuple(embeddings.shape), mask.shape[-1]))
-        return real(self, embeddings, positions, mask, cache)
+        return real(self, embeddings, positions, mask, cache, noisy)
 
     with patch.object(type(table), "forward", watched):
         output = decode(table, PROMPTS, range(3), config, layout)
@@ -170,9 +170,9 @@ def test_methods_of_one_shape_share_it(table):
     for name in ("ar", "sjd2 replay", "mc_sjd"):
         seen = shapes.setdefault(name, set())
 
-        def watched(self, embeddings, positions, mask, cache, seen=seen):
+        def watched(self, embeddings, positions, mask, cache, noisy=None, seen=seen):
             seen.add((tuple(embeddings.shape), mask.shape[-1]))
-            return real(self, embeddings, positions, mask, cache)
+            return real(self, embeddings, positions, mask, cache, noisy)
 
         with patch.object(type(table), "forward", watched):
             decode(table, PROMPTS, range(3), replace(METHODS[name], window_shape=8), layout)

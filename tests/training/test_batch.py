@@ -51,7 +51,8 @@ def test_all_clean_levels_are_no_noise_bit_for_bit(backbone, batch):
     all_clean = noise._replace(levels=torch.zeros(4, 6, dtype=torch.long))
     clean = trunk_input(backbone, prompts, image_ids, layout, all_clean)
     none = trunk_input(backbone, prompts, image_ids, layout, None)
-    for ours, theirs in zip(clean, none, strict=True):
+    assert clean.noisy is None is none.noisy
+    for ours, theirs in zip(clean[:-1], none[:-1], strict=True):
         assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
 
 

@@ -159,13 +159,13 @@ class Backbone(nn.Module, ABC):
         if (path := Path(folder) / CORRECTOR_FILE).is_file():
             self.corrector = DraftCorrector.load(path, self.hidden_size).to(self.device)
 
-    def open_gate(self, noisy: Tensor | None) -> None:
-        """Says which tokens (B, L) of the next pass an adapter of noise alone acts on; None = on none."""
+    def open_gate(self, visible: Visible) -> None:
+        """Lets an adapter of noise alone act on the noisy tokens of the next pass."""
         if self.noise_gate is not None:
-            self.noise_gate.open_for(noisy)
+            self.noise_gate.open_for(visible.noisy)
 
     def gated(self, noisy: Tensor | None) -> AbstractContextManager[None]:
-        """The same for the passes inside the block."""
+        """The same for the passes inside the block, whose noisy tokens are (B, L); None = none is."""
         return nullcontext() if self.noise_gate is None else self.noise_gate.opened_for(noisy)
 
     def write_corrector(self, folder: str | Path) -> None:

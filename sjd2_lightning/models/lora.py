@@ -2,7 +2,7 @@
 
 The adapter is put into the model's own layers, so that nothing else needs to know of it, and is merged into
 plain weights by peft, but for one of noise alone (`noise_gate`). On disk it is a peft folder:
-`PeftModel.from_pretrained(model, folder)` reads it without this package.
+`PeftModel.from_pretrained(model, folder)` reads it without this package, and lets it act on all tokens.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class EagerTrunk(Trunk):
             "position_embeddings": self.trunk.rotary_emb(embeddings, positions),
             self.cache_name: cache,
         }
-        self.backbone.open_gate(visible.noisy)
+        self.backbone.open_gate(visible)
         hidden = embeddings
         # layers that training compiled are not compiled for windows too
         with torch.compiler.set_stance("force_eager") if self.backbone.compiled else nullcontext():
@@ -94,7 +94,7 @@ class LayeredTrunk(Trunk):
     def run(self, embeddings: Tensor, positions: Tensor, visible: Visible, cache: KVCache) -> Tensor:
         rotations = self.trunk.rotary_emb(embeddings, positions)
         mask = self.mask(visible, cache, embeddings.dtype)
-        self.backbone.open_gate(visible.noisy)
+        self.backbone.open_gate(visible)
         hidden = embeddings
         for number, weights in enumerate(self.weights):
             hidden = self.layer(weights, hidden, mask, rotations, cache.layer(number))

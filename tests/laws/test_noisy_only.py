@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sjd2_lightning.cli.build import build_backbone
+from sjd2_lightning.cli.build import build_backbone, build_task
 from sjd2_lightning.models.lora import LoraSettings
 from tests.tools.configurations import typed
 from tests.tools.tiny_backbones import tiny_chameleon
@@ -70,6 +70,14 @@ def test_an_adapter_of_all_tokens_is_not_taken_for_one_of_noise(ran, tmp_path):
     asked = typed("train", f"model.path={tmp_path / 'base'}", adapter, "model.lora.noisy_only=true").model
     with pytest.raises(ValueError, match=r"it acts on all tokens; set model\.lora\.noisy_only=false"):
         build_backbone(asked)
+
+
+def test_what_wants_all_weights_is_refused(ran):
+    asked = typed(
+        "train", f"model.path={ran / 'whole/model'}", "callbacks.ema_decay=0.9", "model.image_size=[64,64]"
+    )
+    with pytest.raises(ValueError, match=r"its adapter alone is trained; .* callbacks\.ema_decay=null"):
+        build_task(asked)
 
 
 def test_another_training_goes_on_with_it(ran):

@@ -60,7 +60,7 @@ def test_each_token_of_a_layer_is_gated_by_itself(gated):
     layer = gated.trunk.layers[0].mlp.up_proj
     x = torch.randn(2, 6, layer.in_features, generator=torch.Generator().manual_seed(3))
     noisy = torch.rand(2, 6, generator=torch.Generator().manual_seed(4)) < 0.5
-    gated.open_gate(noisy)
+    gated.noise_gate.open_for(noisy)
     below = layer.base_layer(x)
     update = (
         layer.scaling["default"] * x @ layer.lora_A["default"].weight.T @ layer.lora_B["default"].weight.T
